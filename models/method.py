@@ -1,0 +1,175 @@
+"""What the engine knows of a model: a Method consumes named tensors and returns named losses.
+
+The trainer never names a model. A recipe holds a `MethodConfig`; its `build` returns a `Method`, one `nn.Module` that
+owns everything a step needs (student, teacher, heads, losses), so that ZeRO sees, shards and checkpoints all of it.
+
+Shape legend: B samples, C bands, H x W pixels, T patches, G global and L local crops a sample, S crop side in pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from torch import Tensor, nn
+
+__all__ = ["Batch", "BatchKey", "InputSpec", "Losses", "Method", "MethodConfig", "ParameterGroup"]
+
+
+class Batch(TypedDict, total=False):
+    """Named tensors of one micro-batch. A modality that the data does not have is absent, never a tensor of zeros.
+
+    The reader fills the first block, the views add the second, `Method.prepare` the third.
+    """
+
+    row: Tensor  # [B] int64: row of the survey's catalog.parquet
+    position: Tensor  # [B] int64: place in the epoch's global order; with seed and epoch it keys every random draw
+    image: Tensor  # [B, C, H, W] float32, in the survey's flux unit
+    valid: Tensor  # [B, C, H, W] bool, False where a pixel carries no data; absent where every pixel does
+
+    global_crops: Tensor  # [G*B, C, S, S] float32, model input; crop-major: all first crops, then all second ones
+    local_crops: Tensor  # [L*B, C, s, s] float32, model input; crop-major; absent where L = 0
+
+    mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """Everything besides `position` that keys the random draws of a batch.
+
+    Attributes:
+        seed: The run's seed.
+        epoch: Which pass over the survey.
+        first_position: Position of the first sample of the *global* batch that this micro-batch is part of.
+        global_batch: Samples in that global batch, over all ranks and accumulation steps.
+    """
+
+    seed: int
+    epoch: int
+    first_position: int
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the views hand to the method; a method is built for it and refuses anything else.
+
+    Attributes:
+        channels: Channels C of a crop after the stretch.
+        global_size: Side of a global crop in pixels.
+        n_global: Global crops a sample.
+        local_size: Side of a local crop in pixels; 0 where there are none.
+        n_local: Local crops a sample.
+    """
+
+    channels: int
+    global_size: int
+    n_global: int = 2
+    local_size: int = 0
+    n_local: int = 0
+
+
+@dataclass
+class Losses:
+    """Result of a step.
+
+    Attributes:
+        total: Scalar that is back-propagated, float32.
+        terms: Named parts as they enter `total` (weights applied), detached scalars, for the log.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning-rate and weight-decay multiplier.
+
+    Attributes:
+        params: The parameters, by their name in the method.
+        lr_scale: Multiplies the scheduled learning rate (layer-wise decay).
+        weight_decay_scale: Multiplies the scheduled weight decay; 0 for biases, norms and gains.
+        clip_group: Gradients are clipped to the recipe's norm separately for each value of this.
+        freeze: True for the last layer of a projection head: its learning rate and weight decay are 0 for the first
+            `optim.freeze_last_layer_steps` steps, while the moments accumulate.
+    """
+
+    params: dict[str, nn.Parameter]
+    lr_scale: float = 1.0
+    weight_decay_scale: float = 1.0
+    clip_group: str = "all"
+    freeze: bool = False
+
+
+class Method(nn.Module, ABC):
+    """A model with its objective. The engine reaches it only through `forward`, as ZeRO-3 requires."""
+
+    required_scalars: tuple[str, ...] = ()
+    """Schedules that `training_step` reads, by name; the engine checks that the recipe has them."""
+
+    def forward(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
+        """Run one training step's forward pass; see `training_step`."""
+        return self.training_step(batch, scalars)
+
+    @abstractmethod
+    def training_step(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
+        """Compute the losses of one micro-batch.
+
+        Args:
+            batch: Named tensors on the method's device.
+            scalars: Value of every schedule at this step, by name (learning_rate, ema_momentum, ...).
+        """
+
+    def prepare(self, batch: Batch, key: BatchKey) -> Batch:
+        """Add what the step needs and a CPU can make ahead of it (masks). Runs in the loader's thread.
+
+        Draws must be pure functions of `key` and `batch["position"]`, so that global batches do not depend on the
+        number of ranks.
+        """
+        return batch
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All trained parameters, each in exactly one group."""
+
+    def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(student, teacher) parameters: each teacher is kept as the exponential moving average of its student."""
+        return []
+
+    @abstractmethod
+    def flops_per_sample(self) -> float:
+        """Matrix-product FLOPs of one training sample, forward and backward, recomputation not counted."""
+
+    @abstractmethod
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
+        """Frozen embeddings of model inputs.
+
+        Args:
+            image: [B, C, S, S] float32, stretched as in training.
+
+        Returns:
+            Named embeddings, each [B, D] float32; the first is the default one.
+        """
+
+    def monitor(self) -> dict[str, float]:
+        """Health measures since the last call, for the log (collapse measures of self-distillation)."""
+        return {}
+
+    def warnings(self, measures: Mapping[str, float]) -> list[str]:
+        """Plain-language warnings that follow from `measures`, a result of `monitor`."""
+        return []
+
+
+class MethodConfig(ABC):
+    """The recipe's description of a method: a frozen dataclass with a `build`."""
+
+    @abstractmethod
+    def problems(self, inputs: InputSpec) -> list[str]:
+        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
+
+    @abstractmethod
+    def build(self, inputs: InputSpec) -> Method:
+        """Build the method with freshly initialised parameters (from torch's global generator)."""
