@@ -142,8 +142,8 @@ class Survey:
             stats = raw.pop("statistics")
             stats["asinh_covariance"] = tuple(tuple(row) for row in stats["asinh_covariance"])
             shards = tuple(ShardRecord(**s) for s in raw.pop("shards"))
-            fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-            statistics = Statistics(**{k: tuple(v) if isinstance(v, list) else v for k, v in stats.items()})
-            return cls(**fixed, shards=shards, statistics=statistics)
+            fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stats.items()}
+            return cls(**fixed, shards=shards, statistics=Statistics(**numbers))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not a readable survey description: {error}") from error
