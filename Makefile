@@ -1,0 +1,72 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything else is for developers.
+# Needs Python >= 3.11 with venv, a C++ compiler and make; no GPU. Works offline once installed.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs
+# Two CPU ranks share the machine's cores; one thread each is the fastest setting on two cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test soak lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo               simulate a small survey, train on it, evaluate: runs/demo/report.html"
+	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
+	@echo "make test               all tests"
+	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
+	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
+	@echo "make bench              benchmarks of loader and training step on this machine"
+
+# Torch comes first and pinned: an unpinned one would fetch another build with every dependency that asks for it.
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Armillary needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
+	@command -v c++ >/dev/null || { echo "Armillary needs a C++ compiler (Debian/Ubuntu: apt install g++)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Cannot make a virtual environment (Debian/Ubuntu: apt install python3-venv python3-dev)"; exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel pybind11
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[sim,dev]'
+	touch $@
+
+# The extension alone is rebuilt when its sources change; this needs no network.
+$(VENV)/.extension: $(VENV)/.dependencies setup.py $(wildcard csrc/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+install: $(VENV)/.extension
+
+# The survey is kept and reused; training starts afresh each time. An interrupted step resumes by hand with its command.
+DEMO := $(RUNS)/demo$(if $(DATA),-pictures)
+demo: install
+ifdef DATA
+	$(BIN)/armillary data build images '$(DATA)' --out $(DEMO)/survey
+else
+	$(BIN)/armillary data simulate --count 5000 --out $(DEMO)/survey
+endif
+	rm -rf $(DEMO)/training
+	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 recipes/dinov2_vitl.py --preset $(if $(DATA),pictures,smoke) \
+	  --device cpu --data.path $(DEMO)/survey --out $(DEMO) --name training
+	$(BIN)/armillary evaluate $(DEMO)/training --out $(DEMO)/report.html
+
+test: install
+	$(BIN)/python -m pytest -q
+
+soak: install
+	$(BIN)/python tests/soak.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf build $(RUNS)/demo armillary/_C*.so
