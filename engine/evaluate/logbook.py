@@ -1,0 +1,101 @@
+"""What a run's folder says of itself: run.json with its provenance, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Logbook", "flatten"]
+
+NOT_LOSSES = {
+    "step", "epoch", "loss", "loss_max", "images_per_s", "tokens_per_s", "mfu", "data_wait", "peak_gib", "skipped",
+    "nonfinite", "learning_rate", "weight_decay", "ema_momentum", "teacher_temperature", "seconds",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Logbook:
+    """A run's record and its numbers over the steps.
+
+    Attributes:
+        record: Contents of run.json: "run" and, beside it, commit, command, versions and the like. Empty if unknown.
+        series: By name, steps and values; steps at which a number was not logged are left out.
+    """
+
+    record: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Logbook:
+        """Read a run's folder; a missing metrics.jsonl gives no series.
+
+        Raises:
+            FileNotFoundError: There is no run.json.
+            ValueError: run.json is not JSON.
+        """
+        path = run_dir / "run.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{run_dir}: no run here (run.json is missing)")
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not a run's record: {error}") from error
+        return cls(record, _series(run_dir / "metrics.jsonl"))
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.record.get("run", {}).get("name", "unnamed run"))
+
+    def last(self, name: str) -> float | None:
+        """Last logged value of a number, also where it is filed under monitor/; None if never logged."""
+        for key in (name, f"monitor/{name}"):
+            if key in self.series:
+                return float(self.series[key][1][-1])
+        return None
+
+    def losses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The named terms of the loss."""
+        return {k: v for k, v in self.series.items() if k not in NOT_LOSSES and "/" not in k}
+
+    def monitors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The method's health measures, without their prefix."""
+        return {k.removeprefix("monitor/"): v for k, v in self.series.items() if k.startswith("monitor/")}
+
+
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values of a nested record; class marks and path wrappers are taken off."""
+    if isinstance(value, dict) and set(value) == {"$path"}:
+        value = value["$path"]
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "$type":
+                yield from flatten(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        for i, inner in enumerate(value):
+            yield from flatten(inner, f"{name}[{i}]")
+    else:
+        yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    steps: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
+    if not path.is_file():
+        return {}
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            step = entry["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a run that was cut short
+        for name, value in entry.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
+                steps.setdefault(name, []).append(step)
+                values.setdefault(name, []).append(value)
+    return {name: (np.array(steps[name]), np.array(values[name])) for name in values}
