@@ -93,6 +93,14 @@ class BatchMaker:
             batch["valid"] = valid
         return batch, len(corrupt)
 
+    def describe(self, request: MicroBatch) -> str:
+        """A micro-batch in words, for an error that is not about one sample."""
+        shards = dict.fromkeys(self._files.path(int(shard)).name for shard in request.shard)
+        return (
+            f"positions {request.position[0]} ... {request.position[-1]} of epoch {request.epoch} (from "
+            f"{', '.join(shards)} in {self._files.folder})"
+        )
+
     def recycle(self, image: Tensor) -> None:
         """Take back an image that nothing refers to any more: fresh pages cost about as much as decoding into them."""
         if image.device.type == "cpu" and len(self._spare) < 2:
