@@ -1,0 +1,11 @@
+// armillary._C: the compiled part of Armillary. Each file of csrc/ binds its own functions.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+void bind_codec(py::module_& m);
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled parts of Armillary: the shard codec.";
+  bind_codec(m);
+}
