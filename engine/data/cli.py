@@ -1,0 +1,263 @@
+"""Commands of `armillary data`: build, check and show. Each returns its exit status; bad input raises.
+
+The top-level command (`armillary.engine.cli`) mounts these functions with tyro and turns the errors that they raise
+(ValueError, OSError, RuntimeError) into a message and exit status 2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from armillary.engine.data.build import build as build_survey
+from armillary.engine.data.check import check_survey
+from armillary.engine.data.show import draw_mosaic
+from armillary.engine.data.splits import parse_split
+from armillary.engine.data.survey import Survey
+from armillary.engine.data.surveys.fits import CUTOUTS, FitsCutouts
+from armillary.engine.data.surveys.images import PICTURES, Pictures
+from armillary.engine.data.surveys.sample import Source
+from armillary.engine.data.surveys.stein import SUFFIXES, SteinSurvey
+
+__all__ = ["build", "check", "open_source", "show"]
+
+Kind = Literal["auto", "images", "fits", "stein"]
+
+
+def guess_kind(path: Path) -> Kind:
+    """The kind of source in a file or folder, from its file names.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: It holds several kinds, or none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    names = [path.name] if path.is_file() else [p.name for p in path.rglob("*") if p.is_file()]
+    kinds: dict[Kind, tuple[str, ...]] = {"images": (*PICTURES, ".zip"), "fits": CUTOUTS, "stein": SUFFIXES}
+    found = {kind: sum(n.lower().endswith(ends) for n in names) for kind, ends in kinds.items()}
+    present = [kind for kind, number in found.items() if number]
+    if len(present) == 1:
+        return present[0]
+    have = ", ".join(f"{number} of kind {kind}" for kind, number in found.items())
+    raise ValueError(f"{path}: what to read is not clear ({have}); give the kind: images, fits or stein (--kind)")
+
+
+def open_source(
+    path: Path,
+    kind: Kind = "auto",
+    *,
+    labels: Path | None = None,
+    size: int | None = None,
+    rows: tuple[int, int] | None = None,
+    bands: tuple[str, ...] | None = None,
+    pixel_scale_arcsec: float | None = None,
+    zero_is_missing: bool = True,
+) -> Source:
+    """Open a survey's files with the reader for their kind.
+
+    Raises:
+        ValueError: An option is given that this kind does not have.
+    """
+    chosen = guess_kind(path) if kind == "auto" else kind
+    given = {"labels": labels, "rows": rows, "bands": bands, "pixel_scale_arcsec": pixel_scale_arcsec}
+    takes = {"images": {"labels", "bands", "pixel_scale_arcsec"}, "stein": {"rows"}}
+    takes["fits"] = takes["images"]
+    for option, value in given.items():
+        if value is not None and option not in takes[chosen]:
+            raise ValueError(f"{option}: sources of kind {chosen} have no such option; leave it out")
+    if chosen == "images":
+        return Pictures(path, labels=labels, size=size, bands=bands, pixel_scale_arcsec=pixel_scale_arcsec)
+    if chosen == "fits":
+        return FitsCutouts(
+            path,
+            labels=labels,
+            size=size,
+            bands=bands,
+            pixel_scale_arcsec=pixel_scale_arcsec,
+            zero_is_missing=zero_is_missing,
+        )
+    return SteinSurvey(path, rows=rows, size=size, zero_is_missing=zero_is_missing)
+
+
+def build(
+    source: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    /,
+    *,
+    kind: Kind = "auto",
+    name: str | None = None,
+    labels: Path | None = None,
+    size: int | None = None,
+    rows: tuple[int, int] | None = None,
+    bands: tuple[str, ...] | None = None,
+    pixel_scale_arcsec: float | None = None,
+    zero_is_missing: bool = True,
+    codec: Literal["bitplane", "float16"] = "bitplane",
+    step_fraction: float | None = None,
+    sky_sigma: tuple[float, ...] | None = None,
+    samples_per_shard: int = 2048,
+    split: str = "key",
+    test_fraction: float | None = None,
+    seed: int = 0,
+    processes: int = 2,
+    on_bad: Literal["error", "skip"] = "error",
+    progress: bool = True,
+) -> int:
+    """Pack pictures, FITS cutouts or the HDF5 files of Stein et al. into a survey folder.
+
+    An interrupted build continues when the same command is run again.
+
+    Args:
+        source: Folder or zip of pictures, folder of FITS cutouts, HDF5 file or folder of such.
+        out: Folder of the survey; made if need be.
+        kind: What the source is; by default seen from its file names.
+        name: Survey name; by default that of the folder.
+        labels: CSV of labels; by default labels.csv in the folder or beside the archive.
+        size: Cut the central SIZE x SIZE pixels out of every image.
+        rows: First row and last row + 1, over all HDF5 files.
+        bands: Band names, where the files have none.
+        pixel_scale_arcsec: Arcseconds a pixel, where the files do not say.
+        zero_is_missing: Pixels of exactly 0 carry no data (FITS, HDF5).
+        codec: bitplane (quantised) or float16.
+        step_fraction: Quantisation step in units of the sky noise; 1/8 by default, one count for 8-bit pictures.
+        sky_sigma: Sky noise of each band, where it should not be measured.
+        samples_per_shard: Samples of a tar.
+        split: key or sky (a share of keys or of cells of the sky is the test split), source (the column split of the
+            labels), or COLUMN:LOW:HIGH (that range is the test split, such as ra:120:150).
+        test_fraction: Share of the test split, for key and sky; 0.1 by default.
+        seed: Keys the shuffle.
+        processes: Worker processes.
+        on_bad: Stop at an unusable sample, or skip and count it.
+        progress: Show progress bars.
+    """
+    opened = open_source(
+        source,
+        kind,
+        labels=labels,
+        size=size,
+        rows=rows,
+        bands=bands,
+        pixel_scale_arcsec=pixel_scale_arcsec,
+        zero_is_missing=zero_is_missing,
+    )
+    survey = build_survey(
+        opened,
+        out,
+        name=name or out.resolve().name,
+        codec=codec,
+        step_fraction=step_fraction,
+        sky_sigma=sky_sigma,
+        samples_per_shard=samples_per_shard,
+        split=parse_split(split, test_fraction),
+        seed=seed,
+        processes=processes,
+        progress=progress,
+        on_bad=on_bad,
+    )
+    Console().print(summary(survey))
+    return 0
+
+
+def check(
+    survey: tyro.conf.Positional[Path],
+    /,
+    *,
+    blobs: int | None = None,
+    checksums: bool = True,
+    threads: int = 2,
+    progress: bool = True,
+) -> int:
+    """Verify a survey: files, checksums, indices, catalogue and blobs. The exit status is 1 if anything is wrong.
+
+    Args:
+        survey: Folder of the survey.
+        blobs: Blobs to decode in each shard; all by default.
+        checksums: Compare the SHA-256 of every shard.
+        threads: Shards checked at a time.
+        progress: Show a progress bar.
+    """
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("check", total=None)
+        problems = check_survey(
+            survey,
+            blobs=blobs,
+            checksums=checksums,
+            threads=threads,
+            progress=lambda samples: bar.update(task, advance=samples),
+        )
+        bar.update(task, total=1, completed=1)
+    console = Console()
+    if problems:
+        table = Table("file", "key", "problem", "cure", title=f"{survey}: {len(problems)} problems", show_lines=True)
+        for problem in problems:
+            table.add_row(problem.file, problem.key, problem.what, problem.cure)
+        console.print(table)
+        return 1
+    console.print(summary(Survey.load(survey)))
+    console.print(f"{survey}: sound")
+    return 0
+
+
+def show(
+    survey: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("mosaic.png"),
+    *,
+    count: int = 25,
+    split: str | None = None,
+    seed: int = 0,
+    labels: list[str] | None = None,
+) -> int:
+    """Draw a mosaic of random samples and print what the survey holds.
+
+    Args:
+        survey: Folder of the survey.
+        out: The PNG to write.
+        count: Samples in the mosaic.
+        split: Only of this split.
+        seed: Chooses the samples.
+        labels: Labels in the captions; the first three by default.
+    """
+    description = Survey.load(survey)
+    draw_mosaic(survey, out, count=count, split=split, seed=seed, labels=labels)
+    console = Console()
+    console.print(summary(description))
+    console.print(f"wrote {out}")
+    return 0
+
+
+def summary(survey: Survey) -> Table:
+    """A table of what a survey holds."""
+    table = Table("", "value", title=f"survey {survey.name}", show_header=False)
+    splits = Counter[str]()
+    for shard in survey.shards:
+        splits[shard.split] += shard.count
+    size = sum(s.bytes for s in survey.shards)
+    scale = "unknown scale" if survey.pixel_scale_arcsec is None else f"{survey.pixel_scale_arcsec:g} arcsec a pixel"
+    table.add_row("samples", ", ".join(f"{n:,} {split}" for split, n in splits.items()))
+    table.add_row(
+        "images", f"{' '.join(survey.bands)}, {survey.width} x {survey.height} pixels, {scale}, {survey.unit}"
+    )
+    table.add_row(
+        "shards",
+        f"{len(survey.shards)}, {size / 2**20:,.1f} MiB, {size / 1024 / max(survey.count(), 1):,.1f} KiB a sample",
+    )
+    table.add_row("codec", f"{survey.codec}{f', steps {_numbers(survey.step)}' if survey.step else ''}")
+    table.add_row("sky sigma", _numbers(survey.sky_sigma))
+    table.add_row("mean", _numbers(survey.statistics.mean))
+    table.add_row("std", _numbers(survey.statistics.std))
+    table.add_row("labels", "\n".join(f"{k}: {v}" for k, v in survey.labels.items()) or "none")
+    skipped = survey.provenance.get("skipped", {}).get("count", 0)
+    if skipped:
+        table.add_row("skipped", f"{skipped} unusable samples were left out")
+    return table
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "  ".join(f"{v:.4g}" for v in values)
