@@ -1,0 +1,169 @@
+"""Planned reads through NVIDIA DALI's webdataset reader, and its padding and copy to the GPU.
+
+DALI reads what its index files say, in their order, so the plan is handed over as index files: one a run of samples of
+the same shard. It would keep 315 MB for every million samples it is told of; therefore a pipeline is given one segment
+of the plan at a time, and the next segment's pipeline is built by a helper thread while the current one is read. DALI
+reads the index files when it is built; they are deleted at once and nothing is left behind by a process that dies.
+
+Files are read, not mapped: a mapped tar that is truncated under the run ends the process with SIGBUS, and mapping is
+slow on network file systems. That costs one descriptor a run, which bounds a segment.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn
+from nvidia.dali.plugin.pytorch import feed_ndarray
+
+from armillary.engine.data.plan import MicroBatch
+from armillary.engine.data.readers import PAD_TO, Blobs, ShardFiles
+
+__all__ = ["DaliReader", "segments"]
+
+SEGMENT_SAMPLES = 8192  # index files of about 0.5 MB
+SEGMENT_RUNS = 128  # open files a pipeline; two pipelines live at once and 1,024 descriptors is a usual limit
+EXPECTED_BLOB_BYTES = 65536  # first allocation of a sample; a packed 3x152x152 cutout has about 50,000
+
+Run = tuple[int, list[int]]
+
+
+def _runs(request: MicroBatch) -> list[Run]:
+    """Stretches of one shard in a request, as (shard, indices)."""
+    cuts = np.flatnonzero(np.diff(request.shard)) + 1
+    shards = request.shard[np.concatenate([[0], cuts])]
+    return [(int(s), part.tolist()) for s, part in zip(shards, np.split(request.index, cuts), strict=True)]
+
+
+def segments(requests: Iterator[MicroBatch]) -> Iterator[tuple[list[MicroBatch], list[Run]]]:
+    """Group requests of equal size into segments that are small enough for one pipeline.
+
+    Yields:
+        (requests, runs): at least one request, and the stretches of each shard to read for all of them in order.
+    """
+    following = next(requests, None)
+    while following is not None:
+        taken, runs = [following], _runs(following)
+        size = len(following.position)
+        following = next(requests, None)
+        while (
+            following is not None
+            and len(following.position) == size
+            and (len(taken) + 1) * size <= SEGMENT_SAMPLES
+            and len(runs) < SEGMENT_RUNS
+        ):
+            taken.append(following)
+            for shard, indices in _runs(following):
+                if shard == runs[-1][0]:
+                    runs[-1][1].extend(indices)
+                else:
+                    runs.append((shard, indices))
+            following = next(requests, None)
+        yield taken, runs
+
+
+class DaliReader:
+    """Reads planned members with DALI.
+
+    Args:
+        files: The split's files.
+        device: Where the batches go. On a GPU, DALI also pads the blobs to one length and copies them there.
+        threads: Threads of the pipeline; reading itself has its own.
+    """
+
+    def __init__(self, files: ShardFiles, *, device: torch.device, threads: int) -> None:
+        self._files = files
+        self._device = device
+        self._threads = threads
+        self._builder: ThreadPoolExecutor | None = None
+
+    def read(self, requests: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Blobs]]:
+        """Yield every request with its blobs, in order; see `readers.Reader`."""
+        if self._builder is None:
+            self._builder = ThreadPoolExecutor(1, thread_name_prefix="armillary-dali")
+        source = segments(requests)
+        following = self._builder.submit(self._next_pipeline, source)
+        try:
+            while (current := following.result()) is not None:
+                following = self._builder.submit(self._next_pipeline, source)
+                yield from self._run(*current)
+                del current
+        finally:
+            following.cancel()
+
+    def close(self) -> None:
+        """Stop building ahead and close the tars; pipelines end with the iterators that run them."""
+        if self._builder is not None:
+            self._builder.shutdown(cancel_futures=True)
+            self._builder = None
+        self._files.close()
+
+    def _next_pipeline(
+        self, source: Iterator[tuple[list[MicroBatch], list[Run]]]
+    ) -> tuple[list[MicroBatch], Pipeline] | None:
+        segment = next(source, None)
+        if segment is None:
+            return None
+        requests, runs = segment
+        on_gpu = self._device.type == "cuda"
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix="armillary-index-", dir=memory) as folder:
+            indices = []
+            for number, (shard, members) in enumerate(runs):
+                lines = self._files.lines(shard)
+                index = os.path.join(folder, f"{number}.idx")
+                with open(index, "wb") as f:
+                    f.write(b"v1.2 %d\n" % len(members) + b"".join(lines[i] + b"\n" for i in members))
+                indices.append(index)
+            pipeline = Pipeline(
+                batch_size=len(requests[0].position),
+                num_threads=self._threads,
+                device_id=(self._device.index or 0) if on_gpu else None,
+                prefetch_queue_depth=2,
+            )
+            with pipeline:
+                blobs = fn.readers.webdataset(
+                    paths=[str(self._files.path(shard)) for shard, _ in runs],
+                    index_paths=indices,
+                    ext=["img"],
+                    dont_use_mmap=True,
+                    missing_component_behavior="error",
+                    tensor_init_bytes=EXPECTED_BLOB_BYTES,
+                )
+                pipeline.set_outputs(
+                    *((blobs, fn.pad(blobs, fill_value=0, align=[PAD_TO]).gpu()) if on_gpu else (blobs,))
+                )
+            pipeline.build()
+        return requests, pipeline
+
+    def _run(self, requests: list[MicroBatch], pipeline: Pipeline) -> Iterator[tuple[MicroBatch, Blobs]]:
+        for number, request in enumerate(requests):
+            try:
+                outputs = pipeline.run()
+            except RuntimeError as error:
+                self._explain(requests[number:], error)
+            host = [np.asarray(outputs[0][i]) for i in range(len(request.position))]
+            yield request, Blobs(host, self._on_gpu(outputs[1]) if len(outputs) > 1 else None)
+
+    def _explain(self, requests: list[MicroBatch], error: RuntimeError) -> NoReturn:
+        """Raise what is wrong with the first sample that cannot be read: DALI names neither it nor, always, its file."""
+        for request in requests:
+            for number in range(len(request.position)):
+                try:
+                    self._files.read_planned(request, number)
+                except OSError as found:
+                    raise found from error
+        paths = sorted({self._files.path(int(s)).name for s in requests[0].shard})
+        raise OSError(f"{self._files.folder}: DALI could not read from {', '.join(paths)}: {error}") from error
+
+    def _on_gpu(self, padded: Any) -> torch.Tensor:
+        """Copy DALI's padded blobs within the GPU, on the current stream: DALI reuses its own memory."""
+        source = padded.as_tensor()
+        copy = torch.empty(source.shape(), dtype=torch.uint8, device=self._device)
+        return feed_ndarray(source, copy, cuda_stream=torch.cuda.current_stream(self._device))

@@ -1,0 +1,206 @@
+"""A thread that makes batches ahead of need: reads, decodes and transforms them in the plan's order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from armillary.engine.data.decoding import BatchMaker, OnCorrupt
+from armillary.engine.data.plan import MicroBatch, Plan
+from armillary.engine.data.readers import Reader, ReaderName, ShardFiles, make_reader
+from armillary.engine.data.survey import Survey
+from armillary.models.method import Batch, BatchKey
+
+__all__ = ["Prefetcher", "Source", "Transform"]
+
+Transform = Callable[[Batch, BatchKey], Batch]
+T = TypeVar("T")
+
+
+class Prefetcher(Generic[T]):
+    """Runs an iterator in a thread that stays at most `depth` items ahead.
+
+    Args:
+        source: The iterator; closed in the thread that runs it.
+        depth: Items kept ready.
+    """
+
+    def __init__(self, source: Iterator[T], depth: int) -> None:
+        self._source = source
+        self._depth = depth
+        self._ready: deque[T] = deque()
+        self._ended = False
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._process = os.getpid()
+        self._change = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="armillary-loader", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            for item in self._source:
+                with self._change:
+                    self._change.wait_for(lambda: self._stopped or len(self._ready) < self._depth)
+                    if self._stopped:
+                        break
+                    self._ready.append(item)
+                    self._change.notify_all()
+        except BaseException as error:
+            self._error = error
+        finally:
+            try:
+                self._source.close()  # type: ignore[attr-defined]
+            finally:
+                with self._change:
+                    self._ended = True
+                    self._change.notify_all()
+
+    def get(self) -> T:
+        """The next item.
+
+        Raises:
+            StopIteration: The iterator has ended.
+            BaseException: What the iterator raised, after the items before it.
+        """
+        with self._change:
+            self._change.wait_for(lambda: self._ready or self._ended)
+            if self._ready:
+                item = self._ready.popleft()
+                self._change.notify_all()
+                return item
+        if self._error is not None:
+            raise self._error
+        raise StopIteration
+
+    def stop(self) -> None:
+        """End the thread and drop what it had ready. Does nothing in a forked child, which has no such thread."""
+        if self._process != os.getpid():
+            return
+        with self._change:
+            self._stopped = True
+            self._ready.clear()
+            self._change.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+def _shares_memory(batch: Batch, image: torch.Tensor) -> bool:
+    storage = image.untyped_storage().data_ptr()
+    return any(tensor.untyped_storage().data_ptr() == storage for tensor in batch.values())  # type: ignore[attr-defined]
+
+
+def _produce(
+    reader: Reader,
+    requests: Iterator[MicroBatch],
+    maker: BatchMaker,
+    transforms: tuple[Transform, ...],
+    seed: int,
+    global_batch: int,
+    device: torch.device,
+) -> Iterator[tuple[Batch, int]]:
+    """Finished batches, each with the number of its corrupt samples. Runs in the prefetcher's thread."""
+    stream = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        stream = torch.cuda.Stream(device)
+    blobs = reader.read(requests)
+    try:
+        for request, blob in blobs:
+            key = BatchKey(seed, request.epoch, request.first, global_batch)
+            try:
+                with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
+                    batch, corrupt = maker.make(request, blob)
+                    image = batch["image"]
+                    for transform in transforms if len(image) else ():
+                        batch = transform(batch, key)
+            except Exception as error:
+                error.add_note(f"in the loader's thread, while making the batch of {maker.describe(request)}")
+                raise
+            if stream is not None:
+                # The reader may reuse its memory once the next batch is asked for. Blocking: waiting costs no CPU.
+                done = torch.cuda.Event(blocking=True)
+                done.record(stream)
+                done.synchronize()
+            elif not _shares_memory(batch, image):
+                maker.recycle(image)
+            del image
+            yield batch, corrupt
+            del batch
+    finally:
+        blobs.close()  # type: ignore[attr-defined]
+        reader.close()
+
+
+class Source:
+    """What both loaders share: the survey, its files, the reader, and how a stream of batches is started.
+
+    Raises:
+        FileNotFoundError: No survey, or a tar or index is missing.
+        ValueError: A field has no meaning, the survey has no such split, or a tar is truncated.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str,
+        *,
+        rank: int,
+        world: int,
+        seed: int,
+        shuffle: bool,
+        device: torch.device,
+        transforms: tuple[Transform | None, ...],
+        reader: ReaderName,
+        threads: int,
+        prefetch: int,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank: must be in [0, world = {world}), got {rank}")
+        for name, value in (("threads", threads), ("prefetch", prefetch)):
+            if value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+        self.survey = Survey.load(folder)
+        self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
+        self.device = torch.device(device)
+        self.transforms = tuple(t for t in transforms if t is not None)
+        self.threads = threads
+        self.prefetch = prefetch
+        self._open = lambda: ShardFiles(Path(folder), self.survey, split)
+        self._reader_name = reader
+        self.files = self._open()
+        self.files.check(rank, world)
+        self.reader = self._make_reader()
+
+    def _make_reader(self) -> Reader:
+        return make_reader(self._reader_name, self.files, device=self.device, threads=self.threads)
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: locks may have been taken by threads that do not exist here."""
+        self.files = self._open()
+        self.reader = self._make_reader()
+
+    def start(
+        self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt, global_batch: int
+    ) -> Prefetcher[tuple[Batch, int]]:
+        """Start a thread that makes these batches."""
+        maker = BatchMaker(
+            self.plan, self.files, self.survey, device=self.device, threads=self.threads, on_corrupt=on_corrupt
+        )
+        batches = _produce(self.reader, requests, maker, self.transforms, self.plan.seed, global_batch, self.device)
+        return Prefetcher(batches, self.prefetch)
+
+    def hand_out(self, batch: Batch) -> Batch:
+        """Tell the GPU's allocator that the consumer's stream uses memory of the loader's stream."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in batch.values():
+                tensor.record_stream(stream)  # type: ignore[attr-defined]
+        return batch
