@@ -18,3 +18,24 @@ def check_batch(
     blobs: Sequence[Buffer], channels: int, height: int, width: int, threads: int = 1
 ) -> list[tuple[int, str]]: ...
 def crc32(data: Buffer) -> int: ...
+
+# csrc/noise.cpp
+def philox(counter: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]: ...
+def add_noise(
+    image: NDArray[np.float32],
+    sigma: NDArray[np.float32],
+    streams: NDArray[np.uint32],
+    seed: int,
+    threads: int = 1,
+) -> None: ...
+def crop(
+    image: NDArray[np.float32],
+    origin: NDArray[np.int64],
+    orientation: NDArray[np.int64],
+    out: NDArray[np.float32],
+    threads: int = 1,
+) -> None: ...
+def blur(image: NDArray[np.float32], sigma: NDArray[np.float64], threads: int = 1) -> None: ...
+def block_masks(
+    wanted: NDArray[np.int64], streams: NDArray[np.uint32], seed: int, height: int, width: int
+) -> NDArray[np.bool_]: ...

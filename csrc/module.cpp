@@ -4,8 +4,10 @@
 namespace py = pybind11;
 
 void bind_codec(py::module_& m);
+void bind_noise(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled parts of Armillary: the shard codec.";
+  m.doc() = "Compiled parts of Armillary: the shard codec, keyed random numbers, pixel noise, crops, blur and block masks.";
   bind_codec(m);
+  bind_noise(m);
 }

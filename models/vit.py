@@ -1,0 +1,516 @@
+"""Vision transformer over packed crops of several sizes, with the parameter names and arithmetic of DINOv2.
+
+All crops of a step, global and local, lie in one token axis; each layer runs once over all of them and attention keeps
+them apart. Two kinds of work that DINOv2's recipe pays for and does not use are left out: a residual branch dropped by
+stochastic depth is not computed for the samples it is dropped for, and the last block computes only the tokens that are
+asked for.
+
+Shape legend: N crops of one group, G groups, T patches of a crop, R registers, L = 1 + R + T tokens of a crop,
+P = all tokens of all crops, M selected patches, D width, C bands, S crop side in pixels.
+
+Source: Oquab et al. 2023, DINOv2 (arXiv:2304.07193); registers: Darcet et al. 2023 (arXiv:2309.16588).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from armillary.kernels.attention import BACKENDS, Layout, attention
+
+__all__ = ["Tokens", "ViT", "VisionTransformer"]
+
+# Added to the number of patches before the scale factor of the position embedding is formed. DINOv2 was trained so,
+# and its released weights expect it: the result differs from an interpolation to the exact size.
+POSITION_OFFSET = 0.1
+
+
+@dataclass(frozen=True)
+class ViT:
+    """Shape of a vision transformer. The defaults are ViT-L/12 as AstroCLIP trains it.
+
+    Attributes:
+        channels: Channels C of an image.
+        image_size: Side in pixels that the position embedding is made for; other sizes interpolate it.
+        patch_size: Side of a patch in pixels.
+        dim: Width D.
+        depth: Blocks.
+        heads: Attention heads; they divide `dim`.
+        mlp_ratio: Hidden width of the MLP over `dim`.
+        registers: Register tokens R.
+        layer_scale: Initial gain of every residual branch.
+        drop_path: Fraction of the samples that skip a residual branch in training (the student's).
+    """
+
+    channels: int = 3
+    image_size: int = 144
+    patch_size: int = 12
+    dim: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    registers: int = 0
+    layer_scale: float = 1e-5
+    drop_path: float = 0.3
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.dim * self.mlp_ratio)
+
+    def problems(self) -> list[str]:
+        """Every rule that the configuration breaks, as `field: rule, got value`."""
+        found = [
+            f"{name}: must be at least 1, got {getattr(self, name)}"
+            for name in ("channels", "image_size", "patch_size", "dim", "depth", "heads")
+            if getattr(self, name) < 1
+        ]
+        if found:
+            return found
+        if self.image_size % self.patch_size:
+            found.append(f"image_size: must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
+        if self.dim % self.heads:
+            found.append(f"heads: must divide dim {self.dim}, got {self.heads}")
+        if self.hidden < 1:
+            found.append(f"mlp_ratio: must give a hidden width of at least 1, got {self.mlp_ratio}")
+        if self.registers < 0:
+            found.append(f"registers: must be at least 0, got {self.registers}")
+        if not 0 <= self.drop_path < 1:
+            found.append(f"drop_path: must be in [0, 1), got {self.drop_path}")
+        return found
+
+    def patches(self, side: int) -> int:
+        """Patches T of a square crop.
+
+        Args:
+            side: Side of the crop in pixels.
+
+        Raises:
+            ValueError: The side is not a positive multiple of the patch size.
+        """
+        if side < self.patch_size or side % self.patch_size:
+            raise ValueError(f"crop side: must be a positive multiple of patch_size {self.patch_size}, got {side}")
+        return (side // self.patch_size) ** 2
+
+    def flops(self, side: int, *, kept: float = 1.0, selected: float | None = None) -> float:
+        """Matrix-product FLOPs of the forward pass of one crop: projections and attention, 2 a multiply-add.
+
+        Args:
+            side: Side of the crop in pixels.
+            kept: Fraction of the samples that run a residual branch (1 - drop_path).
+            selected: Tokens a crop that the last block computes, on average; all of them if absent.
+        """
+        patches = self.patches(side)
+        tokens = 1 + self.registers + patches
+        matrices = 2 * self.dim * (4 * self.dim + 2 * self.hidden)  # qkv, proj, fc1, fc2
+        block = kept * tokens * (matrices + 4 * tokens * self.dim)
+        embed = 2 * patches * self.channels * self.patch_size**2 * self.dim
+        if selected is None:
+            return embed + self.depth * block
+        keys = 4 * self.dim**2 * tokens  # of all tokens, whether or not the sample keeps the branch
+        last = keys + selected * (matrices - 4 * self.dim**2 + 4 * tokens * self.dim)
+        return embed + (self.depth - 1) * block + last
+
+
+@dataclass
+class Tokens:
+    """Output of the encoder, after the final norm.
+
+    Attributes:
+        cls: Class token of each group's crops, each [N, D].
+        patches: With `select`: one tensor [M, D]. Without: each group's patch tokens, [N, T, D].
+    """
+
+    cls: tuple[Tensor, ...]
+    patches: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Subset:
+    """The samples that run one residual branch: `rows[g]` [n] int64 of group g; the branch is scaled by `scales[g]`."""
+
+    runs: tuple[tuple[int, int], ...]
+    rows: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm transformer encoder; its state dict has DINOv2's public names (without block chunks).
+
+    Args:
+        config: Shape.
+        backend: Attention backend, see `armillary.kernels.attention`.
+        checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ViT, backend: str = "auto", checkpoint_activations: bool = False) -> None:
+        super().__init__()
+        problems = config.problems()
+        if backend not in BACKENDS:
+            problems.append(f"backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if problems:
+            raise ValueError("ViT: " + "; ".join(problems))
+        self.config = config
+        self.checkpoint_activations = checkpoint_activations
+        dim, patches = config.dim, config.patches(config.image_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
+        self.register_tokens = nn.Parameter(torch.empty(1, config.registers, dim)) if config.registers else None
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.patch_embed = _PatchEmbed(config.channels, config.patch_size, dim)
+        self.blocks = nn.ModuleList(_Block(config, backend) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as DINOv2 does, from torch's global generator; the patch projection keeps PyTorch's default."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, crops: Sequence[Tensor], mask: Tensor | None = None, select: Tensor | None = None) -> Tokens:
+        """Encode groups of crops.
+
+        Args:
+            crops: One tensor a group, each [N, C, S, S] with a side of its own.
+            mask: [N, T] bool for the first group: True where the mask token replaces the patch.
+            select: [M] int64, ascending: patches of the first group to return, as `crop * T + patch`. The last block
+                then computes only them and the class tokens. All patches if absent.
+
+        Returns:
+            Class and patch tokens after the final norm, in the parameters' dtype.
+
+        Raises:
+            ValueError: A crop has the wrong number of channels or a side that is no multiple of the patch size, or
+                `mask` has the wrong shape.
+        """
+        x, runs = self._embed(crops, mask)
+        drops = self._draw_drops(runs, x.device)
+        *blocks, last = zip(self.blocks, drops, strict=True)
+        for block, drop in blocks:
+            x = self._run(block, x, runs, drop)
+        if select is None:
+            x = self.norm(self._run(last[0], x, runs, last[1]))
+            groups = [
+                g.unflatten(0, (n, length)) for g, (n, length) in zip(_split(x, runs), runs, strict=True)
+            ]
+            skip = 1 + self.config.registers
+            return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
+        y = self.norm(self._run(last[0].forward_selected, x, runs, last[1], *self._selected(runs, select)))
+        n_cls = sum(n for n, _ in runs)
+        return Tokens(y[:n_cls].split([n for n, _ in runs]), (y[n_cls:],))
+
+    def _run(self, function: Any, *args: Any) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            # The draws of stochastic depth are arguments, so no generator has to be put back for the recomputation.
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+    def _embed(self, crops: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Patch, class and register tokens of all crops, packed: [P, D], and (N, L) of each group."""
+        pixels, shapes = [], []
+        for crop in crops:
+            self._check(crop)
+            pixels.append(self.patch_embed.patchify(crop))
+            shapes.append((len(crop), crop.shape[2] // self.config.patch_size, crop.shape[3] // self.config.patch_size))
+        counts = [n * h * w for n, h, w in shapes]
+        embedded = self.patch_embed(torch.cat(pixels) if len(pixels) > 1 else pixels[0]).split(counts)
+        registers = () if self.register_tokens is None else (self.register_tokens,)
+        packed, runs = [], []
+        for index, (patches, (n, h, w)) in enumerate(zip(embedded, shapes, strict=True)):
+            patches = patches.unflatten(0, (n, h * w))
+            if index == 0 and mask is not None:
+                if mask.shape != (n, h * w):
+                    raise ValueError(f"mask: must be {(n, h * w)}, crops and patches, got {tuple(mask.shape)}")
+                patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+            position = self._position(h, w).to(patches.dtype)
+            first = (self.cls_token.to(patches.dtype) + position[:, :1], *registers)
+            head = [token.expand(n, -1, -1) for token in first]
+            packed.append(torch.cat([*head, patches + position[:, 1:]], dim=1).flatten(0, 1))
+            runs.append((n, 1 + self.config.registers + h * w))
+        return (torch.cat(packed) if len(packed) > 1 else packed[0]), tuple(runs)
+
+    def _check(self, crop: Tensor) -> None:
+        c, p = self.config.channels, self.config.patch_size
+        if crop.dim() != 4 or crop.shape[1] != c:
+            raise ValueError(f"crops: must be [N, {c}, S, S] for a model of {c} channels, got {tuple(crop.shape)}")
+        if crop.shape[2] < p or crop.shape[3] < p or crop.shape[2] % p or crop.shape[3] % p:
+            raise ValueError(f"crops: sides must be positive multiples of patch_size {p}, got {tuple(crop.shape[2:])}")
+
+    def _position(self, h: int, w: int) -> Tensor:
+        """Position embedding [1, 1 + h*w, D] of an h x w grid of patches, float32 where it is interpolated."""
+        side = self.config.image_size // self.config.patch_size
+        if (h, w) == (side, side):
+            return self.pos_embed
+        position = self.pos_embed.float()
+        grid = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        scale = ((h + POSITION_OFFSET) / side, (w + POSITION_OFFSET) / side)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
+        return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+    def _draw_drops(
+        self, runs: tuple[tuple[int, int], ...], device: torch.device
+    ) -> list[tuple[_Subset, _Subset] | None]:
+        """Which samples run each block's two branches; None where all do.
+
+        All subsets are drawn at once on the CPU (torch's global generator): their sizes are known to the host, and one
+        copy moves them instead of two kernels a branch and group.
+        """
+        depth = self.config.depth
+        if not self.training or self.config.drop_path == 0:
+            return [None] * depth
+        # int() of a float product, as DINOv2 has it: 90 samples at 0.3 keep 62.
+        kept = [max(int(n * (1 - self.config.drop_path)), 1) for n, _ in runs]
+        draws = [torch.rand(2 * depth, n).argsort(dim=1)[:, :k] for (n, _), k in zip(runs, kept, strict=True)]
+        rows = [draw.to(device, non_blocking=True).unbind(0) for draw in draws]
+        small = tuple((k, length) for k, (_, length) in zip(kept, runs, strict=True))
+        scales = tuple(n / k for (n, _), k in zip(runs, kept, strict=True))
+        subsets = [_Subset(small, tuple(group[i] for group in rows), scales) for i in range(2 * depth)]
+        return [(subsets[2 * i], subsets[2 * i + 1]) for i in range(depth)]
+
+    def _selected(self, runs: tuple[tuple[int, int], ...], select: Tensor) -> tuple[Tensor, Tensor, Tensor, Layout]:
+        """Indices for the last block.
+
+        Returns:
+            tokens: [Q] place in [P] of the tokens to compute, sequence by sequence, the class token first.
+            order: [Q] sorts them into all class tokens, then the selected patches.
+            samples: [Q] crop of each token in `tokens`, counted over all groups.
+            layout: The queries' sequences.
+        """
+        device = select.device
+        (n_first, length), *_ = runs
+        patches = length - 1 - self.config.registers
+        crop = select // patches
+        n = sum(n for n, _ in runs)
+        per_crop = F.pad(torch.zeros(n_first, dtype=torch.int64, device=device).index_add(0, crop, crop * 0 + 1),
+                         (0, n - n_first))
+        starts = torch.cat([torch.arange(m, device=device) * length for m, length in runs])
+        offsets = torch.tensor([0, *(m * length for m, length in runs)]).cumsum(0).tolist()
+        starts = torch.cat([s + o for s, o in zip(starts.split([m for m, _ in runs]), offsets, strict=False)])
+        cls_place = torch.arange(n, device=device) + per_crop.cumsum(0) - per_crop
+        patch_place = torch.arange(len(select), device=device) + crop + 1
+        order = torch.cat([cls_place, patch_place])
+        tokens = torch.empty_like(order)
+        tokens[cls_place] = starts
+        tokens[patch_place] = crop * length + 1 + self.config.registers + select % patches
+        samples = torch.empty_like(order)
+        samples[cls_place] = torch.arange(n, device=device)
+        samples[patch_place] = crop
+        return tokens, order, samples, Layout.from_lengths(per_crop + 1, length)
+
+
+class _PatchEmbed(nn.Module):
+    """Projection of patches. The weight is stored as the convolution it stands for, and applied as one product."""
+
+    def __init__(self, channels: int, patch: int, dim: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = _PatchProjection(channels, dim, kernel_size=patch, stride=patch)
+
+    def patchify(self, image: Tensor) -> Tensor:
+        """[N, C, H, W] to [N*h*w, C*p*p], in the parameters' dtype."""
+        p = self.patch
+        x = image.to(self.proj.weight.dtype)
+        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # N C h p w p
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[n, C*p*p] to [n, D]."""
+        return self.proj(pixels)
+
+
+class _PatchProjection(nn.Conv2d):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.linear(pixels, self.weight.flatten(1), self.bias)
+
+
+class _GainLinear(nn.Linear):
+    """A linear layer whose outputs are multiplied by a LayerScale gain.
+
+    The gain multiplies the weight's rows instead of the outputs: a pass over the weight replaces one over all tokens,
+    and two in the backward pass.
+    """
+
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, gain[:, None] * self.weight, gain * self.bias)
+
+
+class _LayerScale(nn.Module):
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, heads: int, backend: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = _GainLinear(dim, dim)
+
+    def forward(self, x: Tensor, layout: Layout, gain: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
+        return self.proj(attention(q, k, v, layout, backend=self.backend).flatten(1), gain)
+
+    def forward_selected(self, x: Tensor, tokens: Tensor, layout: Layout, queries: Layout, gain: Tensor) -> Tensor:
+        """Attention whose queries are `x[tokens]` only."""
+        dim = x.shape[1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x.index_select(0, tokens), weight[:dim], bias[:dim]).unflatten(1, (self.heads, -1))
+        k, v = F.linear(x, weight[dim:], bias[dim:]).view(len(x), 2, self.heads, -1).unbind(1)
+        return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
+
+
+class _MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = _GainLinear(hidden, dim)
+
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)), gain)
+
+
+class _Block(nn.Module):
+    def __init__(self, config: ViT, backend: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = _Attention(config.dim, config.heads, backend)
+        self.ls1 = _LayerScale(config.dim, config.layer_scale)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = _MLP(config.dim, config.hidden)
+        self.ls2 = _LayerScale(config.dim, config.layer_scale)
+
+    def forward(
+        self, x: Tensor, runs: tuple[tuple[int, int], ...], drop: tuple[_Subset, _Subset] | None
+    ) -> Tensor:
+        """[P, D] to [P, D]."""
+        if drop is None:
+            x = x + self.attn(self.norm1(x), Layout.from_runs(runs, x.device), self.ls1.gamma)
+            return x + self.mlp(self.norm2(x), self.ls2.gamma)
+        for_attention, for_mlp = drop
+        y = _gather(x, runs, for_attention)
+        y = self.attn(self.norm1(y), Layout.from_runs(for_attention.runs, x.device), self.ls1.gamma)
+        x = _scatter_add(x, y, runs, for_attention)
+        y = self.mlp(self.norm2(_gather(x, runs, for_mlp)), self.ls2.gamma)
+        return _scatter_add(x, y, runs, for_mlp)
+
+    def forward_selected(
+        self,
+        x: Tensor,
+        runs: tuple[tuple[int, int], ...],
+        drop: tuple[_Subset, _Subset] | None,
+        tokens: Tensor,
+        order: Tensor,
+        samples: Tensor,
+        queries: Layout,
+    ) -> Tensor:
+        """[P, D] to the selected tokens [Q, D], class tokens first.
+
+        Stochastic depth multiplies the few selected tokens by 0 or the branch's scale: the size of a subset of them
+        would be known to the device only.
+        """
+        y = self.attn.forward_selected(
+            self.norm1(x), tokens, Layout.from_runs(runs, x.device), queries, self.ls1.gamma
+        ).index_select(0, order)
+        x = x.index_select(0, tokens).index_select(0, order)
+        samples = samples.index_select(0, order)
+        if drop is None:
+            x = x + y
+            return x + self.mlp(self.norm2(x), self.ls2.gamma)
+        x = x + y * _branch_scale(drop[0], runs, x).index_select(0, samples)
+        return x + self.mlp(self.norm2(x), self.ls2.gamma) * _branch_scale(drop[1], runs, x).index_select(0, samples)
+
+
+def _branch_scale(subset: _Subset, runs: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
+    """[crops, 1]: the scale of a residual branch for each crop, 0 where it is dropped."""
+    scales = [
+        like.new_zeros(n, 1).index_fill(0, rows, scale)
+        for (n, _), rows, scale in zip(runs, subset.rows, subset.scales, strict=True)
+    ]
+    return torch.cat(scales)
+
+
+def _split(x: Tensor, runs: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+    return x.split([n * length for n, length in runs])
+
+
+def _groups(x: Tensor, runs: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """Views [N, L*D] of a packed [P, D], one a group."""
+    ends = [0]
+    for n, length in runs:
+        ends.append(ends[-1] + n * length)
+    return [x[a:b].view(n, -1) for (a, b), (n, _) in zip(pairwise(ends), runs, strict=True)]
+
+
+def _take(x: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
+    out = x.new_empty(sum(n * length for n, length in subset.runs), x.shape[1])
+    for source, target, rows in zip(_groups(x, runs), _groups(out, subset.runs), subset.rows, strict=True):
+        torch.index_select(source, 0, rows, out=target)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    """Packed tokens of a subset of the samples, in one copy (split, select and concatenate would take three)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
+        ctx.runs, ctx.subset = runs, subset
+        return _take(x, runs, subset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.contiguous()
+        out = grad.new_zeros(sum(n * length for n, length in ctx.runs), grad.shape[1])
+        for target, source, rows in zip(
+            _groups(out, ctx.runs), _groups(grad, ctx.subset.runs), ctx.subset.rows, strict=True
+        ):
+            target.index_copy_(0, rows, source)
+        return out, None, None
+
+
+class _ScatterAdd(torch.autograd.Function):
+    """x plus the branch's output for a subset of the samples, scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
+        ctx.runs, ctx.subset = runs, subset
+        out = x.clone()
+        for target, source, rows, scale in zip(
+            _groups(out, runs), _groups(y, subset.runs), subset.rows, subset.scales, strict=True
+        ):
+            target.index_add_(0, rows, source, alpha=scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad = grad.contiguous()
+        out = _take(grad, ctx.runs, ctx.subset)
+        for part, scale in zip(_groups(out, ctx.subset.runs), ctx.subset.scales, strict=True):
+            part.mul_(scale)
+        return grad, out, None, None
+
+
+def _gather(x: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
+    return _Gather.apply(x, runs, subset)
+
+
+def _scatter_add(x: Tensor, y: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
+    return _ScatterAdd.apply(x, y, runs, subset)
