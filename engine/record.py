@@ -1,0 +1,169 @@
+"""Frozen dataclasses as JSON and back, their type check, and the difference of two of them.
+
+A run's description has to outlive its process: `to_json` keeps, beside the fields of every dataclass, the import path of
+its class under "$type", so that `from_json` rebuilds the very same objects. Only classes of named packages are imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["differences", "from_json", "to_json", "type_problems"]
+
+PACKAGES = ("armillary",)
+"""Packages whose dataclasses `from_json` rebuilds unless told otherwise."""
+
+
+def to_json(value: Any) -> Any:
+    """Describe a value with JSON types only.
+
+    Args:
+        value: Dataclass instance, path, mapping with string keys, sequence, or JSON scalar; nested at will.
+
+    Raises:
+        TypeError: A value of another type is in it.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"$type": f"{cls.__module__}:{cls.__qualname__}", **fields}
+    if isinstance(value, PurePath):
+        return {"$path": str(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value).__name__}: a run's fields hold dataclasses, paths, tuples, numbers and text only")
+
+
+def from_json(value: Any, packages: Sequence[str] = PACKAGES, where: str = "run") -> Any:
+    """Rebuild what `to_json` described; lists come back as tuples.
+
+    Args:
+        value: Parsed JSON.
+        packages: Top-level packages (or modules) whose dataclasses may be imported.
+        where: Name of the value in messages.
+
+    Raises:
+        ValueError: A class is outside `packages`, cannot be imported, is no dataclass, or its fields do not match.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(v, packages, f"{where}[{i}]") for i, v in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    if "$path" in value:
+        return Path(value["$path"])
+    fields = {k: from_json(v, packages, f"{where}.{k}") for k, v in value.items() if k != "$type"}
+    if "$type" not in value:
+        return fields
+    cls = _load_class(value["$type"], packages, where)
+    known = {f.name for f in dataclasses.fields(cls)}
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(
+            f"{where}: {cls.__name__} has no field {', '.join(unknown)}; it was written by another version"
+        )
+    if missing := sorted(required - set(fields)):
+        raise ValueError(f"{where}: {cls.__name__} needs {', '.join(missing)}, which the record lacks")
+    return cls(**fields)
+
+
+def _load_class(path: str, packages: Sequence[str], where: str) -> type:
+    module_name, _, qualname = path.partition(":")
+    if module_name.split(".")[0] not in packages:
+        raise ValueError(
+            f"{where}: class {path} is outside {', '.join(packages)}; name its package to allow it to be imported"
+        )
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where}: class {path} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ValueError(f"{where}: {path} is not a dataclass")
+    return found
+
+
+def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields in which two records (results of `to_json`) differ, by dotted name: (old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("$type") == new.get("$type"):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in dict.fromkeys([*old, *new]):
+            name = f"{where}.{key}" if where else key
+            found |= differences(old.get(key), new.get(key), name)
+        return found
+    return {} if old == new else {where: (_plain(old), _plain(new))}
+
+
+def _plain(value: Any) -> Any:
+    return value["$path"] if isinstance(value, dict) and set(value) == {"$path"} else value
+
+
+def type_problems(value: Any, where: str = "") -> list[str]:
+    """Fields of a dataclass, nested ones included, whose value does not have the annotated type.
+
+    Returns:
+        `section.field: rule, got value`, one a broken field. Annotations that are classes (or protocols) of other
+        parts are not looked into.
+    """
+    hints = get_type_hints(type(value))
+    problems: list[str] = []
+    for field in dataclasses.fields(value):
+        name = f"{where}.{field.name}" if where else field.name
+        item = getattr(value, field.name)
+        if not _fits(item, hints[field.name]):
+            problems.append(f"{name}: {_describe(hints[field.name])}, got {item!r}")
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            problems += type_problems(item, name)
+    return problems
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_fits(v, args[0]) for v in value)
+        return len(value) == len(args) and all(_fits(v, a) for v, a in zip(value, args, strict=True))
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is None:
+        return value is None
+    if isinstance(hint, type) and Protocol not in hint.__mro__:
+        return isinstance(value, hint)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(a) for a in args)
+    if origin is tuple:
+        return "tuple of " + ", ".join("..." if a is Ellipsis else _describe(a) for a in args)
+    names = {int: "whole number", float: "number", str: "text", bool: "True or False", type(None): "None"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,155 @@
+"""Schedules: numbers as functions of the training step.
+
+A schedule warms up linearly (both end points included, as `numpy.linspace`) from `warmup_start` to its first value over
+`warmup_steps` steps, then holds, or goes on a line or half a cosine towards `end` over the remaining ones. These are the
+curves of DINOv2's `CosineScheduler`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+__all__ = ["Constant", "Cosine", "Linear", "Schedule", "Schedules"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value that stays.
+
+    Attributes:
+        start: The value; None in `schedule.learning_rate`, whose peak is `optim.lr`.
+        warmup_steps: Steps of linear warm-up.
+        warmup_start: Value at step 0 of the warm-up.
+    """
+
+    start: float | None = None
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+
+    def at(self, step: int, total_steps: int) -> float:
+        """Value at a step (0 is the first) of `total_steps`."""
+        peak = _known(self.start)
+        return peak if step >= self.warmup_steps else _warmup(self, peak, step)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A line from `start`, after the warm-up, to `end` at the last step, which it reaches.
+
+    Attributes:
+        start: Value after the warm-up; None in `schedule.learning_rate`, whose peak is `optim.lr`.
+        end: Value at the last step.
+        warmup_steps: Steps of linear warm-up.
+        warmup_start: Value at step 0 of the warm-up.
+    """
+
+    start: float | None = None
+    end: float = 0.0
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+
+    def at(self, step: int, total_steps: int) -> float:
+        """Value at a step (0 is the first) of `total_steps`."""
+        peak = _known(self.start)
+        if step < self.warmup_steps:
+            return _warmup(self, peak, step)
+        last = total_steps - 1 - self.warmup_steps
+        return peak + (self.end - peak) * (min((step - self.warmup_steps) / last, 1.0) if last > 0 else 0.0)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `start`, after the warm-up, towards `end`, which it would reach one step after the last.
+
+    Attributes:
+        start: Value after the warm-up; None in `schedule.learning_rate`, whose peak is `optim.lr`.
+        end: Value at `total_steps`.
+        warmup_steps: Steps of linear warm-up.
+        warmup_start: Value at step 0 of the warm-up.
+    """
+
+    start: float | None = None
+    end: float = 0.0
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+
+    def at(self, step: int, total_steps: int) -> float:
+        """Value at a step (0 is the first) of `total_steps`."""
+        peak = _known(self.start)
+        if step < self.warmup_steps:
+            return _warmup(self, peak, step)
+        if step >= total_steps:
+            return self.end
+        phase = math.pi * (step - self.warmup_steps) / (total_steps - self.warmup_steps)
+        return self.end + 0.5 * (peak - self.end) * (1 + math.cos(phase))
+
+
+Schedule = Constant | Linear | Cosine
+
+
+def _known(start: float | None) -> float:
+    if start is None:
+        raise ValueError("schedule without a start value: only learning_rate may leave it out (its peak is optim.lr)")
+    return start
+
+
+def _warmup(schedule: Schedule, peak: float, step: int) -> float:
+    if schedule.warmup_steps == 1:
+        return schedule.warmup_start
+    return schedule.warmup_start + (peak - schedule.warmup_start) * step / (schedule.warmup_steps - 1)
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The scheduled numbers of a run, by name; methods and the optimizer read them every step.
+
+    Attributes:
+        learning_rate: Its start is left out: the peak is `optim.lr`, scaled to the batch.
+        weight_decay: Decoupled weight decay.
+        ema_momentum: Momentum of the teacher; needed where the method has one.
+        teacher_temperature: Softmax temperature of the teacher; needed where the method asks for it.
+    """
+
+    learning_rate: Schedule = Cosine()
+    weight_decay: Schedule = Constant(0.04)
+    ema_momentum: Schedule | None = None
+    teacher_temperature: Schedule | None = None
+
+    def at(self, step: int, total_steps: int, peak_lr: float) -> dict[str, float]:
+        """Value of every schedule that is set, by name.
+
+        Args:
+            step: 0 is the first step.
+            total_steps: Steps of the run.
+            peak_lr: Learning rate after the warm-up.
+        """
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        named["learning_rate"] = replace(self.learning_rate, start=peak_lr)
+        return {name: schedule.at(step, total_steps) for name, schedule in named.items() if schedule is not None}
+
+    def problems(self, total_steps: int) -> list[str]:
+        """Broken rules as `field: rule, got value`, without the name of the section."""
+        found: list[str] = []
+        for field in fields(self):
+            schedule: Schedule | None = getattr(self, field.name)
+            if schedule is None:
+                continue
+            name = field.name
+            if name == "learning_rate" and schedule.start is not None:
+                found.append(f"{name}.start: None, for its peak is optim.lr, got {schedule.start!r}")
+            if name != "learning_rate" and schedule.start is None:
+                found.append(f"{name}.start: a number, got None")
+            if not 0 <= schedule.warmup_steps <= total_steps:
+                found.append(f"{name}.warmup_steps: 0 to train.steps ({total_steps}), got {schedule.warmup_steps}")
+            for key in ("start", "end", "warmup_start"):
+                value = getattr(schedule, key, None)
+                if value is None or (key == "warmup_start" and schedule.warmup_steps == 0):
+                    continue
+                if not math.isfinite(value) or value < 0:
+                    found.append(f"{name}.{key}: a finite number >= 0, got {value!r}")
+                elif name == "ema_momentum" and value > 1:
+                    found.append(f"{name}.{key}: 0 to 1, got {value!r}")
+                elif name == "teacher_temperature" and value == 0:
+                    found.append(f"{name}.{key}: above 0, got {value!r}")
+        return found

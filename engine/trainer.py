@@ -1,0 +1,326 @@
+"""The training loop. It knows methods, batches and steps, and no model by name.
+
+A step: micro-batches forward and backward; all ranks agree on loss, gradient norms and whether to stop; the optimizer
+acts, or leaves everything as it was where a number is not finite; the teacher follows; counters, log, checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from armillary.engine import checkpoint, portable
+from armillary.engine.checks import method_problems, space_problems
+from armillary.engine.data.survey import Survey
+from armillary.engine.export import export_encoder, init_from_file
+from armillary.engine.provenance import facts
+from armillary.engine.run import EXIT_BAD_INPUT, EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_STOPPED, Run
+from armillary.engine.telemetry import Meter
+from armillary.engine.zero import Ranks, Sharded, Verdict, ranks, seed_everything, start_processes
+from armillary.models.method import Batch, Method
+
+__all__ = ["BadInput", "BatchSource", "NonFinite", "Stopped", "open_loader", "run_to_exit_code", "train"]
+
+
+class BadInput(ValueError):
+    """The run cannot start; the message has one broken rule a line."""
+
+
+class NonFinite(RuntimeError):
+    """Too many steps in a row were skipped."""
+
+
+class Stopped(Exception):
+    """A signal ended the run; its state is saved."""
+
+
+class BatchSource(Protocol):
+    """What the loop needs of a loader: see `engine.data.loader.Loader`."""
+
+    wait_seconds: float
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Endless micro-batches of this rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next global batch begins."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there."""
+
+    def close(self) -> None:
+        """Stop threads."""
+
+
+def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, me: Ranks) -> BatchSource:
+    """The loader of a run's survey for one rank."""
+    from armillary.engine.data.loader import Loader
+
+    data = run.data
+    return Loader(
+        data.path,
+        split=data.split,
+        micro_batch=run.train.micro_batch,
+        accumulation=run.accumulation(me.world),
+        rank=me.rank,
+        world=me.world,
+        seed=run.seed,
+        device=device,
+        views=run.views.build(survey, device),
+        prepare=method.prepare,
+        reader=data.reader,
+        on_corrupt=data.on_corrupt,
+        threads=data.threads,
+        prefetch=data.prefetch,
+    )
+
+
+OpenLoader = Callable[[Run, Method, Survey, torch.device, Ranks], BatchSource]
+
+
+class _StopRequest:
+    """Remembers SIGTERM and SIGINT instead of dying of them; a second SIGINT does what the first would have done."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._kept = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.asked = True
+
+    def forget(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._kept.items():
+            signal.signal(number, handler)
+
+
+def train(
+    run: Run, *, restore: Path | None = None, init_from: Path | None = None, open_loader: OpenLoader = open_loader
+) -> Path:
+    """Train from the newest checkpoint of the run's folder, or from the start.
+
+    Args:
+        run: The run; its record has been checked (`checks.problems`).
+        restore: Portable export to continue where the folder has no checkpoint.
+        init_from: Encoder to start with where there is neither.
+        open_loader: Makes the loader.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        BadInput: Found before any process group is started.
+        Stopped: After SIGTERM or SIGINT and a checkpoint.
+        NonFinite: After `train.max_bad_steps` skipped steps in a row.
+        CheckpointError: A checkpoint could not be written or read.
+    """
+    me = ranks()
+    survey = Survey.load(run.data.path)
+    inputs = run.views.input_spec(survey)
+    seed_everything(run.seed)
+    method = run.method.build(inputs)
+    known = facts(survey) | {"inputs": asdict(inputs)}
+    newest = _startable(run, method, known, me.world)
+    if init_from is not None and newest is None and restore is None:
+        init_from_file(method, init_from)
+
+    stop = _StopRequest()
+    device = start_processes(run.resolved_device)
+    sharded = Sharded(run, method, device)
+    loader = open_loader(run, method, survey, device, me)
+    progress, note = _begin(run, sharded, newest, restore)
+    if progress.loader:
+        loader.load_state_dict(progress.loader)
+    if me.rank == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.save(run.folder / "run.json", **known, world=me.world)
+    dist.barrier()
+    meter = Meter(run, method, device, progress.step)
+    for line in note:
+        meter.say(line)
+    try:
+        loop = _Loop(run, sharded, loader, meter, progress, known, stop, newest)
+        loop.go()
+        loop.save()
+        if me.rank == 0:
+            export_encoder(run.folder, run.folder / "export" / "teacher.safetensors")
+        meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
+    finally:
+        meter.close()
+        loader.close()
+        stop.forget()
+    sharded.destroy()
+    return run.folder
+
+
+def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> Path | None:
+    """Last checks before processes are started; the checkpoint to continue from."""
+    found = method_problems(run, method)
+    newest = checkpoint.latest(run.folder / "checkpoints")
+    if newest is not None:
+        state = checkpoint.open_archive(newest)[1]
+        found += checkpoint.same_run_problems(state, run, world, known, newest)
+    found = found or space_problems(run, method)
+    if found:
+        raise BadInput("\n".join(found))
+    return newest
+
+
+def _begin(
+    run: Run, sharded: Sharded, newest: Path | None, restore: Path | None
+) -> tuple[checkpoint.Progress, list[str]]:
+    """Bring weights, optimizer and random states to where the run goes on, and say where that is."""
+    seed_everything(run.seed, sharded.rank + 1)
+    if newest is not None:
+        progress = checkpoint.load(newest, sharded.layout, run.checkpoint.verify)
+        note = [f"continuing {newest}"]
+        if restore is not None:
+            note.append(f"--restore {restore} is not read again: the run has checkpoints of its own")
+        return progress, note
+    if restore is not None:
+        progress, state = portable.restore(restore, sharded.layout)
+        seed_everything(run.seed, (progress.step << 20) + sharded.rank + 1)
+        return progress, [f"continuing {restore} at step {progress.step}", *portable.changes(state, run)]
+    return checkpoint.Progress(), []
+
+
+class _Loop:
+    def __init__(
+        self,
+        run: Run,
+        sharded: Sharded,
+        loader: BatchSource,
+        meter: Meter,
+        progress: checkpoint.Progress,
+        known: dict[str, Any],
+        stop: _StopRequest,
+        saved: Path | None,
+    ):
+        self.run, self.sharded, self.loader, self.meter = run, sharded, loader, meter
+        self.progress, self.known, self.stop = progress, known, stop
+        self.saved_step = progress.step if saved is not None else -1
+        self.saved_at = time.monotonic()
+
+    def go(self) -> None:
+        """Run the steps that are left."""
+        batches, first = iter(self.loader), True
+        while self.progress.step < self.run.train.steps:
+            verdict = self.step(batches)
+            if first:  # the first step builds caches and compiles
+                self.meter.restart_clock(self.loader.wait_seconds)
+                first = False
+            stopping, due = verdict.flags
+            self._judge(verdict)
+            if stopping or due or self.progress.step % self.run.checkpoint.every_steps == 0:
+                self.save()
+            if stopping:
+                self.meter.say(f"stopped by a signal at step {self.progress.step}; the same command continues")
+                dist.barrier()
+                raise Stopped
+
+    def step(self, batches: Iterator[Batch]) -> Verdict:
+        """Consume one global batch."""
+        sharded, progress = self.sharded, self.progress
+        scalars = self.run.scalars(progress.step)
+        sharded.optimizer.set_step(progress.step, scalars)
+        verdict: Verdict | None = None
+        for micro in range(sharded.accumulation):
+            losses = sharded.forward(next(batches), scalars)
+            sharded.backward(losses.total)
+            self.meter.add(losses)
+            if micro == sharded.accumulation - 1:
+                verdict = sharded.agree(self.meter.loss, [self.stop.asked, self._due()])
+            sharded.step()
+        assert verdict is not None
+        progress.step += 1
+        progress.skipped += not verdict.finite
+        progress.bad_in_a_row = 0 if verdict.finite else progress.bad_in_a_row + 1
+        norms = {f"grad_norm/{name}": norm for name, norm in verdict.norms.items()}
+        self.meter.end_step(
+            progress.step, {**norms, **scalars, "skipped": progress.skipped}, self.loader.wait_seconds
+        )
+        return verdict
+
+    def _due(self) -> bool:
+        """Rank 0's clock says when a checkpoint by time is due."""
+        minutes = self.run.checkpoint.every_minutes
+        return minutes is not None and self.sharded.rank == 0 and time.monotonic() - self.saved_at > 60 * minutes
+
+    def _judge(self, verdict: Verdict) -> None:
+        if verdict.finite:
+            return
+        bad, limit = self.progress.bad_in_a_row, self.run.train.max_bad_steps
+        where = ", ".join(f"{k} {v:.3g}" for k, v in verdict.norms.items())
+        self.meter.say(
+            f"step {self.progress.step} skipped, {bad} in a row: loss {verdict.loss:.4g}, gradient norms {where}", loud=True
+        )
+        if bad >= limit:
+            self.meter.flush(self.loader.wait_seconds)
+            raise NonFinite(
+                f"{bad} steps in a row had a non-finite loss or gradient (train.max_bad_steps = {limit}), the last one "
+                f"step {self.progress.step}; nothing of them was applied, checkpoints are from before. Lower optim.lr, "
+                "lengthen the warm-up or look at the samples of these steps"
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one."""
+        if self.progress.step == self.saved_step:
+            return
+        self.meter.flush(self.loader.wait_seconds)
+        self.progress.loader = self.loader.state_dict()
+        self.progress.applied = self.sharded.layout.applied_steps
+        folder = self.run.folder / "checkpoints"
+        checkpoint.save(folder, self.sharded.layout, self.progress, self.run, self.known)
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+        self.meter.restart_clock(self.loader.wait_seconds)
+
+
+def run_to_exit_code(
+    run: Run, *, restore: Path | None = None, init_from: Path | None = None, open_loader: OpenLoader | None = None
+) -> int:
+    """`train`, with every foreseen end turned into an exit code and a message without a traceback.
+
+    Returns:
+        Exit code, see `engine.run`.
+    """
+    me = ranks()
+    loaders = {} if open_loader is None else {"open_loader": open_loader}
+    try:
+        train(run, restore=restore, init_from=init_from, **loaders)
+        return 0
+    except Stopped:
+        return EXIT_STOPPED
+    except BadInput as error:
+        code, message = EXIT_BAD_INPUT, f"{run.name}: this run cannot start:\n" + _indent(str(error))
+    except NonFinite as error:
+        code, message = EXIT_NON_FINITE, f"{run.name}: stopped: {error}"
+    except checkpoint.CheckpointError as error:
+        code, message = EXIT_CHECKPOINT, f"{run.name}: {error}"
+    except Exception:
+        if me.world == 1:
+            raise
+        # Communication that is under way would keep this process from ending, and with it the launcher and all ranks.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    if me.rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # the launcher kills everybody when the first rank leaves; rank 0 has something to say
+    return code
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
