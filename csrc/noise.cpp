@@ -2,16 +2,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
-
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
 #include "philox.h"
 #include "pool.h"
+#include "vector_math.h"
 
 // The polynomials below must round alike on every processor and in the Triton kernel, so no fused multiply-adds.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -24,42 +20,22 @@ namespace py = pybind11;
 
 void bind_views(py::module_& m);
 void bind_masks(py::module_& m);
+void bind_asinh(py::module_& m);
 
 namespace {
 
+using armillary::bits;
 using armillary::PhiloxKey;
 using armillary::Stream;
 
 constexpr int kLanes = 64;  // quads handled together: their words and normals stay in the first-level cache
 
-template <class To, class From>
-inline To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  std::memcpy(&y, &x, sizeof y);
-  return y;
-}
-
-// -2 log u for u = (word / 256 + 1) / 2^24 in (0, 1]; logarithm after Cephes logf.
+// -2 log u for u = (word / 256 + 1) / 2^24 in (0, 1].
 inline __attribute__((always_inline)) float squared_radius(std::uint32_t word) {
   const float u = static_cast<float>(static_cast<std::int32_t>(word >> 8) + 1) * 0x1p-24f;
-  const std::int32_t shifted = bits<std::int32_t>(u) + (0x3f800000 - 0x3f3504f3);  // u = m 2^e, sqrt(1/2) <= m < sqrt(2)
-  const float e = static_cast<float>((shifted >> 23) - 127);
-  const float x = bits<float>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
-  const float z = x * x;
-  float y = 7.0376836292e-2f;
-  y = y * x + -1.1514610310e-1f;
-  y = y * x + 1.1676998740e-1f;
-  y = y * x + -1.2420140846e-1f;
-  y = y * x + 1.4249322787e-1f;
-  y = y * x + -1.6668057665e-1f;
-  y = y * x + 2.0000714765e-1f;
-  y = y * x + -2.4999993993e-1f;
-  y = y * x + 3.3333331174e-1f;
-  y = y * x * z;
-  y = y + e * -2.12194440e-4f;
-  y = y - 0.5f * z;
-  return -2.0f * ((x + y) + e * 0.693359375f);
+  float e;
+  const float x = armillary::split(u, e);
+  return -2.0f * armillary::log_of_split(x, e);
 }
 
 // Cosine and sine of 2 pi (word / 256) / 2^24: exact reduction to [-pi/4, pi/4], then Cephes cosf and sinf.
@@ -80,15 +56,6 @@ inline __attribute__((always_inline)) void turn(std::uint32_t word, float& cosin
   const std::int32_t swap = -(quarter & 1), ci = bits<std::int32_t>(c), si = bits<std::int32_t>(s);
   cosine = bits<float>(((si & swap) | (ci & ~swap)) ^ static_cast<std::int32_t>(((quarter + 1u) & 2u) << 30));
   sine = bits<float>(((ci & swap) | (si & ~swap)) ^ static_cast<std::int32_t>((quarter & 2u) << 30));
-}
-
-// sqrt of `count` floats, a multiple of 4. By hand, because std::sqrt may set errno, which keeps GCC from vectorising.
-inline void square_roots(float* x, int count) {
-#if defined(__SSE__)
-  for (int i = 0; i < count; i += 4) _mm_store_ps(x + i, _mm_sqrt_ps(_mm_load_ps(x + i)));
-#else
-  for (int i = 0; i < count; ++i) x[i] = std::sqrt(x[i]);
-#endif
 }
 
 struct alignas(64) Block {
@@ -117,7 +84,7 @@ void add_to_plane(float* plane, std::int64_t pixels, std::int64_t band, float si
   for (std::int64_t q = 0; q < quads; q += kLanes) {
     draw(static_cast<std::uint32_t>(band * quads + q), stream.purpose_and_crop, stream.position, stream.epoch, seed,
          block);
-    square_roots(block.radius[0], 2 * kLanes);
+    armillary::square_roots(block.radius[0], 2 * kLanes);
     for (int lane = 0; lane < 4; ++lane) {
       float* target = plane + lane * quads + q;
       const float *r = block.radius[lane / 2], *unit = lane % 2 ? block.sine[lane / 2] : block.cosine[lane / 2];
@@ -168,4 +135,5 @@ void bind_noise(py::module_& m) {
         "image [N, C, H, W] += sigma [N, C] * standard normals, in place; streams [N, 3] uint32.");
   bind_views(m);
   bind_masks(m);
+  bind_asinh(m);
 }
