@@ -49,7 +49,7 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
     for name in ("problems", "build", "input_spec"):
         if not callable(getattr(run.views, name, None)):
             return [*found, f"views: an object with a method `{name}`, got {type(run.views).__name__}"]
-    views = [f"views.{p}" for p in run.views.problems(survey)]
+    views = run.views.problems(survey)
     method = [] if views else [f"method.{p}" for p in run.method.problems(run.views.input_spec(survey))]
     return found + views + method
 
