@@ -390,7 +390,7 @@ def test_two_builds_in_one_folder(tmp_path):
 
 @pytest.fixture
 def file_limit():
-    """No file of this process may grow beyond 10 kB, as on a full disk."""
+    """Sets how large a file of this process may grow: writing beyond it fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):
@@ -409,6 +409,16 @@ def test_a_full_disk_ends_cleanly_and_the_build_continues(tmp_path, file_limit):
     assert Path(caught.value.filename).name == "train-000000.tar"
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".build"]
     run(Sky(), tmp_path / "out", samples_per_shard=20)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_no_room_for_the_catalogue_or_the_description(tmp_path, monkeypatch):
+    run(Sky(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Survey, "save", lambda survey, folder: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        with pytest.raises(OSError, match="No space left on device; make room"):
+            run(Sky(), tmp_path / "out")
+    run(Sky(), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
