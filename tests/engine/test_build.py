@@ -414,8 +414,13 @@ def test_a_full_disk_ends_cleanly_and_the_build_continues(tmp_path, file_limit):
 
 def test_no_room_for_the_catalogue_or_the_description(tmp_path, monkeypatch):
     run(Sky(), tmp_path / "whole")
+
+    def save(survey, folder):
+        with open("/dev/full", "wb", buffering=0) as f:
+            f.write(b"x")
+
     with monkeypatch.context() as patch:
-        patch.setattr(Survey, "save", lambda survey, folder: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        patch.setattr(Survey, "save", save)
         with pytest.raises(OSError, match="No space left on device; make room"):
             run(Sky(), tmp_path / "out")
     run(Sky(), tmp_path / "out")
