@@ -54,7 +54,7 @@ SKY_TASK = 16
 COUNT_SIGMA = 1.0  # display images are rounded to a count, so their noise is never less
 CATALOG_GROUP = 65536  # rows of a Parquet row group
 EXAMPLES = 20  # skipped samples named in the provenance
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 log = logging.getLogger("armillary.data")
 
@@ -134,11 +134,13 @@ def build(
                 f"{error}. Repair or remove it, or continue without unusable samples: on_bad='skip' (--on-bad skip)"
             ) from error
         except OSError as error:
-            if error.errno in DISK_TROUBLE and error.filename and Path(error.filename).is_relative_to(out):
+            ours = error.filename is not None and Path(error.filename).is_relative_to(out)
+            if error.errno in NO_ROOM or (error.errno is not None and ours):
                 raise OSError(
-                    error.errno, f"{error.strerror}; make room and run the same build again: finished shards are kept",
-                    error.filename,
-                ) from error  # fmt: skip
+                    error.errno,
+                    f"{error.strerror}; make room and run the same build again: finished shards are kept",
+                    error.filename or str(out),
+                ) from error
             raise
 
 

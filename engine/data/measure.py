@@ -71,11 +71,11 @@ class Moments:
         """Moments of nothing."""
         return cls(0, np.zeros(size), np.zeros((size, size)))
 
-    def add(self, values: np.ndarray) -> None:
-        """Add vectors [D, N]."""
-        count = values.shape[1]
-        if count == 0:
-            return
+    @classmethod
+    def of(cls, values: np.ndarray) -> Moments:
+        """Moments of vectors [D, N]."""
+        if values.shape[1] == 0:
+            return cls.empty(len(values))
         x = values.astype(np.float64)
         mean = x.mean(axis=1)
         deviation = x - mean[:, None]
@@ -83,7 +83,12 @@ class Moments:
         for i in range(len(x)):
             for j in range(i + 1):
                 products[i, j] = products[j, i] = np.sum(deviation[i] * deviation[j])
-        self.merge(Moments(count, mean, products))
+        return cls(values.shape[1], mean, products)
+
+    def part(self, index: int) -> Moments:
+        """Moments of one component."""
+        one = slice(index, index + 1)
+        return Moments(self.count, self.mean[one], self.products[one, one])
 
     def merge(self, other: Moments) -> None:
         """Add the vectors of another measurement."""
@@ -120,11 +125,15 @@ class SurveyMoments:
         flux = image.reshape(len(image), -1).astype(np.float64)
         a = np.arcsinh(flux / self.softening)
         mask = None if valid is None else valid.reshape(len(image), -1)
+        joint = Moments.of(a if mask is None else a[:, mask.all(axis=0)])
+        self.joint.merge(joint)
         for c in range(len(flux)):
-            kept = slice(None) if mask is None else mask[c]
-            self.flux[c].add(flux[c : c + 1, kept])
-            self.asinh[c].add(a[c : c + 1, kept])
-        self.joint.add(a if mask is None else a[:, mask.all(axis=0)])
+            if mask is None:
+                self.flux[c].merge(Moments.of(flux[c : c + 1]))
+                self.asinh[c].merge(joint.part(c))
+            else:
+                self.flux[c].merge(Moments.of(flux[c : c + 1, mask[c]]))
+                self.asinh[c].merge(Moments.of(a[c : c + 1, mask[c]]))
         self.samples += 1
 
     def merge(self, other: SurveyMoments) -> None:
