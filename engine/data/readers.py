@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from armillary.engine.data.plan import MicroBatch
+from armillary.engine.data.shards import EXTENSION, INDEX_VERSION, Member
 from armillary.engine.data.survey import Survey
 
-__all__ = ["PAD_TO", "Blob", "Blobs", "Member", "Reader", "ReaderName", "ShardFiles", "make_reader"]
+__all__ = ["PAD_TO", "Blob", "Blobs", "Reader", "ReaderName", "ShardFiles", "make_reader"]
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +33,6 @@ ReaderName = Literal["auto", "dali", "webdataset"]
 CACHED_INDICES = 16
 CACHED_FILES = 64
 PAD_TO = 16  # blobs on the GPU are padded to a multiple of this many bytes, so that rows are aligned
-
-
-class Member(NamedTuple):
-    """One blob in a tar: its key, first byte and length."""
-
-    key: str
-    offset: int
-    size: int
 
 
 class Blobs(NamedTuple):
@@ -114,9 +107,7 @@ class ShardFiles:
                 )
             index = self.path(shard).with_suffix(".idx")
             if index.name not in present:
-                raise FileNotFoundError(
-                    f"{index}: this shard's index is missing; rebuild it with `armillary data index {self.folder}`"
-                )
+                raise FileNotFoundError(f"{index}: this shard's index is missing; {self._rebuild(shard)}")
         for shard in range(rank, len(self.records), world):
             size, expected = self.path(shard).stat().st_size, self.records[shard].bytes
             if size != expected:
@@ -139,15 +130,13 @@ class ShardFiles:
         path = self.path(shard).with_suffix(".idx")
         header, *lines = path.read_bytes().splitlines() or [b""]
         version, _, count = header.partition(b" ")
-        if version != b"v1.2" or not count.isdigit() or int(count) != len(lines):
+        if version != INDEX_VERSION.encode() or not count.isdigit() or int(count) != len(lines):
             raise ValueError(
-                f"{path}: not a complete DALI index (header {header!r}, {len(lines)} lines); "
-                f"rebuild it with `armillary data index {self.folder}`"
+                f"{path}: not a complete DALI index (header {header!r}, {len(lines)} lines); {self._rebuild(shard)}"
             )
         if len(lines) != self.records[shard].count:
             raise ValueError(
-                f"{path}: {len(lines)} samples, but survey.json says {self.records[shard].count}; rebuild it with "
-                f"`armillary data index {self.folder}`"
+                f"{path}: {len(lines)} samples, but survey.json says {self.records[shard].count}; {self._rebuild(shard)}"
             )
         with self._lock:
             self._lines[shard] = lines
@@ -158,16 +147,22 @@ class ShardFiles:
     def member(self, shard: int, index: int) -> Member:
         """Where a sample lies in its tar."""
         line = self.lines(shard)[index]
-        parts = line.decode().split(maxsplit=3)
         try:
-            _, offset, size, name = parts
-            return Member(name.removesuffix(".img"), int(offset), int(size))
+            _, offset, size, name = line.decode().split()
+            return Member(name.removesuffix(f".{EXTENSION}"), int(offset), int(size))
         except ValueError:
             path = self.path(shard).with_suffix(".idx")
             raise ValueError(
-                f"{path}: line {index + 2} is {line!r}, not `img OFFSET SIZE KEY.img`; rebuild it with "
-                f"`armillary data index {self.folder}`"
+                f"{path}: line {index + 2} is {line!r}, not `{EXTENSION} OFFSET SIZE KEY.{EXTENSION}`; "
+                f"{self._rebuild(shard)}"
             ) from None
+
+    def _rebuild(self, shard: int) -> str:
+        tar = str(self.path(shard))
+        return (
+            "write it anew: "
+            f"python -c 'from pathlib import Path; from armillary.engine.data.shards import write_index; write_index(Path({tar!r}))'"
+        )
 
     def read(self, shard: int, index: int) -> bytes:
         """Read one blob.

@@ -24,6 +24,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from armillary.engine.data.plan import MicroBatch
 from armillary.engine.data.readers import PAD_TO, Blobs, ShardFiles
+from armillary.engine.data.shards import EXTENSION, INDEX_VERSION
 
 __all__ = ["DaliReader", "segments"]
 
@@ -119,7 +120,7 @@ class DaliReader:
                 lines = self._files.lines(shard)
                 index = os.path.join(folder, f"{number}.idx")
                 with open(index, "wb") as f:
-                    f.write(b"v1.2 %d\n" % len(members) + b"".join(lines[i] + b"\n" for i in members))
+                    f.write(f"{INDEX_VERSION} {len(members)}\n".encode() + b"".join(lines[i] + b"\n" for i in members))
                 indices.append(index)
             pipeline = Pipeline(
                 batch_size=len(requests[0].position),
@@ -131,7 +132,7 @@ class DaliReader:
                 blobs = fn.readers.webdataset(
                     paths=[str(self._files.path(shard)) for shard, _ in runs],
                     index_paths=indices,
-                    ext=["img"],
+                    ext=[EXTENSION],
                     dont_use_mmap=True,
                     missing_component_behavior="error",
                     tensor_init_bytes=EXPECTED_BLOB_BYTES,

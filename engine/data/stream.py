@@ -92,11 +92,6 @@ class Prefetcher(Generic[T]):
             self._thread.join()
 
 
-def _shares_memory(batch: Batch, image: torch.Tensor) -> bool:
-    storage = image.untyped_storage().data_ptr()
-    return any(tensor.untyped_storage().data_ptr() == storage for tensor in batch.values())  # type: ignore[attr-defined]
-
-
 def _produce(
     reader: Reader,
     requests: Iterator[MicroBatch],
@@ -118,8 +113,7 @@ def _produce(
             try:
                 with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
                     batch, corrupt = maker.make(request, blob)
-                    image = batch["image"]
-                    for transform in transforms if len(image) else ():
+                    for transform in transforms if len(batch["row"]) else ():
                         batch = transform(batch, key)
             except Exception as error:
                 error.add_note(f"in the loader's thread, while making the batch of {maker.describe(request)}")
@@ -129,9 +123,6 @@ def _produce(
                 done = torch.cuda.Event(blocking=True)
                 done.record(stream)
                 done.synchronize()
-            elif not _shares_memory(batch, image):
-                maker.recycle(image)
-            del image
             yield batch, corrupt
             del batch
     finally:

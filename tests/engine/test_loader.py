@@ -305,7 +305,11 @@ def test_an_image_of_another_size_is_corrupt(tmp_path):
     "break_it,error,message",
     [
         (lambda f: (f / "survey.json").unlink(), FileNotFoundError, "no survey here"),
-        (lambda f: (f / "train-000002.idx").unlink(), FileNotFoundError, "train-000002.idx.*missing; rebuild it with"),
+        (
+            lambda f: (f / "train-000002.idx").unlink(),
+            FileNotFoundError,
+            "train-000002.idx.*missing; write it anew: python -c",
+        ),
         (lambda f: (f / "train-000001.tar").unlink(), FileNotFoundError, "train-000001.tar.*missing; copy it again"),
         (
             lambda f: os.truncate(f / "train-000003.tar", 1000),
@@ -332,7 +336,7 @@ def test_damage_found_before_the_start(tmp_path, break_it, error, message):
         ("", "not a complete DALI index"),
         ("v1.2 3\nimg 512 100 a.img\n", "not a complete DALI index"),
         ("v1.1 0\n", "not a complete DALI index"),
-        ("v1.2 1\nimg 512 100 a.img\n", "1 samples, but survey.json says 3; rebuild it"),
+        ("v1.2 1\nimg 512 100 a.img\n", "1 samples, but survey.json says 3; write it anew"),
     ],
 )
 def test_an_index_that_does_not_fit(tmp_path, reader, content, message):
