@@ -12,13 +12,14 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
 
+from armillary.engine.data import shards
 from armillary.engine.data.plan import MicroBatch
 from armillary.engine.data.shards import EXTENSION, INDEX_VERSION, Member
 from armillary.engine.data.survey import Survey
@@ -50,7 +51,7 @@ class Blobs(NamedTuple):
 class Reader(Protocol):
     """Reads planned micro-batches."""
 
-    def read(self, requests: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Blobs]]:
+    def read(self, requests: Iterator[MicroBatch]) -> Generator[tuple[MicroBatch, Blobs], None, None]:
         """Yield every request with its blobs, in order. The iterator takes requests ahead of what it yields."""
         ...
 
@@ -158,11 +159,8 @@ class ShardFiles:
             ) from None
 
     def _rebuild(self, shard: int) -> str:
-        tar = str(self.path(shard))
-        return (
-            "write it anew: "
-            f"python -c 'from pathlib import Path; from armillary.engine.data.shards import write_index; write_index(Path({tar!r}))'"
-        )
+        program = f"import pathlib, {shards.__name__} as s; s.write_index(pathlib.Path({str(self.path(shard))!r}))"
+        return f'write it anew: python -c "{program}"'
 
     def read(self, shard: int, index: int) -> bytes:
         """Read one blob.

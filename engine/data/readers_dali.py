@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -84,7 +84,7 @@ class DaliReader:
         self._threads = threads
         self._builder: ThreadPoolExecutor | None = None
 
-    def read(self, requests: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Blobs]]:
+    def read(self, requests: Iterator[MicroBatch]) -> Generator[tuple[MicroBatch, Blobs], None, None]:
         """Yield every request with its blobs, in order; see `readers.Reader`."""
         if self._builder is None:
             self._builder = ThreadPoolExecutor(1, thread_name_prefix="armillary-dali")
@@ -125,7 +125,7 @@ class DaliReader:
             pipeline = Pipeline(
                 batch_size=len(requests[0].position),
                 num_threads=self._threads,
-                device_id=(self._device.index or 0) if on_gpu else None,
+                device_id=self._device.index if on_gpu else None,
                 prefetch_queue_depth=2,
             )
             with pipeline:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -28,11 +28,11 @@ class Prefetcher(Generic[T]):
     """Runs an iterator in a thread that stays at most `depth` items ahead.
 
     Args:
-        source: The iterator; closed in the thread that runs it.
+        source: The iterator; it is closed in the thread that runs it.
         depth: Items kept ready.
     """
 
-    def __init__(self, source: Iterator[T], depth: int) -> None:
+    def __init__(self, source: Generator[T, None, None], depth: int) -> None:
         self._source = source
         self._depth = depth
         self._ready: deque[T] = deque()
@@ -57,7 +57,7 @@ class Prefetcher(Generic[T]):
             self._error = error
         finally:
             try:
-                self._source.close()  # type: ignore[attr-defined]
+                self._source.close()
             finally:
                 with self._change:
                     self._ended = True
@@ -100,7 +100,7 @@ def _produce(
     seed: int,
     global_batch: int,
     device: torch.device,
-) -> Iterator[tuple[Batch, int]]:
+) -> Generator[tuple[Batch, int], None, None]:
     """Finished batches, each with the number of its corrupt samples. Runs in the prefetcher's thread."""
     stream = None
     if device.type == "cuda":
@@ -126,7 +126,7 @@ def _produce(
             yield batch, corrupt
             del batch
     finally:
-        blobs.close()  # type: ignore[attr-defined]
+        blobs.close()
         reader.close()
 
 
@@ -161,6 +161,10 @@ class Source:
         self.survey = Survey.load(folder)
         self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device(
+                "cuda", torch.cuda.current_device()
+            )  # the thread has a current device of its own
         self.transforms = tuple(t for t in transforms if t is not None)
         self.threads = threads
         self.prefetch = prefetch
