@@ -4,17 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer
 
 # csrc/codec.cpp
+Blob = bytes | bytearray | memoryview | NDArray[np.uint8]
+
 def encode(
     image: NDArray[np.float32], step: NDArray[np.float32] | None = None, valid: NDArray[np.bool_] | None = None
 ) -> bytes: ...
-def decode(blob: Buffer) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]: ...
+def decode(blob: Blob) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]: ...
 def decode_batch(
-    blobs: Sequence[Buffer], out: NDArray[np.float32], valid_out: NDArray[np.bool_] | None = None, threads: int = 1
+    blobs: Sequence[Blob], out: NDArray[np.float32], valid_out: NDArray[np.bool_] | None = None, threads: int = 1
 ) -> list[tuple[int, str]]: ...
 def check_batch(
-    blobs: Sequence[Buffer], channels: int, height: int, width: int, threads: int = 1
+    blobs: Sequence[Blob], channels: int, height: int, width: int, threads: int = 1
 ) -> list[tuple[int, str]]: ...
-def crc32(data: Buffer) -> int: ...
+def crc32(data: Blob) -> int: ...

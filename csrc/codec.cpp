@@ -24,7 +24,11 @@ using Problems = std::vector<std::pair<size_t, std::string>>;
 class View {
  public:
   explicit View(const py::handle& object) {
-    if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_SIMPLE)) throw py::error_already_set();
+    if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_SIMPLE)) {
+      PyErr_Clear();
+      throw py::type_error("a blob must be a contiguous bytes-like object, got " +
+                           std::string(Py_TYPE(object.ptr())->tp_name));
+    }
   }
   View(View&& other) noexcept : buffer_(other.buffer_) { other.buffer_.obj = nullptr; }
   View(const View&) = delete;
@@ -37,6 +41,10 @@ class View {
   Py_buffer buffer_{};
 };
 
+void require_threads(int threads) {
+  if (threads < 1) throw py::value_error(codec::format("threads must be at least 1, got %d", threads));
+}
+
 // Call work(i) for every i < n from `threads` threads, this one included.
 template <class Work>
 void for_each(size_t n, int threads, const Work& work) {
@@ -46,7 +54,7 @@ void for_each(size_t n, int threads, const Work& work) {
   };
   std::vector<std::thread> pool;
   try {
-    for (size_t t = 1; t < std::min<size_t>(n, size_t(std::max(threads, 1))); ++t) pool.emplace_back(run);
+    for (size_t t = 1; t < std::min(n, size_t(threads)); ++t) pool.emplace_back(run);
   } catch (const std::system_error&) {  // the system is out of threads: those there are do the work
   }
   run();
@@ -119,6 +127,7 @@ py::tuple decode(const py::object& object) {
 }
 
 Problems decode_batch(const std::vector<py::object>& blobs, Floats out, std::optional<Bools> valid, int threads) {
+  require_threads(threads);
   if (out.ndim() != 4 || size_t(out.shape(0)) != blobs.size())
     throw py::value_error("out must be [B,C,H,W] with one row a blob");
   if (valid && (valid->ndim() != 4 || !std::equal(out.shape(), out.shape() + 4, valid->shape())))
@@ -146,6 +155,7 @@ Problems decode_batch(const std::vector<py::object>& blobs, Floats out, std::opt
 }
 
 Problems check_batch(const std::vector<py::object>& blobs, size_t channels, size_t height, size_t width, int threads) {
+  require_threads(threads);
   const std::vector<View> views(blobs.begin(), blobs.end());
   std::vector<std::string> found(views.size());
   {

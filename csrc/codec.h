@@ -211,13 +211,15 @@ inline void decode_float16(const Blob& blob, float* out, bool* valid) {
 
 typedef uint16_t Lanes __attribute__((vector_size(16)));  // half a block: wider vectors are emulated on plain x86-64
 
+ARMILLARY_INLINE Lanes fill(uint16_t v) { return Lanes{v, v, v, v, v, v, v, v}; }
+
 // One block of at most 16 planes; `lone` is the bit of lane `place`, or 0.
 ARMILLARY_INLINE void decode_narrow(const uint8_t* planes, int n, int place, uint16_t lone, float step, float* out) {
   const Lanes bit[2] = {{1, 2, 4, 8, 16, 32, 64, 128}, {256, 512, 1024, 2048, 4096, 8192, 16384, 32768}};
-  const Lanes only = Lanes{} + uint16_t(1u << place);
-  Lanes low = (Lanes)(only == bit[0]) & lone, high = (Lanes)(only == bit[1]) & lone;
+  const Lanes only = fill(uint16_t(1u << place));
+  Lanes low = (Lanes)(only == bit[0]) & fill(lone), high = (Lanes)(only == bit[1]) & fill(lone);
   for (int k = 0; k < n; ++k) {
-    const Lanes plane = Lanes{} + load<uint16_t>(planes + 2 * k), one = Lanes{} + uint16_t(1u << k);
+    const Lanes plane = fill(load<uint16_t>(planes + 2 * k)), one = fill(uint16_t(1u << k));
     low |= (Lanes)((plane & bit[0]) == bit[0]) & one;
     high |= (Lanes)((plane & bit[1]) == bit[1]) & one;
   }

@@ -153,7 +153,7 @@ def read_header(blob: Blob) -> Header:
     Raises:
         CorruptBlob: It is no blob of this format, or its size is not the one that it states.
     """
-    view = memoryview(blob)
+    view = blob.data if isinstance(blob, np.ndarray) else memoryview(blob)
     if view.nbytes < HEADER.size:
         raise CorruptBlob(f"corrupt blob: {view.nbytes} bytes are fewer than the {HEADER.size} of a header")
     magic, crc, version, codec, flags, channels, height, width, payload = HEADER.unpack_from(view)
@@ -303,7 +303,7 @@ def decode_reference(blob: Blob) -> tuple[NDArray[np.float32], NDArray[np.bool_]
     """Specification of `decode`, in numpy alone, for blobs that are not corrupt beyond their header or checksum."""
     header = read_header(blob)
     raw = np.frombuffer(blob, np.uint8)
-    found = zlib.crc32(raw[8:])
+    found = zlib.crc32(raw[8:].data)
     if found != header.crc32:
         raise CorruptBlob(f"corrupt blob: CRC-32 is {found:08x}, the header says {header.crc32:08x}")
     payload = raw[HEADER.size + 4 * header.channels :]

@@ -1,0 +1,541 @@
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from armillary import _C
+from armillary.engine.data import codec
+from armillary.engine.data.codec import (
+    CorruptBlob,
+    check_batch,
+    decode,
+    decode_batch,
+    decode_reference,
+    encode,
+    encode_reference,
+    read_header,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+SHAPES = [(1, 1, 1), (3, 7, 5), (5, 16, 16), (2, 1, 33), (64, 2, 3), (3, 61, 47)]
+
+
+def shape_id(shape):
+    return "x".join(map(str, shape))
+
+
+def noise(shape, scale=8.0, seed=0):
+    return (np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32)
+
+
+def cutout(seed=0, side=152):
+    """A galaxy with neighbours on noise of 8 in every band; with Poisson noise where it is bright."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] - side / 2
+    image = np.zeros((3, side, side))
+    for i in range(18):  # the first in the middle, and bright
+        cy, cx = rng.uniform(-side / 2, side / 2, 2) * (i > 0)
+        r = np.hypot(y - cy, (x - cx) / rng.uniform(0.4, 1))
+        peak = 10 ** rng.uniform(0.5, 2.0 if i else 3.5, 3)
+        image += peak[:, None, None] * np.exp(-r / rng.uniform(1, 2.5))
+    return (image + rng.normal(size=image.shape) * np.sqrt(64 + image)).astype(np.float32)
+
+
+def resealed(blob):
+    """The blob with a checksum that fits its bytes."""
+    return blob[:4] + struct.pack("<I", zlib.crc32(blob[8:])) + blob[8:]
+
+
+def changed(blob, at, value, *, seal=True):
+    blob = blob[:at] + value + blob[at + len(value) :]
+    return resealed(blob) if seal else blob
+
+
+def agree(blob):
+    """Compiled and specified decoders agree to the bit; returns what they give."""
+    image, valid = decode(blob)
+    image_reference, valid_reference = decode_reference(blob)
+    np.testing.assert_array_equal(image.view(np.int32), image_reference.view(np.int32))
+    assert image.dtype == np.float32 and (valid is None) == (valid_reference is None)
+    if valid is not None:
+        assert valid.dtype == bool
+        np.testing.assert_array_equal(valid, valid_reference)
+    return image, valid
+
+
+# What is written and read back
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 8.0, 300.0, 1e5, 5e6])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_bitplane_round_trip(shape, scale, masked):
+    rng = np.random.default_rng(1)
+    image = noise(shape, scale)
+    image[..., ::13] *= 20  # outliers, so that widths vary
+    step = rng.uniform(0.5, 2, shape[0]).astype(np.float32)
+    valid = rng.random(shape) < 0.85 if masked else None
+    blob = encode(image, step, valid)
+    assert blob == encode_reference(image, step, valid)
+    assert len(blob) % 4 == 0
+    got, got_valid = agree(blob)
+    keep = np.ones(shape, bool) if valid is None else valid
+    error = np.abs(got.astype(np.float64) - image)[keep]
+    # half a step, and the roundings of q and of the product to float32
+    bound = (step[:, None, None] / 2 * (1 + 1e-6) + np.abs(image) * 2.0**-23)[keep]
+    assert (error <= bound).all()
+    assert (got[~keep] == 0).all()
+    assert got_valid is None if keep.all() else np.array_equal(got_valid, keep)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_float16_round_trip(shape, masked):
+    rng = np.random.default_rng(2)
+    image = (noise(shape, 1.0) * 10.0 ** rng.uniform(-9, 3, shape)).astype(np.float32)
+    valid = rng.random(shape) < 0.85 if masked else None
+    blob = encode(image, None, valid)
+    assert blob == encode_reference(image, None, valid)
+    got, _ = agree(blob)
+    keep = np.ones(shape, bool) if valid is None else valid
+    np.testing.assert_array_equal(got, np.where(keep, image.astype(np.float16), 0).astype(np.float32))
+
+
+def test_every_half_precision_number():
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    image = halves[np.isfinite(halves)].astype(np.float32).reshape(1, 1, -1)
+    for scale in (1.0, 1 + 2.0**-12, 1 + 2.0**-11, 1 - 2.0**-12):  # itself, and around and at the ties
+        scaled = (image * np.float32(scale)).clip(-65519.99, 65519.99)
+        blob = encode(scaled, None)
+        assert blob == encode_reference(scaled, None)
+        np.testing.assert_array_equal(agree(blob)[0].view(np.int32), scaled.astype(np.float16).astype("f4").view("i4"))
+
+
+def test_ties_go_to_even_and_use_a_float64_quotient():
+    image = np.array([[[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, -0.0]]], np.float32)
+    assert agree(encode(image, [1.0]))[0].ravel().tolist() == [-2, -2, 0, 0, 2, 2, 0]
+    assert not np.signbit(decode(encode(image, [1.0]))[0]).ravel()[-1]
+    # in float32 this quotient rounds to a tie, in float64 it stays below it
+    x, step = np.float32(8388607.5 * 0.1), np.float32(0.1)
+    q = float(np.rint(np.float64(x) / np.float64(step)))
+    assert decode(encode(np.full((1, 1, 1), x), [step]))[0].item() == np.float32(q) * step
+
+
+@pytest.mark.parametrize(
+    ("value", "step"),
+    [
+        (2147483520.0, 1.0),  # largest float32 below 2^31
+        (-2147483648.0, 1.0),
+        (3.4028235e38, 2e29),
+        (-3.4028235e38, 2e29),
+        (2.0**-126, 2.0**-126),
+        (1e-45, 2.0**-126),
+        (3e38, 3e38),
+    ],
+)
+def test_extreme_values(value, step):
+    image = np.array([[[value, 0, -value if value > 0 else 0]]], np.float32)
+    blob = encode(image, [step])
+    assert blob == encode_reference(image, [step])
+    got, _ = agree(blob)
+    assert np.abs(got.astype(np.float64) - image).max() <= step / 2 * (1 + 1e-6) + abs(value) * 2.0**-23
+
+
+@pytest.mark.parametrize("bits", range(33))
+def test_every_block_width(bits):
+    """All bits set, a lone pixel that needs the highest, two such pixels; the spec's codes and sizes."""
+    top = 1 << bits >> 1
+    u = np.zeros((3, 16), np.int64)
+    u[0] = (1 << bits) - 1
+    u[1:, 3] = top
+    u[2, 9] = top
+    q = (u >> 1) ^ -(u & 1)
+    image = q.astype(np.float32).reshape(3, 1, 16)
+    if bits == 32:
+        image = image.clip(max=2147483520)
+    blob = encode(image, [1.0] * 3)
+    assert blob == encode_reference(image, [1.0] * 3)
+    np.testing.assert_array_equal(agree(blob)[0], image)
+    if bits <= 24:  # exact in float32
+        full = next(i for i in range(12) if codec.PLANES[i] >= bits)
+        lone = bits + 7 if 5 <= bits <= 8 else full
+        assert (blob[36] & 15, blob[36] >> 4, blob[37]) == (full, lone, full)
+
+
+@pytest.mark.parametrize("step", [[0.5, 0.25], None], ids=["bitplane", "float16"])
+def test_masks(step):
+    shape = (2, 9, 21)
+    image = noise(shape)
+    image[0, 3] = np.nan
+    image[1, :, 2] = np.inf
+    image[1, 0, 0] = 3e38
+    valid = np.isfinite(image) & (np.abs(image) < 1e30)
+    blob = encode(image, step, valid)
+    assert blob == encode_reference(image, step, valid)
+    got, got_valid = agree(blob)
+    np.testing.assert_array_equal(got_valid, valid)
+    assert (got[~valid] == 0).all() and read_header(blob).masked
+    nothing = encode(image, step, np.zeros(shape, bool))
+    got, got_valid = agree(nothing)
+    assert (got == 0).all() and not got_valid.any()
+    clean = np.where(valid, image, 0)
+    assert encode(clean, step, np.ones(shape, bool)) == encode(clean, step), "a mask of nothing is not stored"
+
+
+def test_a_mask_costs_bytes_only_where_it_is():
+    image = cutout()
+    step = [1.0] * 3
+    valid = np.ones_like(image, bool)
+    valid[:, 70, 70] = False
+    blocks = 3 * 152 * 152 // 16
+    assert len(encode(image, step, valid)) <= len(encode(image, step)) + blocks // 8 + 3 * 2 + 4
+
+
+def test_strided_and_big_endian_images():
+    image = noise((3, 8, 10))
+    blob = encode(image, [1.0] * 3)
+    assert encode(image.astype(">f4"), [1.0] * 3) == blob
+    wide = np.zeros((3, 8, 20), np.float32)
+    wide[..., ::2] = image
+    assert encode(wide[..., ::2], [1.0] * 3) == blob
+
+
+def test_size_and_error_of_a_noise_like_cutout():
+    """The figure: at most 50 KiB for 3 x 152 x 152 at a step of an eighth of the sky noise."""
+    sizes = []
+    for seed in range(4):
+        image = cutout(seed)
+        blob = encode(image, [1.0] * 3)  # the noise is 8
+        sizes.append(len(blob))
+        error = np.abs(decode(blob)[0] - image)
+        assert (error <= 0.5 + np.abs(image) * 2.0**-23).all()
+    assert np.mean(sizes) <= 48 * 1024
+
+
+def test_real_cutouts(real_data):
+    fits = pytest.importorskip("astropy.io.fits")
+    files = sorted((real_data / "legacysurvey_fits").glob("*.fits.gz"))
+    if not files:
+        pytest.skip("no legacysurvey_fits in ARMILLARY_REAL_DATA")
+    for file in files:
+        image = fits.getdata(file).astype(np.float32)
+        valid = np.isfinite(image) & (image != 0)  # the survey writes 0 where it has no data
+        pixels = np.where(valid, image, 0)
+        centred = [np.abs(band[seen] - np.median(band[seen])) for band, seen in zip(pixels, valid, strict=True)]
+        step = np.array([1.4826 * np.median(c) / 8 for c in centred], np.float32)
+        blob = encode(image, step, valid)
+        assert blob == encode_reference(image, step, valid), file.name
+        got, _ = agree(blob)
+        bound = step[:, None, None] / 2 * (1 + 1e-6) + np.abs(pixels) * 2.0**-23
+        assert (np.abs(got - pixels) <= bound).all(), file.name
+        assert len(blob) < image.size * 4 / 4, file.name
+
+
+def test_the_documented_example_is_what_is_written():
+    text = (REPOSITORY / "docs" / "codec.md").read_text()
+    example = text.split("## Worked example")[1].split("```")[1]
+    blob = bytes.fromhex("".join(re.findall(r"^((?:[0-9a-f]{2} )+) ", example, re.M)))
+    image = np.array([[[0.5, -0.5, 1, 0, -1, 1.5, 0, 0.5, 8], [0, 0, 0, 0, 0, 0, 0, 1, 0]]], np.float32)
+    valid = np.ones_like(image, bool)
+    valid[0, 1, 8] = False
+    assert encode(image, [0.5], valid) == blob
+    np.testing.assert_array_equal(agree(blob)[0], image)
+
+
+def test_header():
+    blob = encode(noise((3, 5, 4)), [0.5, 0.25, 2.0])
+    header = read_header(blob)
+    assert (header.version, header.codec, header.masked) == (1, "bitplane", False)
+    assert (header.channels, header.height, header.width) == (3, 5, 4)
+    assert header.step == (0.5, 0.25, 2.0)
+    assert header.payload_bytes == len(blob) - 32 and header.crc32 == zlib.crc32(blob[8:])
+    assert read_header(encode(noise((1, 2, 2)), None)).codec == "float16"
+
+
+@pytest.mark.parametrize("length", [*range(0, 40), 1000, 4097])
+def test_crc32_is_that_of_zlib(length):
+    data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8).tobytes()
+    assert _C.crc32(data) == zlib.crc32(data)
+
+
+# What is refused when writing
+
+
+@pytest.mark.parametrize("function", [encode, encode_reference])
+@pytest.mark.parametrize(
+    ("image", "step", "valid", "match"),
+    [
+        (np.zeros((3, 4), np.float32), [1.0], None, r"image: must be float32 \[C, H, W\]"),
+        (np.zeros((1, 4, 4)), [1.0], None, "must be float32.*float64"),
+        (np.zeros((1, 0, 4), np.float32), [1.0], None, r"H and W in 1..65535"),
+        (np.zeros((256, 1, 1), np.float32), [1.0] * 256, None, "C must be in 1..255"),
+        (np.zeros((1, 1, 65536), np.float32), [1.0], None, r"H and W in 1..65535"),
+        (np.zeros((2, 4, 4), np.float32), [1.0], None, "one value for each of 2 bands"),
+        (np.zeros((2, 4, 4), np.float32), 1.0, None, "one value for each of 2 bands"),
+        (np.zeros((2, 4, 4), np.float32), [1.0, 0.0], None, "step: band 1 is 0.0"),
+        (np.zeros((2, 4, 4), np.float32), [-1.0, 1.0], None, "step: band 0 is -1.0"),
+        (np.zeros((1, 4, 4), np.float32), [float("nan")], None, "band 0 is nan"),
+        (np.zeros((1, 4, 4), np.float32), [1e39], None, "band 0 is inf"),
+        (np.zeros((1, 4, 4), np.float32), [1e-39], None, "positive normal float32"),
+        (np.zeros((1, 4, 4), np.float32), [1.0], np.ones((1, 4, 5), bool), r"valid: must be bool \(1, 4, 4\)"),
+        (np.zeros((1, 4, 4), np.float32), [1.0], np.ones((1, 4, 4), np.uint8), "valid: must be bool"),
+    ],
+)
+def test_bad_arguments_are_refused(function, image, step, valid, match):
+    with pytest.raises(ValueError, match=match):
+        function(image, step, valid)
+
+
+@pytest.mark.parametrize("function", [encode, encode_reference])
+@pytest.mark.parametrize("step", [[1.0, 1.0], None], ids=["bitplane", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_pixels_are_refused_unless_masked(value, step, function):
+    image = noise((2, 5, 5))
+    image[1, 2, 1:4] = value
+    with pytest.raises(ValueError, match="band 1: 3 non-finite pixels.*valid"):
+        function(image, step)
+    valid = np.ones_like(image, bool)
+    valid[1, 2, 1:3] = False
+    with pytest.raises(ValueError, match="band 1: 1 non-finite pixels"):
+        function(image, step, valid)
+    valid[1, 2, 3] = False
+    assert decode(function(image, step, valid))[1].sum() == 47
+
+
+@pytest.mark.parametrize("function", [encode, encode_reference])
+@pytest.mark.parametrize(
+    ("value", "step"),
+    [(2147483648.0, 1.0), (-2147483904.0, 1.0), (1e30, 1e-3), (3.4028235e38, 2.0**-126), (3e38, 2.2e38)],
+)
+def test_values_beyond_the_format_are_refused(value, step, function):
+    image = np.zeros((2, 3, 7), np.float32)
+    image[1, 2, 4] = value
+    if value == 3e38:  # rounds to one step of 2.2e38; two would be infinite
+        assert decode(function(image, [step, step]))[0][1, 2, 4] == np.float32(step)
+        image[1, 2, 4] = 3.4e38
+    with pytest.raises(ValueError, match="band 1, row 2, column 4: .*int32"):
+        function(image, [step, step])
+
+
+@pytest.mark.parametrize("function", [encode, encode_reference])
+def test_values_beyond_float16_are_refused(function):
+    image = np.zeros((2, 2, 2), np.float32)
+    image[1, 0, 0] = -65519
+    assert decode(function(image, None))[0].min() == -65504
+    image[1, 0, 0] = -65520
+    with pytest.raises(ValueError, match="band 1.*65520.*beyond float16"):
+        function(image, None)
+
+
+# What is refused when reading
+
+BAD = [
+    ("empty", lambda b: b"", "0 bytes are fewer than the 20"),
+    ("short", lambda b: b[:19], "19 bytes are fewer than the 20"),
+    ("header only", lambda b: b[:20], r"header promises \d+ bytes, the blob has 20"),
+    ("truncated", lambda b: b[:-4], "header promises"),
+    ("trailing bytes", lambda b: b + b"\0", "header promises"),
+    ("magic", lambda b: changed(b, 0, b"RIFF"), "magic is 52 49 46 46, expected 41 52 4d 42"),
+    ("version", lambda b: changed(b, 8, b"\2"), "format version is 2, this program reads 1"),
+    ("codec", lambda b: changed(b, 9, b"\2"), "codec is 2, expected 0 or 1"),
+    ("flags", lambda b: changed(b, 10, b"\x81"), "flags are 0x81"),
+    ("no bands", lambda b: changed(b, 11, b"\0"), "shape is 0x7x9"),
+    ("no rows", lambda b: changed(b, 12, b"\0\0"), "shape is 2x0x9"),
+    ("no columns", lambda b: changed(b, 14, b"\0\0"), "shape is 2x7x0"),
+    ("payload size", lambda b: changed(b, 16, b"\xff\xff\xff\xff"), "header promises 4294967323 bytes"),
+    ("zero step", lambda b: changed(b, 20, struct.pack("<f", 0)), "step of band 0 is 0"),
+    ("nan step", lambda b: changed(b, 24, struct.pack("<f", float("nan"))), "step of band 1 is -?nan"),
+    ("subnormal step", lambda b: changed(b, 24, struct.pack("<f", 1e-40)), "step of band 1"),
+]
+BAD_BODY = [
+    ("checksum", lambda b: changed(b, 4, b"\0\0\0\0", seal=False), "CRC-32 is .*, the header says 00000000"),
+    ("one bit", lambda b: changed(b, len(b) - 9, bytes([b[-9] ^ 1]), seal=False), "CRC-32"),
+    ("huge shape", lambda b: changed(b, 12, b"\xff\xff\xff\xff"), "too short for the shape"),
+    ("other shape", lambda b: changed(b, 14, b"\x0a\0"), "does not fit|does not start|is not 0"),
+    ("tile table", lambda b: changed(b, 28, b"\1\0\0\0"), "tile 0 does not start where its predecessor ends"),
+    ("codes", lambda b: changed(b, 32, b"\xbb"), "payload size does not fit the block codes"),
+    (
+        "size",
+        lambda b: resealed(b[:16] + struct.pack("<I", len(b) - 24) + b[20:] + b"\0" * 4),
+        "does not fit the block",
+    ),
+    ("codec 0", lambda b: changed(b, 9, b"\0"), "payload size does not fit the shape"),
+    ("mask flag", lambda b: changed(b, 10, b"\1"), "does not|is not 0"),
+]
+
+
+def good_blob():
+    return encode(noise((2, 7, 9)), [1.0, 0.5])
+
+
+@pytest.mark.parametrize(("damage", "match"), [(d, m) for _, d, m in BAD], ids=[i for i, _, _ in BAD])
+def test_bad_headers(damage, match):
+    blob = damage(good_blob())
+    for function in (read_header, decode, decode_reference):
+        with pytest.raises(CorruptBlob, match=match):
+            function(blob)
+    assert re.search(match, check_batch([blob], 2, 7, 9)[0])
+
+
+@pytest.mark.parametrize(("damage", "match"), [(d, m) for _, d, m in BAD_BODY], ids=[i for i, _, _ in BAD_BODY])
+def test_bad_bodies(damage, match):
+    blob = damage(good_blob())
+    read_header(blob)
+    with pytest.raises(CorruptBlob, match=match):
+        decode(blob)
+    assert re.search(match + "|expected 2x7x9", check_batch([blob], 2, 7, 9)[0])
+
+
+def test_float16_infinity_without_a_mask_is_corrupt():
+    blob = changed(encode(noise((1, 3, 3)), None), 24, b"\x00\x7c")
+    with pytest.raises(CorruptBlob, match="non-finite pixels in a blob without a mask"):
+        decode(blob)
+
+
+def test_unused_codes_and_mask_bits_must_be_zero():
+    blob = encode(noise((1, 1, 33)), [1.0], np.arange(33).reshape(1, 1, 33) != 4)  # three blocks
+    with pytest.raises(CorruptBlob, match="code of a block beyond the last"):
+        decode(changed(blob, 29, bytes([blob[29] | 0x10])))
+    with pytest.raises(CorruptBlob, match="mask bit of a block beyond the last"):
+        decode(changed(blob, 30, bytes([blob[30] | 0x08])))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("step", [[1.0, 0.5], None], ids=["bitplane", "float16"])
+def test_any_flipped_bits_are_found_by_the_checksum(step, masked):
+    rng = np.random.default_rng(4)
+    blob = encode(noise((2, 17, 19)), step, rng.random((2, 17, 19)) < 0.9 if masked else None)
+    for _ in range(400):
+        bad = bytearray(blob)
+        for at in rng.choice(len(bad) * 8, rng.integers(1, 6), replace=False):
+            bad[at // 8] ^= 1 << at % 8
+        with pytest.raises(CorruptBlob):
+            decode(bytes(bad))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_damage_under_a_repaired_checksum_is_refused_or_decodes_as_specified(masked):
+    rng = np.random.default_rng(5)
+    shape = (2, 50, 49)  # two tiles
+    blob = encode(noise(shape), [1.0, 0.5], rng.random(shape) < 0.9 if masked else None)
+    accepted = 0
+    for i in range(300):
+        bad = bytearray(blob)
+        for at in rng.integers(8, len(bad) if i % 3 else 300, rng.integers(1, 4)):
+            bad[at] ^= 1 << rng.integers(8)
+        if i % 7 == 0:
+            bad = bad[: rng.integers(20, len(bad))]
+            bad[16:20] = struct.pack("<I", max(len(bad) - 28, 0))
+        try:
+            decode(resealed(bytes(bad)))
+        except CorruptBlob:
+            continue
+        with np.errstate(over="ignore"):
+            agree(resealed(bytes(bad)))
+        accepted += 1
+    assert 50 < accepted < 250
+
+
+@pytest.mark.slow
+def test_no_damage_makes_the_decoder_leave_its_buffers(tmp_path):
+    """The decoder under the address and undefined-behaviour sanitizers, on 40,000 damaged blobs."""
+    compiler = shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs g++ with its sanitizers")
+    program = tmp_path / "fuzz"
+    source = Path(__file__).with_name("fuzz_codec.cpp")
+    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    built = subprocess.run([compiler, *flags, source, "-o", program], capture_output=True, text=True)
+    if "cannot find" in built.stderr:
+        pytest.skip("g++ comes without its sanitizers")
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([program, "1000"], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+
+
+# Batches
+
+
+def blobs_of(shape, count=7):
+    rng = np.random.default_rng(6)
+    blobs = []
+    for i in range(count):
+        step = None if i % 3 == 2 else rng.uniform(0.5, 2, shape[0])
+        blobs.append(encode(noise(shape, seed=i), step, rng.random(shape) < 0.9 if i % 2 else None))
+    return blobs
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_decode_batch_with_corrupt_blobs(threads):
+    shape = (3, 11, 13)
+    blobs = blobs_of(shape)
+    blobs[1] = blobs[1][:-1]
+    blobs[4] = changed(blobs[4], 40, b"\xff\xff", seal=False)
+    blobs[6] = blobs_of((3, 13, 11))[6]
+    out = np.full((7, *shape), np.nan, np.float32)
+    valid = np.random.default_rng(0).random(out.shape) < 0.5
+    assert decode_batch(blobs, out, valid, threads) == [1, 4, 6]
+    for i, blob in enumerate(blobs):
+        if i in (1, 4, 6):
+            assert (out[i] == 0).all() and not valid[i].any()
+        else:
+            image, mask = decode(blob)
+            np.testing.assert_array_equal(out[i], image)
+            np.testing.assert_array_equal(valid[i], True if mask is None else mask)
+    problems = check_batch(blobs, *shape, threads=threads)
+    assert sorted(problems) == [1, 4, 6]
+    assert "shape is 3x13x11, expected 3x11x13" in problems[6]
+    without = np.full_like(out, np.nan)
+    assert decode_batch(blobs, without, None, threads) == [1, 4, 6]
+    np.testing.assert_array_equal(without, out)
+
+
+def test_blobs_may_be_any_contiguous_bytes():
+    blobs = blobs_of((2, 4, 6), 3)
+    row = np.zeros(len(blobs[0]) + 10, np.uint8)
+    row[: len(blobs[0])] = np.frombuffer(blobs[0], np.uint8)
+    mixed = [row[: len(blobs[0])], memoryview(blobs[1]), bytearray(blobs[2])]
+    out = np.zeros((3, 2, 4, 6), np.float32)
+    assert decode_batch(mixed, out) == []
+    np.testing.assert_array_equal(out[0], decode(blobs[0])[0])
+    assert read_header(mixed[0]) == read_header(blobs[0])
+    for bad in (row[::2], "text", None):
+        with pytest.raises(TypeError, match="a blob must be a contiguous bytes-like object"):
+            decode(bad)
+
+
+def test_an_empty_batch():
+    assert decode_batch([], np.zeros((0, 3, 4, 4), np.float32)) == []
+    assert check_batch([], 3, 4, 4) == {}
+
+
+@pytest.mark.parametrize(
+    ("out", "valid", "match"),
+    [
+        (np.zeros((2, 1, 3, 3), np.float32), None, "out: .* B = 1 blobs, got float32"),
+        (np.zeros((1, 3, 3), np.float32), None, r"out: must be a float32 array \[B, C, H, W\]"),
+        (np.zeros((1, 1, 3, 3)), None, "out: must be a float32 array.*float64"),
+        ([[[[0.0]]]], None, "out: .*got list"),
+        (np.zeros((1, 1, 3, 6), np.float32)[..., ::2], None, "out: must be C-contiguous and writeable"),
+        (np.broadcast_to(np.float32(0), (1, 1, 3, 3)), None, "out: must be C-contiguous and writeable"),
+        (np.zeros((1, 1, 3, 3), np.float32), np.zeros((1, 1, 3, 3), np.uint8), "valid_out: must be a bool"),
+        (np.zeros((1, 1, 3, 3), np.float32), np.zeros((1, 1, 3, 4), bool), "valid_out: must have the shape of out"),
+    ],
+)
+def test_bad_outputs_are_refused(out, valid, match):
+    with pytest.raises(ValueError, match=match):
+        decode_batch([encode(noise((1, 3, 3)), [1.0])], out, valid)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_must_be_positive(threads):
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        decode_batch([], np.zeros((0, 1, 1, 1), np.float32), None, threads)
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        check_batch([], 1, 1, 1, threads)
