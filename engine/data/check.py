@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from armillary.engine.data import codec
 from armillary.engine.data.packing import BUILD_FOLDER, catalog_schema
 from armillary.engine.data.shards import Member, read_index, read_members
-from armillary.engine.data.survey import CATALOG_COLUMNS, ShardRecord, Survey
+from armillary.engine.data.survey import ShardRecord, Survey
 from armillary.engine.data.surveys.sample import digest
 
 __all__ = ["Problem", "check_survey"]
@@ -135,7 +136,7 @@ def _check_catalog(root: Path, survey: Survey) -> tuple[pa.Table | None, list[Pr
         what = f"{other.sum()} rows are of another split than their shard"
         problems.append(Problem(name, catalog["key"][row].as_py(), what, REBUILD))
     repeated = catalog["key"].value_counts()
-    for entry in repeated.filter(pa.compute.greater(repeated.field("counts"), 1))[:1].to_pylist():
+    for entry in repeated.filter(pc.greater(repeated.field("counts"), 1))[:1].to_pylist():
         problems.append(Problem(name, entry["values"], f"the key occurs {entry['counts']} times", REBUILD))
     return catalog, problems
 

@@ -89,7 +89,6 @@ def open_source(
 def build(
     source: tyro.conf.Positional[Path],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    /,
     *,
     kind: Kind = "auto",
     name: str | None = None,
@@ -167,7 +166,6 @@ def build(
 
 def check(
     survey: tyro.conf.Positional[Path],
-    /,
     *,
     blobs: int | None = None,
     checksums: bool = True,

@@ -6,14 +6,12 @@ USTAR, because DALI reads no PAX headers. An archive appears under its name only
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from armillary.engine.data.survey import ShardRecord
 from armillary.engine.data.surveys.sample import key_problem
@@ -40,22 +38,6 @@ class Member:
     size: int
 
 
-class _Hashed(io.RawIOBase):
-    """A file that is written from front to back and hashed on the way."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes, /) -> int:
-        self.file.write(data)
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.bytes
-
-
 class ShardWriter:
     """Writes one shard; use it as a context manager. On an error nothing is left under the shard's name.
 
@@ -72,13 +54,12 @@ class ShardWriter:
         self.members: list[Member] = []
         self._keys: set[str] = set()
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._sha256, self._bytes = hashlib.sha256(), 0
         self._record: ShardRecord | None = None
 
     def __enter__(self) -> ShardWriter:
         """Open the temporary file."""
         self._file = open(self._temporary, "wb")
-        self._hashed = _Hashed(self._file)
-        self._tar = tarfile.open(fileobj=self._hashed, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # typeshed wants more of a file than tarfile does
         return self
 
     def __exit__(
@@ -87,13 +68,14 @@ class ShardWriter:
         """Finish the tar, flush it to disk and give it its name; on an error remove it."""
         try:
             if kind is None:
-                self._tar.close()
+                self._write(bytes(2 * BLOCK))
+                self._write(bytes(-self._bytes % tarfile.RECORDSIZE))
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
                 os.replace(self._temporary, self.path)
                 self._record = ShardRecord(
-                    self.path.name, self.split, len(self.members), self._hashed.bytes, self._hashed.sha256.hexdigest()
+                    self.path.name, self.split, len(self.members), self._bytes, self._sha256.hexdigest()
                 )
         finally:
             if self._record is None:
@@ -123,10 +105,17 @@ class ShardWriter:
         self._keys.add(key)
         header = tarfile.TarInfo(f"{key}.{EXTENSION}")  # its defaults: mtime, uid and gid 0, mode 644, no names
         header.size = len(blob)
-        member = Member(key, self._hashed.tell() + BLOCK, len(blob))
-        self._tar.addfile(header, io.BytesIO(blob))
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        member = Member(key, self._bytes, len(blob))
+        self._write(blob)
+        self._write(bytes(-len(blob) % BLOCK))
         self.members.append(member)
         return member
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._bytes += len(data)
 
 
 def read_members(path: Path) -> Iterator[Member]:

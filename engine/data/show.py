@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
@@ -84,7 +85,7 @@ def read_samples(
         raise ValueError(f"split: no samples in {split!r}; the survey has {', '.join(sizes)}")
     catalog = pq.read_table(folder / "catalog.parquet")
     if split is not None:
-        catalog = catalog.filter(pa.compute.field("split") == split)
+        catalog = catalog.filter(pc.field("split") == split)
     chosen = np.random.default_rng(seed).permutation(len(catalog))[:count]
     rows = catalog.take(np.sort(chosen))
     images = []

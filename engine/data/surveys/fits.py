@@ -10,6 +10,8 @@ import hashlib
 import math
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,7 @@ class FitsCutouts:
             raise BadSample(self._bad[index])
         name = self.files[index]
         try:
-            with fits.open(self._folder / name, memmap=False) as hdus:
+            with _open(self._folder / name) as hdus:
                 data = _image_hdu(hdus).data
         except (OSError, ValueError, TypeError, IndexError, EOFError, fits.VerifyError) as error:  # astropy's variety
             raise BadSample(f"{self._folder / name}: not readable as FITS: {error}") from error
@@ -193,6 +195,15 @@ def _same_scale(a: float, b: float) -> bool:
     return math.isnan(a) == math.isnan(b) and not abs(a - b) > SCALE_TOLERANCE * b
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Open a FITS file without astropy's warnings: what is wrong with it shows as an error where it matters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with fits.open(path, memmap=False) as hdus:
+            yield hdus
+
+
 def _image_hdu(hdus: Any) -> Any:
     """The first HDU with an image."""
     for hdu in hdus:
@@ -207,7 +218,7 @@ def _read_header(path: Path, bands: tuple[str, ...] | None, scale: float) -> _He
     Raises:
         ValueError: The image is not bands x height x width, or the bands are unknown.
     """
-    with fits.open(path, memmap=False) as hdus:
+    with _open(path) as hdus:
         header = _image_hdu(hdus).header
     axes = [int(header[f"NAXIS{k + 1}"]) for k in range(header["NAXIS"])]
     width, height, channels = axes[0], axes[1], math.prod(axes[2:])

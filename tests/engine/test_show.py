@@ -1,0 +1,146 @@
+import sys
+
+import numpy as np
+import pytest
+import tyro
+from PIL import Image
+
+from armillary.engine.data import cli
+from armillary.engine.data.show import draw_mosaic, read_samples, to_rgb
+from armillary.engine.data.survey import Statistics, Survey
+
+
+def described(unit, bands, sigma):
+    numbers = (1.0,) * len(bands)
+    statistics = Statistics(numbers, numbers, numbers, (numbers,) * len(bands), 1)
+    return Survey("s", bands, 4, 4, None, unit, "float16", sigma, (), (), statistics)
+
+
+def test_counts_are_shown_as_they_are():
+    survey = described("count", ("red", "green", "blue"), (1.0, 1.0, 1.0))
+    image = np.random.default_rng(0).integers(0, 256, (3, 4, 4)).astype(np.float32)
+    np.testing.assert_array_equal(to_rgb(image, None, survey), np.moveaxis(image, 0, -1))
+    deep = image * 257
+    np.testing.assert_allclose(to_rgb(deep, None, survey), np.moveaxis(image, 0, -1), atol=1)
+    grey = to_rgb(image[:1], None, described("count", ("grey",), (1.0,)))
+    assert (grey == grey[..., :1]).all() and grey[0, 0, 0] == image[0, 0, 0]
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 5])
+def test_fluxes_get_a_stretch_that_grows_and_never_wraps(bands):
+    survey = described("nanomaggy", tuple("ugriz"[:bands]), (0.01,) * bands)
+    levels = np.array([-1e3, -0.01, 0, 0.01, 0.1, 1, 10, 1e6], np.float32)
+    out = to_rgb(np.broadcast_to(levels, (bands, 2, 8)).copy(), None, survey)
+    assert out.shape == (2, 8, 3) and (np.diff(out[0, :, 0].astype(int)) >= 0).all()
+    assert out[0, 0].max() == 0 and out[0, -1].min() == 255
+    assert 0 < out[0, 2, 0] < 60  # the sky is dark, not black
+
+
+def test_red_galaxies_are_red_and_masks_violet():
+    survey = described("nanomaggy", ("g", "r", "z"), (0.01, 0.01, 0.01))
+    image = np.zeros((3, 4, 4), np.float32)
+    image[:, 0, 0] = 0.1, 0.3, 0.9
+    valid = np.ones((3, 4, 4), bool)
+    valid[:, 3], valid[0, 2] = False, False
+    rgb = to_rgb(image, valid, survey)
+    assert rgb[0, 0, 0] > rgb[0, 0, 1] > rgb[0, 0, 2]
+    assert (rgb[3] == (70, 0, 80)).all() and (rgb[2] == rgb[1]).all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures, and a survey of them built by the command."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "in").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(root / "in" / f"p{i}.png")
+    (root / "in" / "labels.csv").write_text("file,ra,dec,z,type\np0,1,2,0.1,Sa\np1,1,2,,Sb\n")
+    assert command(cli.build, root / "in", "-o", root / "out", "--processes", 1, "--test-fraction", 0.3) == 0
+    return root
+
+
+def command(function, *words):
+    return tyro.cli(function, args=[str(w) for w in words])
+
+
+def test_mosaic(folder, tmp_path):
+    draw_mosaic(folder / "out", tmp_path / "a.png", count=5, labels=["z", "type"])
+    draw_mosaic(folder / "out", tmp_path / "b.png", count=5, labels=["z", "type"])
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (3 * (162 + 4) + 4, 2 * (162 + 4 + 3 * 12) + 4)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_samples_are_random_rows_of_the_split(folder):
+    survey = Survey.load(folder / "out")
+    images, rows = read_samples(folder / "out", survey, 100, "train", 0)
+    assert len(images) == len(rows) == survey.count("train") and set(rows["split"].to_pylist()) == {"train"}
+    few = [read_samples(folder / "out", survey, 3, None, seed)[1]["key"].to_pylist() for seed in range(4)]
+    assert len({tuple(k) for k in few}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"count": 0}, "count: must be at least 1"),
+        ({"split": "half"}, "split: no samples in 'half'; the survey has train, test"),
+        ({"labels": ["mass"]}, "labels: no 'mass'; the survey has z, type"),
+    ],
+)
+def test_mosaics_that_cannot_be(folder, tmp_path, options, match):
+    with pytest.raises(ValueError, match=match):
+        draw_mosaic(folder / "out", tmp_path / "a.png", **options)
+
+
+def test_commands_end_to_end(folder, tmp_path, capsys):
+    assert command(cli.check, folder / "out", "--no-progress") == 0
+    assert "sound" in capsys.readouterr().out
+    assert command(cli.show, folder / "out", "--out", tmp_path / "m.png", "--split", "test", "--count", 2) == 0
+    out = capsys.readouterr().out
+    assert "red green blue, 9 x 9 pixels" in out and (tmp_path / "m.png").exists()
+
+
+def test_check_reports_and_fails(folder, tmp_path, capsys):
+    for file in (folder / "out").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "train-000000.idx").unlink()
+    assert command(cli.check, tmp_path, "--blobs", 1) == 1
+    out = capsys.readouterr().out
+    assert "1 problems" in out and "train-000000" in out and "missing" in out
+
+
+def test_kinds_are_guessed_from_names(tmp_path):
+    for name, kind in [("a.JPG", "images"), ("b.zip", "images"), ("c.fits.gz", "fits"), ("d.hdf5", "stein")]:
+        (tmp_path / name).write_text("")
+        assert cli.guess_kind(tmp_path / name) == kind
+    with pytest.raises(
+        ValueError, match=r"what to read is not clear \(2 of kind images, 1 of kind fits, 1 of kind stein"
+    ):
+        cli.guess_kind(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        cli.guess_kind(tmp_path / "none")
+
+
+def test_options_of_another_kind_are_refused(folder):
+    with pytest.raises(ValueError, match="rows: sources of kind images have no such option"):
+        cli.open_source(folder / "in", rows=(0, 1))
+    with pytest.raises(ValueError, match="labels: sources of kind stein have no such option"):
+        cli.open_source(folder / "in", "stein", labels=folder / "in" / "labels.csv")
+    assert cli.open_source(folder / "in", size=5, bands=("i", "r", "g")).bands == ("i", "r", "g")
+
+
+def test_build_command_takes_every_option(folder, tmp_path):
+    words = ["--kind", "images", "--name", "n", "--labels", folder / "in" / "labels.csv", "--size", 8]
+    words += ["--pixel-scale-arcsec", 0.2, "--codec", "float16", "--samples-per-shard", 4, "--seed", 3]
+    words += ["--on-bad", "skip", "--no-progress", "--processes", 1, "--sky-sigma", 1, 2, 3, "--bands", "i", "r", "g"]
+    assert command(cli.build, folder / "in", "--out", tmp_path / "o", *words) == 0
+    survey = Survey.load(tmp_path / "o")
+    assert (survey.name, survey.height, survey.bands, survey.sky_sigma) == ("n", 8, ("i", "r", "g"), (1.0, 2.0, 3.0))
+    assert survey.provenance["command"].startswith(sys.argv[0].split()[0])
+
+
+def test_unknown_split_is_refused_before_anything_is_made(folder, tmp_path):
+    with pytest.raises(ValueError, match="split: must be key, sky, source"):
+        command(cli.build, folder / "in", "--out", tmp_path / "o", "--split", "half")
+    assert not (tmp_path / "o").exists()
