@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,12 +17,13 @@ from armillary.engine.data.readers import PAD_TO, Blob, Blobs, ShardFiles
 from armillary.engine.data.survey import Survey
 from armillary.models.method import Batch
 
-__all__ = ["BatchMaker", "OnCorrupt"]
+__all__ = ["BatchMaker", "OnCorrupt", "decode_padded", "pad_blobs"]
 
 log = logging.getLogger(__name__)
 
 OnCorrupt = Literal["error", "replace", "drop"]
 
+SPARE_BUFFERS = 4
 REPLACEMENT_TRIES = 64  # a run of as many corrupt samples is a broken shard, not a broken sample
 
 
@@ -56,7 +58,7 @@ class BatchMaker:
         self._device = device
         self._threads = threads
         self._on_corrupt = on_corrupt
-        self._spare: list[Tensor] = []
+        self._images = _Buffers()
 
     def make(self, request: MicroBatch, blobs: Blobs) -> tuple[Batch, int]:
         """Make one batch.
@@ -101,49 +103,23 @@ class BatchMaker:
             f"{', '.join(shards)} in {self._files.folder})"
         )
 
-    def recycle(self, image: Tensor) -> None:
-        """Take back an image that nothing refers to any more: fresh pages cost about as much as decoding into them."""
-        if image.device.type == "cpu" and len(self._spare) < 2:
-            self._spare.append(image)
-
     def _decode(self, blobs: Blobs) -> tuple[Tensor, Tensor | None] | list[int]:
         """Decode to (image, valid or None where nothing is masked), or say which blobs are corrupt."""
-        shape = (len(blobs.host), *self._shape)
         masked = any(_is_masked(blob) for blob in blobs.host)
-        on_gpu = self._device.type == "cuda"
-        if on_gpu and self._codec == "bitplane" and blobs.host:
+        if self._device.type == "cuda":
             problems = codec.check_batch(blobs.host, *self._shape, threads=self._threads)
-            return list(problems) or self._decode_on_gpu(blobs, masked)
-        image = self._spare.pop() if self._spare else torch.empty(0)
-        if image.shape != shape:
-            image = torch.empty(shape, pin_memory=on_gpu)
-        valid = torch.empty(shape, dtype=torch.bool, pin_memory=on_gpu) if masked else None
+            if problems:
+                return list(problems)
+            padded = pad_blobs(blobs.host, self._device) if blobs.padded is None else blobs.padded
+            sizes = [len(blob) for blob in blobs.host]
+            return decode_padded(padded, sizes, self._codec, *self._shape, masks=masked)
+        shape = (len(blobs.host), *self._shape)
+        image = self._images.take(shape)
+        valid = torch.empty(shape, dtype=torch.bool) if masked else None
         corrupt = codec.decode_batch(
             blobs.host, image.numpy(), None if valid is None else valid.numpy(), threads=self._threads
         )
-        if corrupt:
-            return corrupt
-        if on_gpu:
-            image = image.to(self._device, non_blocking=True)
-            valid = None if valid is None else valid.to(self._device, non_blocking=True)
-        return image, valid
-
-    def _decode_on_gpu(self, blobs: Blobs, masked: bool) -> tuple[Tensor, Tensor | None]:
-        # Imported here because it brings Triton, which a CPU does not need.
-        from armillary.kernels.decode import decode_bitplane
-
-        sizes = torch.tensor([len(blob) for blob in blobs.host], device=self._device)
-        padded = self._pad(blobs.host) if blobs.padded is None else blobs.padded
-        image, valid = decode_bitplane(padded, sizes, *self._shape)
-        return image, valid if masked else None
-
-    def _pad(self, blobs: Sequence[Blob]) -> Tensor:
-        """Copy blobs to the GPU as [B, P] uint8 with zeros behind them."""
-        longest = max(len(blob) for blob in blobs)
-        pinned = torch.zeros((len(blobs), -(-longest // PAD_TO) * PAD_TO), dtype=torch.uint8, pin_memory=True)
-        for line, blob in zip(pinned.numpy(), blobs, strict=True):
-            line[: len(blob)] = np.frombuffer(blob, np.uint8)
-        return pinned.to(self._device, non_blocking=True)
+        return corrupt or (image, valid)
 
     def _complaint(self, request: MicroBatch, number: int, blob: Blob) -> str:
         """Which sample is corrupt, where it lies, and what is wrong with it."""
@@ -178,8 +154,64 @@ class BatchMaker:
         )
 
 
+def pad_blobs(blobs: Sequence[Blob], device: torch.device) -> Tensor:
+    """Copy blobs to a device as [B, P] uint8, with zeros behind each; P is a multiple of 16."""
+    longest = max((len(blob) for blob in blobs), default=0)
+    width = max(-(-longest // PAD_TO), 1) * PAD_TO
+    padded = torch.zeros((len(blobs), width), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for line, blob in zip(padded.numpy(), blobs, strict=True):
+        line[: len(blob)] = np.frombuffer(blob, np.uint8)
+    return padded.to(device, non_blocking=True)
+
+
+def decode_padded(
+    padded: Tensor, sizes: Sequence[int], name: str, channels: int, height: int, width: int, *, masks: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Decode checked blobs where they lie.
+
+    Args:
+        padded: [B, P] uint8.
+        sizes: Bytes of each blob.
+        name: Codec of all blobs, "bitplane" or "float16".
+        channels: Bands C of all blobs.
+        height: Pixels.
+        width: Pixels.
+        masks: Whether any blob has a mask.
+
+    Returns:
+        image [B, C, H, W] float32 and valid [B, C, H, W] bool, None without `masks`.
+    """
+    # Imported here because it brings Triton, which a CPU that decodes with C++ does not need.
+    from armillary.kernels.decode import decode_bitplane, decode_float16
+
+    decode = decode_bitplane if name == "bitplane" else decode_float16
+    return decode(padded, torch.tensor(sizes, device=padded.device), channels, height, width, masks=masks)
+
+
+class _Buffers:
+    """Float32 arrays whose memory is used again once nothing refers to them: fresh pages cost a third of a decoding."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape with any content."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(0, np.float32)
+        if memory.shape != shape:
+            memory = np.empty(shape, np.float32)
+        # Every tensor and view that shares this memory holds on to `lent`, so its end is the end of them all.
+        lent = memory[...]
+        weakref.finalize(lent, self._give_back, memory).atexit = False
+        return torch.from_numpy(lent)
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        if len(self._free) < SPARE_BUFFERS:
+            self._free.append(memory)
+
+
 def _is_masked(blob: Blob) -> bool:
-    try:
-        return codec.read_header(blob).masked
-    except codec.CorruptBlob:
-        return False
+    """Whether a blob has a mask; `codec.read_header` also checks the header, which decoding does anyway."""
+    return len(blob) >= codec.HEADER.size and bool(codec.HEADER.unpack_from(blob)[4] & codec.MASKED)

@@ -12,17 +12,19 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
 
+from armillary.engine.data import shards
 from armillary.engine.data.plan import MicroBatch
+from armillary.engine.data.shards import EXTENSION, INDEX_VERSION, Member
 from armillary.engine.data.survey import Survey
 
-__all__ = ["PAD_TO", "Blob", "Blobs", "Member", "Reader", "ReaderName", "ShardFiles", "make_reader"]
+__all__ = ["PAD_TO", "Blob", "Blobs", "Reader", "ReaderName", "ShardFiles", "make_reader"]
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +34,6 @@ ReaderName = Literal["auto", "dali", "webdataset"]
 CACHED_INDICES = 16
 CACHED_FILES = 64
 PAD_TO = 16  # blobs on the GPU are padded to a multiple of this many bytes, so that rows are aligned
-
-
-class Member(NamedTuple):
-    """One blob in a tar: its key, first byte and length."""
-
-    key: str
-    offset: int
-    size: int
 
 
 class Blobs(NamedTuple):
@@ -57,7 +51,7 @@ class Blobs(NamedTuple):
 class Reader(Protocol):
     """Reads planned micro-batches."""
 
-    def read(self, requests: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Blobs]]:
+    def read(self, requests: Iterator[MicroBatch]) -> Generator[tuple[MicroBatch, Blobs], None, None]:
         """Yield every request with its blobs, in order. The iterator takes requests ahead of what it yields."""
         ...
 
@@ -114,9 +108,7 @@ class ShardFiles:
                 )
             index = self.path(shard).with_suffix(".idx")
             if index.name not in present:
-                raise FileNotFoundError(
-                    f"{index}: this shard's index is missing; rebuild it with `armillary data index {self.folder}`"
-                )
+                raise FileNotFoundError(f"{index}: this shard's index is missing; {self._rebuild(shard)}")
         for shard in range(rank, len(self.records), world):
             size, expected = self.path(shard).stat().st_size, self.records[shard].bytes
             if size != expected:
@@ -139,15 +131,13 @@ class ShardFiles:
         path = self.path(shard).with_suffix(".idx")
         header, *lines = path.read_bytes().splitlines() or [b""]
         version, _, count = header.partition(b" ")
-        if version != b"v1.2" or not count.isdigit() or int(count) != len(lines):
+        if version != INDEX_VERSION.encode() or not count.isdigit() or int(count) != len(lines):
             raise ValueError(
-                f"{path}: not a complete DALI index (header {header!r}, {len(lines)} lines); "
-                f"rebuild it with `armillary data index {self.folder}`"
+                f"{path}: not a complete DALI index (header {header!r}, {len(lines)} lines); {self._rebuild(shard)}"
             )
         if len(lines) != self.records[shard].count:
             raise ValueError(
-                f"{path}: {len(lines)} samples, but survey.json says {self.records[shard].count}; rebuild it with "
-                f"`armillary data index {self.folder}`"
+                f"{path}: {len(lines)} samples, but survey.json says {self.records[shard].count}; {self._rebuild(shard)}"
             )
         with self._lock:
             self._lines[shard] = lines
@@ -158,16 +148,19 @@ class ShardFiles:
     def member(self, shard: int, index: int) -> Member:
         """Where a sample lies in its tar."""
         line = self.lines(shard)[index]
-        parts = line.decode().split(maxsplit=3)
         try:
-            _, offset, size, name = parts
-            return Member(name.removesuffix(".img"), int(offset), int(size))
+            _, offset, size, name = line.decode().split()
+            return Member(name.removesuffix(f".{EXTENSION}"), int(offset), int(size))
         except ValueError:
             path = self.path(shard).with_suffix(".idx")
             raise ValueError(
-                f"{path}: line {index + 2} is {line!r}, not `img OFFSET SIZE KEY.img`; rebuild it with "
-                f"`armillary data index {self.folder}`"
+                f"{path}: line {index + 2} is {line!r}, not `{EXTENSION} OFFSET SIZE KEY.{EXTENSION}`; "
+                f"{self._rebuild(shard)}"
             ) from None
+
+    def _rebuild(self, shard: int) -> str:
+        program = f"import pathlib, {shards.__name__} as s; s.write_index(pathlib.Path({str(self.path(shard))!r}))"
+        return f'write it anew: python -c "{program}"'
 
     def read(self, shard: int, index: int) -> bytes:
         """Read one blob.

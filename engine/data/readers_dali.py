@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from armillary.engine.data.plan import MicroBatch
 from armillary.engine.data.readers import PAD_TO, Blobs, ShardFiles
+from armillary.engine.data.shards import EXTENSION, INDEX_VERSION
 
 __all__ = ["DaliReader", "segments"]
 
@@ -83,7 +84,7 @@ class DaliReader:
         self._threads = threads
         self._builder: ThreadPoolExecutor | None = None
 
-    def read(self, requests: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Blobs]]:
+    def read(self, requests: Iterator[MicroBatch]) -> Generator[tuple[MicroBatch, Blobs], None, None]:
         """Yield every request with its blobs, in order; see `readers.Reader`."""
         if self._builder is None:
             self._builder = ThreadPoolExecutor(1, thread_name_prefix="armillary-dali")
@@ -119,19 +120,19 @@ class DaliReader:
                 lines = self._files.lines(shard)
                 index = os.path.join(folder, f"{number}.idx")
                 with open(index, "wb") as f:
-                    f.write(b"v1.2 %d\n" % len(members) + b"".join(lines[i] + b"\n" for i in members))
+                    f.write(f"{INDEX_VERSION} {len(members)}\n".encode() + b"".join(lines[i] + b"\n" for i in members))
                 indices.append(index)
             pipeline = Pipeline(
                 batch_size=len(requests[0].position),
                 num_threads=self._threads,
-                device_id=(self._device.index or 0) if on_gpu else None,
+                device_id=self._device.index if on_gpu else None,
                 prefetch_queue_depth=2,
             )
             with pipeline:
                 blobs = fn.readers.webdataset(
                     paths=[str(self._files.path(shard)) for shard, _ in runs],
                     index_paths=indices,
-                    ext=["img"],
+                    ext=[EXTENSION],
                     dont_use_mmap=True,
                     missing_component_behavior="error",
                     tensor_init_bytes=EXPECTED_BLOB_BYTES,

@@ -8,7 +8,7 @@ in. Nothing scans a tar.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -39,7 +39,7 @@ class WebdatasetReader:
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
 
-    def read(self, requests: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Blobs]]:
+    def read(self, requests: Iterator[MicroBatch]) -> Generator[tuple[MicroBatch, Blobs], None, None]:
         """Yield every request with its blobs, in order; see `readers.Reader`."""
         return iter(wds.DataPipeline(lambda: self._members(requests), self._fetch, self._group))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -28,11 +28,11 @@ class Prefetcher(Generic[T]):
     """Runs an iterator in a thread that stays at most `depth` items ahead.
 
     Args:
-        source: The iterator; closed in the thread that runs it.
+        source: The iterator; it is closed in the thread that runs it.
         depth: Items kept ready.
     """
 
-    def __init__(self, source: Iterator[T], depth: int) -> None:
+    def __init__(self, source: Generator[T, None, None], depth: int) -> None:
         self._source = source
         self._depth = depth
         self._ready: deque[T] = deque()
@@ -57,7 +57,7 @@ class Prefetcher(Generic[T]):
             self._error = error
         finally:
             try:
-                self._source.close()  # type: ignore[attr-defined]
+                self._source.close()
             finally:
                 with self._change:
                     self._ended = True
@@ -92,11 +92,6 @@ class Prefetcher(Generic[T]):
             self._thread.join()
 
 
-def _shares_memory(batch: Batch, image: torch.Tensor) -> bool:
-    storage = image.untyped_storage().data_ptr()
-    return any(tensor.untyped_storage().data_ptr() == storage for tensor in batch.values())  # type: ignore[attr-defined]
-
-
 def _produce(
     reader: Reader,
     requests: Iterator[MicroBatch],
@@ -105,7 +100,7 @@ def _produce(
     seed: int,
     global_batch: int,
     device: torch.device,
-) -> Iterator[tuple[Batch, int]]:
+) -> Generator[tuple[Batch, int], None, None]:
     """Finished batches, each with the number of its corrupt samples. Runs in the prefetcher's thread."""
     stream = None
     if device.type == "cuda":
@@ -118,8 +113,7 @@ def _produce(
             try:
                 with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
                     batch, corrupt = maker.make(request, blob)
-                    image = batch["image"]
-                    for transform in transforms if len(image) else ():
+                    for transform in transforms if len(batch["row"]) else ():
                         batch = transform(batch, key)
             except Exception as error:
                 error.add_note(f"in the loader's thread, while making the batch of {maker.describe(request)}")
@@ -129,13 +123,10 @@ def _produce(
                 done = torch.cuda.Event(blocking=True)
                 done.record(stream)
                 done.synchronize()
-            elif not _shares_memory(batch, image):
-                maker.recycle(image)
-            del image
             yield batch, corrupt
             del batch
     finally:
-        blobs.close()  # type: ignore[attr-defined]
+        blobs.close()
         reader.close()
 
 
@@ -170,6 +161,10 @@ class Source:
         self.survey = Survey.load(folder)
         self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device(
+                "cuda", torch.cuda.current_device()
+            )  # the thread has a current device of its own
         self.transforms = tuple(t for t in transforms if t is not None)
         self.threads = threads
         self.prefetch = prefetch

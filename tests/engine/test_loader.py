@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from armillary.engine.data import codec, readers
+from armillary.engine.data.decoding import decode_padded, pad_blobs
 from armillary.engine.data.loader import Loader, SequentialLoader
 from armillary.engine.data.plan import Plan, micro_batches
 from armillary.engine.data.shards import ShardWriter, write_index
@@ -23,6 +24,7 @@ from armillary.engine.data.survey import Statistics, Survey
 
 pytest.importorskip("nvidia.dali")
 BOTH = pytest.mark.parametrize("reader", ["dali", "webdataset"])
+CPU = torch.device("cpu")
 SHAPE = (2, 9, 7)
 COUNTS = {"train": (7, 1, 12, 5), "test": (3, 2)}
 STEP = (0.125, 0.25)
@@ -305,7 +307,11 @@ def test_an_image_of_another_size_is_corrupt(tmp_path):
     "break_it,error,message",
     [
         (lambda f: (f / "survey.json").unlink(), FileNotFoundError, "no survey here"),
-        (lambda f: (f / "train-000002.idx").unlink(), FileNotFoundError, "train-000002.idx.*missing; rebuild it with"),
+        (
+            lambda f: (f / "train-000002.idx").unlink(),
+            FileNotFoundError,
+            "train-000002.idx.*missing; write it anew: python -c",
+        ),
         (lambda f: (f / "train-000001.tar").unlink(), FileNotFoundError, "train-000001.tar.*missing; copy it again"),
         (
             lambda f: os.truncate(f / "train-000003.tar", 1000),
@@ -325,6 +331,17 @@ def test_damage_found_before_the_start(tmp_path, break_it, error, message):
         load(folder, micro_batch=2, rank=0, world=2).close()  # shard 3 is looked at by rank 1
 
 
+def test_the_cure_for_a_missing_index_works(tmp_path):
+    folder = pack(tmp_path / "s")
+    index = folder / "train-000002.idx"
+    content = index.read_bytes()
+    index.unlink()
+    with pytest.raises(FileNotFoundError) as e:
+        load(folder)
+    exec(str(e.value).partition('python -c "')[2].removesuffix('"'), {})
+    assert index.read_bytes() == content
+
+
 @BOTH
 @pytest.mark.parametrize(
     "content,message",
@@ -332,7 +349,7 @@ def test_damage_found_before_the_start(tmp_path, break_it, error, message):
         ("", "not a complete DALI index"),
         ("v1.2 3\nimg 512 100 a.img\n", "not a complete DALI index"),
         ("v1.1 0\n", "not a complete DALI index"),
-        ("v1.2 1\nimg 512 100 a.img\n", "1 samples, but survey.json says 3; rebuild it"),
+        ("v1.2 1\nimg 512 100 a.img\n", "1 samples, but survey.json says 3; write it anew"),
     ],
 )
 def test_an_index_that_does_not_fit(tmp_path, reader, content, message):
@@ -505,7 +522,8 @@ def test_a_forked_process_goes_on_by_itself(survey, started):
 @BOTH
 def test_a_process_may_end_with_its_loader_open(survey, reader):
     program = (
-        "import sys; from armillary.engine.data.loader import Loader\n"
+        "import sys; from armillary.engine.data.decoding import decode_padded, pad_blobs
+from armillary.engine.data.loader import Loader\n"
         f"loader = Loader({str(survey)!r}, micro_batch=4, device='cpu', reader={reader!r})\n"
         "print(next(loader)['image'].shape[0])"
     )
@@ -558,6 +576,23 @@ def test_sequential_may_be_left_early(survey):
     for batch in loader:
         assert batch["row"].tolist() == [0, 1]
         break
+
+
+@pytest.mark.parametrize("name", ["bitplane", "float16"])
+def test_decoding_on_a_device_gives_the_same_images(name):
+    """What a GPU runs (here the kernel's CPU path): pad, copy, decode."""
+    blobs = [codec.encode(image_of(r), STEP if name == "bitplane" else None, valid_of(r)) for r in (3, 4, 5, 13)]
+    out, valid_out = np.empty((4, *SHAPE), np.float32), np.empty((4, *SHAPE), bool)
+    assert codec.decode_batch(blobs, out, valid_out) == []
+    padded = pad_blobs([blobs[0], memoryview(blobs[1]), np.frombuffer(blobs[2], np.uint8), blobs[3]], CPU)
+    assert padded.shape[1] % 16 == 0 and padded.shape[1] >= max(map(len, blobs))
+    image, valid = decode_padded(padded, [len(b) for b in blobs], name, *SHAPE, masks=True)
+    np.testing.assert_array_equal(image.numpy(), out)
+    np.testing.assert_array_equal(valid.numpy(), valid_out)
+    image, valid = decode_padded(pad_blobs(blobs[:1], CPU), [len(blobs[0])], name, *SHAPE, masks=False)
+    np.testing.assert_array_equal(image.numpy(), out[:1])
+    assert valid is None
+    assert pad_blobs([], CPU).shape == (0, 16)
 
 
 @pytest.mark.gpu
