@@ -76,7 +76,7 @@ class ToRGB:
             y = flux.flip(1) if reverse else flux[:, order]
             y.mul_(scales).add_(m)
             intensity = y.clamp_min(0.0).mean(1, keepdim=True)
-            gain = asinh_(intensity * q).mul_(1.0 / math.sqrt(q))
+            gain = asinh_((intensity * q).contiguous()).mul_(1.0 / math.sqrt(q))
             # Where every band is below -m the intensity is 0 and so is the gain: any divisor will do.
             gain.div_(intensity.masked_fill_(intensity == 0.0, 1e-6))
             return y.mul_(gain).clamp_(0.0, 1.0)
@@ -130,7 +130,7 @@ class AsinhWhiten:
         softening = softening.to(torch.float32).to(device).view(1, -1, 1, 1)
 
         def stretch(flux: Tensor) -> Tensor:
-            a = asinh_(flux.mul_(softening))
+            a = asinh_(flux.contiguous().mul_(softening))
             # Sums of scaled bands, not a matrix product: those may be run in TF32, and whitening cancels digits.
             out = offset.expand_as(a).clone()
             for band, column in enumerate(columns):
