@@ -119,7 +119,7 @@ def uniforms(stream: NDArray[np.uint32], seed: int, count: int) -> NDArray[np.fl
     Returns:
         [N, K] float64.
     """
-    return (words(stream, seed, count) + 0.5) * 2.0**-32
+    return (words(stream, seed, count).astype(np.float64) + 0.5) * 2.0**-32
 
 
 def normals(stream: NDArray[np.uint32], seed: int, count: int) -> NDArray[np.float64]:

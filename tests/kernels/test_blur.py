@@ -9,7 +9,9 @@ SIGMA = torch.tensor([[0.5, 0.0, 2.3], [0.1, 6.0, 1.1]], dtype=torch.float64)
 
 
 def scipy_blur(image):
-    planes = [gaussian_filter(p.double().numpy(), s.item()) for p, s in zip(image.flatten(0, 1), SIGMA.flatten())]
+    planes = [
+        gaussian_filter(p.double().numpy(), s.item()) for p, s in zip(image.flatten(0, 1), SIGMA.flatten(), strict=True)
+    ]
     return torch.from_numpy(np.stack(planes)).view(image.shape)
 
 
