@@ -41,3 +41,12 @@ def block_masks(
     wanted: NDArray[np.int64], streams: NDArray[np.uint32], seed: int, height: int, width: int
 ) -> NDArray[np.bool_]: ...
 def asinh(x: NDArray[np.float32], threads: int = 1) -> None: ...
+def rgb(
+    flux: NDArray[np.float32],
+    bands: NDArray[np.int64],
+    scales: NDArray[np.float32],
+    m: float,
+    q: float,
+    out: NDArray[np.float32],
+    threads: int = 1,
+) -> None: ...

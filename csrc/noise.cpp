@@ -20,7 +20,7 @@ namespace py = pybind11;
 
 void bind_views(py::module_& m);
 void bind_masks(py::module_& m);
-void bind_asinh(py::module_& m);
+void bind_stretch(py::module_& m);
 
 namespace {
 
@@ -135,5 +135,5 @@ void bind_noise(py::module_& m) {
         "image [N, C, H, W] += sigma [N, C] * standard normals, in place; streams [N, 3] uint32.");
   bind_views(m);
   bind_masks(m);
-  bind_asinh(m);
+  bind_stretch(m);
 }

@@ -2,8 +2,8 @@
 
     asinh x = sign(x) log(1 + t),   t = |x| + x^2 / (1 + sqrt(1 + x^2))
 
-float32. On a CPU csrc/asinh.cpp computes it in vectorised polynomials (torch's runs one element at a time there, several
-times slower); elsewhere torch does. Accurate to 2 units in the last place for |x| < 1e19; a pixel that is not finite gives
+float32. On a CPU csrc/stretch.cpp computes it in vectorised polynomials (torch's took several times as long where it was
+measured); elsewhere torch does. Accurate to 2 units in the last place for |x| < 1e19; a pixel that is not finite gives
 NaN. Not differentiated.
 """
 

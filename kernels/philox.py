@@ -119,7 +119,7 @@ def uniforms(stream: NDArray[np.uint32], seed: int, count: int) -> NDArray[np.fl
     Returns:
         [N, K] float64.
     """
-    return (words(stream, seed, count) + 0.5) * 2.0**-32
+    return (words(stream, seed, count).astype(np.float64) + 0.5) * 2.0**-32
 
 
 def normals(stream: NDArray[np.uint32], seed: int, count: int) -> NDArray[np.float64]:
@@ -133,10 +133,11 @@ def normals(stream: NDArray[np.uint32], seed: int, count: int) -> NDArray[np.flo
     Returns:
         [N, K] float64.
     """
-    u = uniforms(stream, seed, count + count % 2).reshape(len(stream), -1, 2)
+    u = uniforms(stream, seed, count + count % 2).reshape(len(stream), (count + 1) // 2, 2)
     radius, angle = np.sqrt(-2.0 * np.log(u[..., 0])), 2.0 * np.pi * u[..., 1]
-    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return pairs.reshape(len(stream), -1)[:, :count]
+    z = np.empty_like(u)
+    z[..., 0], z[..., 1] = radius * np.cos(angle), radius * np.sin(angle)
+    return z.reshape(len(stream), count + count % 2)[:, :count]
 
 
 def check_seed(seed: int) -> None:

@@ -300,7 +300,9 @@ def _rotated_crops(image: Tensor, draws: CropDraws, angle: NDArray[np.float64], 
             np.stack([flip_y * sin, flip_y * cos, centre[:, 0] - height / 2.0]) * (2.0 / height),
         ]
     )  # [x | y, of dx | of dy | constant, N], in grid_sample's units of half an image from its centre
-    of_dx, of_dy, constant = torch.from_numpy(coefficients).to(torch.float32).to(image.device)[..., None, None].unbind(1)
+    of_dx, of_dy, constant = (
+        torch.from_numpy(coefficients).to(torch.float32).to(image.device)[..., None, None].unbind(1)
+    )
     d = torch.arange(size, dtype=torch.float32, device=image.device) - (size - 1) / 2.0
     grid = torch.stack((of_dx * d + of_dy * d[:, None] + constant).unbind(0), dim=-1)  # [N, S, S, x | y]
     return torch.cat(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from armillary.engine.data.survey import Survey
 from armillary.kernels.asinh import asinh_
+from armillary.kernels.rgb import rgb
 
 __all__ = ["AsinhWhiten", "Identity", "Stretch", "StretchFunction", "ToRGB", "ZScore"]
 
@@ -27,7 +28,7 @@ StretchFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ToRGB:
-    """Colour-preserving asinh picture clipped to [0, 1], as AstroCLIP feeds it (Lupton et al. 2004, Legacy Survey's RGB).
+    """Colour-preserving asinh picture clipped to [0, 1], as AstroCLIP feeds it (after Lupton et al. 2004).
 
         y_b = scale_b flux_b + m,   I = mean_b max(0, y_b),   out_b = clip(y_b arcsinh(Q I) / (sqrt(Q) I), 0, 1)
 
@@ -68,20 +69,8 @@ class ToRGB:
     def build(self, survey: Survey, device: torch.device) -> StretchFunction:
         """Fix the stretch for a survey's bands."""
         order = [survey.bands.index(b) for b in reversed(self.bands)]
-        scales = torch.tensor(self.scales[::-1], dtype=torch.float32, device=device).view(1, -1, 1, 1)
-        m, q = self.m, self.Q
-        reverse = order == list(reversed(range(len(survey.bands))))
-
-        def stretch(flux: Tensor) -> Tensor:
-            y = flux.flip(1) if reverse else flux[:, order]
-            y.mul_(scales).add_(m)
-            intensity = y.clamp_min(0.0).mean(1, keepdim=True)
-            gain = asinh_(intensity * q).mul_(1.0 / math.sqrt(q))
-            # Where every band is below -m the intensity is 0 and so is the gain: any divisor will do.
-            gain.div_(intensity.masked_fill_(intensity == 0.0, 1e-6))
-            return y.mul_(gain).clamp_(0.0, 1.0)
-
-        return stretch
+        scales, m, q = self.scales[::-1], self.m, self.Q
+        return lambda flux: rgb(flux.contiguous(), order, scales, m, q)
 
 
 @dataclass(frozen=True)
@@ -130,7 +119,7 @@ class AsinhWhiten:
         softening = softening.to(torch.float32).to(device).view(1, -1, 1, 1)
 
         def stretch(flux: Tensor) -> Tensor:
-            a = asinh_(flux.mul_(softening))
+            a = asinh_(flux.contiguous().mul_(softening))
             # Sums of scaled bands, not a matrix product: those may be run in TF32, and whitening cancels digits.
             out = offset.expand_as(a).clone()
             for band, column in enumerate(columns):
