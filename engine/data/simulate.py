@@ -8,18 +8,17 @@ Shape legend: C bands, H x W pixels.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from armillary.engine.data.population import Population, draw_population, half_light_radius, keyed_generator
-from armillary.engine.data.surveys.sample import Sample
-
-if TYPE_CHECKING:
-    from armillary.engine.data.survey import Survey
+from armillary.engine.data.surveys.sample import Rows, Sample
 
 __all__ = ["LEGACY", "Band", "SimulatedSurvey", "simulate"]
 
@@ -124,7 +123,7 @@ class SimulatedSurvey:
                 raise ValueError(f"{field}: must be at least {least}, got {value}")
         if not pixel_scale_arcsec > 0:
             raise ValueError(f"pixel_scale_arcsec: must be positive, got {pixel_scale_arcsec}")
-        self.seed, self.size = seed, size
+        self.seed, self.size, self.magnitude_limit = seed, size, magnitude_limit
         self.conditions = bands
         self.bands = tuple(b.name for b in bands)
         self.pixel_scale_arcsec: float | None = pixel_scale_arcsec
@@ -144,8 +143,12 @@ class SimulatedSurvey:
         return len(self.population)
 
     def __repr__(self) -> str:
-        """Everything that determines the images."""
-        return f"SimulatedSurvey(count={len(self)}, seed={self.seed}, size={self.size}, bands={self.bands})"
+        """Every argument."""
+        return (
+            f"SimulatedSurvey(count={len(self)}, seed={self.seed}, size={self.size}, "
+            f"magnitude_limit={self.magnitude_limit}, bands={self.conditions}, "
+            f"pixel_scale_arcsec={self.pixel_scale_arcsec})"
+        )
 
     def read(self, index: int) -> Sample:
         """Draw galaxy `index` with neighbours and noise.
@@ -161,7 +164,7 @@ class SimulatedSurvey:
         image += rng.standard_normal(image.shape) * np.sqrt(variance)
         ra, dec = self._position(index)
         return Sample(
-            key=f"sim{self.seed}-{index:08d}",
+            key=self._key(index),
             image=image.astype(np.float32),
             valid=None,
             ra=ra,
@@ -169,6 +172,19 @@ class SimulatedSurvey:
             labels=self._label(index),
             source=f"simulation seed {self.seed}, galaxy {index}",
         )
+
+    def describe(self, start: int, stop: int) -> Rows:
+        """Keys, positions and labels of galaxies [start, stop), without drawing them."""
+        values = [
+            {"ra": ra, "dec": dec, **self._label(i)} for i in range(start, stop) for ra, dec in [self._position(i)]
+        ]
+        columns = {name: np.array([v[name] for v in values], np.float64) for name in ("ra", "dec", *self.labels)}
+        return Rows([self._key(i) for i in range(start, stop)], {**columns})
+
+    def inputs(self) -> dict[str, str]:
+        """Everything that determines the images."""
+        versions = {name: importlib.metadata.version(name) for name in ("galsim", "speclite", "numpy")}
+        return {"simulation": repr(self), **versions}
 
     def noiseless(self, index: int) -> np.ndarray:
         """[C, H, W] float64 nanomaggies: the galaxy that `read` draws, with its PSF, alone and without noise.
@@ -225,6 +241,9 @@ class SimulatedSurvey:
                     dimming = flux / self._pool.flux()[k, -1]
                     scene.add(bulge, self._pool.flux_bulge[k] * dimming, *place)
                     scene.add(disk, self._pool.flux_disk[k] * dimming, *place)
+
+    def _key(self, index: int) -> str:
+        return f"sim{self.seed}-{index:08d}"
 
     def _position(self, index: int) -> tuple[float, float]:
         """RA and Dec in degrees: uniform on a patch of 20 x 10 degrees around (180, 0)."""
@@ -309,8 +328,7 @@ def _profiles(population: Population, index: int, angle: Any) -> tuple[Any, Any]
 
 
 def simulate(
-    out: Path,
-    /,
+    out: Annotated[Path, tyro.conf.Positional],
     *,
     count: int = 5000,
     seed: int = DEFAULT_SEED,
@@ -320,24 +338,29 @@ def simulate(
     codec: Literal["bitplane", "float16"] = "bitplane",
     processes: int = 2,
     samples_per_shard: int = 2048,
-) -> Survey:
-    """Simulate a grz survey with known redshifts and pack it.
+    progress: bool = True,
+) -> int:
+    """Simulate a grz survey with known redshifts and pack it; a command of `armillary data`.
 
     Args:
-        out: Folder of the survey; made anew.
+        out: Folder of the survey; made if need be.
         count: Galaxies.
         seed: Keys the population and every image.
         size: Side of a cutout in pixels of 0.262 arcsec.
         magnitude_limit: Faintest z-band AB magnitude.
         test_fraction: Share of galaxies in the test split.
-        codec: How the shards store pixels.
+        codec: bitplane (quantised) or float16.
         processes: Processes that draw.
-        samples_per_shard: Galaxies in a tar.
+        samples_per_shard: Galaxies of a tar.
+        progress: Show progress bars.
+
+    Returns:
+        Exit status 0.
     """
     from armillary.engine.data.build import build
 
     source = SimulatedSurvey(count, seed=seed, size=size, magnitude_limit=magnitude_limit)
-    return build(
+    survey = build(
         source,
         out,
         name=f"simulated-{seed}",
@@ -346,4 +369,7 @@ def simulate(
         test_fraction=test_fraction,
         seed=seed,
         processes=processes,
+        progress=progress,
     )
+    print(f"{out}: {survey.count('train'):,} galaxies to train on and {survey.count('test'):,} to test on")
+    return 0

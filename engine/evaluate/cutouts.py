@@ -14,7 +14,7 @@ from armillary.engine.data.survey import Survey
 __all__ = ["read_cutouts"]
 
 
-def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """Read cutouts by catalogue row.
 
     Args:
@@ -22,7 +22,8 @@ def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[np.
         rows: Catalogue rows.
 
     Returns:
-        For each row [C, H, W] float32 in the survey's unit, masked pixels 0.
+        For each row the image, [C, H, W] float32 in the survey's unit, masked pixels 0, and valid, [C, H, W] bool, or
+        None where every pixel carries data.
 
     Raises:
         codec.CorruptBlob: A cutout is corrupt.
@@ -35,5 +36,5 @@ def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[np.
     for row in rows:
         with open(survey_dir / survey.shards[shard[row]].name, "rb") as f:
             f.seek(int(offset[row]))
-            images.append(codec.decode(f.read(int(size[row])))[0])
+            images.append(codec.decode(f.read(int(size[row]))))
     return images

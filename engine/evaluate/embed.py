@@ -178,7 +178,7 @@ def encoder_digest(module: nn.Module) -> str:
 
 def load_pipeline(
     run_dir: Path, survey: Survey, device: torch.device, *, trained: bool = True, readout: str | None = None
-) -> tuple[Pipeline, dict[str, str]]:
+) -> tuple[Pipeline, dict[str, str], Any]:
     """The encoder of a run and the input it was trained on, both on `device`.
 
     Args:
@@ -189,7 +189,7 @@ def load_pipeline(
         readout: Which of the method's embeddings; None for its default.
 
     Returns:
-        The pipeline, and the metadata that its embeddings should carry.
+        The pipeline, the metadata that its embeddings should carry, and the run's record (`engine.run.Run`).
     """
     from armillary.engine.export import load_encoder
     from armillary.engine.run import Run
@@ -209,7 +209,7 @@ def load_pipeline(
         "survey": survey.name,
         "readout": readout or "default",
     }
-    return Pipeline(run.views.eval_input(survey, device), method.encode, readout), metadata
+    return Pipeline(run.views.eval_input(survey, device), method.encode, readout), metadata, run
 
 
 def stack_splits(

@@ -22,6 +22,7 @@ __all__ = ["AIMS", "PROBES", "TRAINED", "UNTRAINED", "Aim", "LabelResult", "Meth
 
 TRAINED, UNTRAINED = "trained encoder", "untrained encoder"
 PCA_INPUT, PCA_ASINH = "PCA-64 of the encoder's input", "PCA-64 of asinh pixels"
+PCA_FEW = "PCA-8 of the encoder's input"
 
 NEIGHBOURS = 16
 COSINE, EUCLIDEAN = KNN(NEIGHBOURS, "cosine"), KNN(NEIGHBOURS, "euclidean", "distance")
@@ -29,7 +30,8 @@ PROBES: dict[str, tuple[Probe, ...]] = {
     TRAINED: (COSINE, EUCLIDEAN, Ridge(), MLP()),
     UNTRAINED: (COSINE, EUCLIDEAN, Ridge(), MLP()),
     PCA_INPUT: (COSINE, EUCLIDEAN, Ridge(), MLP()),
-    PCA_ASINH: (COSINE, EUCLIDEAN, Ridge(), MLP()),
+    PCA_FEW: (COSINE, EUCLIDEAN),
+    PCA_ASINH: (COSINE, EUCLIDEAN, Ridge()),
 }
 
 AIMS = {UNTRAINED: 0.04, PCA_INPUT: 0.08, PCA_ASINH: 0.08}

@@ -49,7 +49,7 @@ def line_chart(
         log: Logarithmic ordinate.
         limits: Dashed horizontal lines by name.
     """
-    figure, axes = _canvas(4.6, 2.9)
+    figure, axes = _canvas(4.8, 3.0)
     for colour, (name, (at, value)) in zip(itertools.cycle(SERIES), series.items(), strict=False):
         noisy = len(value) > 400
         axes.plot(
@@ -60,14 +60,14 @@ def line_chart(
     for name, limit in (limits or {}).items():
         axes.axhline(limit, color=MUTED, lw=1, ls=(0, (4, 3)))
         axes.annotate(
-            name, (1, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=MUTED, fontsize=8
+            name, (1, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=MUTED, fontsize=10.5
         )
     if log:
         axes.set_yscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2 if len(series) > 3 else 1)
+        axes.legend(frameon=False, fontsize=10.5, labelcolor=INK, ncols=2 if len(series) > 3 else 1)
     return _svg(figure)
 
 
@@ -106,7 +106,7 @@ def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *,
         label: Name of the label.
         redshift: Residuals are divided by 1 + true.
     """
-    figure, (top, bottom) = _canvas(4.6, 5.2, rows=(3, 1.25))
+    figure, (top, bottom) = _canvas(4.8, 5.8, rows=(3, 1.25))
     shade = _density(true, predicted)
     order = np.argsort(shade)
     low, high = float(min(true.min(), predicted.min())), float(max(true.max(), predicted.max()))
@@ -118,7 +118,9 @@ def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *,
     top.set_ylim(low - pad, high + pad)
     top.set_ylabel(f"predicted {label}")
     top.tick_params(labelbottom=False)
-    top.text(0.04, 0.95, _summary(scores), transform=top.transAxes, va="top", color=INK, fontsize=9, linespacing=1.5)
+    top.text(
+        0.04, 0.95, _summary(scores), transform=top.transAxes, va="top", color=INK, fontsize=11.5, linespacing=1.45
+    )
 
     dz = residuals(true, predicted, redshift=redshift)
     bottom.scatter(true[order], dz[order], c=shade[order], **style)
@@ -152,13 +154,15 @@ def point_map(points: np.ndarray, value: np.ndarray | None, *, label: str = "") 
     if value is not None and known.any():
         drawn = axes.scatter(*points[known].T, s=9, c=value[known], cmap=_sequence(), linewidths=0, rasterized=True)
         bar = figure.colorbar(drawn, ax=axes, pad=0.02, fraction=0.05)
-        bar.set_label(label, color=INK)
+        bar.set_label(label, color=INK, fontsize=11.5)
         bar.outline.set_visible(False)
-        bar.ax.tick_params(color=GRID, labelcolor=MUTED, labelsize=8)
-        bar.solids.set_rasterized(True)
+        bar.ax.tick_params(color=GRID, labelcolor=MUTED, labelsize=10.5)
+        if bar.solids is not None:
+            bar.solids.set_rasterized(True)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
+    axes.spines[:].set_visible(False)
     return _svg(figure)
 
 
@@ -180,12 +184,12 @@ def _style(axes: Axes) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
-    axes.tick_params(color=GRID, labelcolor=MUTED, labelsize=8)
+    axes.tick_params(which="both", color=GRID, labelcolor=MUTED, labelsize=10.5)
     axes.grid(color=GRID, lw=0.6)
     axes.set_axisbelow(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_color(INK)
-        axis.label.set_size(9)
+        axis.label.set_fontsize(11.5)
 
 
 def _svg(figure: Figure) -> str:
@@ -228,7 +232,7 @@ def _density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.zeros(len(x))
     counts, xs, ys = np.histogram2d(x, y, bins=40)
     padded = np.pad(counts, 1)
-    smooth = sum(padded[1 + i : 41 + i, 1 + j : 41 + j] for i in (-1, 0, 1) for j in (-1, 0, 1))
+    smooth = np.sum([padded[i : 40 + i, j : 40 + j] for i in range(3) for j in range(3)], axis=0)
     at = smooth[np.clip(np.digitize(x, xs) - 1, 0, 39), np.clip(np.digitize(y, ys) - 1, 0, 39)]
     return np.sqrt(at / at.max())
 

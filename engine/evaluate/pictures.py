@@ -12,47 +12,25 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from armillary.engine.data.colour import lupton_rgb
 from armillary.engine.data.survey import Survey
 
-__all__ = ["channels_rgb", "data_uri", "lupton_rgb", "mosaic", "picture_map"]
-
-LEGACY_SCALES = {"g": 6.0, "r": 3.4, "i": 3.0, "z": 2.2}  # the Legacy Survey viewer's balance of nanomaggies
+__all__ = ["channels_rgb", "data_uri", "galaxy_picture", "mosaic", "picture_map"]
 
 
-def lupton_rgb(image: np.ndarray, survey: Survey) -> np.ndarray:
-    """Colour composite after Lupton et al. (2004): one asinh curve for the intensity, so that hues survive in cores.
-
-    The bluest band shows as blue, the middle one as green, the reddest as red. The curve is linear up to three times the
-    sky noise and reaches white a few hundred times above it. Display pictures (unit "count") are shown as they are.
+def galaxy_picture(image: np.ndarray, valid: np.ndarray | None, survey: Survey) -> np.ndarray:
+    """Colour composite as on the sky: the first row of a flux image is its lowest, that of a display picture its top.
 
     Args:
-        image: [C, H, W] in the survey's flux unit, C at least 1.
-        survey: Its bands, unit and noise.
+        image: [C, H, W] in the survey's flux unit.
+        valid: [C, H, W] bool, False where a pixel carries no data; None where every pixel does.
+        survey: Its unit and noise.
 
     Returns:
         [H, W, 3] uint8.
     """
-    count = len(image)
-    chosen = [count - 1, count // 2, 0]
-    if survey.unit == "count":
-        picture = image if count == 3 else image[chosen]
-        return np.clip(np.nan_to_num(picture), 0, 255).astype(np.uint8).transpose(1, 2, 0)
-    scale = np.array([_balance(survey, band) for band in chosen])
-    sky = np.array([survey.sky_sigma[band] or 0.05 * survey.statistics.std[band] or 1.0 for band in chosen])
-    x = np.nan_to_num(image[chosen]) * scale[:, None, None]
-    noise = float((sky * scale).mean())
-    intensity = np.maximum(x.mean(0), 0) + 0.5 * noise
-    curve = np.arcsinh(intensity / (3 * noise)) / np.arcsinh(100.0)
-    rgb = np.maximum(x + 0.5 * noise, 0) * (curve / intensity)
-    rgb /= np.maximum(rgb.max(0), 1)  # too bright: keep the hue
-    return (255 * rgb + 0.5).astype(np.uint8).transpose(1, 2, 0)
-
-
-def _balance(survey: Survey, band: int) -> float:
-    known = LEGACY_SCALES.get(survey.bands[band])
-    if survey.unit == "nanomaggy" and known is not None:
-        return known
-    return 1.0 / (survey.statistics.std[band] or 1.0)
+    picture = lupton_rgb(image, valid, survey)
+    return picture if survey.unit == "count" else picture[::-1]
 
 
 def channels_rgb(image: np.ndarray) -> np.ndarray:
@@ -68,7 +46,7 @@ def channels_rgb(image: np.ndarray) -> np.ndarray:
     picked = np.nan_to_num(image[[count - 1, count // 2, 0]])
     low, high = (np.quantile(picked, q, axis=(1, 2), keepdims=True) for q in (0.01, 0.997))
     unit = np.clip((picked - low) / np.where(high > low, high - low, 1), 0, 1)
-    return (255 * unit + 0.5).astype(np.uint8).transpose(1, 2, 0)
+    return (255 * unit + 0.5).astype(np.uint8).transpose(1, 2, 0)[::-1]
 
 
 def data_uri(picture: np.ndarray, *, enlarge: int = 1) -> str:

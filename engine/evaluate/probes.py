@@ -128,7 +128,11 @@ class MLP(Probe):
         train, test = _standardised(train, test)
         mean, spread = label.mean(), label.std() or 1.0
         model = MLPRegressor(
-            self.hidden, max_iter=self.epochs, early_stopping=True, n_iter_no_change=10, random_state=self.seed
+            hidden_layer_sizes=self.hidden,
+            max_iter=self.epochs,
+            early_stopping=True,
+            n_iter_no_change=10,
+            random_state=self.seed,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # `epochs` is a budget, not a failure

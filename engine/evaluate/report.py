@@ -27,6 +27,7 @@ from armillary.engine.evaluate.style import CSS
 __all__ = ["Gallery", "layout_map", "write_report"]
 
 MAP_SAMPLES = 3000
+INPUT_COLUMNS = 8
 COLOUR_OF = {TRAINED: 0, UNTRAINED: 1}
 
 
@@ -38,23 +39,23 @@ class Gallery:
         split: Which split they are from.
         vector: [M, D] embeddings of the trained encoder.
         label: [M] label, NaN where unknown; None where the survey has none.
-        image: M cutouts [C, H, W] in the survey's flux unit.
+        picture: M colour pictures [H, W, 3] uint8.
         inputs: By title, pictures [S, S, 3] uint8 of what the model sees of the first samples.
     """
 
     split: str
     vector: np.ndarray
     label: np.ndarray | None
-    image: Sequence[np.ndarray]
+    picture: Sequence[np.ndarray]
     inputs: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the lengths against each other."""
-        lengths = {len(self.vector), len(self.image), *([] if self.label is None else [len(self.label)])}
+        lengths = {len(self.vector), len(self.picture), *([] if self.label is None else [len(self.label)])}
         if len(lengths) != 1 or not len(self.vector):
             raise ValueError(
-                f"gallery: need as many embeddings as images and labels, one or more, got {len(self.vector)}, "
-                f"{len(self.image)} and {'no' if self.label is None else len(self.label)}"
+                f"gallery: need as many embeddings as pictures and labels, one or more, got {len(self.vector)}, "
+                f"{len(self.picture)} and {'no' if self.label is None else len(self.label)}"
             )
 
 
@@ -73,8 +74,8 @@ def write_report(path: Path, verdict: Verdict, survey: Survey, logbook: Logbook,
         _verdict(verdict),
         _comparison(verdict.result) if verdict.result else "",
         _predictions(verdict.result) if verdict.result else "",
-        _map(survey, gallery, name),
-        _neighbours(survey, gallery, name),
+        _map(gallery, name),
+        _neighbours(gallery, name),
         _data(survey, gallery, name),
         _inputs(gallery),
         _training(logbook),
@@ -173,9 +174,9 @@ def _verdict(verdict: Verdict) -> str:
                 (
                     "yes" if aim.reached else "no",
                     "Aim reached" if aim.reached else "Aim missed",
-                    f"R² is {_number(d.value, '+.3f')} ± {_number(d.se, '.3f')} over the {aim.against}, same probe; "
-                    f"aim {aim.margin:+.2f}. 95% of paired bootstraps: {_number(d.low, '+.3f')} to "
-                    f"{_number(d.high, '+.3f')}.",
+                    f"R² minus that of the {aim.against}, same probe: {_number(d.value, '+.3f')} ± "
+                    f"{_number(d.se, '.3f')}; the aim is {aim.margin:+.2f} or more. 95% of paired bootstraps lie between "
+                    f"{_number(d.low, '+.3f')} and {_number(d.high, '+.3f')}.",
                 )
             )
     else:
@@ -195,8 +196,10 @@ def _verdict(verdict: Verdict) -> str:
                 f"embeddings; {twins}.{use}",
             )
         )
+    counted = [a.reached for a in result.aims] if result else []
+    overall = f'<p class="overall">{sum(counted)} of {len(counted)} aims reached.</p>' if counted else ""
     lines = "".join(f'<li class="{kind}"><b>{title}</b><span>{html.escape(t)}</span></li>' for kind, title, t in items)
-    return f'<h2>Verdict</h2><section class="card">{head}<ul class="verdict">{lines}</ul></section>'
+    return f'<h2>Verdict</h2><section class="card">{head}{overall}<ul class="verdict">{lines}</ul></section>'
 
 
 def _comparison(result: LabelResult) -> str:
@@ -250,11 +253,11 @@ def _predictions(result: LabelResult) -> str:
     )
 
 
-def _map(survey: Survey, gallery: Gallery, name: str) -> str:
+def _map(gallery: Gallery, name: str) -> str:
     count = min(len(gallery.vector), MAP_SAMPLES)
     points, method = layout_map(gallery.vector[:count])
     label = None if gallery.label is None else gallery.label[:count]
-    sheet = pictures.picture_map(points, [pictures.lupton_rgb(i, survey) for i in gallery.image[:count]])
+    sheet = pictures.picture_map(points, gallery.picture[:count])
     coloured = f", coloured by {html.escape(name)}" if name and label is not None else ""
     return (
         "<h2>Map of the embeddings</h2>"
@@ -266,7 +269,7 @@ def _map(survey: Survey, gallery: Gallery, name: str) -> str:
     )
 
 
-def _neighbours(survey: Survey, gallery: Gallery, name: str, queries: int = 6, shown: int = 8) -> str:
+def _neighbours(gallery: Gallery, name: str, queries: int = 6, shown: int = 8) -> str:
     if len(gallery.vector) < 3:
         return ""
     count = len(gallery.vector)
@@ -280,8 +283,8 @@ def _neighbours(survey: Survey, gallery: Gallery, name: str, queries: int = 6, s
     rows = []
     for query, index, far in zip(chosen, found, distance, strict=True):
         others = [(i, d) for i, d in zip(index, far, strict=True) if i != query][:shown]
-        cells = [_picture(survey, gallery, query, name, "query")]
-        cells += [_picture(survey, gallery, i, name, "", f"{1 - d:.3f}") for i, d in others]
+        cells = [_picture(gallery, query, name, "query")]
+        cells += [_picture(gallery, i, name, "", f"{1 - d:.3f}") for i, d in others]
         rows.append(f'<div class="row neighbours" style="--n:{shown + 1}">{"".join(cells)}</div>')
     value = f"{html.escape(name)} and " if name else ""
     return (
@@ -291,25 +294,25 @@ def _neighbours(survey: Survey, gallery: Gallery, name: str, queries: int = 6, s
     )
 
 
-def _picture(survey: Survey, gallery: Gallery, index: int, name: str, kind: str, note: str = "") -> str:
+def _picture(gallery: Gallery, index: int, name: str, kind: str, note: str = "") -> str:
     value = ""
     if gallery.label is not None and np.isfinite(gallery.label[index]):
         value = f"{'z' if name == 'redshift' else html.escape(name)} {gallery.label[index]:.3f}"
-    source = pictures.data_uri(pictures.lupton_rgb(gallery.image[index], survey))
+    source = pictures.data_uri(gallery.picture[index])
     text = "<br>".join(t for t in (value, note) if t)
     caption = f"<figcaption>{text}</figcaption>" if text else ""
     return f'<figure class="{kind}"><img alt="" src="{source}">{caption}</figure>'
 
 
 def _data(survey: Survey, gallery: Gallery, name: str, shown: int = 96) -> str:
-    count = min(shown, len(gallery.image))
+    count = min(shown, len(gallery.picture))
     chosen = np.arange(count)
     order = ""
     if gallery.label is not None and np.isfinite(gallery.label).any():
         chosen = chosen[np.argsort(np.where(np.isfinite(gallery.label[:count]), gallery.label[:count], np.inf))]
         order = f", in order of {html.escape(name)}"
-    sheet = pictures.mosaic([pictures.lupton_rgb(gallery.image[i], survey) for i in chosen], 12 if count > 24 else 6)
-    height, width = gallery.image[0].shape[1:]
+    sheet = pictures.mosaic([gallery.picture[int(i)] for i in chosen], 12 if count > 24 else 6)
+    height, width = survey.height, survey.width
     side = f"{width} x {height} pixels"
     if survey.pixel_scale_arcsec:
         side += f" ({width * survey.pixel_scale_arcsec:.0f} x {height * survey.pixel_scale_arcsec:.0f} arcsec)"
@@ -335,13 +338,13 @@ def _inputs(gallery: Gallery) -> str:
         return ""
     cards = ""
     for title, row in gallery.inputs.items():
-        sheet = pictures.mosaic(list(row), min(len(row), 12))
+        sheet = pictures.mosaic(list(row), min(len(row), INPUT_COLUMNS))
         enlarge = max(1, 900 // sheet.shape[1])
         cards += f'<div class="card"><h3>{html.escape(title)}</h3><img class="sheet" style="image-rendering:pixelated" '
-        cards += f'alt="{html.escape(title)}" src="{pictures.data_uri(sheet, enlarge=min(enlarge, 2))}"></div>'
+        cards += f'alt="{html.escape(title)}" src="{pictures.data_uri(sheet, enlarge=min(enlarge, 3))}"></div>'
     return (
         '<h2>What the encoder sees</h2><p class="quiet">Model inputs after crop and stretch, each channel from its 1% to '
-        f'its 99.7% quantile.</p><div class="grid">{cards}</div>'
+        f'its 99.7% quantile.</p><div class="stack">{cards}</div>'
     )
 
 
@@ -404,7 +407,8 @@ def _provenance(survey: Survey, logbook: Logbook) -> str:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("/", " ").capitalize()
+    words = name.replace("_", " ").replace("/", " ")
+    return words[:1].upper() + words[1:] if not words.startswith("ema ") else "EMA " + words[4:]
 
 
 def _number(value: float, form: str) -> str:

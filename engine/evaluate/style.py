@@ -40,6 +40,8 @@ dl.facts dd { margin: 0; font-size: 15px; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 16px;
         margin: 14px 0; }
 .grid > .card { min-width: 0; }
+.stack { display: grid; gap: 16px; margin: 14px 0; }
+.overall { font-size: 18px; margin: 0 0 14px; }
 .headline { display: flex; flex-wrap: wrap; gap: 10px 44px; align-items: baseline; margin: 2px 0 14px; }
 .big { font-size: clamp(34px, 7vw, 48px); font-weight: 650; letter-spacing: -.02em; line-height: 1.1;
        font-variant-numeric: tabular-nums; }
@@ -47,7 +49,7 @@ dl.facts dd { margin: 0; font-size: 15px; overflow-wrap: anywhere; }
 .headline .label { font-size: 13px; color: var(--muted); }
 .headline .second { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 ul.verdict { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px; }
-ul.verdict li { display: grid; grid-template-columns: auto 1fr; gap: 12px; padding: 9px 14px; border-radius: 8px;
+ul.verdict li { display: grid; grid-template-columns: 6.4em 1fr; gap: 12px; padding: 9px 14px; border-radius: 8px;
                 align-items: baseline; }
 ul.verdict li.yes { background: var(--good-bg); } ul.verdict li.no { background: var(--bad-bg); }
 ul.verdict li.note { background: var(--note-bg); }

@@ -2,6 +2,7 @@ import pickle
 from dataclasses import fields
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 galsim = pytest.importorskip("galsim", reason="the simulation needs GalSim")
@@ -10,6 +11,9 @@ pytest.importorskip("speclite", reason="the simulation needs filter curves")
 from armillary.engine.data.population import draw_population, half_light_radius, keyed_generator  # noqa: E402
 from armillary.engine.data.seds import TYPES, attenuation, colour_table  # noqa: E402
 from armillary.engine.data.simulate import LEGACY, Band, Scene, SimulatedSurvey, simulate  # noqa: E402
+from armillary.engine.data.survey import Survey  # noqa: E402
+from armillary.engine.data.surveys.sample import Described  # noqa: E402
+from armillary.engine.evaluate.cutouts import read_cutouts  # noqa: E402
 
 FILTERS = tuple(band.filter for band in LEGACY)
 
@@ -70,9 +74,10 @@ def test_sizes(size):
 
 def test_flux_agrees_with_the_magnitude_label():
     survey = SimulatedSurvey(30, seed=5, size=200)
-    for i in np.argsort([survey.read(i).labels["half_light_radius_arcsec"] for i in range(30)])[:6]:
+    labels = survey.describe(0, 30).columns
+    for i in np.argsort(labels["half_light_radius_arcsec"])[:6]:
         measured = 22.5 - 2.5 * np.log10(survey.noiseless(i)[-1].sum())
-        assert measured == pytest.approx(survey.read(i).labels["magnitude_z"], abs=0.03)
+        assert measured == pytest.approx(labels["magnitude_z"][i], abs=0.03)
 
 
 def test_half_of_the_light_lies_inside_the_half_light_radius():
@@ -193,8 +198,30 @@ def test_no_such_galaxy(survey, index):
         survey.read(index)
 
 
-def test_packed_survey_holds_the_galaxies(tmp_path):
-    packed = simulate(tmp_path / "survey", count=24, seed=5, size=32, processes=1, test_fraction=0.25)
+def test_description_needs_no_images(survey):
+    rows = survey.describe(3, 6)
+    assert isinstance(survey, Described)
+    for place, i in enumerate((3, 4, 5)):
+        sample = survey.read(i)
+        assert rows.keys[place] == sample.key
+        expected = {"ra": sample.ra, "dec": sample.dec, **sample.labels}
+        assert {name: column[place] for name, column in rows.columns.items()} == expected
+
+
+def test_packed_survey_holds_the_galaxies(tmp_path, capsys):
+    folder = tmp_path / "survey"
+    options = {"count": 24, "seed": 5, "size": 32, "processes": 1, "test_fraction": 0.25, "progress": False}
+    assert simulate(folder, **options) == 0
+    packed = Survey.load(folder)
     assert packed.count() == 24
     assert packed.bands == ("g", "r", "z")
     assert packed.labels == SimulatedSurvey.labels
+    assert "galaxies to train on" in capsys.readouterr().out
+    catalogue = pq.read_table(folder / "catalog.parquet").to_pydict()
+    source = SimulatedSurvey(24, seed=5, size=32)
+    for row in (0, 23):
+        index = int(catalogue["key"][row].rpartition("-")[2])
+        image, valid = read_cutouts(folder, [row])[0]
+        assert valid is None
+        np.testing.assert_allclose(image, source.read(index).image, atol=max(packed.step))
+        assert catalogue["redshift"][row] == source.read(index).labels["redshift"]

@@ -1,0 +1,138 @@
+"""Commands `embed`, `evaluate` and `report`. Each returns its exit status; bad input raises.
+
+The top-level command (`armillary.engine.cli`) mounts these functions with tyro and turns the errors that they raise
+(ValueError, OSError, RuntimeError) into a message and exit status 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from armillary.engine.data.survey import Survey
+from armillary.engine.evaluate.embed import Embeddings, load_pipeline, stack_splits
+from armillary.engine.evaluate.embed import embed as embed_batches
+from armillary.engine.evaluate.evaluate import Options, evaluate_embeddings, evaluate_run
+from armillary.engine.evaluate.evaluation import TRAINED, UNTRAINED, Verdict
+from armillary.engine.evaluate.logbook import Logbook
+
+__all__ = ["embed", "evaluate", "report"]
+
+DeviceName = Literal["auto", "cuda", "cpu"]
+OutFile = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+
+
+def embed(
+    run: tyro.conf.Positional[Path],
+    out: OutFile,
+    *,
+    data: Path,
+    split: tuple[str, ...] = (),
+    untrained: bool = False,
+    readout: str | None = None,
+    batch: int = 256,
+    device: DeviceName = "auto",
+) -> int:
+    """Embed a survey with a trained run and write a Parquet file (key, split, vector).
+
+    Args:
+        run: Folder of the run.
+        out: The Parquet file to write.
+        data: Folder of the survey.
+        split: Splits to embed; all by default.
+        untrained: Use the untrained twin: the same configuration, freshly initialised with the run's seed.
+        readout: Which of the method's embeddings; its default otherwise.
+        batch: Samples at a time.
+        device: Where to run; auto takes a GPU where there is one.
+    """
+    from armillary.engine.data.loader import SequentialLoader
+
+    survey, where = Survey.load(data), choose_device(device)
+    have = tuple(dict.fromkeys(s.split for s in survey.shards))
+    for name in split:
+        if name not in have:
+            raise ValueError(f"split: no samples in {name!r}; the survey has {', '.join(have)}")
+    pipeline, metadata, _ = load_pipeline(run, survey, where, trained=not untrained, readout=readout)
+    parts = {}
+    for name in split or have:
+        rows, vectors = embed_batches({"": pipeline}, SequentialLoader(data, split=name, batch=batch, device=where))
+        parts[name] = rows, vectors[""]
+    embeddings = stack_splits(data, parts, {"features": UNTRAINED if untrained else TRAINED, **metadata})
+    embeddings.save(out)
+    print(f"{out}: {len(embeddings):,} embeddings of {embeddings.vector.shape[1]} dimensions")
+    return 0
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    *,
+    data: Path,
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008 (immutable)
+    readout: str | None = None,
+    batch: int = 256,
+    device: DeviceName = "auto",
+) -> int:
+    """Embed a survey, judge the encoder against its untrained twin and pixel baselines, write report.html.
+
+    The exit status is 1 where the encoder has collapsed.
+
+    Args:
+        run: Folder of the run.
+        data: Folder of the survey.
+        out: Folder for embeddings, metrics.json and report.html; by default the run's folder `evaluation`.
+        options: Label, splits, limits.
+        readout: Which of the method's embeddings; its default otherwise.
+        batch: Samples at a time.
+        device: Where to run; auto takes a GPU where there is one.
+    """
+    folder = out or run / "evaluation"
+    verdict = evaluate_run(run, data, folder, options, device=choose_device(device), batch=batch, readout=readout)
+    return _tell(verdict)
+
+
+def report(
+    run: tyro.conf.Positional[Path],
+    *,
+    data: Path,
+    embeddings: tuple[Path, ...],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
+    options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008 (immutable)
+) -> int:
+    """Write report.html, with metrics.json beside it, from embeddings that exist already.
+
+    The exit status is 1 where the encoder has collapsed.
+
+    Args:
+        run: Folder of the run.
+        data: Folder of the survey.
+        embeddings: Parquet files of `armillary embed` or `evaluate`, the trained encoder's first.
+        out: The page to write.
+        options: Label, splits, limits.
+    """
+    features = {}
+    for number, path in enumerate(embeddings):
+        loaded = Embeddings.load(path)
+        features[loaded.metadata.get("features", TRAINED if number == 0 else path.stem)] = loaded
+    if len(features) != len(embeddings):
+        raise ValueError("embeddings: two files hold the same kind of features; give one of each")
+    return _tell(evaluate_embeddings(data, features, Logbook.read(run), out, options))
+
+
+def choose_device(name: DeviceName) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        RuntimeError: A GPU was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device: no GPU is visible to torch; use --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _tell(verdict: Verdict) -> int:
+    print("\n".join([*verdict.lines(), f"report: {verdict.report}"]))
+    return verdict.exit_code
