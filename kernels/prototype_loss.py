@@ -140,9 +140,7 @@ def _check(
         try:
             term.weight.expand(s, n)
         except RuntimeError:
-            raise ValueError(
-                f"terms[{i}].weight: must broadcast to {(s, n)}, got {tuple(term.weight.shape)}"
-            ) from None
+            raise ValueError(f"terms[{i}].weight: must broadcast to {(s, n)}, got {tuple(term.weight.shape)}") from None
 
 
 class _PrototypeLoss(torch.autograd.Function):

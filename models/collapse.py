@@ -6,6 +6,7 @@ Shape legend: B rows of a step, D width, V prototypes, n rows that a measure has
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -50,16 +51,21 @@ class CollapseMonitor:
     Attributes:
         WINDOW: Rows that the measures look back on: a ring of features, and an exponential window of assignments.
         ROWS: Rows a step that enter the assignments.
+        GRACE: Steps before a measure that was never good is warned of. A new encoder with a small LayerScale gives all
+            images nearly the same class token, and takes a while to tell them apart.
     """
 
     WINDOW = 1024
     ROWS = 64
+    GRACE = 500
 
     def __init__(self) -> None:
         self._ring: Tensor | None = None
         self._assignment: Tensor | None = None
         self._written = 0  # rows that ever entered the ring
         self._assigned = 0  # rows that ever entered the assignment
+        self._steps = 0
+        self._was_good: set[str] = set()
 
     @torch.no_grad()
     def update(self, features: Tensor, projected: Tensor, prototypes: Tensor, temperature: float) -> None:
@@ -72,6 +78,7 @@ class CollapseMonitor:
             temperature: The teacher's. Assignments are its plain softmax: centring and Sinkhorn would spread a
                 collapsed teacher's targets over all prototypes.
         """
+        self._steps += 1
         features = features[-self.WINDOW :].float()
         if self._ring is None or self._ring.device != features.device:
             self._ring = features.new_zeros(self.WINDOW, features.shape[1])
@@ -100,26 +107,36 @@ class CollapseMonitor:
             "window_rows": float(min(self._assigned, self.WINDOW)),
         }
 
-    @classmethod
-    def warnings(cls, effective_rank: float, in_use: float, rows: float, prototypes: int) -> list[str]:
-        """Warnings that follow from the measures; none before the window is full.
+    def warnings(self, measures: Mapping[str, float], prototypes: int) -> list[str]:
+        """Warnings that follow from a result of `measure`; none before the window is full, or within the grace.
 
-        n rows with decided assignments show at most n prototypes, so of V = 65,536 a window of 1,024 rows cannot show
-        half. The bound is half of what it can show: min(V, n) / 2.
+        n rows with decided assignments show at most n prototypes, so a window of 1,024 rows cannot show half of
+        65,536. The bound is half of what it can show: min(V, n) / 2.
+
+        Args:
+            measures: Result of `measure`.
+            prototypes: V.
         """
-        if rows < cls.WINDOW:
+        if not {"effective_rank", "prototypes_in_use", "window_rows"} <= measures.keys():
             return []
+        rank, in_use, rows = (measures[k] for k in ("effective_rank", "prototypes_in_use", "window_rows"))
+        bound = min(prototypes, rows) / 2
         found = []
-        if effective_rank <= MIN_EFFECTIVE_RANK:
+        if rows >= self.WINDOW and self._bad("effective rank", rank <= MIN_EFFECTIVE_RANK):
             found.append(
-                f"teacher features are collapsing: effective rank {effective_rank:.1f} <= {MIN_EFFECTIVE_RANK:g}; "
+                f"teacher features are collapsing: effective rank {rank:.1f} <= {MIN_EFFECTIVE_RANK:g}; "
                 "nearest-neighbour scores do not show this. Raise koleo_weight or ibot_weight, use Sinkhorn centering, "
                 "or lower the teacher temperature"
             )
-        bound = min(prototypes, rows) / 2
-        if in_use < bound:
+        if rows >= self.WINDOW and self._bad("prototypes", in_use < bound):
             found.append(
                 f"the teacher uses few prototypes: {in_use:.0f} in effect, fewer than {bound:.0f}, half of what "
                 f"{rows:.0f} samples can show of {prototypes}. Use Sinkhorn centering, or lower the teacher temperature"
             )
         return found
+
+    def _bad(self, name: str, bad: bool) -> bool:
+        """Whether to warn: the measure was good before, or has had its time."""
+        if not bad:
+            self._was_good.add(name)
+        return bad and (name in self._was_good or self._steps >= self.GRACE)

@@ -393,7 +393,4 @@ class DINOv2Method(Method):
 
     def warnings(self, measures: Mapping[str, float]) -> list[str]:
         """Signs of collapse in a result of `monitor`."""
-        names = ("effective_rank", "prototypes_in_use", "window_rows")
-        if any(name not in measures for name in names):
-            return []
-        return CollapseMonitor.warnings(*(measures[name] for name in names), self.config.head.prototypes)
+        return self._collapse.warnings(measures, self.config.head.prototypes)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.attention import BACKENDS, Layout, attention
@@ -205,9 +205,7 @@ class VisionTransformer(nn.Module):
             x = self._run(block, x, runs, drop)
         if select is None:
             x = self.norm(self._run(last[0], x, runs, last[1]))
-            groups = [
-                g.unflatten(0, (n, length)) for g, (n, length) in zip(_split(x, runs), runs, strict=True)
-            ]
+            groups = [g.unflatten(0, (n, length)) for g, (n, length) in zip(_split(x, runs), runs, strict=True)]
             skip = 1 + self.config.registers
             return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
         y = self.norm(self._run(last[0].forward_selected, x, runs, last[1], *self._selected(runs, select)))
@@ -292,20 +290,20 @@ class VisionTransformer(nn.Module):
             layout: The queries' sequences.
         """
         device = select.device
-        (n_first, length), *_ = runs
+        length = runs[0][1]
         patches = length - 1 - self.config.registers
         crop = select // patches
-        n = sum(n for n, _ in runs)
-        per_crop = F.pad(torch.zeros(n_first, dtype=torch.int64, device=device).index_add(0, crop, crop * 0 + 1),
-                         (0, n - n_first))
-        starts = torch.cat([torch.arange(m, device=device) * length for m, length in runs])
-        offsets = torch.tensor([0, *(m * length for m, length in runs)]).cumsum(0).tolist()
-        starts = torch.cat([s + o for s, o in zip(starts.split([m for m, _ in runs]), offsets, strict=False)])
+        n = sum(m for m, _ in runs)
+        per_crop = torch.zeros(n, dtype=torch.int64, device=device).index_add_(0, crop, torch.ones_like(crop))
+        starts, first = [], 0
+        for m, length_of_run in runs:
+            starts.append(first + length_of_run * torch.arange(m, device=device))
+            first += m * length_of_run
         cls_place = torch.arange(n, device=device) + per_crop.cumsum(0) - per_crop
         patch_place = torch.arange(len(select), device=device) + crop + 1
         order = torch.cat([cls_place, patch_place])
         tokens = torch.empty_like(order)
-        tokens[cls_place] = starts
+        tokens[cls_place] = torch.cat(starts)
         tokens[patch_place] = crop * length + 1 + self.config.registers + select % patches
         samples = torch.empty_like(order)
         samples[cls_place] = torch.arange(n, device=device)
@@ -396,9 +394,7 @@ class _Block(nn.Module):
         self.mlp = _MLP(config.dim, config.hidden)
         self.ls2 = _LayerScale(config.dim, config.layer_scale)
 
-    def forward(
-        self, x: Tensor, runs: tuple[tuple[int, int], ...], drop: tuple[_Subset, _Subset] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, runs: tuple[tuple[int, int], ...], drop: tuple[_Subset, _Subset] | None) -> Tensor:
         """[P, D] to [P, D]."""
         if drop is None:
             x = x + self.attn(self.norm1(x), Layout.from_runs(runs, x.device), self.ls1.gamma)
