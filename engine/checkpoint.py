@@ -45,6 +45,7 @@ __all__ = [
     "Progress",
     "latest",
     "load",
+    "load_random",
     "open_archive",
     "restore_layout",
     "same_run_problems",
@@ -361,7 +362,7 @@ def restore_layout(archive: Archive, layout: Layout) -> None:
 
 
 def load(folder: Path, layout: Layout, verify: bool = False) -> Progress:
-    """Continue from a checkpoint of the same ranks: weights, optimizer, buffers and random states.
+    """Continue from a checkpoint of the same ranks: weights, optimizer and buffers. See also `load_random`.
 
     Args:
         folder: The checkpoint's own folder.
@@ -375,14 +376,23 @@ def load(folder: Path, layout: Layout, verify: bool = False) -> Progress:
         CheckpointError: It is damaged or holds other parameters.
     """
     archive, state = open_archive(folder, verify)
-    own = Archive([folder / f"shard-{layout.rank:05d}.safetensors"])
     restore_layout(archive, layout)
+    own = _own_shard(folder, layout.rank)
     with torch.no_grad():
         for name, buffer in persistent_buffers(layout.method).items():
             buffer.copy_(own.whole(f"buffer/{name}"))
     progress = Progress(**state["progress"])
     layout.applied_steps = progress.applied
+    return progress
+
+
+def load_random(folder: Path, rank: int) -> None:
+    """Set this process's random states to those of a checkpoint: last, when nothing else will draw before the loop."""
+    own = _own_shard(folder, rank)
     _set_random_states(
         lambda key: own.whole(key) if key in own.pieces else None, json.loads(own.metadata[0]["random"])
     )
-    return progress
+
+
+def _own_shard(folder: Path, rank: int) -> Archive:
+    return Archive([folder / f"shard-{rank:05d}.safetensors"])

@@ -140,7 +140,7 @@ def train(
     device = start_processes(run.resolved_device)
     sharded = Sharded(run, method, device)
     loader = open_loader(run, method, survey, device, me)
-    progress, note = _begin(run, sharded, newest, restore)
+    progress, note, set_random = _begin(run, sharded, newest, restore)
     if progress.loader:
         loader.load_state_dict(progress.loader)
     if me.rank == 0:
@@ -152,6 +152,7 @@ def train(
         meter.say(line)
     try:
         loop = _Loop(run, sharded, loader, meter, progress, known, stop, newest)
+        set_random()
         loop.go()
         loop.save()
         if me.rank == 0:
@@ -180,20 +181,24 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> P
 
 def _begin(
     run: Run, sharded: Sharded, newest: Path | None, restore: Path | None
-) -> tuple[checkpoint.Progress, list[str]]:
-    """Bring weights, optimizer and random states to where the run goes on, and say where that is."""
-    seed_everything(run.seed, sharded.rank + 1)
+) -> tuple[checkpoint.Progress, list[str], Callable[[], None]]:
+    """Bring weights and optimizer to where the run goes on.
+
+    Returns:
+        (counters, what to tell the user, what sets the random states; to be called last)
+    """
+    rank = sharded.rank
     if newest is not None:
         progress = checkpoint.load(newest, sharded.layout, run.checkpoint.verify)
         note = [f"continuing {newest}"]
         if restore is not None:
             note.append(f"--restore {restore} is not read again: the run has checkpoints of its own")
-        return progress, note
+        return progress, note, lambda: checkpoint.load_random(newest, rank)
     if restore is not None:
         progress, state = portable.restore(restore, sharded.layout)
-        seed_everything(run.seed, (progress.step << 20) + sharded.rank + 1)
-        return progress, [f"continuing {restore} at step {progress.step}", *portable.changes(state, run)]
-    return checkpoint.Progress(), []
+        note = [f"continuing {restore} at step {progress.step}", *portable.changes(state, run)]
+        return progress, note, lambda: seed_everything(run.seed, progress.step, rank)
+    return checkpoint.Progress(), [], lambda: seed_everything(run.seed, 0, rank)
 
 
 class _Loop:

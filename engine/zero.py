@@ -46,9 +46,9 @@ def ranks() -> Ranks:
     return Ranks(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), int(get("WORLD_SIZE", "1")))
 
 
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed torch, numpy and Python; ranks get streams of their own."""
-    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
+def seed_everything(*keys: int) -> None:
+    """Seed torch, numpy and Python from whole numbers: the run's seed alone, or with step and rank for their own."""
+    mixed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
     torch.manual_seed(mixed & (2**63 - 1))
     np.random.seed(mixed & (2**32 - 1))
     random.seed(mixed)
