@@ -24,9 +24,11 @@ from armillary.engine.checks import method_problems, space_problems
 from armillary.engine.data.survey import Survey
 from armillary.engine.export import export_encoder, init_from_file
 from armillary.engine.provenance import facts
+from armillary.engine.randomness import seed_everything
+from armillary.engine.record import packages_of, to_json
 from armillary.engine.run import EXIT_BAD_INPUT, EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_STOPPED, Run
 from armillary.engine.telemetry import Meter
-from armillary.engine.zero import Ranks, Sharded, Verdict, ranks, seed_everything, start_processes
+from armillary.engine.zero import Ranks, Sharded, Verdict, ranks, start_processes
 from armillary.models.method import Batch, Method
 
 __all__ = ["BadInput", "BatchSource", "NonFinite", "Stopped", "open_loader", "run_to_exit_code", "train"]
@@ -134,7 +136,10 @@ def train(
     known = facts(survey) | {"inputs": asdict(inputs)}
     newest = _startable(run, method, known, me.world)
     if init_from is not None and newest is None and restore is None:
-        init_from_file(method, init_from)
+        try:
+            init_from_file(method, init_from)
+        except ValueError as error:
+            raise BadInput(f"--init-from: {error}") from error
 
     stop = _StopRequest()
     device = start_processes(run.resolved_device)
@@ -156,7 +161,8 @@ def train(
         loop.go()
         loop.save()
         if me.rank == 0:
-            export_encoder(run.folder, run.folder / "export" / "teacher.safetensors")
+            own = packages_of(to_json(run))  # this process's own classes
+            export_encoder(run.folder, run.folder / "export" / "teacher.safetensors", own)
         meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
     finally:
         meter.close()
@@ -253,9 +259,7 @@ class _Loop:
         progress.skipped += not verdict.finite
         progress.bad_in_a_row = 0 if verdict.finite else progress.bad_in_a_row + 1
         norms = {f"grad_norm/{name}": norm for name, norm in verdict.norms.items()}
-        self.meter.end_step(
-            progress.step, {**norms, **scalars, "skipped": progress.skipped}, self.loader.wait_seconds
-        )
+        self.meter.end_step(progress.step, {**norms, **scalars, "skipped": progress.skipped}, self.loader.wait_seconds)
         return verdict
 
     def _due(self) -> bool:
@@ -269,7 +273,8 @@ class _Loop:
         bad, limit = self.progress.bad_in_a_row, self.run.train.max_bad_steps
         where = ", ".join(f"{k} {v:.3g}" for k, v in verdict.norms.items())
         self.meter.say(
-            f"step {self.progress.step} skipped, {bad} in a row: loss {verdict.loss:.4g}, gradient norms {where}", loud=True
+            f"step {self.progress.step} skipped, {bad} in a row: loss {verdict.loss:.4g}, gradient norms {where}",
+            loud=True,
         )
         if bad >= limit:
             self.meter.flush(self.loader.wait_seconds)

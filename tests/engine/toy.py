@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from armillary.engine import checkpoint
 from armillary.engine.data.survey import ShardRecord, Statistics, Survey
-from armillary.engine.run import Checkpointing, Data, Optim, Run, Telemetry, Training, start
+from armillary.engine.run import Checkpointing, Data, Optim, Run, Telemetry, Training
 from armillary.engine.schedule import Constant, Cosine, Linear, Schedules
 from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup
 
@@ -269,8 +269,9 @@ if __name__ == "__main__":
     # The script's classes must be found again under a name that does not depend on how it was started.
     sys.path.insert(0, str(Path(__file__).parent))
     import toy
+    from armillary.engine.run import start
 
     toy.arm_fault()
     base = toy.toy_run(Path(os.environ["TOY_OUT"]), Path(os.environ["TOY_SURVEY"]))
     wide = replace(base, method=toy.ToyConfig(width=32))
-    sys.exit(toy.start(base, {"wide": wide}, sys.argv[1:], open_loader=toy.open_toy_loader))
+    sys.exit(start(base, {"wide": wide}, sys.argv[1:], open_loader=toy.open_toy_loader))
