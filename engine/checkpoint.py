@@ -22,19 +22,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from armillary.engine.layout import Layout, persistent_buffers
+from armillary.engine.randomness import random_states, set_random_states
 from armillary.engine.record import differences, to_json
 from armillary.engine.run import Run
 from armillary.engine.tensors import Archive, Entry, write_tensors
@@ -45,6 +43,7 @@ __all__ = [
     "Progress",
     "latest",
     "load",
+    "load_random",
     "open_archive",
     "restore_layout",
     "same_run_problems",
@@ -110,29 +109,6 @@ def _write_text(path: Path, text: str) -> tuple[int, str]:
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def _random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States of all generators of this process: the large ones as tensors, the rest as JSON."""
-    version, keys, position = random.getstate()[0], random.getstate()[1], random.getstate()[2]
-    name, words, place, has_gauss, gauss = np.random.get_state(legacy=True)
-    tensors = {"rng/torch": torch.get_rng_state(), "rng/numpy": torch.from_numpy(np.asarray(words, np.int64))}
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    return tensors, {"python": [version, list(keys), position], "numpy": [name, place, has_gauss, gauss]}
-
-
-def _set_random_states(tensors: Callable[[str], Tensor | None], rest: dict[str, Any]) -> None:
-    version, keys, position = rest["python"]
-    random.setstate((version, tuple(keys), position))
-    name, place, has_gauss, gauss = rest["numpy"]
-    words, state, cuda = tensors("rng/numpy"), tensors("rng/torch"), tensors("rng/cuda")
-    if words is None or state is None:
-        raise CheckpointError("the checkpoint lacks random states")
-    np.random.set_state((name, words.numpy().astype(np.uint32), place, has_gauss, gauss))
-    torch.set_rng_state(state)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-
-
 def _write_shard(path: Path, layout: Layout) -> tuple[int, str]:
     """Write what this rank owns."""
     entries: list[Entry] = []
@@ -144,7 +120,7 @@ def _write_shard(path: Path, layout: Layout) -> tuple[int, str]:
     for fragment, tensor in layout.frozen():
         entries.append(Entry.of(f"frozen/{fragment.name}", tensor))
         pieces[f"frozen/{fragment.name}"] = (fragment.start, fragment.shape)
-    states, rest = _random_states()
+    states, rest = random_states()
     own = {f"buffer/{name}": b for name, b in persistent_buffers(layout.method).items()} | states
     entries += [Entry.of(name, tensor) for name, tensor in own.items()]
     return write_tensors(path, entries, {"pieces": json.dumps(pieces), "random": json.dumps(rest)})
@@ -317,8 +293,8 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
     was = state["run"]["train"]["zero_stage"]
     return [
         f"train.zero_stage: {state['world']} ranks under ZeRO-{was}, as in {folder}, got {world} under "
-        f"ZeRO-{run.train.zero_stage}. To continue it so, export it with `armillary export {run.folder} --portable FILE` "
-        "and start the recipe under another --name with --restore FILE"
+        f"ZeRO-{run.train.zero_stage}. To continue it so, export it with `armillary export {run.folder} "
+        "--format portable -o FILE` and start the recipe under another --name with --restore FILE"
     ]
 
 
@@ -361,7 +337,7 @@ def restore_layout(archive: Archive, layout: Layout) -> None:
 
 
 def load(folder: Path, layout: Layout, verify: bool = False) -> Progress:
-    """Continue from a checkpoint of the same ranks: weights, optimizer, buffers and random states.
+    """Continue from a checkpoint of the same ranks: weights, optimizer and buffers. See also `load_random`.
 
     Args:
         folder: The checkpoint's own folder.
@@ -375,14 +351,22 @@ def load(folder: Path, layout: Layout, verify: bool = False) -> Progress:
         CheckpointError: It is damaged or holds other parameters.
     """
     archive, state = open_archive(folder, verify)
-    own = Archive([folder / f"shard-{layout.rank:05d}.safetensors"])
     restore_layout(archive, layout)
+    own = _own_shard(folder, layout.rank)
     with torch.no_grad():
         for name, buffer in persistent_buffers(layout.method).items():
             buffer.copy_(own.whole(f"buffer/{name}"))
     progress = Progress(**state["progress"])
     layout.applied_steps = progress.applied
-    _set_random_states(
-        lambda key: own.whole(key) if key in own.pieces else None, json.loads(own.metadata[0]["random"])
-    )
     return progress
+
+
+def load_random(folder: Path, rank: int) -> None:
+    """Set this process's random states to those of a checkpoint: last, when nothing else will draw before the loop."""
+    own = _own_shard(folder, rank)
+    tensors = {key: own.whole(key) for key in own.pieces if key.startswith("rng/")}
+    set_random_states(tensors, json.loads(own.metadata[0]["random"]))
+
+
+def _own_shard(folder: Path, rank: int) -> Archive:
+    return Archive([folder / f"shard-{rank:05d}.safetensors"])

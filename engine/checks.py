@@ -172,4 +172,3 @@ def space_problems(run: Run, method: Method, usage: Callable[[Path], object] = s
         f"out: {needed / gib:.2f} GiB free for checkpoints of {size / gib:.2f} GiB (checkpoint.keep = "
         f"{run.checkpoint.keep}, and one being written), got {free / gib:.2f} GiB at {run.out}"
     ]
-

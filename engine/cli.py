@@ -1,0 +1,127 @@
+"""The `armillary` command: everything but training, which recipes start.
+
+    armillary data build|check|show|simulate ...   make and look at surveys
+    armillary embed ...                            embeddings of a survey by a run's encoder
+    armillary evaluate ...                         embed and judge, with a report
+    armillary report ...                           the report from embeddings that exist
+    armillary export ...                           encoder or whole state out of a run
+
+A command is a function with typed arguments in the part that does the work; tyro makes options of them. It is imported
+when it is asked for, so that help is instant and a package that is missing takes away one command only. Exit codes:
+0 done; 1 done, and the result is bad (a damaged survey, a collapsed encoder); 2 bad input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+import armillary
+
+__all__ = ["COMMANDS", "export", "main"]
+
+COMMANDS = {
+    "data build": ("armillary.engine.data.cli", "build", "pack images into a survey"),
+    "data check": ("armillary.engine.data.cli", "check", "verify a survey's files"),
+    "data show": ("armillary.engine.data.cli", "show", "draw samples of a survey"),
+    "data simulate": ("armillary.engine.data.simulate", "simulate", "make a survey of simulated galaxies"),
+    "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
+    "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
+    "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
+    "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
+}
+"""Name: (module, function, one line of help)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Without the program's name; the process's own where None.
+
+    Returns:
+        Exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        print(f"armillary {armillary.__version__}")
+        return 0
+    name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
+    if name is None:
+        asked = bool({"-h", "--help"} & set(words[:2]))
+        group = words[0] if words and any(n.startswith(words[0] + " ") for n in COMMANDS) else ""
+        if words and not asked and not (group and len(words) == 1):
+            print(f"armillary: no command {' '.join(words[: 2 if group else 1])!r}\n", file=sys.stderr)
+        print(_help(group), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    module, function, _ = COMMANDS[name]
+    try:
+        command = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        print(f"armillary {name}: this installation lacks {error.name}", file=sys.stderr)
+        return 2
+    try:
+        return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)
+    except SystemExit as left:  # tyro has said why
+        return int(left.code or 0)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"armillary {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def _help(group: str) -> str:
+    lines = [f"  {n:15}{text}" for n, (_, _, text) in COMMANDS.items() if n.startswith(group)]
+    return "\n".join(
+        [
+            "usage: armillary COMMAND ...",
+            "",
+            *lines,
+            "",
+            "armillary COMMAND --help says more. Training is started from a recipe: deepspeed recipes/NAME.py",
+        ]
+    )
+
+
+def export(
+    run: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    *,
+    format: Literal["safetensors", "dinov2", "portable"] = "safetensors",
+    block_chunks: int = 0,
+    package: tuple[str, ...] = (),
+) -> int:
+    """Take the encoder, or everything, out of a run's newest checkpoint.
+
+    Args:
+        run: Folder of the run; for the encoder also a file exported before.
+        out: File to write.
+        format: safetensors is the encoder with the run's record. dinov2 is its backbone under the names of published
+            DINOv2 files, .safetensors or .pth. portable is weights, optimizer, average, loader and counters, from which
+            --restore of a recipe continues with another number of ranks or another ZeRO stage.
+        block_chunks: With dinov2, the other program's block_chunks.
+        package: Packages besides armillary that the run's method and views come from.
+    """
+    from armillary.engine.export import export_dinov2, export_encoder
+    from armillary.engine.portable import export_portable, find_checkpoint
+    from armillary.engine.record import PACKAGES
+
+    packages = (*PACKAGES, *package)
+    if block_chunks and format != "dinov2":
+        raise ValueError(f"block_chunks: only with --format dinov2, got {block_chunks}")
+    if format == "portable":
+        export_portable(find_checkpoint(run), out)
+    elif format == "dinov2":
+        export_dinov2(run, out, block_chunks, packages)
+    else:
+        export_encoder(run, out, packages)
+    print(f"{out}: {out.stat().st_size / 2**20:,.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

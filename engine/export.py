@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,8 +25,9 @@ from armillary.engine.record import PACKAGES, from_json, to_json
 from armillary.engine.run import Run
 from armillary.engine.tensors import Archive, Entry, write_tensors
 from armillary.models.method import InputSpec, Method
+from armillary.models.state_names import from_public, to_public
 
-__all__ = ["export_encoder", "init_from_file", "load_encoder"]
+__all__ = ["export_dinov2", "export_encoder", "init_from_file", "load_encoder"]
 
 
 def load_encoder(source: Path | str, packages: Sequence[str] = PACKAGES) -> tuple[Method, Run]:
@@ -87,7 +89,9 @@ def _from_checkpoint(archive: Archive, method: Method, key: str) -> Tensor:
     if key in student_of:
         stored = f"ema/{student_of[key]}"
     else:
-        stored = next((f"{kind}/{key}" for kind in ("weight", "frozen", "buffer") if f"{kind}/{key}" in archive.pieces), "")
+        stored = next(
+            (f"{kind}/{key}" for kind in ("weight", "frozen", "buffer") if f"{kind}/{key}" in archive.pieces), ""
+        )
     if stored not in archive.pieces:
         raise ValueError(f"{archive.files[0].parent}: {key} is not in the checkpoint; it is of another version")
     return archive.whole(stored)
@@ -107,27 +111,23 @@ def _fill(method: Method, get: Callable[[str], Tensor]) -> None:
     method.eval().requires_grad_(False)
 
 
-def export_encoder(run_folder: Path, file: Path, packages: Sequence[str] | None = None) -> None:
+def export_encoder(source: Path, file: Path, packages: Sequence[str] = PACKAGES) -> None:
     """Write the encoder of a run's newest checkpoint as safetensors.
 
     Args:
-        run_folder: The run's folder.
+        source: The run's folder.
         file: File to write; it appears when it is complete.
-        packages: As for `load_encoder`; None trusts the record, for it is this process's own run.
+        packages: As for `load_encoder`.
 
     Raises:
         CheckpointError: The run has no checkpoint.
         OSError: The file cannot be written.
     """
-    newest = latest(run_folder / "checkpoints")
+    newest = latest(source / "checkpoints")
     if newest is None:
-        raise CheckpointError(f"{run_folder}: no checkpoint to export")
-    archive, state = open_archive(newest)
-    if packages is None:
-        packages = tuple({t.split(":")[0].split(".")[0] for t in _types(state["run"])})
-    run = from_json(state["run"], packages)
-    method = _build(run, state["inputs"])
-    _fill(method, lambda key: _from_checkpoint(archive, method, key))
+        raise CheckpointError(f"{source}: no checkpoint to export")
+    state = open_archive(newest)[1]
+    method, run = load_encoder(source, packages)
     tensors: dict[str, Tensor] = dict(method.named_parameters()) | persistent_buffers(method)
     metadata = {
         "format": "armillary-encoder",
@@ -137,14 +137,6 @@ def export_encoder(run_folder: Path, file: Path, packages: Sequence[str] | None 
         "commit": str(state["commit"]),
     }
     _write([Entry.of(key, tensors[key]) for key in _encoder_keys(method)], file, metadata)
-
-
-def _types(described: Any) -> list[str]:
-    """Every class that a record names."""
-    if isinstance(described, dict):
-        own = [described["$type"]] if "$type" in described else []
-        return own + [t for v in described.values() for t in _types(v)]
-    return [t for v in described for t in _types(v)] if isinstance(described, list) else []
 
 
 def _write(entries: list[Entry], file: Path, metadata: dict[str, str]) -> None:
@@ -157,38 +149,103 @@ def _write(entries: list[Entry], file: Path, metadata: dict[str, str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+BACKBONE = "teacher.backbone."
+"""Prefix of the parameters that a public DINOv2 file holds."""
+
+
+def export_dinov2(source: Path, file: Path, block_chunks: int = 0, packages: Sequence[str] = PACKAGES) -> None:
+    """Write an encoder under the names of published DINOv2 files.
+
+    A .safetensors file, or without chunks any file, holds the bare backbone, as the public ones do. A .pth file with
+    chunks is laid out like the teacher of a training run: {"teacher": {"backbone.*", "dino_head.*", ...}}.
+
+    Args:
+        source: A run's folder or an exported encoder.
+        file: File to write, .safetensors or .pth; it appears when it is complete.
+        block_chunks: The other program's block_chunks.
+        packages: As for `load_encoder`.
+
+    Raises:
+        ValueError: The method has no DINOv2 backbone, or the chunks do not divide its depth.
+        OSError: The file cannot be written.
+    """
+    if file.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"{file}: a file name ending in .safetensors or .pth")
+    method, _ = load_encoder(source, packages)
+    state = {k: v for k, v in method.state_dict().items() if k.startswith("teacher.")}
+    backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
+    if not backbone:
+        raise ValueError(f"{source}: {type(method).__name__} has no {BACKBONE.rstrip('.')}, so no DINOv2 names")
+    backbone = to_public(backbone, block_chunks)
+    if file.suffix == ".safetensors":
+        _write([Entry.of(k, v) for k, v in backbone.items()], file, {"format": "pt"})
+        return
+    content: dict[str, Any] = backbone
+    if block_chunks:
+        heads = {k.removeprefix("teacher."): v for k, v in state.items() if not k.startswith(BACKBONE)}
+        content = {"teacher": {f"backbone.{k}": v for k, v in backbone.items()} | heads}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @torch.no_grad()
 def init_from_file(method: Method, file: Path) -> None:
-    """Start a method from the encoder in a file: teachers and the students they follow take its weights.
+    """Start a method from the encoder in a file: teachers and the students that they follow take its weights.
 
     Args:
         method: Freshly built.
-        file: Encoder exported by armillary, or a public DINOv2 backbone (safetensors, or a pickle of tensors only).
+        file: Encoder exported by armillary, all of which is taken; or a published DINOv2 backbone or teacher
+            (.safetensors, or a pickle that holds tensors only), of which the backbone is.
 
     Raises:
-        ValueError: A tensor has another shape than the method's, or the file holds none that the method has, or some
-            that it does not.
+        ValueError: The file is not readable or does not fit the method; every name is listed.
     """
-    stored = _read_tensors(file)
     tensors: dict[str, Tensor] = dict(method.named_parameters()) | persistent_buffers(method)
-    wanted = _encoder_keys(method)
-    problems = [f"  {key}: not in the method" for key in stored if key not in wanted]
-    problems += [f"  {key}: not in the file" for key in wanted if key not in stored]
+    stored, ours = _read_encoder(file)
+    if ours:
+        wanted = _encoder_keys(method)
+    else:
+        wanted = [key for key in tensors if key.startswith(BACKBONE)]
+        if not wanted:
+            raise ValueError(f"{file}: {type(method).__name__} has no {BACKBONE.rstrip('.')} to take it")
+        shapes = {key.removeprefix(BACKBONE): tuple(tensors[key].shape) for key in wanted}
+        try:
+            stored = {BACKBONE + key: value for key, value in from_public(stored, shapes).items()}
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    problems = [f"{key}: not in the method" for key in stored if key not in wanted]
+    problems += [f"{key}: not in the file" for key in wanted if key not in stored]
     problems += [
-        f"  {key}: {tuple(value.shape)} in the file, {tuple(tensors[key].shape)} in the method"
+        f"{key}: {tuple(value.shape)} in the file, {tuple(tensors[key].shape)} in the method"
         for key, value in stored.items()
         if key in wanted and value.shape != tensors[key].shape
     ]
     if problems:
-        raise ValueError(f"{file}: does not fit the method:\n" + "\n".join(problems))
+        raise ValueError(f"{file}: does not fit the method: " + "; ".join(problems))
     for key, value in stored.items():
         tensors[key].copy_(value)
     for student, teacher in method.teacher_pairs():
         student.copy_(teacher)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_encoder(file: Path) -> tuple[dict[str, Any], bool]:
+    """Contents of a file, and whether armillary exported it."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as opened:
+                ours = (opened.metadata() or {}).get("format") == "armillary-encoder"
+            return load_file(file), ours
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a safetensors file: {error}") from error
     try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a safetensors file: {error}") from error
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file}: neither .safetensors nor a pickle that holds tensors only: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: a dictionary of tensors, got a {type(content).__name__}")
+    return content, False

@@ -71,6 +71,7 @@ class Layout(ABC):
         self.names = {id(p): n for n, p in method.named_parameters()}
         self.pairs = method.teacher_pairs()
         self.teachers = {id(student): teacher for student, teacher in self.pairs}
+        self._followers = {id(teacher) for teacher in self.teachers.values()}
         self.masters: list[Tensor] = self._masters()
         self.fragments: list[Fragment] = [f for i in range(len(self.masters)) for f in self._fragments(i)]
         for i, master in enumerate(self.masters):
@@ -126,7 +127,7 @@ class Layout(ABC):
             self.optimizer.state[master]["step"].fill_(value)
 
     def _is_frozen(self, p: nn.Parameter) -> bool:
-        return not p.requires_grad and all(p is not t for t in self.teachers.values())
+        return not p.requires_grad and id(p) not in self._followers
 
     def _by_clip_group(self, shards: Sequence[Sequence[Tensor]]) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {name: [] for name in self.optimizer.clip_groups}
@@ -217,7 +218,11 @@ class _Partitioned(Layout):
             offset += p.ds_tensor.numel()
 
     def _teacher_shard(self, shard: int) -> Tensor:
-        return torch.cat([self.teachers[id(p)].ds_tensor.data for p in self.zero.fp16_groups[shard]])
+        return torch.cat([self._teacher(p).ds_tensor.data for p in self.zero.fp16_groups[shard]])
+
+    def _teacher(self, student: Any) -> Any:
+        """The teacher, with the attributes that ZeRO-3 puts on parameters."""
+        return self.teachers[id(student)]
 
     def gradients(self) -> dict[str, list[Tensor]]:
         return self._by_clip_group(
@@ -245,7 +250,7 @@ class _Partitioned(Layout):
             average, offset = self.optimizer.state[master]["ema"], 0
             for p in self.zero.fp16_groups[i]:
                 size = p.ds_tensor.numel()
-                targets.append(self.teachers[id(p)].ds_tensor.data)
+                targets.append(self._teacher(p).ds_tensor.data)
                 sources.append(average.narrow(0, offset, size))
                 offset += size
         if targets:

@@ -175,14 +175,14 @@ class AdamW(torch.optim.Optimizer):
             if params:
                 self._update(group, params)
 
-    def _update(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = [self.init_state(p, p if group["average"] else None) for p in params]
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             params,
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],

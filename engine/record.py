@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["differences", "from_json", "to_json", "type_problems"]
+__all__ = ["PACKAGES", "differences", "from_json", "packages_of", "to_json", "type_problems"]
 
 PACKAGES = ("armillary",)
 """Packages whose dataclasses `from_json` rebuilds unless told otherwise."""
@@ -77,6 +77,16 @@ def from_json(value: Any, packages: Sequence[str] = PACKAGES, where: str = "run"
     if missing := sorted(required - set(fields)):
         raise ValueError(f"{where}: {cls.__name__} needs {', '.join(missing)}, which the record lacks")
     return cls(**fields)
+
+
+def packages_of(described: Any) -> tuple[str, ...]:
+    """Top-level packages of all classes that a record (a result of `to_json`) names."""
+    if isinstance(described, dict):
+        own = (described["$type"].partition(":")[0].partition(".")[0],) if "$type" in described else ()
+        nested = [packages_of(v) for v in described.values()]
+    else:
+        own, nested = (), [packages_of(v) for v in described] if isinstance(described, list) else []
+    return tuple(dict.fromkeys([*own, *(name for names in nested for name in names)]))
 
 
 def _load_class(path: str, packages: Sequence[str], where: str) -> type:

@@ -105,7 +105,9 @@ class Optim:
 
     def peak_lr(self, global_batch: int) -> float:
         """Learning rate after the warm-up at this batch."""
-        return self.lr if self.lr_reference_batch is None else self.lr * math.sqrt(global_batch / self.lr_reference_batch)
+        return (
+            self.lr if self.lr_reference_batch is None else self.lr * math.sqrt(global_batch / self.lr_reference_batch)
+        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Run:
 
     @property
     def resolved_device(self) -> str:
-        """"cpu" or "cuda"."""
+        """ "cpu" or "cuda"."""
         return "cpu" if self.device == "cpu" else "cuda"
 
     def accumulation(self, world: int) -> int:

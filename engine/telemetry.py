@@ -52,7 +52,7 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, size: int | None = No
         size: Side of the square factors; chosen by device where None.
     """
     n = size or (8192 if device.type == "cuda" else 1024)
-    a = torch.randn(n, n, device=device).to(dtype)
+    a = torch.full((n, n), 0.5, device=device, dtype=dtype)
     best = 0.0
     for _ in range(4):
         if device.type == "cuda":
@@ -139,7 +139,10 @@ class Meter:
                 self._task = self._bar.add_task(run.name, total=run.train.steps, completed=first_step, line="")
 
     def _introduce(self, first_step: int) -> None:
-        train, trained = self.run.train, sum(getattr(p, "ds_numel", p.numel()) for p in self.method.parameters() if p.requires_grad)
+        train, trained = (
+            self.run.train,
+            sum(getattr(p, "ds_numel", p.numel()) for p in self.method.parameters() if p.requires_grad),
+        )
         self.console.print(
             f"{self.run.name}: step {first_step} of {train.steps}, {self.world} x {self.device.type}, "
             f"ZeRO-{train.zero_stage}, {train.precision}, batch {train.global_batch} = {self.world} ranks x "

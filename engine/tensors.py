@@ -93,9 +93,9 @@ def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, s
             tensor = entry.load().detach()
             if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
                 raise ValueError(f"{path}: {entry.name}: announced {entry.shape}, got {tuple(tensor.shape)}")
-            block = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            f.write(block)
-            digest.update(block)
+            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            f.write(data)
+            digest.update(data)
         f.flush()
         os.fsync(f.fileno())
         size = f.tell()
@@ -143,7 +143,7 @@ class Archive:
             self._open.append(handle)
             self.metadata.append(handle.metadata() or {})
             table = json.loads(self.metadata[-1].get("pieces", "{}"))
-            for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            for key in handle.keys():
                 shape = handle.get_slice(key).get_shape()
                 start, whole = table.get(key, (0, shape))
                 length = math.prod(shape)

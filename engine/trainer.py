@@ -24,9 +24,11 @@ from armillary.engine.checks import method_problems, space_problems
 from armillary.engine.data.survey import Survey
 from armillary.engine.export import export_encoder, init_from_file
 from armillary.engine.provenance import facts
+from armillary.engine.randomness import seed_everything
+from armillary.engine.record import packages_of, to_json
 from armillary.engine.run import EXIT_BAD_INPUT, EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_STOPPED, Run
 from armillary.engine.telemetry import Meter
-from armillary.engine.zero import Ranks, Sharded, Verdict, ranks, seed_everything, start_processes
+from armillary.engine.zero import Ranks, Sharded, Verdict, ranks, start_processes
 from armillary.models.method import Batch, Method
 
 __all__ = ["BadInput", "BatchSource", "NonFinite", "Stopped", "open_loader", "run_to_exit_code", "train"]
@@ -134,13 +136,16 @@ def train(
     known = facts(survey) | {"inputs": asdict(inputs)}
     newest = _startable(run, method, known, me.world)
     if init_from is not None and newest is None and restore is None:
-        init_from_file(method, init_from)
+        try:
+            init_from_file(method, init_from)
+        except ValueError as error:
+            raise BadInput(f"--init-from: {error}") from error
 
     stop = _StopRequest()
     device = start_processes(run.resolved_device)
     sharded = Sharded(run, method, device)
     loader = open_loader(run, method, survey, device, me)
-    progress, note = _begin(run, sharded, newest, restore)
+    progress, note, set_random = _begin(run, sharded, newest, restore)
     if progress.loader:
         loader.load_state_dict(progress.loader)
     if me.rank == 0:
@@ -152,10 +157,12 @@ def train(
         meter.say(line)
     try:
         loop = _Loop(run, sharded, loader, meter, progress, known, stop, newest)
+        set_random()
         loop.go()
         loop.save()
         if me.rank == 0:
-            export_encoder(run.folder, run.folder / "export" / "teacher.safetensors")
+            own = packages_of(to_json(run))  # this process's own classes
+            export_encoder(run.folder, run.folder / "export" / "teacher.safetensors", own)
         meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
     finally:
         meter.close()
@@ -180,20 +187,24 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> P
 
 def _begin(
     run: Run, sharded: Sharded, newest: Path | None, restore: Path | None
-) -> tuple[checkpoint.Progress, list[str]]:
-    """Bring weights, optimizer and random states to where the run goes on, and say where that is."""
-    seed_everything(run.seed, sharded.rank + 1)
+) -> tuple[checkpoint.Progress, list[str], Callable[[], None]]:
+    """Bring weights and optimizer to where the run goes on.
+
+    Returns:
+        (counters, what to tell the user, what sets the random states; to be called last)
+    """
+    rank = sharded.rank
     if newest is not None:
         progress = checkpoint.load(newest, sharded.layout, run.checkpoint.verify)
         note = [f"continuing {newest}"]
         if restore is not None:
             note.append(f"--restore {restore} is not read again: the run has checkpoints of its own")
-        return progress, note
+        return progress, note, lambda: checkpoint.load_random(newest, rank)
     if restore is not None:
         progress, state = portable.restore(restore, sharded.layout)
-        seed_everything(run.seed, (progress.step << 20) + sharded.rank + 1)
-        return progress, [f"continuing {restore} at step {progress.step}", *portable.changes(state, run)]
-    return checkpoint.Progress(), []
+        note = [f"continuing {restore} at step {progress.step}", *portable.changes(state, run)]
+        return progress, note, lambda: seed_everything(run.seed, progress.step, rank)
+    return checkpoint.Progress(), [], lambda: seed_everything(run.seed, 0, rank)
 
 
 class _Loop:
@@ -248,9 +259,7 @@ class _Loop:
         progress.skipped += not verdict.finite
         progress.bad_in_a_row = 0 if verdict.finite else progress.bad_in_a_row + 1
         norms = {f"grad_norm/{name}": norm for name, norm in verdict.norms.items()}
-        self.meter.end_step(
-            progress.step, {**norms, **scalars, "skipped": progress.skipped}, self.loader.wait_seconds
-        )
+        self.meter.end_step(progress.step, {**norms, **scalars, "skipped": progress.skipped}, self.loader.wait_seconds)
         return verdict
 
     def _due(self) -> bool:
@@ -264,7 +273,8 @@ class _Loop:
         bad, limit = self.progress.bad_in_a_row, self.run.train.max_bad_steps
         where = ", ".join(f"{k} {v:.3g}" for k, v in verdict.norms.items())
         self.meter.say(
-            f"step {self.progress.step} skipped, {bad} in a row: loss {verdict.loss:.4g}, gradient norms {where}", loud=True
+            f"step {self.progress.step} skipped, {bad} in a row: loss {verdict.loss:.4g}, gradient norms {where}",
+            loud=True,
         )
         if bad >= limit:
             self.meter.flush(self.loader.wait_seconds)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ from armillary.engine.optim import AdamW, build_groups, squared_norms
 from armillary.engine.run import Run
 from armillary.models.method import Batch, Losses, Method
 
-__all__ = ["Ranks", "Sharded", "Verdict", "ranks", "seed_everything", "start_processes"]
+__all__ = ["Ranks", "Sharded", "Verdict", "ranks", "start_processes"]
 
 BUCKET = 50_000_000
 """Elements a gradient bucket holds at most; DeepSpeed allocates it whole."""
@@ -44,14 +42,6 @@ def ranks() -> Ranks:
     """Read the launcher's environment; a process that nobody launched is the only one."""
     get = os.environ.get
     return Ranks(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), int(get("WORLD_SIZE", "1")))
-
-
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed torch, numpy and Python; ranks get streams of their own."""
-    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
-    torch.manual_seed(mixed & (2**63 - 1))
-    np.random.seed(mixed & (2**32 - 1))
-    random.seed(mixed)
 
 
 def start_processes(device: str) -> torch.device:

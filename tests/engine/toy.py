@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from armillary.engine import checkpoint
 from armillary.engine.data.survey import ShardRecord, Statistics, Survey
-from armillary.engine.run import Checkpointing, Data, Optim, Run, Telemetry, Training, start
+from armillary.engine.run import Checkpointing, Data, Optim, Run, Telemetry, Training
 from armillary.engine.schedule import Constant, Cosine, Linear, Schedules
 from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup
 
@@ -36,11 +36,13 @@ class ToyConfig(MethodConfig):
         width: Hidden units.
         dropout: Probability.
         frozen_input: The first layer is not trained.
+        center_rate: Weight of the newest micro-batch in this rank's running mean.
     """
 
     width: int = 24
     dropout: float = 0.1
     frozen_input: bool = False
+    center_rate: float = 0.1
 
     def problems(self, inputs: InputSpec) -> list[str]:
         return [] if self.width > 0 else [f"width: above 0, got {self.width}"]
@@ -71,10 +73,9 @@ class Toy(Method):
         self.extra = nn.Parameter(torch.full((3,), 0.5))  # trained, without a teacher
         if config.frozen_input:
             self.projection = nn.Linear(inputs.channels, inputs.channels).requires_grad_(False)
-        self.frozen_input = config.frozen_input
+        self.frozen_input, self.center_rate = config.frozen_input, config.center_rate
         self.register_buffer("center", torch.zeros(7))
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
-        self.dtypes: set[torch.dtype] = set()
 
     def training_step(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
         self.teacher.eval()
@@ -84,7 +85,7 @@ class Toy(Method):
         with torch.no_grad():
             t = self.teacher(x).float()
             target = ((t - self.center) / scalars["teacher_temperature"]).softmax(-1)
-            self.center.lerp_(t.mean(0), 0.1)
+            self.center.lerp_(t.mean(0), self.center_rate)
         cross = -(target * self.student(x).float().log_softmax(-1)).sum(-1).mean()
         extra = self.extra.float().square().mean()
         if os.environ.get("FAULT", "").startswith("nan"):
@@ -216,24 +217,39 @@ def digest(folder: Path) -> str:
 
 
 def arm_fault() -> None:
-    """`FAULT`: kill@STAGE,STEP dies inside a save; full@STEP finds the disk full."""
+    """Make this process fail as `FAULT` says, on rank `FAULT_RANK` only (default 0).
+
+    kill@shard,S kill@state,S kill@latest,S: SIGKILL inside the save of step S, before its shard, its state.json or
+    `latest` is written. full@S: no space left in the save of step S. crash@P: an exception at position P.
+    nanP,Q,...: a NaN loss for the samples at these positions (on whatever rank has them).
+    """
     kind, _, where = os.environ.get("FAULT", "").partition("@")
+    if os.environ.get("RANK", "0") != os.environ.get("FAULT_RANK", "0"):
+        return
     if kind == "kill":
         stage, step = where.split(",")
-        original = getattr(checkpoint, stage)
+        name = f"step-{int(step):08d}"
 
-        def deadly(*args, **kwargs):
-            if any(f"step-{int(step):08d}" in str(a) for a in args):
-                if os.environ.get("FAULT_RANK", os.environ["RANK"]) == os.environ["RANK"]:
+        def deadly(original, matches):
+            def wrapped(path, *args):
+                if matches(path, *args):
                     os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
+                return original(path, *args)
 
-        setattr(checkpoint, stage, deadly)
+            return wrapped
+
+        in_save = {
+            "shard": lambda path, *_: name in str(path),
+            "state": lambda path, *_: name in str(path) and path.name == "state.json",
+            "latest": lambda path, text="": path.name == "latest.tmp" and text == name,
+        }[stage]
+        target = "_write_shard" if stage == "shard" else "_write_text"
+        setattr(checkpoint, target, deadly(getattr(checkpoint, target), in_save))
     if kind == "full":
         write = checkpoint.write_tensors
 
         def full(path, *args):
-            if f"step-{int(where):08d}" in str(path) and os.environ["RANK"] == os.environ.get("FAULT_RANK", "0"):
+            if f"step-{int(where):08d}" in str(path):
                 raise OSError(28, "No space left on device", str(path))
             return write(path, *args)
 
@@ -253,8 +269,9 @@ if __name__ == "__main__":
     # The script's classes must be found again under a name that does not depend on how it was started.
     sys.path.insert(0, str(Path(__file__).parent))
     import toy
+    from armillary.engine.run import start
 
     toy.arm_fault()
     base = toy.toy_run(Path(os.environ["TOY_OUT"]), Path(os.environ["TOY_SURVEY"]))
     wide = replace(base, method=toy.ToyConfig(width=32))
-    sys.exit(toy.start(base, {"wide": wide}, sys.argv[1:], open_loader=toy.open_toy_loader))
+    sys.exit(start(base, {"wide": wide}, sys.argv[1:], open_loader=toy.open_toy_loader))
