@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import resource
 import statistics
 import tarfile
 import tempfile
@@ -205,7 +206,7 @@ def hdf5_batches(folder: Path, workers: int, options: argparse.Namespace) -> Ite
 def wds_batches(tars: list[Path], decode: Callable, extension: str, options: argparse.Namespace) -> Iterator[Tensor]:
     """Batches of the webdataset package as its documentation shows it: shuffled tars, shuffle buffer, DataLoader."""
     data = (
-        wds.WebDataset([str(tar) for tar in tars], shardshuffle=len(tars), resampled=True, nodesplitter=None)
+        wds.WebDataset([str(tar) for tar in tars], resampled=True)
         .shuffle(256)
         .map(lambda sample: torch.from_numpy(decode(sample[extension])))
         .batched(options.batch, collation_fn=torch.stack)
@@ -217,9 +218,16 @@ def wds_batches(tars: list[Path], decode: Callable, extension: str, options: arg
         yield batch.to(options.device, non_blocking=True)
 
 
-def rate(batches: Iterator[Tensor], options: argparse.Namespace) -> float:
-    """Images a second after the warm-up; every batch is touched."""
+def cpu_seconds() -> float:
+    """CPU time of this process and of the workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def rate(batches: Iterator[Tensor], options: argparse.Namespace) -> tuple[float, float]:
+    """Images a second after the warm-up, and CPU milliseconds an image over all of it. Every batch is touched."""
     shape = (options.batch, len(BANDS), options.size, options.size)
+    before = cpu_seconds()
     with closing(batches):
         for batch in itertools.islice(batches, WARMUP):
             assert batch.shape == shape and batch.dtype == torch.float32
@@ -227,7 +235,8 @@ def rate(batches: Iterator[Tensor], options: argparse.Namespace) -> float:
         total = sum(float(batch[0, 0, 0, 0]) for batch in itertools.islice(batches, options.batches))
         seconds = time.perf_counter() - start
     assert np.isfinite(total)
-    return options.batches * options.batch / seconds
+    images = options.batches * options.batch
+    return images / seconds, 1e3 * (cpu_seconds() - before) / (images + WARMUP * options.batch)
 
 
 def main() -> None:
@@ -270,27 +279,34 @@ def main() -> None:
             ),
         }  # fmt: skip
         rates: dict[str, list[float]] = {name: [] for name in ways}
+        costs: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.repeats):
             for name, (make, _settings) in ways.items():
-                rates[name].append(rate(make(), options))
-        rows = report_reading(rates, {name: settings for name, (_, settings) in ways.items()}, common)
+                images_a_second, cpu = rate(make(), options)
+                rates[name].append(images_a_second)
+                costs[name].append(cpu)
+        rows = report_reading(rates, costs, {name: settings for name, (_, settings) in ways.items()}, common)
         rows += report_codec(folder, errors, options, common)
     append_rows(options.csv, rows)
     print(f"appended {len(rows)} rows to {options.csv}")
 
 
 def report_reading(
-    rates: dict[str, list[float]], settings: dict[str, dict[str, int]], common: dict[str, object]
+    rates: dict[str, list[float]],
+    costs: dict[str, list[float]],
+    settings: dict[str, dict[str, int]],
+    common: dict[str, object],
 ) -> list[dict]:
     """Print and return the images a second of each way; ratios are medians over repeats of the ratio in a repeat."""
     alone = rates["h5py random reads"]
     workers = next(values for name, values in rates.items() if name.startswith("h5py random reads, "))
-    print(f"{'':32}{'images/s':>10}{'p20':>9}{'p80':>9}{'/ h5py':>9}{'/ h5py + workers':>18}")
+    print(f"{'':32}{'images/s':>10}{'p20':>9}{'p80':>9}{'/ h5py':>9}{'/ h5py + workers':>18}{'CPU ms/image':>14}")
     rows = []
     for name, values in rates.items():
         ratios = [statistics.median(a / b for a, b in zip(values, base, strict=True)) for base in (alone, workers)]
+        cost = statistics.median(costs[name])
         low, median, high = np.percentile(values, [20, 50, 80]).tolist()
-        print(f"{name:32}{median:10.0f}{low:9.0f}{high:9.0f}{ratios[0]:9.2f}{ratios[1]:18.2f}")
+        print(f"{name:32}{median:10.0f}{low:9.0f}{high:9.0f}{ratios[0]:9.2f}{ratios[1]:18.2f}{cost:14.3f}")
         row = {"name": name, "unit": "images/s", "value": median, "p20": low, "p80": high}
         rows.append({**common, **settings[name], **row, "ratio_to_h5py": ratios[0], "ratio_to_h5py_workers": ratios[1]})
     best = max(row["ratio_to_h5py_workers"] for row in rows if row["name"].startswith("packed"))

@@ -214,4 +214,5 @@ class _Buffers:
 
 def _is_masked(blob: Blob) -> bool:
     """Whether a blob has a mask; `codec.read_header` also checks the header, which decoding does anyway."""
-    return len(blob) >= codec.HEADER.size and bool(codec.HEADER.unpack_from(blob)[4] & codec.MASKED)
+    view = blob.data if isinstance(blob, np.ndarray) else blob
+    return len(view) >= codec.HEADER.size and bool(codec.HEADER.unpack_from(view)[4] & codec.MASKED)

@@ -522,8 +522,7 @@ def test_a_forked_process_goes_on_by_itself(survey, started):
 @BOTH
 def test_a_process_may_end_with_its_loader_open(survey, reader):
     program = (
-        "import sys; from armillary.engine.data.decoding import decode_padded, pad_blobs
-from armillary.engine.data.loader import Loader\n"
+        "import sys; from armillary.engine.data.loader import Loader\n"
         f"loader = Loader({str(survey)!r}, micro_batch=4, device='cpu', reader={reader!r})\n"
         "print(next(loader)['image'].shape[0])"
     )
