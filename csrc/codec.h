@@ -234,7 +234,13 @@ inline void decode_wide(const uint8_t* planes, float step, float* out) {
   }
 }
 
-ARMILLARY_INLINE void decode_bitplane_body(const Blob& blob, float* out, bool* valid) {
+inline void decode_bitplane(const Blob& blob, float* out, bool* valid) {
+  constexpr uint64_t all = ~uint64_t(0);  // keep[n] is 1 in the first n of 8 words
+  static constexpr uint64_t keep[9][2] = {{0, 0},          {all >> 48, 0},   {all >> 32, 0},
+                                          {all >> 16, 0},  {all, 0},         {all, all >> 48},
+                                          {all, all >> 32}, {all, all >> 16}, {all, all}};
+  const uint8_t* const end = blob.bytes + blob.size;
+  const uint8_t* const lone_free = blob.bytes;  // any readable byte
   uint32_t band = 0;
   uint64_t pixel = 0;  // of the band
   float step = blob.step(0);
@@ -256,19 +262,23 @@ ARMILLARY_INLINE void decode_bitplane_body(const Blob& blob, float* out, bool* v
       }
       if (valid)
         for (int j = 0; j < count; ++j) valid[at + j] = word >> j & 1;
-      int place = 0;
-      uint16_t bit = 0;
-      if (code >= kFirstLone) {
-        place = lone[lones / 2] >> (4 * (lones & 1)) & 15;
-        bit = uint16_t(1u << n);
-        ++lones;
-      }
+      const bool has_lone = code >= kFirstLone;
+      const int place = *(has_lone ? lone + lones / 2 : lone_free) >> (4 * (lones & 1)) & 15;
+      const uint16_t bit = uint16_t(uint64_t(has_lone) << n);
+      lones += has_lone;
       float last_block[kBlock];
       float* const to = count == kBlock ? out + at : last_block;
-      if (n <= 16)
+      if (n <= 8 && end - p >= 16) {  // always 8 planes: noise makes widths that no branch predictor follows
+        uint64_t words[2];
+        std::memcpy(words, p, 16);
+        words[0] &= keep[n][0];
+        words[1] &= keep[n][1];
+        decode_narrow(reinterpret_cast<const uint8_t*>(words), 8, place, bit, step, to);
+      } else if (n <= 16) {
         decode_narrow(p, n, place, bit, step, to);
-      else
+      } else {
         decode_wide(p, step, to);
+      }
       if (count < kBlock) std::memcpy(out + at, last_block, sizeof(float) * count);
       p += 2 * n;
       pixel += kBlock;
@@ -279,8 +289,6 @@ ARMILLARY_INLINE void decode_bitplane_body(const Blob& blob, float* out, bool* v
     }
   }
 }
-
-inline void decode_bitplane(const Blob& blob, float* out, bool* valid) { decode_bitplane_body(blob, out, valid); }
 
 // Decode a blob that parse() and check() accepted into out [C,H,W] and, unless null, valid [C,H,W].
 inline void decode(const Blob& blob, float* out, bool* valid) {
