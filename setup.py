@@ -11,6 +11,7 @@ setup(
         Pybind11Extension(
             "armillary._C",
             sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             extra_compile_args=["-O3", "-pthread"],
             extra_link_args=["-pthread"],

@@ -264,7 +264,7 @@ inline void decode_bitplane(const Blob& blob, float* out, bool* valid) {
         for (int j = 0; j < count; ++j) valid[at + j] = word >> j & 1;
       const bool has_lone = code >= kFirstLone;
       const int place = *(has_lone ? lone + lones / 2 : lone_free) >> (4 * (lones & 1)) & 15;
-      const uint16_t bit = uint16_t(uint32_t(has_lone) << n);
+      const uint16_t bit = uint16_t(uint64_t(has_lone) << n);
       lones += has_lone;
       float last_block[kBlock];
       float* const to = count == kBlock ? out + at : last_block;

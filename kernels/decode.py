@@ -11,7 +11,6 @@ engine/data/codec.py). A row whose header does not fit decodes to 0, not valid.
 """
 
 # Triton reads the annotations of a kernel's arguments, so they stay bare:
-# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import torch
 import triton
