@@ -12,8 +12,8 @@ from armillary.engine.data.survey import Survey
 __all__ = ["lupton_rgb"]
 
 BALANCE = {"g": 6.0, "r": 3.4, "i": 3.0, "z": 2.2}  # of nanomaggies; the Legacy Survey viewer's: galaxies look familiar
-LINEAR_SIGMA = 3.0  # the curve turns from linear to logarithmic at this intensity, in sky noise,
-WHITE_SIGMA = 150.0  # and reaches white at this one
+LINEAR_SIGMA = 2.0  # the curve turns from linear to logarithmic at this intensity, in sky noise,
+WHITE_SIGMA = 90.0  # and reaches white at this one
 BLACK_SIGMA = -0.5
 MASKED = (70, 0, 80)  # no astronomical image is violet
 

@@ -99,8 +99,8 @@ def draw_population(
 ) -> Population:
     """Draw galaxies uniformly in comoving volume from a Schechter function, limited in the last band's magnitude.
 
-    Late types are disks that redden with inclination, early types bulges with a redder disk; sizes follow
-    R ~ L^0.35 (late) and L^0.55 (early) with 0.3 of scatter in ln R.
+    Late types are disks, bluer the smaller their bulge, that redden with inclination; early types are bulges with an
+    often old disk. Sizes follow R ~ L^0.35 (late) and L^0.55 (early) with 0.3 of scatter in ln R.
 
     Args:
         count: Galaxies wanted.
@@ -147,13 +147,13 @@ def _draw_block(rng: np.random.Generator, filters: tuple[str, ...], bright: floa
     early = rng.random(m) < 0.1 + 0.65 / (1 + np.exp((absolute + 21.8) / 0.6))
     bulge = np.where(early, rng.beta(6, 2, m), rng.beta(1.3, 5, m))
     old = np.clip(np.abs(0.12 * rng.standard_normal(m)), 0, 1)  # types near E
-    young = rng.triangular(0.5, 1.4, 2.8, m)
+    young = np.clip(2.4 - 3.5 * bulge + 0.5 * rng.standard_normal(m), 0.3, 3)  # the Hubble sequence: E to Im
     disk_type = np.where(early & (rng.random(m) < 0.7), old, young)
-    slope_bulge, slope_disk = 0.18 * rng.standard_normal((2, m))  # age and metallicity that four templates lack
+    slope_bulge, slope_disk = 0.06 * rng.standard_normal((2, m))  # age and metallicity that four templates lack
 
     axis_disk = np.sqrt(rng.random(m) ** 2 * (1 - 0.2**2) + 0.2**2)  # random inclination, intrinsic thickness 0.2
     axis_bulge = rng.uniform(0.55, 1, m)
-    ebv = np.where(early, 0.02, 0.05 + 0.12 * np.log10(1 / axis_disk)) * np.exp(0.5 * rng.standard_normal(m))
+    ebv = np.where(early, 0.02, 0.05 + 0.3 * np.log10(1 / axis_disk)) * np.exp(0.5 * rng.standard_normal(m))
 
     base = (absolute + modulus)[:, None]
     dust = attenuation(table.wavelength / (1 + z)[:, None], ebv[:, None])

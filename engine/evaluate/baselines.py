@@ -83,11 +83,13 @@ class PixelPCA:
             raise ValueError(f"principal components need two training samples or more, got {held}")
         pixels = np.concatenate(parts)
         kept = min(components, held - 1, pixels.shape[1])
+        if not np.ptp(pixels, axis=0).any():
+            return cls(pixels[0].astype(np.float32), np.zeros((kept, pixels.shape[1]), np.float32), 0.0)
         model: Any = PCA(kept, svd_solver="randomized", random_state=seed).fit(pixels)
         return cls(
             model.mean_.astype(np.float32),
             model.components_.astype(np.float32),
-            float(np.nan_to_num(model.explained_variance_ratio_.sum())),
+            float(model.explained_variance_ratio_.sum()),
         )
 
     def __call__(self, image: Tensor) -> dict[str, Tensor]:

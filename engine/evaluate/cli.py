@@ -1,11 +1,12 @@
-"""Commands `embed`, `evaluate` and `report`. Each returns its exit status; bad input raises.
+"""Commands `armillary embed`, `armillary evaluate` and `armillary report`.
 
-The top-level command (`armillary.engine.cli`) mounts these functions with tyro and turns the errors that they raise
-(ValueError, OSError, RuntimeError) into a message and exit status 2.
+The top-level command (`armillary.engine.cli`) hands each its arguments, takes its exit status and turns the errors that
+bad input raises (ValueError, OSError) into a message and exit status 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,17 +16,32 @@ import tyro
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.embed import Embeddings, load_pipeline, stack_splits
 from armillary.engine.evaluate.embed import embed as embed_batches
-from armillary.engine.evaluate.evaluate import Options, evaluate_embeddings, evaluate_run
+from armillary.engine.evaluate.evaluate import DEFAULTS, Options, evaluate_embeddings, evaluate_run
 from armillary.engine.evaluate.evaluation import TRAINED, UNTRAINED, Verdict
 from armillary.engine.evaluate.logbook import Logbook
 
-__all__ = ["embed", "evaluate", "report"]
+__all__ = ["embed", "embed_command", "evaluate", "evaluate_command", "report", "report_command"]
 
 DeviceName = Literal["auto", "cuda", "cpu"]
 OutFile = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
 
-def embed(
+def embed(arguments: Sequence[str]) -> int:
+    """Run `armillary embed` with these arguments; returns its exit status."""
+    return tyro.cli(embed_command, prog="armillary embed", args=arguments)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Run `armillary evaluate` with these arguments; returns its exit status."""
+    return tyro.cli(evaluate_command, prog="armillary evaluate", args=arguments)
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Run `armillary report` with these arguments; returns its exit status."""
+    return tyro.cli(report_command, prog="armillary report", args=arguments)
+
+
+def embed_command(
     run: tyro.conf.Positional[Path],
     out: OutFile,
     *,
@@ -66,12 +82,12 @@ def embed(
     return 0
 
 
-def evaluate(
+def evaluate_command(
     run: tyro.conf.Positional[Path],
     *,
     data: Path,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008 (immutable)
+    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
     readout: str | None = None,
     batch: int = 256,
     device: DeviceName = "auto",
@@ -94,13 +110,13 @@ def evaluate(
     return _tell(verdict)
 
 
-def report(
+def report_command(
     run: tyro.conf.Positional[Path],
     *,
     data: Path,
     embeddings: tuple[Path, ...],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
-    options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008 (immutable)
+    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
 ) -> int:
     """Write report.html, with metrics.json beside it, from embeddings that exist already.
 
@@ -126,10 +142,10 @@ def choose_device(name: DeviceName) -> torch.device:
     """The device of that name; "auto" is a GPU where there is one.
 
     Raises:
-        RuntimeError: A GPU was asked for and there is none.
+        ValueError: A GPU was asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: no GPU is visible to torch; use --device cpu")
+        raise ValueError("device: no GPU is visible to torch; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 

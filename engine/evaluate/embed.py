@@ -102,7 +102,7 @@ class Embeddings:
         missing = [k for k in key if k not in place]
         if missing:
             raise ValueError(
-                f"embeddings: {len(missing)} of {len(key)} samples have none, e.g. {missing[0]!r}; were they made from "
+                f"embeddings: {len(missing)} of {len(key)} samples have none, e.g. {str(missing[0])!r}; were they made from "
                 "this survey?"
             )
         return self.vector[[place[k] for k in key]]
@@ -185,7 +185,7 @@ def load_pipeline(
         run_dir: The run's folder.
         survey: The survey to embed; its statistics set the stretch.
         device: Where to run.
-        trained: False for the untrained twin: the same configuration, freshly initialised with the run's seed.
+        trained: False for the untrained twin: the same configuration, initialised anew, keyed by the run's seed.
         readout: Which of the method's embeddings; None for its default.
 
     Returns:
@@ -197,10 +197,10 @@ def load_pipeline(
     if trained:
         method, run = load_encoder(run_dir)
     else:
-        run = Run.load(run_dir / "run.json")
+        run = Run.load(run_dir)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            method = run.method.build(run.views.input_spec(len(survey.bands)))
+            method = run.method.build(run.views.input_spec(survey))
     method = method.to(device).eval()
     metadata = {
         "run": run.name,

@@ -40,6 +40,7 @@ PICTURES = 2000
 COLLAPSE_SAMPLES = 10_000
 COMPONENTS = 64  # of the pixel baselines,
 FEW_COMPONENTS = 8  # and of the one that was best on simulated galaxies
+LEAST = 20, 1  # labelled samples to train on and to test: the perceptron holds out a tenth, kNN takes 16
 SHOWN_INPUTS = 8  # one row of the page
 
 Batches = Callable[[str], Iterable[Batch]]
@@ -78,11 +79,14 @@ class Options:
             raise ValueError(f"test_split: must differ from train_split, got {self.test_split!r} for both")
 
 
+DEFAULTS = Options()
+
+
 def evaluate_run(
     run_dir: Path | str,
     survey_dir: Path | str,
     out: Path | str,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     *,
     device: torch.device | str = "cpu",
     batch: int = 256,
@@ -190,7 +194,7 @@ def evaluate_embeddings(
     features: Mapping[str, Embeddings],
     logbook: Logbook,
     report: Path,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     *,
     view: View | None = None,
     augment: Augment | None = None,
@@ -226,7 +230,7 @@ def evaluate_embeddings(
     catalogue = pq.read_table(survey_dir / "catalog.parquet")
     row_of = {key: row for row, key in enumerate(catalogue["key"].to_pylist())}
     if foreign := [k for k in head.key if k not in row_of]:
-        raise ValueError(f"embeddings: {len(foreign)} keys are not in {survey_dir}, e.g. {foreign[0]!r}")
+        raise ValueError(f"embeddings: {len(foreign)} keys are not in {survey_dir}, e.g. {str(foreign[0])!r}")
     rows = {split: np.array([row_of[k] for k in key]) for split, key in keys.items()}
 
     values, missing = _label(survey, catalogue, options.label)
@@ -234,8 +238,11 @@ def evaluate_embeddings(
         for split in (options.train_split, options.test_split):
             if split not in rows:
                 missing = f"The embeddings hold nothing of the {split} split, so {options.label} was not predicted."
-            elif not np.isfinite(values[rows[split]]).any():
-                missing = f"No sample of the {split} split has a known {options.label}, so it was not predicted."
+            elif (known := int(np.isfinite(values[rows[split]]).sum())) < (least := LEAST[split == options.test_split]):
+                missing = (
+                    f"Only {known} samples of the {split} split have a known {options.label}, and {least} are needed, so "
+                    "it was not predicted."
+                )
     result: LabelResult | None = None
     if values is not None and not missing:
         redshift = options.label.lower() in REDSHIFTS if options.redshift is None else options.redshift
@@ -258,7 +265,7 @@ def evaluate_embeddings(
     collapse = assess(
         vectors[:COLLAPSE_SAMPLES],
         prototypes_in_use=logbook.last("prototypes_in_use"),
-        prototypes=logbook.last("prototypes"),
+        prototypes=logbook.prototypes(),
     )
     verdict = Verdict(logbook.name, survey.name, collapse, result, missing, report)
     count = min(len(vectors), PICTURES)

@@ -220,7 +220,8 @@ def _sequence() -> Any:
 
 
 def _summary(scores: Scores) -> str:
-    lines = [f"R\u00b2 = {scores.r2:.3f} \u00b1 {scores.r2_se:.3f}", f"NMAD = {scores.nmad:.4f}"]
+    lines = ["R\u00b2 undefined" if np.isnan(scores.r2) else f"R\u00b2 = {scores.r2:.3f} \u00b1 {scores.r2_se:.3f}"]
+    lines.append(f"NMAD = {scores.nmad:.4f}")
     if scores.outlier_threshold is not None:
         lines.append(f"outliers (>{scores.outlier_threshold:g}) = {scores.outliers:.1%}")
     return "\n".join([*lines, f"bias = {scores.bias:+.4f}", f"n = {scores.samples}"])

@@ -59,6 +59,15 @@ class Logbook:
                 return float(self.series[key][1][-1])
         return None
 
+    def prototypes(self) -> float | None:
+        """How many prototypes the method has: logged, or set in the record; None if it has none."""
+        if (logged := self.last("prototypes")) is not None:
+            return logged
+        for name, value in flatten(self.record.get("run", {}).get("method", {})):
+            if name.rpartition(".")[2] == "prototypes" and value.isdigit():
+                return float(value)
+        return None
+
     def losses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The named terms of the loss."""
         return {k: v for k, v in self.series.items() if k not in NOT_LOSSES and "/" not in k}

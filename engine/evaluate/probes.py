@@ -95,7 +95,7 @@ class Ridge(Probe):
 
         train, label, test = _checked(train, label, test, least=2)
         train, test = _standardised(train, test)
-        return RidgeCV(self.alphas).fit(train, label).predict(test).astype(np.float64)
+        return RidgeCV(list(self.alphas)).fit(train, label).predict(test).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class MLP(Probe):
 
         train, label, test = _checked(train, label, test, least=20)
         train, test = _standardised(train, test)
-        mean, spread = label.mean(), label.std() or 1.0
+        mean, spread = label.mean(), label.std()
+        if np.ptp(label) == 0:
+            return np.full(len(test), mean)
         model = MLPRegressor(
             hidden_layer_sizes=self.hidden,
             max_iter=self.epochs,

@@ -248,7 +248,7 @@ def _predictions(result: LabelResult) -> str:
     )
     return (
         f"<h2>Predicted against true {html.escape(result.label)}</h2>"
-        '<p class="quiet">Each dot is a test galaxy, brighter where they crowd. The line in the lower panel is the running '
+        '<p class="quiet">Each dot is a test galaxy, warmer where they crowd. The line in the lower panel is the running '
         f'median, dashes mark the outlier threshold.</p><div class="grid">{cards}</div>'
     )
 
@@ -357,7 +357,7 @@ def _training(logbook: Logbook) -> str:
         charts["Terms of the loss, as they enter it"] = figures.line_chart(terms)
     for name, values in logbook.monitors().items():
         limits = {}
-        if name == "prototypes_in_use" and (total := logbook.last("prototypes")):
+        if name == "prototypes_in_use" and (total := logbook.prototypes()):
             limits = {f"half of {total:.0f}": total / 2}
         elif name == "effective_rank":
             limits = {"collapse": 5.0}

@@ -1,0 +1,84 @@
+"""A tiny packed survey whose colour tells the redshift, and a toy run that goes with it."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from armillary.engine.data.build import build
+from armillary.engine.data.surveys.sample import Sample
+
+
+@dataclass(frozen=True)
+class Blobs:
+    """Round blobs of known colour; every fifth has no redshift."""
+
+    count: int = 80
+    unit: str = "nanomaggy"
+    bands: tuple[str, ...] = ("g", "r", "z")
+    labelled: bool = True
+    pixel_scale_arcsec: float | None = 0.262
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {"redshift": "true", "kind": "text"} if self.labelled else {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> Sample:
+        rng = np.random.default_rng([7, index])
+        z = rng.uniform(0.05, 0.5)
+        y, x = np.indices((16, 16)) - 7.5
+        blob = np.exp(-(x**2 + y**2) / (2 * rng.uniform(1.5, 2.5) ** 2))
+        flux = rng.uniform(1, 2) * np.exp(-z * np.linspace(6, 0, len(self.bands)))
+        image = flux[:, None, None] * blob + 0.02 * rng.standard_normal((len(self.bands), 16, 16))
+        if self.unit == "count":
+            image = np.clip(np.round(120 * image + 20), 0, 255)
+        labels = {"redshift": float("nan") if index % 5 == 0 else float(z), "kind": "blob"} if self.labelled else {}
+        return Sample(f"blob-{index:04d}", image.astype(np.float32), None, 180.0, 0.0, labels, f"blob {index}")
+
+
+@pytest.fixture(scope="session")
+def make_survey(tmp_path_factory):
+    def make(**properties):
+        folder = tmp_path_factory.mktemp("blobs") / "survey"
+        build(Blobs(**properties), folder, name="blobs", progress=False, samples_per_shard=32, test_fraction=0.4)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def survey_dir(make_survey):
+    return make_survey()
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record = {
+        "run": {
+            "$type": "armillary.engine.run:Run",
+            "name": "toy <run>",
+            "device": "cpu",
+            "out": {"$path": "runs"},
+            "method": {"$type": "a:B", "head": {"$type": "a:H", "prototypes": 64}},
+        },
+        "commit": "0123456789abcdef+changes",
+        "command": ["recipes/toy.py", "--name", "toy <run>"],
+        "versions": {"armillary": "0.1", "torch": torch.__version__},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    lines = []
+    for step in range(1, 31):
+        entry = {"step": step, "loss": 3 / step, "dino": 2 / step, "koleo": 1 / step, "learning_rate": 0.1, "mfu": None}
+        entry |= {"images_per_s": 100.0 + step, "grad_norm/all": 1.0 / step}
+        if step % 10 == 0:
+            entry |= {"monitor/prototypes_in_use": 60.0, "monitor/effective_rank": 7.0 + step / 10}
+        lines.append(json.dumps(entry))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "lo')
+    return folder
