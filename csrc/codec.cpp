@@ -1,5 +1,5 @@
 // Python bindings of the shard codec.
-#include "codec.h"
+#include "codec_encode.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -8,8 +8,10 @@
 #include <atomic>
 #include <optional>
 #include <system_error>
+#include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 namespace py = pybind11;
 namespace codec = armillary::codec;

@@ -4,7 +4,7 @@
 #include <memory>
 #include <random>
 
-#include "../../csrc/codec.h"
+#include "../../csrc/codec_encode.h"
 
 using namespace armillary::codec;
 
@@ -26,7 +26,8 @@ int main(int, char** arguments) {
     const bool plain = below(4) == 0, masked = below(2);
     if (plain)
       for (float& x : image) x = std::fmod(x, 6e4f);
-    const Image source{image.data(), channels, height, width, plain ? nullptr : step.data(), masked ? valid.get() : nullptr};
+    const Image source{image.data(), channels, height, width, plain ? nullptr : step.data(),
+                       masked ? valid.get() : nullptr};
     const std::vector<uint8_t> blob = plain ? encode_float16(source) : encode_bitplane(source);
 
     for (int damage = 0; damage < 40; ++damage) {
