@@ -165,9 +165,8 @@ class Source:
         self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device(
-                "cuda", torch.cuda.current_device()
-            )  # the thread has a current device of its own
+            # The current device is one of the caller's thread; the loader's threads begin with device 0.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.transforms = tuple(t for t in transforms if t is not None)
         self.threads = threads
         self.prefetch = prefetch
