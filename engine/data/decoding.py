@@ -105,21 +105,37 @@ class BatchMaker:
 
     def _decode(self, blobs: Blobs) -> tuple[Tensor, Tensor | None] | list[int]:
         """Decode to (image, valid or None where nothing is masked), or say which blobs are corrupt."""
-        masked = any(_is_masked(blob) for blob in blobs.host)
+        kinds = [_kind(blob) for blob in blobs.host]
+        masked = any(has_mask for _, has_mask in kinds)
         if self._device.type == "cuda":
-            problems = codec.check_batch(blobs.host, *self._shape, threads=self._threads)
-            if problems:
-                return list(problems)
+            corrupt = set(codec.check_batch(blobs.host, *self._shape, threads=self._threads))
+            corrupt |= self._of_another_codec(kinds)
+            if corrupt:
+                return sorted(corrupt)
             padded = pad_blobs(blobs.host, self._device) if blobs.padded is None else blobs.padded
             sizes = [len(blob) for blob in blobs.host]
             return decode_padded(padded, sizes, self._codec, *self._shape, masks=masked)
         shape = (len(blobs.host), *self._shape)
         image = self._images.take(shape)
         valid = torch.empty(shape, dtype=torch.bool) if masked else None
-        corrupt = codec.decode_batch(
-            blobs.host, image.numpy(), None if valid is None else valid.numpy(), threads=self._threads
+        corrupt = set(
+            codec.decode_batch(
+                blobs.host, image.numpy(), None if valid is None else valid.numpy(), threads=self._threads
+            )
         )
-        return corrupt or (image, valid)
+        corrupt |= self._of_another_codec(kinds)
+        return sorted(corrupt) or (image, valid)
+
+    def _of_another_codec(self, kinds: Sequence[tuple[str, bool]]) -> set[int]:
+        """Blobs that a GPU, which decodes all of a survey with one kernel, would turn into zeros."""
+        return {i for i, (name, _) in enumerate(kinds) if name != self._codec}
+
+    def _fault(self, blob: Blob) -> str:
+        """What is wrong with a blob; empty where nothing is."""
+        found = codec.check_batch([blob], *self._shape)
+        if not found and self._of_another_codec([_kind(blob)]):
+            return f"its codec is {_kind(blob)[0]}, the survey's is {self._codec}"
+        return found.get(0, "")
 
     def _complaint(self, request: MicroBatch, number: int, blob: Blob) -> str:
         """Which sample is corrupt, where it lies, and what is wrong with it."""
@@ -128,7 +144,7 @@ class BatchMaker:
         return (
             f"{self._files.path(shard)}: sample {member.key!r} (position {request.position[number]} of epoch "
             f"{request.epoch}, row {request.row[number]} of catalog.parquet, {member.size} bytes from byte "
-            f"{member.offset}) is corrupt: {codec.check_batch([blob], *self._shape)[0]}"
+            f"{member.offset}) is corrupt: {self._fault(blob)}"
         )
 
     def _replacement(self, request: MicroBatch, number: int, blob: Blob) -> tuple[Blob, int]:
@@ -144,7 +160,7 @@ class BatchMaker:
             position = (request.position[number : number + 1] + ahead) % samples
             other = self._plan.read(request.epoch, request.first, position)
             candidate = self._files.read_planned(other, 0)
-            if not codec.check_batch([candidate], *self._shape):
+            if not self._fault(candidate):
                 key = self._files.member(int(other.shard[0]), int(other.index[0])).key
                 log.warning("%s; replaced by sample %r (row %d)", complaint, key, other.row[0])
                 return candidate, int(other.row[0])
@@ -212,7 +228,10 @@ class _Buffers:
             self._free.append(memory)
 
 
-def _is_masked(blob: Blob) -> bool:
-    """Whether a blob has a mask; `codec.read_header` also checks the header, which decoding does anyway."""
+def _kind(blob: Blob) -> tuple[str, bool]:
+    """Codec of a blob and whether it has a mask, without the checks of `codec.read_header`: decoding makes them."""
     view = blob.data if isinstance(blob, np.ndarray) else blob
-    return len(view) >= codec.HEADER.size and bool(codec.HEADER.unpack_from(view)[4] & codec.MASKED)
+    if len(view) < codec.HEADER.size:
+        return "", False
+    _, _, _, number, flags, *_ = codec.HEADER.unpack_from(view)
+    return codec.CODECS[number] if number < len(codec.CODECS) else "", bool(flags & codec.MASKED)

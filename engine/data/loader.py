@@ -1,7 +1,7 @@
 """Batches of a packed survey: planned reads, checked, decoded, augmented and on the device ahead of need.
 
-One background thread does it all in order (the readers and the decoder have threads of their own) and keeps `prefetch`
-batches ready. On a GPU it works on a side stream and hands out finished batches.
+One background thread reads, another one decodes and transforms in order (reader and decoder have more threads of their
+own) and keeps `prefetch` batches ready. On a GPU it works on a side stream and hands out finished batches.
 
 The loader's state is (seed, epoch, position) after the global batches that were handed out; what is prefetched does not
 count. It may be loaded at any number of ranks and micro-batch size, as long as the global batch is the same.
@@ -141,9 +141,9 @@ class Loader:
             for _ in range(self._step):
                 next(requests)
             self._worker = self._source.start(requests, self._on_corrupt, self.global_batch)
-            self._stop = weakref.finalize(self, self._worker.stop)
+            self._stop = weakref.finalize(self, self._worker.close)
         start = time.perf_counter()
-        batch, corrupt = self._worker.get()
+        batch, corrupt = next(self._worker)
         self.wait_seconds += time.perf_counter() - start
         self.corrupt += corrupt
         self._step += 1
@@ -294,13 +294,9 @@ class SequentialLoader:
         requests = sequential_batches(self._source.plan, self._batch)
         worker = self._source.start(requests, self._on_corrupt, self._batch)
         try:
-            while True:
-                try:
-                    batch, corrupt = worker.get()
-                except StopIteration:
-                    return
+            for batch, corrupt in worker:
                 self.corrupt += corrupt
                 if len(batch["row"]):
                     yield self._source.hand_out(batch)
         finally:
-            worker.stop()
+            worker.close()

@@ -40,7 +40,7 @@ class Blobs(NamedTuple):
     """The blobs of a micro-batch.
 
     Attributes:
-        host: One blob a sample. They may be views of the reader's memory, valid until the next batch is asked for.
+        host: One blob a sample; bytes, or arrays that keep the reader's memory alive as long as they live.
         padded: [B, P] uint8 on the GPU, the same blobs with zeros behind them, where the reader has put them there.
     """
 

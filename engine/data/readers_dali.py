@@ -83,6 +83,7 @@ class DaliReader:
         self._device = device
         self._threads = threads
         self._builder: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def read(self, requests: Iterator[MicroBatch]) -> Generator[tuple[MicroBatch, Blobs], None, None]:
         """Yield every request with its blobs, in order; see `readers.Reader`."""
@@ -127,6 +128,7 @@ class DaliReader:
                 num_threads=self._threads,
                 device_id=self._device.index if on_gpu else None,
                 prefetch_queue_depth=2,
+                exec_dynamic=True,  # outputs own their memory: batches outlive the next run and the pipeline
             )
             with pipeline:
                 blobs = fn.readers.webdataset(
@@ -164,7 +166,13 @@ class DaliReader:
         raise OSError(f"{self._files.folder}: DALI could not read from {', '.join(paths)}: {error}") from error
 
     def _on_gpu(self, padded: Any) -> torch.Tensor:
-        """Copy DALI's padded blobs within the GPU, on the current stream: DALI reuses its own memory."""
+        """Copy DALI's padded blobs within the GPU to memory of torch's."""
         source = padded.as_tensor()
-        copy = torch.empty(source.shape(), dtype=torch.uint8, device=self._device)
-        return feed_ndarray(source, copy, cuda_stream=torch.cuda.current_stream(self._device))
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        # A stream of its own, so that the memory is not one that another stream has not finished with.
+        with torch.cuda.stream(self._stream):
+            copy = torch.empty(source.shape(), dtype=torch.uint8, device=self._device)
+            feed_ndarray(source, copy, cuda_stream=self._stream)
+        self._stream.synchronize()
+        return copy

@@ -25,14 +25,15 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Runs an iterator in a thread that stays at most `depth` items ahead.
+    """Runs an iterator in a thread that stays at most `depth` items ahead; itself an iterator that must be closed.
 
     Args:
         source: The iterator; it is closed in the thread that runs it.
         depth: Items kept ready.
+        name: Name of the thread.
     """
 
-    def __init__(self, source: Generator[T, None, None], depth: int) -> None:
+    def __init__(self, source: Generator[T, None, None], depth: int, name: str) -> None:
         self._source = source
         self._depth = depth
         self._ready: deque[T] = deque()
@@ -41,7 +42,7 @@ class Prefetcher(Generic[T]):
         self._stopped = False
         self._process = os.getpid()
         self._change = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="armillary-loader", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
@@ -63,12 +64,15 @@ class Prefetcher(Generic[T]):
                     self._ended = True
                     self._change.notify_all()
 
-    def get(self) -> T:
+    def __iter__(self) -> Iterator[T]:
+        """The prefetcher itself."""
+        return self
+
+    def __next__(self) -> T:
         """The next item.
 
         Raises:
-            StopIteration: The iterator has ended.
-            BaseException: What the iterator raised, after the items before it.
+            BaseException: What the iterator raised, after the items before it; again at every further call.
         """
         with self._change:
             self._change.wait_for(lambda: self._ready or self._ended)
@@ -80,7 +84,7 @@ class Prefetcher(Generic[T]):
             raise self._error
         raise StopIteration
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the thread and drop what it had ready. Does nothing in a forked child, which has no such thread."""
         if self._process != os.getpid():
             return
@@ -101,32 +105,31 @@ def _produce(
     global_batch: int,
     device: torch.device,
 ) -> Generator[tuple[Batch, int], None, None]:
-    """Finished batches, each with the number of its corrupt samples. Runs in the prefetcher's thread."""
+    """Finished batches, each with the number of its corrupt samples. Runs in a thread; reads in another one."""
     stream = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         stream = torch.cuda.Stream(device)
-    blobs = reader.read(requests)
+    reads = Prefetcher(reader.read(requests), 1, "armillary-read")
     try:
-        for request, blob in blobs:
+        for request, blobs in reads:
             key = BatchKey(seed, request.epoch, request.first, global_batch)
             try:
                 with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
-                    batch, corrupt = maker.make(request, blob)
+                    batch, corrupt = maker.make(request, blobs)
                     for transform in transforms if len(batch["row"]) else ():
                         batch = transform(batch, key)
             except Exception as error:
                 error.add_note(f"in the loader's thread, while making the batch of {maker.describe(request)}")
                 raise
             if stream is not None:
-                # The reader may reuse its memory once the next batch is asked for. Blocking: waiting costs no CPU.
+                # Finished before it is handed out and before the blobs are let go. Blocking: waiting costs no CPU.
                 done = torch.cuda.Event(blocking=True)
                 done.record(stream)
                 done.synchronize()
             yield batch, corrupt
-            del batch
     finally:
-        blobs.close()
+        reads.close()
         reader.close()
 
 
@@ -162,9 +165,8 @@ class Source:
         self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device(
-                "cuda", torch.cuda.current_device()
-            )  # the thread has a current device of its own
+            # The current device is one of the caller's thread; the loader's threads begin with device 0.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.transforms = tuple(t for t in transforms if t is not None)
         self.threads = threads
         self.prefetch = prefetch
@@ -190,7 +192,7 @@ class Source:
             self.plan, self.files, self.survey, device=self.device, threads=self.threads, on_corrupt=on_corrupt
         )
         batches = _produce(self.reader, requests, maker, self.transforms, self.plan.seed, global_batch, self.device)
-        return Prefetcher(batches, self.prefetch)
+        return Prefetcher(batches, self.prefetch, "armillary-loader")
 
     def hand_out(self, batch: Batch) -> Batch:
         """Tell the GPU's allocator that the consumer's stream uses memory of the loader's stream."""

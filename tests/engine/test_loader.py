@@ -22,8 +22,12 @@ from armillary.engine.data.plan import Plan, micro_batches
 from armillary.engine.data.shards import ShardWriter, write_index
 from armillary.engine.data.survey import Statistics, Survey
 
-pytest.importorskip("nvidia.dali")
-BOTH = pytest.mark.parametrize("reader", ["dali", "webdataset"])
+try:
+    import nvidia.dali
+except ImportError:
+    nvidia = None
+needs_dali = pytest.mark.skipif(nvidia is None, reason="needs nvidia-dali")
+BOTH = pytest.mark.parametrize("reader", [pytest.param("dali", marks=needs_dali), "webdataset"])
 CPU = torch.device("cpu")
 SHAPE = (2, 9, 7)
 COUNTS = {"train": (7, 1, 12, 5), "test": (3, 2)}
@@ -138,6 +142,7 @@ def test_batches_hold_the_plan(tmp_path, reader, name):
     assert any("valid" in b for b in batches) and any("valid" not in b for b in batches)
 
 
+@needs_dali
 def test_readers_agree_on_everything(survey):
     with load(survey, reader="dali") as a, load(survey, reader="webdataset", threads=1, prefetch=1) as b:
         assert_same(take(a, 20), take(b, 20))
@@ -176,6 +181,7 @@ def test_resume_is_the_suffix(survey, reader, handed_out):
         assert_same(take(again, 8), rest)
 
 
+@needs_dali
 def test_resume_with_other_ranks_and_reader(survey):
     with load(survey, micro_batch=8, reader="dali") as loader:
         take(loader, 2)
@@ -303,6 +309,32 @@ def test_an_image_of_another_size_is_corrupt(tmp_path):
         next(loader)
 
 
+@pytest.mark.parametrize("claimed", ["bitplane", "float16"])
+def test_a_blob_of_another_codec_is_corrupt(tmp_path, claimed):
+    packed = {"bitplane": "float16", "float16": "bitplane"}[claimed]
+    folder = pack(tmp_path / "s", packed)
+    text = (folder / "survey.json").read_text()
+    (folder / "survey.json").write_text(text.replace(f'"codec": "{packed}"', f'"codec": "{claimed}"'))
+    with (
+        load(folder) as loader,
+        pytest.raises(codec.CorruptBlob, match=f"codec is {packed}, the survey's is {claimed}"),
+    ):
+        next(loader)
+
+
+def test_an_empty_blob_is_corrupt(tmp_path):
+    folder = pack(tmp_path / "s", counts={"train": (3,)})
+    index = folder / "train-000000.idx"
+    lines = index.read_text().splitlines()
+    lines[2] = " ".join([*lines[2].split()[:2], "0", lines[2].split()[3]])
+    index.write_text("\n".join(lines) + "\n")
+    with (
+        load(folder, micro_batch=3) as loader,
+        pytest.raises(codec.CorruptBlob, match="0 bytes from byte .* corrupt: 0"),
+    ):
+        next(loader)
+
+
 @pytest.mark.parametrize(
     "break_it,error,message",
     [
@@ -396,7 +428,7 @@ def test_bad_settings(survey, options, message):
         load(survey, **options)
 
 
-@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("installed", [pytest.param(True, marks=needs_dali), False])
 def test_auto_takes_dali_where_it_is(survey, monkeypatch, caplog, installed):
     if not installed:
         monkeypatch.setitem(sys.modules, "armillary.engine.data.readers_dali", None)
