@@ -102,7 +102,7 @@ def build(
     step_fraction: float | None = None,
     sky_sigma: tuple[float, ...] | None = None,
     samples_per_shard: int = 2048,
-    split: str = "key",
+    split: str = "auto",
     test_fraction: float | None = None,
     seed: int = 0,
     processes: int = 2,
@@ -128,9 +128,10 @@ def build(
         step_fraction: Quantisation step in units of the sky noise; 1/8 by default, one count for 8-bit pictures.
         sky_sigma: Sky noise of each band, where it should not be measured.
         samples_per_shard: Samples of a tar.
-        split: key or sky (a share of keys or of cells of the sky is the test split), source (the column split of the
-            labels), or COLUMN:LOW:HIGH (that range is the test split, such as ra:120:150).
-        test_fraction: Share of the test split, for key and sky; 0.1 by default.
+        split: key or sky (a share of keys or of cells of the sky is the test split), auto (sky for samples that
+            have a position, key for the others), source (the column split of the labels), or COLUMN:LOW:HIGH (that range is the test
+            split, such as ra:120:150).
+        test_fraction: Share of the test split, for auto, key and sky; 0.1 by default.
         seed: Keys the shuffle.
         processes: Worker processes.
         on_bad: Stop at an unusable sample, or skip and count it.

@@ -11,7 +11,7 @@ import numpy as np
 
 from armillary.engine.data.surveys.sample import Rows
 
-__all__ = ["ByKey", "ByRange", "BySky", "BySource", "SplitRule", "hash_keys", "parse_split"]
+__all__ = ["ByKey", "ByRange", "BySky", "BySkyOrKey", "BySource", "SplitRule", "hash_keys", "parse_split"]
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
@@ -78,6 +78,31 @@ class BySky:
 
 
 @dataclass(frozen=True)
+class BySkyOrKey:
+    """By cell of the sky for samples that have a position, by key for the others.
+
+    Attributes:
+        test_fraction: Share of the cells, and of the keys.
+    """
+
+    test_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _check_fraction(self.test_fraction)
+
+    def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
+        """Split of each row."""
+        splits = ByKey(self.test_fraction).assign(rows, hashes)
+        ra, dec = (np.asarray(rows.columns[name], np.float64) for name in ("ra", "dec"))
+        placed = np.flatnonzero(np.isfinite(ra) & np.isfinite(dec)).tolist()
+        by_sky = BySky(self.test_fraction).assign(rows.take(placed), hashes[placed])
+        for i, split in zip(placed, by_sky, strict=True):
+            splits[i] = split
+        return splits
+
+
+@dataclass(frozen=True)
 class ByRange:
     """Samples with `low <= column < high` are the test split.
 
@@ -131,7 +156,7 @@ class BySource:
         return out
 
 
-SplitRule = ByKey | BySky | ByRange | BySource
+SplitRule = ByKey | BySky | BySkyOrKey | ByRange | BySource
 
 
 def _column(rows: Rows, name: str) -> np.ndarray:
@@ -150,19 +175,21 @@ def _column(rows: Rows, name: str) -> np.ndarray:
 
 
 def parse_split(text: str, test_fraction: float | None) -> SplitRule:
-    """A rule from its command-line form: `key`, `sky`, `source` or `COLUMN:LOW:HIGH`.
+    """A rule from its command-line form: `auto`, `key`, `sky`, `source` or `COLUMN:LOW:HIGH`.
 
     Raises:
         ValueError: It is none of these, or a test fraction is given with a rule that has none.
     """
     fraction = {} if test_fraction is None else {"test_fraction": test_fraction}
+    if text == "auto":
+        return BySkyOrKey(**fraction)
     if text == "key":
         return ByKey(**fraction)
     if text == "sky":
         return BySky(**fraction)
     parts = text.split(":")
     if text != "source" and len(parts) != 3:
-        raise ValueError(f"split: must be key, sky, source or COLUMN:LOW:HIGH (such as ra:120:150), got {text!r}")
+        raise ValueError(f"split: must be auto, key, sky, source or COLUMN:LOW:HIGH (such as ra:120:150), got {text!r}")
     if fraction:
         raise ValueError(f"test_fraction: has no effect with split {text!r}; leave it out")
     if text == "source":

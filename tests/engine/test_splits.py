@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from armillary.engine.data.splits import ByKey, ByRange, BySky, BySource, hash_keys, parse_split
+from armillary.engine.data.splits import ByKey, ByRange, BySky, BySkyOrKey, BySource, hash_keys, parse_split
 from armillary.engine.data.surveys.sample import Rows
 
 
@@ -96,10 +96,23 @@ def test_rules_from_text():
     assert parse_split("sky", 0.2) == BySky(0.2) and parse_split("source", None) == BySource()
     assert parse_split("ra:350:10", None) == ByRange("ra", 350, 10)
     for text, fraction, match in [
-        ("half", None, "must be key, sky, source or COLUMN:LOW:HIGH"),
+        ("half", None, "must be auto, key, sky, source or COLUMN:LOW:HIGH"),
         ("z:a:b", None, "split 'z:a:b': could not convert"),
         ("z:2:1", None, "2.0 is not below 1.0"),
         ("source", 0.1, "test_fraction: has no effect with split 'source'"),
     ]:
         with pytest.raises(ValueError, match=match):
             parse_split(text, fraction)
+
+
+def test_by_sky_or_key_uses_the_position_where_there_is_one():
+    keys = [f"k{i}" for i in range(400)]
+    ra = np.linspace(0, 40, 400)
+    ra[1::2] = np.nan
+    table = Rows(keys, {"ra": ra, "dec": np.zeros(400)})
+    hashes = hash_keys(keys)
+    got = BySkyOrKey(0.3).assign(table, hashes)
+    placed = list(range(0, 400, 2))
+    assert [got[i] for i in placed] == BySky(0.3).assign(table.take(placed), hashes[placed])
+    assert got[1::2] == ByKey(0.3).assign(table, hashes)[1::2]
+    assert parse_split("auto", None) == BySkyOrKey()
