@@ -22,7 +22,7 @@ from armillary.engine.data.surveys.sample import Rows, Sample
 
 __all__ = ["LEGACY", "Band", "SimulatedSurvey", "simulate"]
 
-DEFAULT_SEED = 20261
+DEFAULT_SEED = 42017  # the population was tuned on other seeds
 
 
 @dataclass(frozen=True)
