@@ -1,12 +1,11 @@
 """Commands `armillary embed`, `armillary evaluate` and `armillary report`.
 
-The top-level command (`armillary.engine.cli`) hands each its arguments, takes its exit status and turns the errors that
-bad input raises (ValueError, OSError) into a message and exit status 2.
+The top-level command (`armillary.engine.cli`) makes options of their arguments, takes their exit status and turns the
+errors that bad input raises (ValueError, OSError) into a message and exit status 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,33 +18,19 @@ from armillary.engine.evaluate.embed import embed as embed_batches
 from armillary.engine.evaluate.evaluate import DEFAULTS, Options, evaluate_embeddings, evaluate_run
 from armillary.engine.evaluate.evaluation import TRAINED, UNTRAINED, Verdict
 from armillary.engine.evaluate.logbook import Logbook
+from armillary.engine.run import Run
 
-__all__ = ["embed", "embed_command", "evaluate", "evaluate_command", "report", "report_command"]
+__all__ = ["embed", "evaluate", "report"]
 
 DeviceName = Literal["auto", "cuda", "cpu"]
 OutFile = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
 
-def embed(arguments: Sequence[str]) -> int:
-    """Run `armillary embed` with these arguments; returns its exit status."""
-    return tyro.cli(embed_command, prog="armillary embed", args=arguments)
-
-
-def evaluate(arguments: Sequence[str]) -> int:
-    """Run `armillary evaluate` with these arguments; returns its exit status."""
-    return tyro.cli(evaluate_command, prog="armillary evaluate", args=arguments)
-
-
-def report(arguments: Sequence[str]) -> int:
-    """Run `armillary report` with these arguments; returns its exit status."""
-    return tyro.cli(report_command, prog="armillary report", args=arguments)
-
-
-def embed_command(
+def embed(
     run: tyro.conf.Positional[Path],
     out: OutFile,
     *,
-    data: Path,
+    data: Path | None = None,
     split: tuple[str, ...] = (),
     untrained: bool = False,
     readout: str | None = None,
@@ -57,7 +42,7 @@ def embed_command(
     Args:
         run: Folder of the run.
         out: The Parquet file to write.
-        data: Folder of the survey.
+        data: Folder of the survey; by default the one that the run was trained on.
         split: Splits to embed; all by default.
         untrained: Use the untrained twin: the same configuration, freshly initialised with the run's seed.
         readout: Which of the method's embeddings; its default otherwise.
@@ -66,6 +51,7 @@ def embed_command(
     """
     from armillary.engine.data.loader import SequentialLoader
 
+    data = data or Run.load(run).data.path
     survey, where = Survey.load(data), choose_device(device)
     have = tuple(dict.fromkeys(s.split for s in survey.shards))
     for name in split:
@@ -82,10 +68,10 @@ def embed_command(
     return 0
 
 
-def evaluate_command(
+def evaluate(
     run: tyro.conf.Positional[Path],
     *,
-    data: Path,
+    data: Path | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
     readout: str | None = None,
@@ -98,22 +84,22 @@ def evaluate_command(
 
     Args:
         run: Folder of the run.
-        data: Folder of the survey.
+        data: Folder of the survey; by default the one that the run was trained on.
         out: Folder for embeddings, metrics.json and report.html; by default the run's folder `evaluation`.
         options: Label, splits, limits.
         readout: Which of the method's embeddings; its default otherwise.
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
     """
-    folder = out or run / "evaluation"
+    data, folder = data or Run.load(run).data.path, out or run / "evaluation"
     verdict = evaluate_run(run, data, folder, options, device=choose_device(device), batch=batch, readout=readout)
     return _tell(verdict)
 
 
-def report_command(
+def report(
     run: tyro.conf.Positional[Path],
     *,
-    data: Path,
+    data: Path | None = None,
     embeddings: tuple[Path, ...],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
@@ -124,11 +110,12 @@ def report_command(
 
     Args:
         run: Folder of the run.
-        data: Folder of the survey.
+        data: Folder of the survey; by default the one that the run was trained on.
         embeddings: Parquet files of `armillary embed` or `evaluate`, the trained encoder's first.
         out: The page to write.
         options: Label, splits, limits.
     """
+    data = data or Run.load(run).data.path
     features = {}
     for number, path in enumerate(embeddings):
         loaded = Embeddings.load(path)

@@ -269,6 +269,7 @@ if __name__ == "__main__":
     # The script's classes must be found again under a name that does not depend on how it was started.
     sys.path.insert(0, str(Path(__file__).parent))
     import toy
+
     from armillary.engine.run import start
 
     toy.arm_fault()
