@@ -328,7 +328,7 @@ def _profiles(population: Population, index: int, angle: Any) -> tuple[Any, Any]
 
 
 def simulate(
-    out: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     *,
     count: int = 5000,
     seed: int = DEFAULT_SEED,

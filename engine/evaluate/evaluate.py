@@ -54,7 +54,7 @@ class Options:
     """What to evaluate and how.
 
     Attributes:
-        label: Column of the catalogue to predict.
+        label: Column of the catalogue to predict; by default the survey's redshift, by whichever usual name it goes.
         train_split: Split that probes are fitted on.
         test_split: Split that they are judged on.
         samples: At most so many of each split, the first ones; the stored order is random.
@@ -63,7 +63,7 @@ class Options:
         resamples: Bootstrap resamples.
     """
 
-    label: str = "redshift"
+    label: str | None = None
     train_split: str = "train"
     test_split: str = "test"
     samples: int = 50_000
@@ -233,19 +233,20 @@ def evaluate_embeddings(
         raise ValueError(f"embeddings: {len(foreign)} keys are not in {survey_dir}, e.g. {str(foreign[0])!r}")
     rows = {split: np.array([row_of[k] for k in key]) for split, key in keys.items()}
 
-    values, missing = _label(survey, catalogue, options.label)
+    label = options.label or next((name for name in survey.labels if name.lower() in REDSHIFTS), REDSHIFTS[0])
+    values, missing = _label(survey, catalogue, label)
     if values is not None and not missing:
         for split in (options.train_split, options.test_split):
             if split not in rows:
-                missing = f"The embeddings hold nothing of the {split} split, so {options.label} was not predicted."
+                missing = f"The embeddings hold nothing of the {split} split, so {label} was not predicted."
             elif (known := int(np.isfinite(values[rows[split]]).sum())) < (least := LEAST[split == options.test_split]):
                 missing = (
-                    f"Only {known} samples of the {split} split have a known {options.label}, and {least} are needed, so "
+                    f"Only {known} samples of the {split} split have a known {label}, and {least} are needed, so "
                     "it was not predicted."
                 )
     result: LabelResult | None = None
     if values is not None and not missing:
-        redshift = options.label.lower() in REDSHIFTS if options.redshift is None else options.redshift
+        redshift = label.lower() in REDSHIFTS if options.redshift is None else options.redshift
         threshold = 0.05 if options.outlier_threshold is None and redshift else options.outlier_threshold
         train, test = options.train_split, options.test_split
         vectors_of = {name: (e.aligned(keys[train]), e.aligned(keys[test])) for name, e in features.items()}
@@ -256,7 +257,7 @@ def evaluate_embeddings(
             vectors_of,
             values[rows[train]],
             values[rows[test]],
-            label=options.label,
+            label=label,
             redshift=redshift,
             outlier_threshold=threshold,
             resamples=options.resamples,
