@@ -35,7 +35,7 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
     if found:  # the rules below need the right types
         return found
     found += _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
-    found += [f"schedule.{p}" for p in run.schedule.problems(run.train.steps)]
+    found += [f"schedule.{p}" for p in run.schedule.problems()]
     try:
         survey = Survey.load(run.data.path)
     except (FileNotFoundError, ValueError) as error:
@@ -49,9 +49,14 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
     for name in ("problems", "build", "input_spec"):
         if not callable(getattr(run.views, name, None)):
             return [*found, f"views: an object with a method `{name}`, got {type(run.views).__name__}"]
-    views = run.views.problems(survey)
-    method = [] if views else [f"method.{p}" for p in run.method.problems(run.views.input_spec(survey))]
+    views = _in_section("views", run.views.problems(survey))
+    method = [] if views else _in_section("method", run.method.problems(run.views.input_spec(survey)))
     return found + views + method
+
+
+def _in_section(name: str, rules: list[str]) -> list[str]:
+    """Put the section's name before rules that do not have one (a method may complain about `views.global_size`)."""
+    return [r if r.startswith(("views.", "method.")) else f"{name}.{r}" for r in rules]
 
 
 def _numbers(run: Run, world: int) -> list[str]:

@@ -108,7 +108,8 @@ def _load_class(path: str, packages: Sequence[str], where: str) -> type:
 
 def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
     """Fields in which two records (results of `to_json`) differ, by dotted name: (old value, new value)."""
-    if isinstance(old, dict) and isinstance(new, dict) and old.get("$type") == new.get("$type"):
+    both = isinstance(old, dict) and isinstance(new, dict) and "$path" not in old
+    if both and old.get("$type") == new.get("$type"):
         found: dict[str, tuple[Any, Any]] = {}
         for key in dict.fromkeys([*old, *new]):
             name = f"{where}.{key}" if where else key

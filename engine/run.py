@@ -170,7 +170,7 @@ class Run:
     Attributes:
         name: The run's folder is out/name.
         method: Model and objective.
-        views: Crops and augmentation.
+        views: Crops and augmentation, see `Views`.
         data: Survey.
         optim: Optimizer.
         schedule: Learning rate, weight decay, momentum and temperature over the steps.
@@ -184,7 +184,7 @@ class Run:
 
     name: str
     method: MethodConfig
-    views: Views
+    views: Any  # a `Views`: of a protocol tyro would not look up the fields of the value
     data: Data
     optim: Optim
     schedule: Schedules

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import os
 import socket
@@ -115,6 +117,31 @@ def _plain_output(_method: nn.Module, _inputs: Any, losses: Losses) -> tuple[Ten
     return losses.total, losses.terms
 
 
+def _see_into_dataclasses() -> None:
+    """Let ZeRO-3 find tensors in dataclasses that modules return.
+
+    It gathers a module's parameters again for backward through the module's outputs, which it finds in tensors, tuples
+    and dicts only; in anything else it warns, and backward meets empty parameters.
+    """
+    from deepspeed.runtime.zero import parameter_offload, utils
+
+    known = utils.apply_to_tensors_only
+    if getattr(known, "sees_dataclasses", False):
+        return
+
+    def apply_to_tensors_only(function: Any, value: Any, warning_msg_fn: Any = None) -> Any:
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return known(function, value, warning_msg_fn)
+        seen = copy.copy(value)
+        for field in dataclasses.fields(value):
+            item = apply_to_tensors_only(function, getattr(value, field.name), warning_msg_fn)
+            object.__setattr__(seen, field.name, item)  # also where it is frozen
+        return seen
+
+    apply_to_tensors_only.sees_dataclasses = True  # type: ignore[attr-defined]
+    utils.apply_to_tensors_only = parameter_offload.apply_to_tensors_only = apply_to_tensors_only
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What all ranks agree on between backward and step.
@@ -161,6 +188,8 @@ class Sharded:
         buffers = {name: b.clone() for name, b in method.named_buffers()}
         config = deepspeed_config(run, self.world, sum(p.numel() for g in groups for p in g["params"]))
         logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not its own
+        if run.train.zero_stage == 3:
+            _see_into_dataclasses()
         method.register_forward_hook(_plain_output)  # before DeepSpeed's own hooks, which see its result
         self.engine, *_ = deepspeed.initialize(model=method, optimizer=self.optimizer, config=config)
         logger.setLevel(logging.WARNING)

@@ -22,3 +22,13 @@ def run(tmp_path, survey):
     import toy
 
     return toy.toy_run(tmp_path / "runs", survey)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -51,16 +51,22 @@ class ToyConfig(MethodConfig):
         return Toy(self, inputs)
 
 
+@dataclass
+class Features:
+    value: Tensor
+
+
 class Encoder(nn.Module):
     def __init__(self, channels: int, width: int, dropout: float):
         super().__init__()
         self.stem = nn.Linear(channels, width)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 7, bias=False)
+        self.gain = nn.Parameter(torch.ones(7))  # its own parameter and a dataclass out: ZeRO-3 must cope with both
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(F.gelu(self.norm(self.stem(x)))))
+    def forward(self, x: Tensor) -> Features:
+        return Features(self.gain * self.head(self.dropout(F.gelu(self.norm(self.stem(x))))))
 
 
 class Toy(Method):
@@ -83,10 +89,10 @@ class Toy(Method):
         if self.frozen_input:
             x = self.projection(x)
         with torch.no_grad():
-            t = self.teacher(x).float()
+            t = self.teacher(x).value.float()
             target = ((t - self.center) / scalars["teacher_temperature"]).softmax(-1)
             self.center.lerp_(t.mean(0), self.center_rate)
-        cross = -(target * self.student(x).float().log_softmax(-1)).sum(-1).mean()
+        cross = -(target * self.student(x).value.float().log_softmax(-1)).sum(-1).mean()
         extra = self.extra.float().square().mean()
         if os.environ.get("FAULT", "").startswith("nan"):
             bad = {int(p) for p in os.environ["FAULT"][3:].split(",")}
@@ -112,7 +118,7 @@ class Toy(Method):
         return 1e4
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
-        return {"features": self.teacher(image.flatten(1))}
+        return {"features": self.teacher(image.flatten(1)).value}
 
     def monitor(self) -> dict[str, float]:
         return {"center": float(self.center.abs().max())}
