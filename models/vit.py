@@ -250,11 +250,11 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"crops: sides must be positive multiples of patch_size {p}, got {tuple(crop.shape[2:])}")
 
     def _position(self, h: int, w: int) -> Tensor:
-        """Position embedding [1, 1 + h*w, D] of an h x w grid of patches, float32 where it is interpolated."""
+        """Position embedding [1, 1 + h*w, D] of an h x w grid of patches; interpolated in float32 at least."""
         side = self.config.image_size // self.config.patch_size
         if (h, w) == (side, side):
             return self.pos_embed
-        position = self.pos_embed.float()
+        position = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
         grid = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         scale = ((h + POSITION_OFFSET) / side, (w + POSITION_OFFSET) / side)
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
