@@ -188,7 +188,5 @@ def test_half_precision_on_cuda(dtype, ragged):
     out = attention(*exact, layout, backend="torch")
     truth = by_hand(*[x.double() for x in exact], lengths)
     torch.testing.assert_close(out.double(), truth, atol=2e-2, rtol=2e-2)
-    for g, e in zip(
-        torch.autograd.grad(out.sum(), exact), torch.autograd.grad(truth.sum(), exact), strict=True
-    ):
+    for g, e in zip(torch.autograd.grad(out.sum(), exact), torch.autograd.grad(truth.sum(), exact), strict=True):
         torch.testing.assert_close(g, e, atol=5e-2, rtol=5e-2)

@@ -222,7 +222,9 @@ def test_flops():
 
 def test_bad_inputs():
     model = build()
-    with pytest.raises(ValueError, match=r"crops: must be \[N, 3, S, S\] for a model of 3 channels, got \(2, 4, 24, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"crops: must be \[N, 3, S, S\] for a model of 3 channels, got \(2, 4, 24, 24\)"
+    ):
         model([torch.zeros(2, 4, 24, 24)])
     with pytest.raises(ValueError, match=r"crops: sides must be positive multiples of patch_size 4, got \(24, 26\)"):
         model([torch.zeros(2, 3, 24, 26)])
