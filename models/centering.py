@@ -123,7 +123,7 @@ def sinkhorn_bias(
         total = torch.where(total > 0, total * (high - everywhere).exp(), total)
         dist.all_reduce(total)
         high = everywhere
-    bias = torch.where(total > 0, -(high + total.log()), 0.0)  # 0 where no rank has rows
+    bias = torch.where(total > 0, -(high + total.log()), 0.0)  # without rows on any rank: 0
     for _ in range(iterations - 1):
         total = torch.zeros_like(bias)
         for chunk in logits():

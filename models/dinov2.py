@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,16 @@ class DINOv2(MethodConfig):
         return DINOv2Method(self, inputs)
 
 
+class _Projected(NamedTuple):
+    """Output of a network; a tuple, so that DeepSpeed finds the tensors in it."""
+
+    backbone_cls: Tensor  # [G*B, D] class tokens of the global crops, before the head
+    cls: Tensor  # [(G+L)*B, b] normalised features, global crops first
+    patches: Tensor  # [M, b]
+    prototypes: Tensor  # [V, b]
+    patch_prototypes: Tensor  # [V', b]; the same tensor with a shared head
+
+
 class _Network(nn.Module):
     """Encoder and heads: the student, or the teacher."""
 
@@ -157,15 +167,6 @@ class _Network(nn.Module):
         cls_features, prototypes = self.dino_head(cls)
         patch_features, patch_prototypes = self.ibot_head(patches)
         return _Projected(tokens.cls[0], cls_features, patch_features, prototypes, patch_prototypes)
-
-
-@dataclass
-class _Projected:
-    backbone_cls: Tensor  # [G*B, D] class tokens of the global crops, before the head
-    cls: Tensor  # [(G+L)*B, b] normalised features, global crops first
-    patches: Tensor  # [M, b]
-    prototypes: Tensor  # [V, b]
-    patch_prototypes: Tensor  # [V', b]; the same tensor with a shared head
 
 
 class DINOv2Method(Method):

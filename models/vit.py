@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ __all__ = ["Tokens", "ViT", "VisionTransformer"]
 # Added to the number of patches before the scale factor of the position embedding is formed. DINOv2 was trained so,
 # and its released weights expect it: the result differs from an interpolation to the exact size.
 POSITION_OFFSET = 0.1
+
+Runs = tuple[tuple[int, int], ...]  # (N, L) of each group
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,8 @@ class ViT:
         return embed + (self.depth - 1) * block + last
 
 
-@dataclass
-class Tokens:
-    """Output of the encoder, after the final norm.
+class Tokens(NamedTuple):
+    """Output of the encoder, after the final norm. A tuple, so that DeepSpeed finds the tensors in it.
 
     Attributes:
         cls: Class token of each group's crops, each [N, D].
@@ -137,9 +138,29 @@ class Tokens:
 class _Subset:
     """The samples that run one residual branch: `rows[g]` [n] int64 of group g; the branch is scaled by `scales[g]`."""
 
-    runs: tuple[tuple[int, int], ...]
+    runs: Runs
     rows: tuple[Tensor, ...]
     scales: tuple[float, ...]
+
+
+_Drop = tuple[_Subset, _Subset]  # of a block's attention and of its MLP
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """The Q tokens that the last block computes: all class tokens and the selected patches.
+
+    Attributes:
+        tokens: [Q] their place in [P], crop by crop, the class token first.
+        order: [Q] sorts them into all class tokens, then the selected patches.
+        samples: [Q] crop of each of `tokens`, counted over all groups.
+        queries: Layout of `tokens`.
+    """
+
+    tokens: Tensor
+    order: Tensor
+    samples: Tensor
+    queries: Layout
 
 
 class VisionTransformer(nn.Module):
@@ -208,17 +229,17 @@ class VisionTransformer(nn.Module):
             groups = [g.unflatten(0, (n, length)) for g, (n, length) in zip(_split(x, runs), runs, strict=True)]
             skip = 1 + self.config.registers
             return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
-        y = self.norm(self._run(last[0].forward_selected, x, runs, last[1], *self._selected(runs, select)))
+        y = self.norm(self._run(last[0], x, runs, last[1], self._selected(runs, select)))
         n_cls = sum(n for n, _ in runs)
         return Tokens(y[:n_cls].split([n for n, _ in runs]), (y[n_cls:],))
 
-    def _run(self, function: Any, *args: Any) -> Tensor:
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
             # The draws of stochastic depth are arguments, so no generator has to be put back for the recomputation.
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-        return function(*args)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
 
-    def _embed(self, crops: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    def _embed(self, crops: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Runs]:
         """Patch, class and register tokens of all crops, packed: [P, D], and (N, L) of each group."""
         pixels, shapes = [], []
         for crop in crops:
@@ -250,19 +271,17 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"crops: sides must be positive multiples of patch_size {p}, got {tuple(crop.shape[2:])}")
 
     def _position(self, h: int, w: int) -> Tensor:
-        """Position embedding [1, 1 + h*w, D] of an h x w grid of patches, float32 where it is interpolated."""
+        """Position embedding [1, 1 + h*w, D] of an h x w grid of patches; interpolated in float32 at least."""
         side = self.config.image_size // self.config.patch_size
         if (h, w) == (side, side):
             return self.pos_embed
-        position = self.pos_embed.float()
+        position = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
         grid = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         scale = ((h + POSITION_OFFSET) / side, (w + POSITION_OFFSET) / side)
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
         return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
-    def _draw_drops(
-        self, runs: tuple[tuple[int, int], ...], device: torch.device
-    ) -> list[tuple[_Subset, _Subset] | None]:
+    def _draw_drops(self, runs: Runs, device: torch.device) -> list[_Drop | None]:
         """Which samples run each block's two branches; None where all do.
 
         All subsets are drawn at once on the CPU (torch's global generator): their sizes are known to the host, and one
@@ -280,15 +299,8 @@ class VisionTransformer(nn.Module):
         subsets = [_Subset(small, tuple(group[i] for group in rows), scales) for i in range(2 * depth)]
         return [(subsets[2 * i], subsets[2 * i + 1]) for i in range(depth)]
 
-    def _selected(self, runs: tuple[tuple[int, int], ...], select: Tensor) -> tuple[Tensor, Tensor, Tensor, Layout]:
-        """Indices for the last block.
-
-        Returns:
-            tokens: [Q] place in [P] of the tokens to compute, sequence by sequence, the class token first.
-            order: [Q] sorts them into all class tokens, then the selected patches.
-            samples: [Q] crop of each token in `tokens`, counted over all groups.
-            layout: The queries' sequences.
-        """
+    def _selected(self, runs: Runs, select: Tensor) -> _Selected:
+        """Indices of the last block's tokens, made on the device without waiting for it."""
         device = select.device
         length = runs[0][1]
         patches = length - 1 - self.config.registers
@@ -308,7 +320,7 @@ class VisionTransformer(nn.Module):
         samples = torch.empty_like(order)
         samples[cls_place] = torch.arange(n, device=device)
         samples[patch_place] = crop
-        return tokens, order, samples, Layout.from_lengths(per_crop + 1, length)
+        return _Selected(tokens, order, samples, Layout.from_lengths(per_crop + 1, length))
 
 
 class _PatchEmbed(nn.Module):
@@ -352,25 +364,33 @@ class _LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
+    def forward(self) -> Tensor:
+        # A copy: ZeRO-3 takes the parameter away again when this returns.
+        return self.gamma.clone()
+
+
+class _QKV(nn.Linear):
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Queries, keys and values, each [P, D]; with `tokens` [Q], queries of those rows only."""
+        d = self.in_features
+        if tokens is None:
+            q, k, v = F.linear(x, self.weight, self.bias).split(d, dim=1)
+            return q, k, v
+        k, v = F.linear(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
+        return F.linear(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
+
 
 class _Attention(nn.Module):
     def __init__(self, dim: int, heads: int, backend: str) -> None:
         super().__init__()
         self.heads = heads
         self.backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = _QKV(dim, 3 * dim)
         self.proj = _GainLinear(dim, dim)
 
-    def forward(self, x: Tensor, layout: Layout, gain: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
-        return self.proj(attention(q, k, v, layout, backend=self.backend).flatten(1), gain)
-
-    def forward_selected(self, x: Tensor, tokens: Tensor, layout: Layout, queries: Layout, gain: Tensor) -> Tensor:
-        """Attention whose queries are `x[tokens]` only."""
-        dim = x.shape[1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x.index_select(0, tokens), weight[:dim], bias[:dim]).unflatten(1, (self.heads, -1))
-        k, v = F.linear(x, weight[dim:], bias[dim:]).view(len(x), 2, self.heads, -1).unbind(1)
+    def forward(self, x: Tensor, layout: Layout, gain: Tensor, selected: _Selected | None = None) -> Tensor:
+        tokens, queries = (None, None) if selected is None else (selected.tokens, selected.queries)
+        q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.qkv(x, tokens))
         return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
 
 
@@ -385,6 +405,12 @@ class _MLP(nn.Module):
 
 
 class _Block(nn.Module):
+    """Attention and MLP with their norms and gains.
+
+    Every parameter is read in the `forward` of the module that owns it, called as a module: ZeRO-3 gathers parameters
+    for that time only.
+    """
+
     def __init__(self, config: ViT, backend: str) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
@@ -394,46 +420,37 @@ class _Block(nn.Module):
         self.mlp = _MLP(config.dim, config.hidden)
         self.ls2 = _LayerScale(config.dim, config.layer_scale)
 
-    def forward(self, x: Tensor, runs: tuple[tuple[int, int], ...], drop: tuple[_Subset, _Subset] | None) -> Tensor:
-        """[P, D] to [P, D]."""
+    def forward(self, x: Tensor, runs: Runs, drop: _Drop | None, selected: _Selected | None = None) -> Tensor:
+        """[P, D] to [P, D], or to the selected tokens [Q, D]."""
+        if selected is not None:
+            return self._selected(x, runs, drop, selected)
         if drop is None:
-            x = x + self.attn(self.norm1(x), Layout.from_runs(runs, x.device), self.ls1.gamma)
-            return x + self.mlp(self.norm2(x), self.ls2.gamma)
+            x = x + self.attn(self.norm1(x), Layout.from_runs(runs, x.device), self.ls1())
+            return x + self.mlp(self.norm2(x), self.ls2())
         for_attention, for_mlp = drop
-        y = _gather(x, runs, for_attention)
-        y = self.attn(self.norm1(y), Layout.from_runs(for_attention.runs, x.device), self.ls1.gamma)
-        x = _scatter_add(x, y, runs, for_attention)
-        y = self.mlp(self.norm2(_gather(x, runs, for_mlp)), self.ls2.gamma)
-        return _scatter_add(x, y, runs, for_mlp)
+        y = self.norm1(_Gather.apply(x, runs, for_attention))
+        y = self.attn(y, Layout.from_runs(for_attention.runs, x.device), self.ls1())
+        x = _ScatterAdd.apply(x, y, runs, for_attention)
+        y = self.mlp(self.norm2(_Gather.apply(x, runs, for_mlp)), self.ls2())
+        return _ScatterAdd.apply(x, y, runs, for_mlp)
 
-    def forward_selected(
-        self,
-        x: Tensor,
-        runs: tuple[tuple[int, int], ...],
-        drop: tuple[_Subset, _Subset] | None,
-        tokens: Tensor,
-        order: Tensor,
-        samples: Tensor,
-        queries: Layout,
-    ) -> Tensor:
-        """[P, D] to the selected tokens [Q, D], class tokens first.
+    def _selected(self, x: Tensor, runs: Runs, drop: _Drop | None, selected: _Selected) -> Tensor:
+        """Stochastic depth multiplies the selected tokens by 0 or the branch's scale.
 
-        Stochastic depth multiplies the few selected tokens by 0 or the branch's scale: the size of a subset of them
-        would be known to the device only.
+        Only the device knows how many tokens a subset of the samples has, and they are few.
         """
-        y = self.attn.forward_selected(
-            self.norm1(x), tokens, Layout.from_runs(runs, x.device), queries, self.ls1.gamma
-        ).index_select(0, order)
-        x = x.index_select(0, tokens).index_select(0, order)
-        samples = samples.index_select(0, order)
+        order = selected.order
+        y = self.attn(self.norm1(x), Layout.from_runs(runs, x.device), self.ls1(), selected).index_select(0, order)
+        x = x.index_select(0, selected.tokens).index_select(0, order)
         if drop is None:
             x = x + y
-            return x + self.mlp(self.norm2(x), self.ls2.gamma)
+            return x + self.mlp(self.norm2(x), self.ls2())
+        samples = selected.samples.index_select(0, order)
         x = x + y * _branch_scale(drop[0], runs, x).index_select(0, samples)
-        return x + self.mlp(self.norm2(x), self.ls2.gamma) * _branch_scale(drop[1], runs, x).index_select(0, samples)
+        return x + self.mlp(self.norm2(x), self.ls2()) * _branch_scale(drop[1], runs, x).index_select(0, samples)
 
 
-def _branch_scale(subset: _Subset, runs: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
+def _branch_scale(subset: _Subset, runs: Runs, like: Tensor) -> Tensor:
     """[crops, 1]: the scale of a residual branch for each crop, 0 where it is dropped."""
     scales = [
         like.new_zeros(n, 1).index_fill(0, rows, scale)
@@ -442,11 +459,11 @@ def _branch_scale(subset: _Subset, runs: tuple[tuple[int, int], ...], like: Tens
     return torch.cat(scales)
 
 
-def _split(x: Tensor, runs: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+def _split(x: Tensor, runs: Runs) -> tuple[Tensor, ...]:
     return x.split([n * length for n, length in runs])
 
 
-def _groups(x: Tensor, runs: tuple[tuple[int, int], ...]) -> list[Tensor]:
+def _groups(x: Tensor, runs: Runs) -> list[Tensor]:
     """Views [N, L*D] of a packed [P, D], one a group."""
     ends = [0]
     for n, length in runs:
@@ -454,7 +471,7 @@ def _groups(x: Tensor, runs: tuple[tuple[int, int], ...]) -> list[Tensor]:
     return [x[a:b].view(n, -1) for (a, b), (n, _) in zip(pairwise(ends), runs, strict=True)]
 
 
-def _take(x: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
+def _take(x: Tensor, runs: Runs, subset: _Subset) -> Tensor:
     out = x.new_empty(sum(n * length for n, length in subset.runs), x.shape[1])
     for source, target, rows in zip(_groups(x, runs), _groups(out, subset.runs), subset.rows, strict=True):
         torch.index_select(source, 0, rows, out=target)
@@ -465,7 +482,7 @@ class _Gather(torch.autograd.Function):
     """Packed tokens of a subset of the samples, in one copy (split, select and concatenate would take three)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
+    def forward(ctx: Any, x: Tensor, runs: Runs, subset: _Subset) -> Tensor:
         ctx.runs, ctx.subset = runs, subset
         return _take(x, runs, subset)
 
@@ -485,7 +502,7 @@ class _ScatterAdd(torch.autograd.Function):
     """x plus the branch's output for a subset of the samples, scaled."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, runs: Runs, subset: _Subset) -> Tensor:
         ctx.runs, ctx.subset = runs, subset
         out = x.clone()
         for target, source, rows, scale in zip(
@@ -502,11 +519,3 @@ class _ScatterAdd(torch.autograd.Function):
         for part, scale in zip(_groups(out, ctx.subset.runs), ctx.subset.scales, strict=True):
             part.mul_(scale)
         return grad, out, None, None
-
-
-def _gather(x: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
-    return _Gather.apply(x, runs, subset)
-
-
-def _scatter_add(x: Tensor, y: Tensor, runs: tuple[tuple[int, int], ...], subset: _Subset) -> Tensor:
-    return _ScatterAdd.apply(x, y, runs, subset)
