@@ -1,4 +1,4 @@
-"""What the trainer decides before and around the loop; whole runs are in dist/."""
+"""What the trainer decides before and around the loop; whole runs are in distributed/."""
 
 import os
 import signal
