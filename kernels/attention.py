@@ -11,8 +11,8 @@ Backends (`backend=`):
     flash_attn  flash_attn_varlen_func of flash-attn 2, or of flash-attn 4 (`flash_attn.cute`). CUDA, bf16 or fp16.
     torch       Nothing to install. CUDA with bf16 or fp16 and ragged sequences: torch.nn.attention.varlen. Otherwise one
                 scaled_dot_product_attention a run of equal lengths (queries padded within the run if ragged). On a CPU
-                that computes gradients, two batched products and a softmax instead: there the backward of the fused
-                bf16 kernel was measured at more than twice the time of the products.
+                two batched products and a softmax, while the scores are small: for sequences of 26 and 145 tokens the
+                fused kernel took 1.3 times as long in fp32, and in bf16 2 times forward and 6 times backward.
     dense       One score matrix over all tokens with a block mask: the reference, any device and float dtype.
     auto        flash_attn where it is installed and applies (CUDA, bf16 or fp16), else torch.
 """
@@ -34,6 +34,7 @@ __all__ = ["BACKENDS", "Layout", "attention", "attention_reference", "check_back
 
 BACKENDS = ("auto", "flash_attn", "torch", "dense")
 HALF = (torch.bfloat16, torch.float16)
+MAX_SCORES_BYTES = 256 << 20  # of one run on a CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,9 +227,12 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: Layout) -
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of [n, H, L, d] tensors."""
-    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(-1), v)
-    return F.scaled_dot_product_attention(q, k, v)
+    n, heads, length, dim = q.shape
+    if q.device.type != "cpu" or n * heads * length * k.shape[2] * q.element_size() > MAX_SCORES_BYTES:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (x.reshape(n * heads, -1, dim) for x in (q, k, v))
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=dim**-0.5)
+    return torch.bmm(scores.softmax(-1), v).view(n, heads, length, dim)
 
 
 def _lengths(layout: Layout) -> list[int]:

@@ -428,11 +428,10 @@ class _Block(nn.Module):
             x = x + self.attn(self.norm1(x), Layout.from_runs(runs, x.device), self.ls1())
             return x + self.mlp(self.norm2(x), self.ls2())
         for_attention, for_mlp = drop
-        y = self.norm1(_Gather.apply(x, runs, for_attention))
-        y = self.attn(y, Layout.from_runs(for_attention.runs, x.device), self.ls1())
-        x = _ScatterAdd.apply(x, y, runs, for_attention)
-        y = self.mlp(self.norm2(_Gather.apply(x, runs, for_mlp)), self.ls2())
-        return _ScatterAdd.apply(x, y, runs, for_mlp)
+        x, y = _Fork.apply(x, runs, for_attention, False)
+        y = self.attn(self.norm1(y), Layout.from_runs(for_attention.runs, x.device), self.ls1())
+        x, y = _Fork.apply(_Add.apply(x, y, runs, for_attention), runs, for_mlp, True)
+        return _Add.apply(x, self.mlp(self.norm2(y), self.ls2()), runs, for_mlp)
 
     def _selected(self, x: Tensor, runs: Runs, drop: _Drop | None, selected: _Selected) -> Tensor:
         """Stochastic depth multiplies the selected tokens by 0 or the branch's scale.
@@ -478,38 +477,39 @@ def _take(x: Tensor, runs: Runs, subset: _Subset) -> Tensor:
     return out
 
 
-class _Gather(torch.autograd.Function):
-    """Packed tokens of a subset of the samples, in one copy (split, select and concatenate would take three)."""
+class _Fork(torch.autograd.Function):
+    """The tokens to add a residual branch to, and packed tokens of the samples that run it.
+
+    Split, select, concatenate and index-add as single operators would pass over the tokens twice as often.
+
+    `own`: x belongs to the caller alone, so it is handed on; else it is copied, because `_Add` writes into it. The
+    gradient of the tokens that are handed on is written into: `_Add.backward` returns it, and nobody else holds it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, runs: Runs, subset: _Subset) -> Tensor:
+    def forward(ctx: Any, x: Tensor, runs: Runs, subset: _Subset, own: bool) -> tuple[Tensor, Tensor]:
         ctx.runs, ctx.subset = runs, subset
-        return _take(x, runs, subset)
+        branch = _take(x, runs, subset)
+        if own:
+            ctx.mark_dirty(x)
+            return x, branch
+        return x.clone(), branch
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad.contiguous()
-        out = grad.new_zeros(sum(n * length for n, length in ctx.runs), grad.shape[1])
-        for target, source, rows in zip(
-            _groups(out, ctx.runs), _groups(grad, ctx.subset.runs), ctx.subset.rows, strict=True
-        ):
-            target.index_copy_(0, rows, source)
-        return out, None, None
+    def backward(ctx: Any, grad: Tensor, branch: Tensor) -> tuple[Tensor, None, None, None]:
+        _add(grad, branch, ctx.runs, ctx.subset, (1.0,) * len(ctx.runs))
+        return grad, None, None, None
 
 
-class _ScatterAdd(torch.autograd.Function):
-    """x plus the branch's output for a subset of the samples, scaled."""
+class _Add(torch.autograd.Function):
+    """Adds a branch's output for a subset of the samples, scaled, in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, runs: Runs, subset: _Subset) -> Tensor:
         ctx.runs, ctx.subset = runs, subset
-        out = x.clone()
-        for target, source, rows, scale in zip(
-            _groups(out, runs), _groups(y, subset.runs), subset.rows, subset.scales, strict=True
-        ):
-            target.index_add_(0, rows, source, alpha=scale)
-        return out
+        ctx.mark_dirty(x)
+        return _add(x, y, runs, subset, subset.scales)
 
     @staticmethod
     @once_differentiable
@@ -519,3 +519,10 @@ class _ScatterAdd(torch.autograd.Function):
         for part, scale in zip(_groups(out, ctx.subset.runs), ctx.subset.scales, strict=True):
             part.mul_(scale)
         return grad, out, None, None
+
+
+def _add(x: Tensor, y: Tensor, runs: Runs, subset: _Subset, scales: tuple[float, ...]) -> Tensor:
+    parts = zip(_groups(x, runs), _groups(y.contiguous(), subset.runs), subset.rows, scales, strict=True)
+    for target, source, rows, scale in parts:
+        target.index_add_(0, rows, source, alpha=scale)
+    return x
