@@ -5,8 +5,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
-# Two CPU ranks share the machine's cores; one thread each is the fastest setting on two cores.
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: install demo test soak lint format bench clean
 .DEFAULT_GOAL := help

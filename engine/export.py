@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from armillary.engine.checkpoint import CheckpointError, latest, open_archive
+from armillary.engine.data.survey import Survey
 from armillary.engine.layout import persistent_buffers
 from armillary.engine.record import PACKAGES, from_json, to_json
 from armillary.engine.run import Run
@@ -26,7 +27,7 @@ from armillary.engine.tensors import Archive, Entry, write_tensors
 from armillary.models.method import InputSpec, Method
 from armillary.models.state_names import from_public, to_public
 
-__all__ = ["export_dinov2", "export_encoder", "init_from_file", "load_encoder"]
+__all__ = ["export_dinov2", "export_encoder", "init_from_file", "load_encoder", "trained_pixels"]
 
 
 def load_encoder(source: Path | str, packages: Sequence[str] = PACKAGES) -> tuple[Method, Run]:
@@ -68,6 +69,31 @@ def load_encoder(source: Path | str, packages: Sequence[str] = PACKAGES) -> tupl
         raise ValueError(f"{source}: lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
     _fill(method, archive.whole)
     return method, run
+
+
+def trained_pixels(source: Path | str) -> Survey:
+    """What the stretch of a run was fitted to: the pixels of the survey that it was trained on, without the samples.
+
+    An encoder's input must be stretched with these statistics, also where another survey is embedded.
+
+    Args:
+        source: As for `load_encoder`.
+
+    Raises:
+        FileNotFoundError: There is neither a checkpoint nor an exported encoder.
+        ValueError: The file says nothing of it.
+    """
+    source = Path(source)
+    newest = latest(source / "checkpoints") if source.is_dir() else None
+    try:
+        if newest is not None:
+            return Survey.from_json(open_archive(newest)[1]["pixels"])
+        file = source / "export" / "teacher.safetensors" if source.is_dir() else source
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no checkpoint and no exported encoder here")
+        return Survey.from_json(json.loads(Archive([file]).metadata[0]["pixels"]))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: does not say what survey it was trained on: {error!r}") from error
 
 
 def _build(run: Run, inputs: dict[str, Any]) -> Method:
@@ -132,6 +158,7 @@ def export_encoder(source: Path, file: Path, packages: Sequence[str] = PACKAGES)
         "format": "armillary-encoder",
         "run": json.dumps(to_json(run)),
         "inputs": json.dumps(state["inputs"]),
+        "pixels": json.dumps(state["pixels"]),
         "step": str(state["progress"]["step"]),
         "commit": str(state["commit"]),
     }

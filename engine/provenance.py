@@ -51,4 +51,5 @@ def facts(survey: Survey) -> dict[str, Any]:
         "versions": versions,
         "machine": platform.node(),
         "survey": survey_fingerprint(survey),
+        "pixels": survey.pixels().to_json(),
     }

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,39 @@ class Survey:
         """Samples in a split, or in all of the survey."""
         return sum(s.count for s in self.shards if split in (None, s.split))
 
+    def pixels(self) -> Survey:
+        """What a stretch is fitted to, without the samples: bands, unit, sizes, noise and statistics."""
+        return replace(self, shards=(), labels={}, provenance={})
+
+    def to_json(self) -> dict[str, Any]:
+        """The description as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any]) -> Survey:
+        """Rebuild what `to_json` described.
+
+        Raises:
+            ValueError: It is of another format version.
+            TypeError, KeyError, AttributeError: It is not a survey's description.
+        """
+        raw = dict(described)
+        version = raw.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
+        stats = dict(raw.pop("statistics"))
+        stats["asinh_covariance"] = tuple(tuple(row) for row in stats["asinh_covariance"])
+        shards = tuple(ShardRecord(**s) for s in raw.pop("shards"))
+        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stats.items()}
+        return cls(**fixed, shards=shards, statistics=Statistics(**numbers))
+
     def save(self, folder: Path) -> None:
         """Write survey.json atomically into the survey's folder."""
         target = folder / "survey.json"
         temporary = target.with_suffix(".json.tmp")
         with open(temporary, "w") as f:
-            json.dump(asdict(self), f, indent=1)
+            json.dump(self.to_json(), f, indent=1)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, target)
@@ -135,15 +163,6 @@ class Survey:
                 f"{folder}: no survey here (survey.json is missing); make one with `armillary data build`"
             )
         try:
-            raw = json.loads(path.read_text())
-            version = raw.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
-            stats = raw.pop("statistics")
-            stats["asinh_covariance"] = tuple(tuple(row) for row in stats["asinh_covariance"])
-            shards = tuple(ShardRecord(**s) for s in raw.pop("shards"))
-            fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-            numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stats.items()}
-            return cls(**fixed, shards=shards, statistics=Statistics(**numbers))
+            return cls.from_json(json.loads(path.read_text()))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not a readable survey description: {error}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,16 +191,19 @@ def load_pipeline(
     Returns:
         The pipeline, the metadata that its embeddings should carry, and the run's record (`engine.run.Run`).
     """
-    from armillary.engine.export import load_encoder
+    from armillary.engine.export import load_encoder, trained_pixels
     from armillary.engine.run import Run
 
+    pixels = trained_pixels(run_dir)
+    if problem := _mismatch(pixels, survey):
+        raise ValueError(f"{survey.name}: {problem}")
     if trained:
         method, run = load_encoder(run_dir)
     else:
         run = Run.load(run_dir)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            method = run.method.build(run.views.input_spec(survey))
+            method = run.method.build(run.views.input_spec(pixels))
     method = method.to(device).eval()
     metadata = {
         "run": run.name,
@@ -209,7 +212,20 @@ def load_pipeline(
         "survey": survey.name,
         "readout": readout or "default",
     }
-    return Pipeline(run.views.eval_input(survey, device), method.encode, readout), metadata, run
+    fitted = replace(pixels, height=survey.height, width=survey.width)
+    return Pipeline(run.views.eval_input(fitted, device), method.encode, readout), metadata, run
+
+
+def _mismatch(trained: Survey, survey: Survey) -> str:
+    """Why an encoder trained on one survey cannot read the pixels of another; empty if it can."""
+    for name in ("bands", "unit"):
+        wanted, got = getattr(trained, name), getattr(survey, name)
+        if wanted != got:
+            return f"{name}: the encoder was trained on {wanted}, this survey has {got}"
+    scales = trained.pixel_scale_arcsec, survey.pixel_scale_arcsec
+    if scales[0] and scales[1] and abs(scales[1] / scales[0] - 1) > 0.02:
+        return f"pixel_scale_arcsec: the encoder was trained at {scales[0]}, this survey has {scales[1]}; resample it"
+    return ""
 
 
 def stack_splits(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from toy import described_survey
 
 from armillary.engine.checkpoint import Progress
 from armillary.engine.layout import Fragment, Layout
 from armillary.engine.optim import AdamW, build_groups
 from armillary.models.method import InputSpec, Method
 
-FACTS = {"commit": "abc", "survey": "f" * 64, "inputs": {"channels": 10, "global_size": 1}}
+FACTS = {
+    "commit": "abc",
+    "survey": "f" * 64,
+    "inputs": {"channels": 10, "global_size": 1},
+    "pixels": described_survey().pixels().to_json(),
+}
 
 
 def progress(step: int = 3) -> Progress:

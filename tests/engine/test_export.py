@@ -12,7 +12,7 @@ from torch import nn
 
 from armillary.engine import checkpoint
 from armillary.engine.checkpoint import CheckpointError
-from armillary.engine.export import export_dinov2, export_encoder, init_from_file, load_encoder
+from armillary.engine.export import export_dinov2, export_encoder, init_from_file, load_encoder, trained_pixels
 from armillary.models.method import InputSpec, ParameterGroup
 
 PACKAGES = ("armillary", "toy", "tests")
@@ -84,6 +84,7 @@ def test_exported_file_is_enough(run, saved, tmp_path):
     expected, _ = load_encoder(run.folder, PACKAGES)
     x = torch.randn(3, 10, 1, 1)
     assert torch.equal(method.encode(x)["features"], expected.encode(x)["features"])
+    assert trained_pixels(file) == trained_pixels(run.folder) == toy.described_survey().pixels()
     assert loaded.name == run.name and not list(file.parent.glob("*.tmp"))
     assert set(load_file(file)) == {n for n in expected.state_dict() if not n.startswith("student")}
 

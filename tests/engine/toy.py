@@ -182,12 +182,17 @@ def open_toy_loader(run, method, survey, device, me):
     return ToyLoader(run, me.rank, me.world, device)
 
 
+def described_survey(count: int = 1000) -> Survey:
+    """A survey of one shard that is nowhere on disk."""
+    statistics = Statistics((0.0,), (1.0,), (0.0,), ((1.0,),), count)
+    shards = (ShardRecord("train-000000.tar", "train", count, 1, "0" * 64),)
+    return Survey("toy", ("r",), 1, 10, None, "count", "float16", (1.0,), (), shards, statistics)
+
+
 def toy_survey(folder: Path, count: int = 1000) -> Path:
     """survey.json alone: what checks and records need."""
     folder.mkdir(parents=True, exist_ok=True)
-    statistics = Statistics((0.0,), (1.0,), (0.0,), ((1.0,),), count)
-    shards = (ShardRecord("train-000000.tar", "train", count, 1, "0" * 64),)
-    Survey("toy", ("r",), 1, 10, None, "count", "float16", (1.0,), (), shards, statistics).save(folder)
+    described_survey(count).save(folder)
     return folder
 
 

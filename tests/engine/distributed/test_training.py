@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import toy
 import torch
+import toy
 from safetensors.torch import load_file
 
 from armillary.engine.checkpoint import open_archive

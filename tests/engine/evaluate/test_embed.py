@@ -1,6 +1,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -220,19 +221,34 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
     nn.init.zeros_(trained.layer.weight)
     export = types.ModuleType("armillary.engine.export")
     export.load_encoder = lambda folder: (trained, run)
+    survey, device = Survey.load(survey_dir), torch.device("cpu")
+    export.trained_pixels = lambda folder: survey.pixels()
     module = types.ModuleType("armillary.engine.run")
     module.Run = types.SimpleNamespace(load=lambda folder: run)
     monkeypatch.setitem(sys.modules, "armillary.engine.export", export)
     monkeypatch.setitem(sys.modules, "armillary.engine.run", module)
 
-    survey, device = Survey.load(survey_dir), torch.device("cpu")
     before = torch.get_rng_state()
     pipeline, about, _ = load_pipeline(survey_dir, survey, device)
     assert pipeline.encode(torch.ones(1, 3, 2, 2))["e"].equal(trained.layer.bias[None])
     assert about["trained"] == "true"
     twins = [load_pipeline(survey_dir, survey, device, trained=False) for _ in range(2)]
-    assert spec == [survey, survey]
+    assert spec == [survey.pixels()] * 2
     assert twins[0][1] == twins[1][1]
     assert twins[0][1]["encoder"] != about["encoder"]
     assert torch.equal(before, torch.get_rng_state())
     json.dumps(about)
+
+    # another survey is stretched as the training one was, and refused where that has no meaning
+    fitted = []
+    views.eval_input = lambda survey, device: fitted.append(survey) or plain
+    other = replace(survey, name="other", sky_sigma=tuple(9 * s for s in survey.sky_sigma), height=99)
+    load_pipeline(survey_dir, other, device)
+    assert fitted[0].sky_sigma == survey.sky_sigma and fitted[0].height == 99
+    for change, match in [
+        ({"bands": survey.bands[::-1]}, "other: bands: the encoder was trained on"),
+        ({"unit": "count"}, "other: unit: the encoder was trained on"),
+        ({"pixel_scale_arcsec": 99.0}, "other: pixel_scale_arcsec: the encoder was trained at"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            load_pipeline(survey_dir, replace(other, **change), device)
