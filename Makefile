@@ -37,14 +37,14 @@ install: $(VENV)/.extension
 DEMO := $(RUNS)/demo$(if $(DATA),-pictures)
 demo: install
 ifdef DATA
-	$(BIN)/armillary data build images '$(DATA)' --out $(DEMO)/survey
+	$(BIN)/armillary data build '$(DATA)' --out $(DEMO)/survey --test-fraction 0.25
 else
 	$(BIN)/armillary data simulate --count 5000 --out $(DEMO)/survey
 endif
 	rm -rf $(DEMO)/training
 	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 recipes/dinov2_vitl.py --preset $(if $(DATA),pictures,smoke) \
 	  --device cpu --data.path $(DEMO)/survey --out $(DEMO) --name training
-	$(BIN)/armillary evaluate $(DEMO)/training --out $(DEMO)/report.html
+	$(BIN)/armillary evaluate $(DEMO)/training --data $(DEMO)/survey --out $(DEMO)
 
 test: install
 	$(BIN)/python -m pytest -q

@@ -19,7 +19,7 @@ Where the paper and the released code differ, both are presets:
 Two presets run on a laptop's CPU, for a first look and for tests; they are other models, not short versions of this one:
 
     --preset smoke     ViT of width 96 on the simulated survey: two centre crops, colours whitened; minutes
-    --preset pictures  the same width on display pictures (JPEG, PNG) of 64 pixels or more; minutes
+    --preset pictures  the same width on display pictures (JPEG, PNG) of 96 pixels or more; minutes
 
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 recipes/dinov2_vitl.py --preset smoke --device cpu \\
         --data.path runs/demo/survey
@@ -114,21 +114,21 @@ SMOKE = Run(
     data=Data(path=Path("runs/demo/survey"), threads=1),
     optim=Optim(lr=2e-3, betas=(0.9, 0.98), clip_norm=3.0),
     schedule=Schedules(
-        learning_rate=Cosine(end=2e-5, warmup_steps=45),
+        learning_rate=Cosine(end=2e-5, warmup_steps=60),
         weight_decay=Cosine(start=0.04, end=0.2),
         ema_momentum=Cosine(start=0.9, end=0.999),
-        teacher_temperature=Constant(0.03, warmup_steps=270, warmup_start=0.04),
+        teacher_temperature=Constant(0.03, warmup_steps=360, warmup_start=0.04),
     ),
-    train=Training(steps=900, global_batch=32, micro_batch=16, precision="fp32", zero_stage=2),
-    checkpoint=Checkpointing(every_steps=300, keep=2),
+    train=Training(steps=1200, global_batch=32, micro_batch=16, precision="fp32", zero_stage=2),
+    checkpoint=Checkpointing(every_steps=400, keep=2),
 )
 
-# Sizes and brightness carry the redshift of display pictures: whole views, and no change of flux or colour.
+# Sizes and brightness carry the redshift of display pictures: wide views, and no change of flux or colour.
 PICTURES = replace(
     SMOKE,
     name="dinov2_pictures",
-    method=replace(SMOKE.method, vit=replace(SMOKE.method.vit, image_size=64, patch_size=8), readout="mean"),
-    views=MultiCrop(global_size=64, placement="centre", jitter_px=3, quarter_turns=True, stretch=ZScore()),
+    method=replace(SMOKE.method, vit=replace(SMOKE.method.vit, image_size=96, patch_size=12), readout="mean"),
+    views=MultiCrop(global_size=96, placement="centre", jitter_px=3, quarter_turns=True, stretch=ZScore()),
     data=replace(SMOKE.data, path=Path("runs/demo-pictures/survey")),
 )
 
