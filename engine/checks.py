@@ -97,6 +97,9 @@ def _numbers(run: Run, world: int) -> list[str]:
     if run.train.micro_batch >= 1 and run.train.global_batch >= 1:
         rule("train.global_batch", run.train.global_batch, run.train.global_batch % together == 0,
              f"a multiple of micro_batch * ranks = {run.train.micro_batch} * {world} = {together}")  # fmt: skip
+        accumulates = run.train.precision == "bf16" and run.train.global_batch > together
+        rule("train.zero_stage", run.train.zero_stage, run.train.zero_stage != 1 or not accumulates,
+             "2 or 3 for bf16 with several micro-batches a step, which DeepSpeed sums in bf16 under 1")  # fmt: skip
     return found
 
 

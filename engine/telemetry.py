@@ -1,7 +1,7 @@
 """What a run says while it goes: progress bar or lines, metrics.jsonl, TensorBoard.
 
 metrics.jsonl gets one line a step. Its values stay on the device until a line is due on the screen (or a checkpoint),
-and are then reduced over ranks in two collectives, so that a step costs no synchronisation for the log's sake.
+and are only then reduced over ranks, so that a step costs no synchronisation for the log's sake.
 Throughput, MFU, data wait and memory belong to the interval that the step is in.
 """
 
@@ -110,8 +110,7 @@ class Meter:
         self.peak, self.peak_name = peak_flops(device, run.train.precision)
         self._sums: dict[str, Tensor] = {}
         self._parts = 0
-        self._names: list[str] = []
-        self._rows: list[Tensor] = []
+        self._rows: list[dict[str, Tensor]] = []
         self._known: list[dict[str, float | int]] = []
         self._began = time.perf_counter()
         self._timed = 0
@@ -177,10 +176,7 @@ class Meter:
             known: Numbers that all ranks have already: norms, schedules, counters.
             waited: Seconds that this rank has waited for data since the start.
         """
-        if self._names and set(self._names) != set(self._sums):
-            self.flush(waited)
-        self._names = list(self._sums)
-        self._rows.append(torch.stack(list(self._sums.values())) / self._parts)
+        self._rows.append({name: total / self._parts for name, total in self._sums.items()})
         self._known.append({"step": step, **known})
         self._sums, self._parts = {}, 0
         self._timed += 1
@@ -197,26 +193,20 @@ class Meter:
         """
         if not self._rows:
             return
-        rows = torch.stack(self._rows).double()
+        names, values, highest = self._reduce()
         now = time.perf_counter()
-        seconds, wait = now - self._began, waited - self._waited
-        mean = torch.cat([rows.flatten(), torch.tensor([wait], dtype=torch.float64, device=self.device)])
-        top = torch.cat([rows[:, 0], torch.tensor([self._peak_gib()], dtype=torch.float64, device=self.device)])
-        dist.all_reduce(mean)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX)
-        values = (mean / self.world).tolist()
-        highest = top.tolist()
+        seconds = now - self._began
+        wait, peak = self._over_ranks(waited - self._waited, self._peak_gib())
         rate = self.run.train.global_batch * self._timed / seconds if self._timed else math.nan
         interval = {
             "images_per_s": rate,
             "mfu": rate * self.method.flops_per_sample() / (self.world * self.peak),
-            "data_wait": values[-1] / seconds,
-            "peak_gib": highest[-1],
+            "data_wait": wait / seconds,
+            "peak_gib": peak,
         }
         measures = self.method.monitor()
-        width = len(self._names)
         for i, known in enumerate(self._known):
-            line = {**known, **dict(zip(self._names, values[i * width : (i + 1) * width], strict=True))}
+            line = {**known, **{n: v for n, v in zip(names, values[i], strict=True) if v is not None}}
             line |= {"loss_max": highest[i], **interval}
             if i == len(self._known) - 1:
                 line |= {f"monitor/{name}": value for name, value in measures.items()}
@@ -225,8 +215,37 @@ class Meter:
             self._show(line)
         for warning in self.method.warnings(measures):
             self.say(f"WARNING: {warning}", loud=True)
-        self._rows, self._known, self._names = [], [], []
+        self._rows, self._known = [], []
         self._began, self._waited, self._timed = now, waited, 0
+
+    def _reduce(self) -> tuple[list[str], list[list[float | None]], list[float]]:
+        """Means over ranks of what was collected.
+
+        A method may leave a term out on some ranks or steps (no masks, no spectra): its mean is over those that have it.
+
+        Returns:
+            (names; by step, the mean of each, None where no rank has it; by step, the highest loss of any rank)
+        """
+        gathered: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(gathered, list(dict.fromkeys(name for row in self._rows for name in row)))
+        names = list(dict.fromkeys(name for own in gathered for name in own))
+        zero = torch.zeros((), device=self.device)
+        sums = torch.stack([torch.stack([row.get(name, zero) for name in names]) for row in self._rows]).double()
+        having = torch.tensor([[float(n in row) for n in names] for row in self._rows], dtype=torch.float64)
+        both = torch.stack([sums, having.to(self.device)])
+        top = torch.stack([row["loss"] for row in self._rows]).double()
+        dist.all_reduce(both)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        totals, counts = both.tolist()
+        means = [[t / c if c else None for t, c in zip(*row, strict=True)] for row in zip(totals, counts, strict=True)]
+        return names, means, top.tolist()
+
+    def _over_ranks(self, mean: float, largest: float) -> tuple[float, float]:
+        """Mean over ranks of one number, and the largest of another."""
+        values = torch.tensor([mean, largest], dtype=torch.float64, device=self.device)
+        every = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(every, values)
+        return sum(float(v[0]) for v in every) / self.world, max(float(v[1]) for v in every)
 
     def restart_clock(self, waited: float) -> None:
         """Leave what has passed since the last flush (start-up, a checkpoint) out of the throughput."""

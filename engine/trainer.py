@@ -164,6 +164,9 @@ def train(
             own = packages_of(to_json(run))  # this process's own classes
             export_encoder(run.folder, run.folder / "export" / "teacher.safetensors", own)
         meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
+    except (Stopped, NonFinite, checkpoint.CheckpointError):  # all ranks are here
+        sharded.destroy()
+        raise
     finally:
         meter.close()
         loader.close()
@@ -238,7 +241,6 @@ class _Loop:
                 self.save()
             if stopping:
                 self.meter.say(f"stopped by a signal at step {self.progress.step}; the same command continues")
-                dist.barrier()
                 raise Stopped
 
     def step(self, batches: Iterator[Batch]) -> Verdict:

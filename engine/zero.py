@@ -104,11 +104,13 @@ def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
         "communication_data_type": "fp32",  # summing bf16 gradients over ranks or micro-batches loses small ones
-        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1_000_000_000,
     }
     if train.precision == "bf16":
         config["bf16"] = {"enabled": True}
+        # Under stage 1 this would choose another optimizer of DeepSpeed's, which dies of a NaN; `checks` keeps stage 1
+        # with bf16 to one micro-batch a step, where nothing is accumulated.
+        config["data_types"] = {"grad_accum_dtype": "bf16" if train.zero_stage == 1 else "fp32"}
     return config
 
 

@@ -108,6 +108,13 @@ def test_a_good_run_has_no_problems(run):
     assert problems(run, 1) == problems(run, 2) == problems(run, 4) == []
 
 
+def test_bf16_is_not_accumulated_under_stage_1(run):
+    half = replace(run, train=replace(run.train, precision="bf16", zero_stage=1))
+    (found,) = problems(half, 2)
+    assert found.startswith("train.zero_stage: 2 or 3 for bf16 with several micro-batches")
+    assert problems(half, 4) == []  # one micro-batch a step
+
+
 @pytest.mark.parametrize("name", ["..", ".", "", "a b", "/etc"])
 def test_names_that_are_no_folder(run, name):
     assert any(p.startswith("name:") for p in problems(replace(run, name=name), 1))

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import toy
@@ -103,6 +105,16 @@ def test_skipped_steps_are_told_and_counted_out(run):
         loop._judge(bad)
 
 
+def test_a_checkpoint_by_time_is_rank_0s_decision(run):
+    loop = trainer._Loop.__new__(trainer._Loop)
+    loop.saved_at, loop.sharded = time.monotonic() - 61, SimpleNamespace(rank=0)
+    for minutes, due in ((None, False), (1.0, True), (2.0, False)):
+        loop.run = replace(run, checkpoint=replace(run.checkpoint, every_minutes=minutes))
+        assert loop._due() is due
+    loop.run, loop.sharded.rank = replace(run, checkpoint=replace(run.checkpoint, every_minutes=1.0)), 1
+    assert loop._due() is False
+
+
 def test_ranks_are_read_from_the_launcher(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -118,7 +130,7 @@ def test_deepspeed_config(run):
     assert config["gradient_accumulation_steps"] == 2 and config["train_micro_batch_size_per_gpu"] == 2
     assert "bf16" not in config and config["gradient_clipping"] == 0
     three = deepspeed_config(replace(run, train=replace(run.train, precision="bf16", zero_stage=3)), 1, 1000)
-    assert three["bf16"] == {"enabled": True}
+    assert three["bf16"] == {"enabled": True} and three["data_types"] == {"grad_accum_dtype": "fp32"}
     assert three["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 

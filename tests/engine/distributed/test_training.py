@@ -16,7 +16,7 @@ from armillary.engine.checkpoint import open_archive
 from armillary.engine.export import load_encoder
 from armillary.engine.portable import export_portable
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PACKAGES = ("armillary", "toy")
 
 
@@ -73,7 +73,7 @@ def test_death_inside_a_save_loses_nothing(site, reference):
 
 
 def test_sigterm_saves_and_the_run_continues_exactly(site, reference):
-    launched = site.start("--name", "term", launcher=True, STEP_SECONDS="0.3")
+    launched = site.start("--name", "term", launcher=True, STEP_SECONDS="0.2")
     deadline = time.monotonic() + 100
     metrics = site.runs / "term" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
@@ -98,7 +98,7 @@ def test_non_finite_steps_change_nothing_and_end_the_run(site):
     # Position 18 is in step 3, on rank 1; the others are in steps 6 to 8.
     ended = site.go(
         "--name", "nan", "--checkpoint.every-steps", "1", "--checkpoint.keep", "20", "--train.max-bad-steps", "3",
-        "--train.steps", "12", "--method.dropout", "0", FAULT="nan18,40,50,60",
+        "--train.steps", "12", "--train.precision", "bf16", FAULT="nan18,40,50,60",
     )  # fmt: skip
     assert ended.code == 3, ended.output
     assert "train.max_bad_steps = 3" in ended.output and "Traceback" not in ended.output
@@ -166,11 +166,12 @@ def test_bad_input_is_said_once_and_at_once(site):
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_bf16_alone_without_a_launcher(site, stage):
+@pytest.mark.parametrize(("stage", "micro"), [(1, 8), (3, 2)])
+def test_bf16_alone_without_a_launcher(site, stage, micro):
     """Plain python, one process: bf16 weights, float32 masters, averages and buffers; resumed in place."""
     name = f"alone{stage}"
     half = ("--name", name, "--train.precision", "bf16", "--train.zero-stage", str(stage), "--telemetry.tensorboard")
+    half += ("--train.micro-batch", str(micro))
     assert site.go(*half, "--train.steps", "4", world=0).code == 0
     ended = site.go(*half, world=0)
     assert ended.code == 0 and "continuing" in ended.output, ended.output
