@@ -120,4 +120,5 @@ class _Prototypes(nn.Module):
 
     def forward(self) -> Tensor:
         """[V, dim], by PyTorch's fused weight normalisation."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+        # A norm that is not trained is a buffer, which stays float32 where the parameters are bfloat16.
+        return torch._weight_norm(self.weight_v, self.weight_g.to(self.weight_v.dtype), 0)
