@@ -33,6 +33,7 @@ $(VENV)/.extension: $(VENV)/.dependencies setup.py $(wildcard csrc/*)
 
 install: $(VENV)/.extension
 
+# One thread a rank: the smoke model's matrices are too small to share.
 # The survey is kept and reused; training starts afresh each time. An interrupted step resumes by hand with its command.
 DEMO := $(RUNS)/demo$(if $(DATA),-pictures)
 demo: install
@@ -42,7 +43,8 @@ else
 	$(BIN)/armillary data simulate --count 5000 --out $(DEMO)/survey
 endif
 	rm -rf $(DEMO)/training
-	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 recipes/dinov2_vitl.py --preset $(if $(DATA),pictures,smoke) \
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 \
+	  --master_port $$((20000 + RANDOM % 20000)) recipes/dinov2_vitl.py --preset $(if $(DATA),pictures,smoke) \
 	  --device cpu --data.path $(DEMO)/survey --out $(DEMO) --name training
 	$(BIN)/armillary evaluate $(DEMO)/training --data $(DEMO)/survey --out $(DEMO)
 

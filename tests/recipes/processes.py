@@ -35,7 +35,7 @@ def recipe(*arguments, ranks=2):
 def start(command):
     """Start a command in a session of its own, its output into one pipe."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "PATH": path}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
         command,
