@@ -196,6 +196,7 @@ class Sharded:
         self.engine, *_ = deepspeed.initialize(model=method, optimizer=self.optimizer, config=config)
         logger.setLevel(logging.WARNING)
         self._restore_buffers(buffers)
+        self._saved_buffers: dict[str, Tensor] = {}
         self.layout: Layout = build_layout(self.engine, method, self.optimizer)
         if run.train.compile:
             self.engine.compile()
@@ -211,6 +212,8 @@ class Sharded:
 
     def forward(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
         """One micro-batch."""
+        if self.engine.micro_steps % self.accumulation == 0:
+            self._saved_buffers = {name: b.clone() for name, b in self.method.named_buffers()}
         total, terms = self.engine(batch, scalars)
         return Losses(total, terms)
 
@@ -235,10 +238,18 @@ class Sharded:
         return Verdict(finite, total / self.world, dict(self.optimizer.norms), tuple(rest[: len(flags)]))
 
     def step(self) -> None:
-        """At the end of each micro-batch; after the last one the optimizer acts and the teacher follows."""
+        """At the end of each micro-batch; after the last one the optimizer acts and the teacher follows.
+
+        Where the step is skipped, what forward did to buffers is undone too: a running mean that has taken in a NaN
+        would make all later steps NaN.
+        """
         last = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
-        if last and not self.optimizer.skip:
+        if last and self.optimizer.skip:
+            with torch.no_grad():
+                for name, buffer in self.method.named_buffers():
+                    buffer.copy_(self._saved_buffers[name])
+        elif last:
             self.layout.refresh_teacher()
 
     def destroy(self) -> None:

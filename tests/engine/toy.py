@@ -86,6 +86,10 @@ class Toy(Method):
     def training_step(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
         self.teacher.eval()
         x = batch["image"].flatten(1).to(self.student.stem.weight.dtype)
+        if os.environ.get("FAULT", "").startswith("nan"):
+            bad = {int(p) for p in os.environ["FAULT"][3:].split(",")}
+            if any(int(p) in bad for p in batch["position"]):
+                x = x * float("nan")  # poisons the loss, the gradients and the running mean
         if self.frozen_input:
             x = self.projection(x)
         with torch.no_grad():
@@ -94,10 +98,6 @@ class Toy(Method):
             self.center.lerp_(t.mean(0), self.center_rate)
         cross = -(target * self.student(x).value.float().log_softmax(-1)).sum(-1).mean()
         extra = self.extra.float().square().mean()
-        if os.environ.get("FAULT", "").startswith("nan"):
-            bad = {int(p) for p in os.environ["FAULT"][3:].split(",")}
-            if any(int(p) in bad for p in batch["position"]):
-                cross = cross * float("nan")
         return Losses(cross + extra, {"cross": cross.detach(), "extra": extra.detach()})
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -232,7 +232,7 @@ def arm_fault() -> None:
 
     kill@shard,S kill@state,S kill@latest,S: SIGKILL inside the save of step S, before its shard, its state.json or
     `latest` is written. full@S: no space left in the save of step S. crash@P: an exception at position P.
-    nanP,Q,...: a NaN loss for the samples at these positions (on whatever rank has them).
+    nanP,Q,...: NaN for the samples at these positions (on whatever rank has them).
     """
     kind, _, where = os.environ.get("FAULT", "").partition("@")
     if os.environ.get("RANK", "0") != os.environ.get("FAULT_RANK", "0"):
