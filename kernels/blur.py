@@ -62,7 +62,7 @@ def blur_reference(image: Tensor, sigma: Tensor) -> Tensor:
 
 
 @triton.jit
-def _blur_kernel(  # type: ignore[no-untyped-def]
+def _blur_kernel(
     in_ptr, in_plane_ptr, out_ptr, out_plane_ptr, weight_ptr, radius_ptr, height, width, taps, step, BLOCK: tl.constexpr
 ):  # one program: BLOCK pixels of one blurred plane; along columns where step = width, along rows where step = 1
     p = tl.program_id(0)

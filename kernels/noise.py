@@ -58,7 +58,7 @@ def noise_reference(stream: NDArray[np.uint32], seed: int, channels: int, height
 
 
 @triton.jit
-def _squared_radius(word):  # type: ignore[no-untyped-def]
+def _squared_radius(word):
     """-2 log u of u = (word >> 8 + 1) / 2^24, by the exponent and a polynomial in the mantissa (Cephes logf)."""
     u = ((word >> 8).to(tl.int32) + 1).to(tl.float32) * 5.9604644775390625e-08
     shifted = u.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
@@ -80,7 +80,7 @@ def _squared_radius(word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _turn(word):  # type: ignore[no-untyped-def]
+def _turn(word):
     """Cosine and sine of 2 pi (word >> 8) / 2^24, by an exact reduction to [-pi/4, pi/4] (Cephes cosf, sinf)."""
     v = (word >> 8).to(tl.int32)
     quarter = (v + (1 << 21)) >> 22
@@ -98,7 +98,7 @@ def _turn(word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_noise_kernel(  # type: ignore[no-untyped-def]
+def _add_noise_kernel(
     image_ptr, sigma_ptr, stream_ptr, seed, channels, pixels, quads, BLOCK: tl.constexpr
 ):  # one program: BLOCK quads of one plane
     plane = tl.program_id(0).to(tl.int64)

@@ -411,7 +411,7 @@ def test_a_tar_cut_short_during_the_run(tmp_path, reader):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"split": "trian"}, "no split 'trian'; it has test .5., train .25."),
+        ({"split": "nowhere"}, "no split 'nowhere'; it has test .5., train .25."),
         ({"micro_batch": 3, "accumulation": 3, "world": 3}, "split 'train' has 25 samples, fewer than.*27.*world 3"),
         ({"micro_batch": 0}, "micro_batch: must be at least 1, got 0"),
         ({"accumulation": 0}, "accumulation: must be at least 1, got 0"),

@@ -151,8 +151,8 @@ def test_76_million_samples_start_fast_and_small():
         (lambda: plan_of().rows(0, 20, 6), r"position: must be in \[0, 25\), got 20 ... 25"),
         (lambda: plan_of().rows(0, -1, 2), r"must be in \[0, 25\), got -1"),
         (
-            lambda: Plan.of(survey_of(("train", 9), ("test", 3)), "trian"),
-            r"survey 'toy' has no split 'trian'; it has test \(3\), train \(9\)",
+            lambda: Plan.of(survey_of(("train", 9), ("test", 3)), "nowhere"),
+            r"survey 'toy' has no split 'nowhere'; it has test \(3\), train \(9\)",
         ),
         (lambda: Plan.of(survey_of(), "train"), "no split 'train'; it has none"),
     ],
