@@ -22,9 +22,9 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Armillary needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
 	@command -v c++ >/dev/null || { echo "Armillary needs a C++ compiler (Debian/Ubuntu: apt install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Cannot make a virtual environment (Debian/Ubuntu: apt install python3-venv python3-dev)"; exit 1; }
-	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel pybind11
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[sim,dev]'
-	touch $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools wheel pybind11
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[sim,dev]'
+	touch $@ $(VENV)/.extension
 
 # The extension alone is rebuilt when its sources change; this needs no network.
 $(VENV)/.extension: $(VENV)/.dependencies setup.py $(wildcard csrc/*)
