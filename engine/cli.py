@@ -30,9 +30,9 @@ COMMANDS = {
     "data check": ("armillary.engine.data.cli", "check", "verify a survey's files"),
     "data show": ("armillary.engine.data.cli", "show", "draw samples of a survey"),
     "data simulate": ("armillary.engine.data.simulate", "simulate", "make a survey of simulated galaxies"),
-    "embed": ("armillary.engine.evaluate.cli", "embed_command", "embeddings of a survey by a run's encoder"),
-    "evaluate": ("armillary.engine.evaluate.cli", "evaluate_command", "embed a survey and judge the encoder"),
-    "report": ("armillary.engine.evaluate.cli", "report_command", "the same from embeddings that exist"),
+    "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
+    "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
+    "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
     "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
 }
 """Name: (module, function, one line of help)."""
