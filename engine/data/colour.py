@@ -9,7 +9,7 @@ import numpy as np
 
 from armillary.engine.data.survey import Survey
 
-__all__ = ["lupton_rgb"]
+__all__ = ["galaxy_picture", "lupton_rgb"]
 
 BALANCE = {"g": 6.0, "r": 3.4, "i": 3.0, "z": 2.2}  # of nanomaggies; the Legacy Survey viewer's: galaxies look familiar
 LINEAR_SIGMA = 2.0  # the curve turns from linear to logarithmic at this intensity, in sky noise,
@@ -50,6 +50,21 @@ def lupton_rgb(image: np.ndarray, valid: np.ndarray | None, survey: Survey) -> n
     if valid is not None:
         out[~valid.any(0)] = MASKED
     return out
+
+
+def galaxy_picture(image: np.ndarray, valid: np.ndarray | None, survey: Survey) -> np.ndarray:
+    """Colour composite as on the sky: the first row of a flux image is its lowest, that of a display picture its top.
+
+    Args:
+        image: [C, H, W] in the survey's flux unit.
+        valid: [C, H, W] bool, False where a pixel carries no data; None where every pixel does.
+        survey: Its unit and noise.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    picture = lupton_rgb(image, valid, survey)
+    return picture if survey.unit == "count" else picture[::-1]
 
 
 def _balance(survey: Survey, band: int) -> float:

@@ -12,52 +12,15 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from armillary.engine.data import codec
+from armillary.engine.data.colour import galaxy_picture
 from armillary.engine.data.survey import Survey
 
-__all__ = ["draw_mosaic", "read_samples", "to_rgb"]
+__all__ = ["draw_mosaic", "read_samples"]
 
-SOFTENING = 8.0  # Q of Lupton et al. (2004): where the stretch turns from linear to logarithmic
-WHITE_SIGMA = 60.0  # mean intensity over the bands, in sky sigma, that becomes white
-BLACK_SIGMA = -1.0  # ... and black
-MASKED_COLOUR = (70, 0, 80)  # no astronomical image is violet
 CELL = 160  # pixels, at least; small cutouts are enlarged by whole factors
 GAP = 4
 LINE = 12  # pixels of a line of text
 WHITE, GREY, BACKGROUND = (255, 255, 255), (170, 170, 170), (18, 18, 22)
-
-
-def to_rgb(image: np.ndarray, valid: np.ndarray | None, survey: Survey) -> np.ndarray:
-    """Colours of an image for the eye.
-
-    Display images (unit "count") are shown as they are. Fluxes, in units of the sky noise of their band, get the asinh
-    stretch of Lupton et al. (2004, PASP 116, 133), which keeps colours: all channels are scaled by f(I) / I, with I the
-    mean over channels. The last band becomes red, the first blue; two bands make green of their mean, one is grey.
-
-    Args:
-        image: [C, H, W] float32 in the survey's unit.
-        valid: [C, H, W] bool or None; pixels that carry no data in any band are violet.
-        survey: Says the unit and the sky noise.
-
-    Returns:
-        [H, W, 3] uint8.
-    """
-    bands = len(image)
-    if survey.unit == "count":
-        order = [0, 1, 2] if bands >= 3 else [0] * 3
-        top = 255.0 if image.max(initial=0) <= 255 else 65535.0
-        rgb = np.clip(image[order] / top, 0, 1)
-    else:
-        x = image / np.array(survey.sky_sigma, np.float32)[:, None, None]
-        channels = [x[-1], x[bands // 2] if bands != 2 else x.mean(axis=0), x[0]]
-        rgb = np.stack(channels) - BLACK_SIGMA
-        intensity = np.maximum(rgb.mean(axis=0), 1e-6)
-        scaled = np.arcsinh(SOFTENING * intensity / WHITE_SIGMA) / math.asinh(SOFTENING)
-        rgb = np.clip(rgb, 0, None) * (scaled / intensity)
-        rgb /= np.maximum(rgb.max(axis=0), 1.0)  # a saturated core keeps its hue
-    out = (np.moveaxis(rgb, 0, -1) * 255 + 0.5).astype(np.uint8)
-    if valid is not None:
-        out[~valid.any(axis=0)] = MASKED_COLOUR
-    return out
 
 
 def read_samples(
@@ -148,9 +111,7 @@ def draw_mosaic(
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
     for i, ((image, valid), row) in enumerate(zip(images, rows.to_pylist(), strict=True)):
         x, y = GAP + i % across * cell[0], GAP + i // across * cell[1]
-        picture = Image.fromarray(
-            to_rgb(image, valid, survey)[::-1] if survey.unit != "count" else to_rgb(image, valid, survey)
-        )
+        picture = Image.fromarray(galaxy_picture(image, valid, survey))
         canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
         for k, text in enumerate(_caption(row, shown)):
             while len(text) > 4 and draw.textlength(text, font) > width:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from armillary.engine.data.colour import galaxy_picture
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.baselines import PixelPCA, View, asinh_pixels
 from armillary.engine.evaluate.collapse import assess
@@ -29,7 +30,7 @@ from armillary.engine.evaluate.evaluation import (
     judge_label,
 )
 from armillary.engine.evaluate.logbook import Logbook
-from armillary.engine.evaluate.pictures import channels_rgb, galaxy_picture
+from armillary.engine.evaluate.pictures import channels_rgb
 from armillary.engine.evaluate.report import Gallery, write_report
 from armillary.models.method import Batch, BatchKey
 

@@ -12,25 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from armillary.engine.data.colour import lupton_rgb
-from armillary.engine.data.survey import Survey
-
-__all__ = ["channels_rgb", "data_uri", "galaxy_picture", "mosaic", "picture_map"]
-
-
-def galaxy_picture(image: np.ndarray, valid: np.ndarray | None, survey: Survey) -> np.ndarray:
-    """Colour composite as on the sky: the first row of a flux image is its lowest, that of a display picture its top.
-
-    Args:
-        image: [C, H, W] in the survey's flux unit.
-        valid: [C, H, W] bool, False where a pixel carries no data; None where every pixel does.
-        survey: Its unit and noise.
-
-    Returns:
-        [H, W, 3] uint8.
-    """
-    picture = lupton_rgb(image, valid, survey)
-    return picture if survey.unit == "count" else picture[::-1]
+__all__ = ["channels_rgb", "data_uri", "mosaic", "picture_map"]
 
 
 def channels_rgb(image: np.ndarray) -> np.ndarray:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from armillary.engine.data.colour import MASKED, lupton_rgb
+from armillary.engine.data.colour import MASKED, galaxy_picture, lupton_rgb
 from armillary.engine.data.survey import Statistics, Survey
 from armillary.engine.evaluate.figures import interval_chart, line_chart, point_map, prediction_chart
 from armillary.engine.evaluate.photoz import score
-from armillary.engine.evaluate.pictures import channels_rgb, data_uri, galaxy_picture, mosaic, picture_map
+from armillary.engine.evaluate.pictures import channels_rgb, data_uri, mosaic, picture_map
 
 STATISTICS = Statistics((0.0,) * 3, (0.1,) * 3, (0.0,) * 3, ((1.0, 0, 0), (0, 1, 0), (0, 0, 1)), 1)
 SURVEY = Survey("s", ("g", "r", "z"), 8, 8, 0.262, "nanomaggy", "bitplane", (0.007, 0.013, 0.032), (), (), STATISTICS)
