@@ -51,6 +51,7 @@ class Term:
     bias: Tensor | None = None
 
 
+@torch.compiler.disable
 def prototype_loss(
     terms: Sequence[Term],
     prototypes: Tensor,
