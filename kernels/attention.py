@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 import torch.nn.functional as F
@@ -195,20 +195,20 @@ def _varlen(
 def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: Layout) -> Tensor:
     """One attention a run of equal key lengths; queries that are ragged within a run are padded there."""
     key_runs = layout.runs or _runs_of(_lengths(layout))
-    query_lengths = None if queries is layout else _lengths(queries)
+    lengths = iter(_lengths(queries))
+    wanted_by_run = [list(islice(lengths, count)) for count, _ in key_runs]
+    # split, not slices: the backward pass of a slice fills a whole tensor with zeros
+    key_tokens = [count * length for count, length in key_runs]
+    parts = zip(
+        q.split([sum(wanted) for wanted in wanted_by_run]), k.split(key_tokens), v.split(key_tokens), strict=True
+    )
     out = []
-    first_query = first_key = sequence = 0
-    for count, length in key_runs:
+    for (count, length), wanted, (q_run, k_run, v_run) in zip(key_runs, wanted_by_run, parts, strict=True):
         if not count:
             continue
-        keys = slice(first_key, first_key + count * length)
-        k_run = k[keys].unflatten(0, (count, length)).transpose(1, 2)
-        v_run = v[keys].unflatten(0, (count, length)).transpose(1, 2)
-        wanted = [length] * count if query_lengths is None else query_lengths[sequence : sequence + count]
-        queries_here = sum(wanted)
-        q_run = q[first_query : first_query + queries_here]
+        k_run, v_run = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (k_run, v_run))
         longest = max(wanted)
-        if queries_here == count * longest:
+        if sum(wanted) == count * longest:
             o = _sdpa(q_run.unflatten(0, (count, longest)).transpose(1, 2), k_run, v_run)
             out.append(o.transpose(1, 2).flatten(0, 1))
         else:
@@ -217,9 +217,6 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: Layout) -
             padded = q_run.new_zeros(count * longest, *q.shape[1:]).index_copy(0, place, q_run)
             o = _sdpa(padded.unflatten(0, (count, longest)).transpose(1, 2), k_run, v_run)
             out.append(o.transpose(1, 2).flatten(0, 1).index_select(0, place))
-        first_query += queries_here
-        first_key += count * length
-        sequence += count
     if not out:
         return torch.empty_like(q)
     return out[0] if len(out) == 1 else torch.cat(out)

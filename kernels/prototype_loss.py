@@ -51,6 +51,7 @@ class Term:
     bias: Tensor | None = None
 
 
+@torch.compiler.disable
 def prototype_loss(
     terms: Sequence[Term],
     prototypes: Tensor,
@@ -256,11 +257,12 @@ class _Work:
             return
         for c, d_f in zip(chunk, torch.mm(x, self.w).split([len(s) for s in students]), strict=True):
             self.d_students[c.term][:, c.begin : c.end] = d_f.view(-1, c.end - c.begin, d)
-        d_w = torch.mm(x.T, f)
-        if self._sum is None:
-            self._sum = d_w
+        if self._sum is not None and self._sum.dtype == f.dtype == self.wide:
+            self._sum.addmm_(x.T, f)
+        elif self._sum is None:
+            self._sum = torch.mm(x.T, f)
         else:
-            self._sum = self._sum.to(self.wide).add_(d_w)
+            self._sum = self._sum.to(self.wide).add_(torch.mm(x.T, f))
 
     def rows(self, piece: _Piece, x: Tensor, y: Tensor) -> None:
         """Losses of a piece; turns its student logits x [S, n, V] into their gradient. y [J, n, V]: teacher logits."""

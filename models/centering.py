@@ -54,6 +54,7 @@ class SoftmaxCentre(nn.Module):
         """[V] float32 bias of this step's targets; a copy, so that the update below does not reach into it."""
         return self.center / -temperature
 
+    @torch.compiler.disable
     @torch.no_grad()
     def start_update(self, features: Tensor, prototypes: Tensor) -> Callable[[], None]:
         """Begin the update with a batch's mean logit; the all-reduce runs while the step goes on.
@@ -84,6 +85,7 @@ class SoftmaxCentre(nn.Module):
         return finish
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def sinkhorn_bias(
     features: Tensor, prototypes: Tensor, temperature: float, iterations: int = 3, chunk_rows: int = 256

@@ -57,7 +57,7 @@ class CollapseMonitor:
 
     WINDOW = 1024
     ROWS = 64
-    GRACE = 500
+    GRACE = 200
 
     def __init__(self) -> None:
         self._ring: Tensor | None = None
@@ -67,6 +67,7 @@ class CollapseMonitor:
         self._steps = 0
         self._was_good: set[str] = set()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def update(self, features: Tensor, projected: Tensor, prototypes: Tensor, temperature: float) -> None:
         """Take in a step.
@@ -126,7 +127,7 @@ class CollapseMonitor:
             found.append(
                 f"teacher features are collapsing: effective rank {rank:.1f} <= {MIN_EFFECTIVE_RANK:g}; "
                 "nearest-neighbour scores do not show this. Raise koleo_weight or ibot_weight, use Sinkhorn centering, "
-                "or lower the teacher temperature"
+                "or lower the teacher temperature. (A new encoder with a small LayerScale starts so.)"
             )
         if rows >= self.WINDOW and self._bad("prototypes", in_use < bound):
             found.append(

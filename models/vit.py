@@ -15,24 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.attention import BACKENDS, Layout, attention
+from armillary.models.stochastic_depth import Runs, Subset, branch_scale, draw_subsets, fork, join
 
 __all__ = ["Tokens", "ViT", "VisionTransformer"]
 
 # Added to the number of patches before the scale factor of the position embedding is formed. DINOv2 was trained so,
 # and its released weights expect it: the result differs from an interpolation to the exact size.
 POSITION_OFFSET = 0.1
-
-Runs = tuple[tuple[int, int], ...]  # (N, L) of each group
 
 
 @dataclass(frozen=True)
@@ -134,16 +131,7 @@ class Tokens(NamedTuple):
     patches: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class _Subset:
-    """The samples that run one residual branch: `rows[g]` [n] int64 of group g; the branch is scaled by `scales[g]`."""
-
-    runs: Runs
-    rows: tuple[Tensor, ...]
-    scales: tuple[float, ...]
-
-
-_Drop = tuple[_Subset, _Subset]  # of a block's attention and of its MLP
+_Drop = tuple[Subset, Subset]  # of a block's attention and of its MLP
 
 
 @dataclass(frozen=True)
@@ -220,16 +208,19 @@ class VisionTransformer(nn.Module):
                 `mask` has the wrong shape.
         """
         x, runs = self._embed(crops, mask)
-        drops = self._draw_drops(runs, x.device)
+        layout, drops = self._plan(runs, x.device)
         *blocks, last = zip(self.blocks, drops, strict=True)
         for block, drop in blocks:
-            x = self._run(block, x, runs, drop)
+            x = self._run(block, x, layout, drop)
         if select is None:
-            x = self.norm(self._run(last[0], x, runs, last[1]))
-            groups = [g.unflatten(0, (n, length)) for g, (n, length) in zip(_split(x, runs), runs, strict=True)]
+            x = self.norm(self._run(last[0], x, layout, last[1]))
+            groups = [
+                g.unflatten(0, (n, length))
+                for g, (n, length) in zip(x.split([n * length for n, length in runs]), runs, strict=True)
+            ]
             skip = 1 + self.config.registers
             return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
-        y = self.norm(self._run(last[0], x, runs, last[1], self._selected(runs, select)))
+        y = self.norm(self._run(last[0], x, layout, last[1], self._selected(runs, select)))
         n_cls = sum(n for n, _ in runs)
         return Tokens(y[:n_cls].split([n for n, _ in runs]), (y[n_cls:],))
 
@@ -281,24 +272,16 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
         return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
-    def _draw_drops(self, runs: Runs, device: torch.device) -> list[_Drop | None]:
-        """Which samples run each block's two branches; None where all do.
-
-        All subsets are drawn at once on the CPU (torch's global generator): their sizes are known to the host, and one
-        copy moves them instead of two kernels a branch and group.
-        """
-        depth = self.config.depth
+    @torch.compiler.disable
+    def _plan(self, runs: Runs, device: torch.device) -> tuple[Layout, list[_Drop | None]]:
+        """Layout of the packed tokens, and which samples run each block's two branches (None where all do)."""
+        layout, depth = Layout.from_runs(runs, device), self.config.depth
         if not self.training or self.config.drop_path == 0:
-            return [None] * depth
-        # int() of a float product, as DINOv2 has it: 90 samples at 0.3 keep 62.
-        kept = [max(int(n * (1 - self.config.drop_path)), 1) for n, _ in runs]
-        draws = [torch.rand(2 * depth, n).argsort(dim=1)[:, :k] for (n, _), k in zip(runs, kept, strict=True)]
-        rows = [draw.to(device, non_blocking=True).unbind(0) for draw in draws]
-        small = tuple((k, length) for k, (_, length) in zip(kept, runs, strict=True))
-        scales = tuple(n / k for (n, _), k in zip(runs, kept, strict=True))
-        subsets = [_Subset(small, tuple(group[i] for group in rows), scales) for i in range(2 * depth)]
-        return [(subsets[2 * i], subsets[2 * i + 1]) for i in range(depth)]
+            return layout, [None] * depth
+        subsets = draw_subsets(runs, self.config.drop_path, 2 * depth, device)
+        return layout, list(zip(subsets[::2], subsets[1::2], strict=True))
 
+    @torch.compiler.disable
     def _selected(self, runs: Runs, select: Tensor) -> _Selected:
         """Indices of the last block's tokens, made on the device without waiting for it."""
         device = select.device
@@ -420,109 +403,30 @@ class _Block(nn.Module):
         self.mlp = _MLP(config.dim, config.hidden)
         self.ls2 = _LayerScale(config.dim, config.layer_scale)
 
-    def forward(self, x: Tensor, runs: Runs, drop: _Drop | None, selected: _Selected | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, drop: _Drop | None, selected: _Selected | None = None) -> Tensor:
         """[P, D] to [P, D], or to the selected tokens [Q, D]."""
         if selected is not None:
-            return self._selected(x, runs, drop, selected)
+            return self._selected(x, layout, drop, selected)
         if drop is None:
-            x = x + self.attn(self.norm1(x), Layout.from_runs(runs, x.device), self.ls1())
+            x = x + self.attn(self.norm1(x), layout, self.ls1())
             return x + self.mlp(self.norm2(x), self.ls2())
         for_attention, for_mlp = drop
-        x, y = _Fork.apply(x, runs, for_attention, False)
-        y = self.attn(self.norm1(y), Layout.from_runs(for_attention.runs, x.device), self.ls1())
-        x, y = _Fork.apply(_Add.apply(x, y, runs, for_attention), runs, for_mlp, True)
-        return _Add.apply(x, self.mlp(self.norm2(y), self.ls2()), runs, for_mlp)
+        x, y = fork(x, layout, for_attention, own=False)
+        y = self.attn(self.norm1(y), for_attention.layout, self.ls1())
+        x, y = fork(join(x, y, layout, for_attention), layout, for_mlp, own=True)
+        return join(x, self.mlp(self.norm2(y), self.ls2()), layout, for_mlp)
 
-    def _selected(self, x: Tensor, runs: Runs, drop: _Drop | None, selected: _Selected) -> Tensor:
+    def _selected(self, x: Tensor, layout: Layout, drop: _Drop | None, selected: _Selected) -> Tensor:
         """Stochastic depth multiplies the selected tokens by 0 or the branch's scale.
 
         Only the device knows how many tokens a subset of the samples has, and they are few.
         """
         order = selected.order
-        y = self.attn(self.norm1(x), Layout.from_runs(runs, x.device), self.ls1(), selected).index_select(0, order)
+        y = self.attn(self.norm1(x), layout, self.ls1(), selected).index_select(0, order)
         x = x.index_select(0, selected.tokens).index_select(0, order)
         if drop is None:
             x = x + y
             return x + self.mlp(self.norm2(x), self.ls2())
         samples = selected.samples.index_select(0, order)
-        x = x + y * _branch_scale(drop[0], runs, x).index_select(0, samples)
-        return x + self.mlp(self.norm2(x), self.ls2()) * _branch_scale(drop[1], runs, x).index_select(0, samples)
-
-
-def _branch_scale(subset: _Subset, runs: Runs, like: Tensor) -> Tensor:
-    """[crops, 1]: the scale of a residual branch for each crop, 0 where it is dropped."""
-    scales = [
-        like.new_zeros(n, 1).index_fill(0, rows, scale)
-        for (n, _), rows, scale in zip(runs, subset.rows, subset.scales, strict=True)
-    ]
-    return torch.cat(scales)
-
-
-def _split(x: Tensor, runs: Runs) -> tuple[Tensor, ...]:
-    return x.split([n * length for n, length in runs])
-
-
-def _groups(x: Tensor, runs: Runs) -> list[Tensor]:
-    """Views [N, L*D] of a packed [P, D], one a group."""
-    ends = [0]
-    for n, length in runs:
-        ends.append(ends[-1] + n * length)
-    return [x[a:b].view(n, -1) for (a, b), (n, _) in zip(pairwise(ends), runs, strict=True)]
-
-
-def _take(x: Tensor, runs: Runs, subset: _Subset) -> Tensor:
-    out = x.new_empty(sum(n * length for n, length in subset.runs), x.shape[1])
-    for source, target, rows in zip(_groups(x, runs), _groups(out, subset.runs), subset.rows, strict=True):
-        torch.index_select(source, 0, rows, out=target)
-    return out
-
-
-class _Fork(torch.autograd.Function):
-    """The tokens to add a residual branch to, and packed tokens of the samples that run it.
-
-    Split, select, concatenate and index-add as single operators would pass over the tokens twice as often.
-
-    `own`: x belongs to the caller alone, so it is handed on; else it is copied, because `_Add` writes into it. The
-    gradient of the tokens that are handed on is written into: `_Add.backward` returns it, and nobody else holds it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, runs: Runs, subset: _Subset, own: bool) -> tuple[Tensor, Tensor]:
-        ctx.runs, ctx.subset = runs, subset
-        branch = _take(x, runs, subset)
-        if own:
-            ctx.mark_dirty(x)
-            return x, branch
-        return x.clone(), branch
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, branch: Tensor) -> tuple[Tensor, None, None, None]:
-        _add(grad, branch, ctx.runs, ctx.subset, (1.0,) * len(ctx.runs))
-        return grad, None, None, None
-
-
-class _Add(torch.autograd.Function):
-    """Adds a branch's output for a subset of the samples, scaled, in place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, runs: Runs, subset: _Subset) -> Tensor:
-        ctx.runs, ctx.subset = runs, subset
-        ctx.mark_dirty(x)
-        return _add(x, y, runs, subset, subset.scales)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad = grad.contiguous()
-        out = _take(grad, ctx.runs, ctx.subset)
-        for part, scale in zip(_groups(out, ctx.subset.runs), ctx.subset.scales, strict=True):
-            part.mul_(scale)
-        return grad, out, None, None
-
-
-def _add(x: Tensor, y: Tensor, runs: Runs, subset: _Subset, scales: tuple[float, ...]) -> Tensor:
-    parts = zip(_groups(x, runs), _groups(y.contiguous(), subset.runs), subset.rows, scales, strict=True)
-    for target, source, rows, scale in parts:
-        target.index_add_(0, rows, source, alpha=scale)
-    return x
+        x = x + y * branch_scale(drop[0], layout, x).index_select(0, samples)
+        return x + self.mlp(self.norm2(x), self.ls2()) * branch_scale(drop[1], layout, x).index_select(0, samples)
