@@ -186,7 +186,7 @@ def main() -> None:
         append_rows(args.csv, [row])
         parts = ", ".join(f"{phase} {row[f'{phase}_ms']:.1f}" for phase in PHASES)
         print(
-            f"{args.model} {precision}: {row['ms_per_image']:.0f} ms an image ({min(totals):.0f} to {max(totals):.0f})"
+            f"{args.model} {precision}: {row['ms_per_image']:.0f} ms an image (20-80 %: {fifths[0]:.0f} to {fifths[3]:.0f})"
         )
         print(f"  {parts}")
 
