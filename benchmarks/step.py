@@ -185,9 +185,8 @@ def main() -> None:
             row[f"{phase}_ms"] = 1e3 * statistics.median(s.get(phase, 0.0) for s in steps) / args.batch
         append_rows(args.csv, [row])
         parts = ", ".join(f"{phase} {row[f'{phase}_ms']:.1f}" for phase in PHASES)
-        print(
-            f"{args.model} {precision}: {row['ms_per_image']:.0f} ms an image (20-80 %: {fifths[0]:.0f} to {fifths[3]:.0f})"
-        )
+        spread = f"(20-80 %: {fifths[0]:.0f} to {fifths[3]:.0f})"
+        print(f"{args.model} {precision}: {row['ms_per_image']:.0f} ms an image {spread}")
         print(f"  {parts}")
 
 
