@@ -5,8 +5,8 @@
 
 The setting is 2 x 144 + 8 x 60 pixel crops, 65,536 prototypes, drop path 0.3, random images. bf16 means what DeepSpeed
 does: parameters, activations and gradients in bf16, fp32 master weights and moments, a teacher averaged in fp32. No
-ZeRO, no loader: this is the arithmetic of one rank. Percentiles are over steps after the warm-up, masks differ from step
-to step.
+ZeRO, no loader: this is the arithmetic of one rank. Medians and percentiles are over steps after the warm-up; masks
+differ from step to step. Other work on the same cores shows in them, so repeat, and compare within a run.
 """
 
 from __future__ import annotations
@@ -179,15 +179,14 @@ def main() -> None:
         }
         totals = [1e3 * sum(s.values()) / args.batch for s in steps]
         row["ms_per_image"] = statistics.median(totals)
-        row["ms_per_image_min"] = min(totals)
-        row["ms_per_image_max"] = max(totals)
+        fifths = statistics.quantiles(totals, n=5, method="inclusive") if len(totals) > 1 else totals * 4
+        row["ms_per_image_p20"], row["ms_per_image_p80"] = fifths[0], fifths[3]
         for phase in PHASES:
             row[f"{phase}_ms"] = 1e3 * statistics.median(s.get(phase, 0.0) for s in steps) / args.batch
         append_rows(args.csv, [row])
         parts = ", ".join(f"{phase} {row[f'{phase}_ms']:.1f}" for phase in PHASES)
-        print(
-            f"{args.model} {precision}: {row['ms_per_image']:.0f} ms an image ({min(totals):.0f} to {max(totals):.0f})"
-        )
+        spread = f"(20-80 %: {fifths[0]:.0f} to {fifths[3]:.0f})"
+        print(f"{args.model} {precision}: {row['ms_per_image']:.0f} ms an image {spread}")
         print(f"  {parts}")
 
 
