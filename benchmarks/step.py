@@ -94,7 +94,8 @@ class Training:
         crops = {"global_crops": (INPUTS.n_global, 144), "local_crops": (INPUTS.n_local, 60)}
         batch = Batch(position=torch.arange(self.batch))
         for name, (n, side) in crops.items():
-            batch[name] = torch.randn(n * self.batch, 3, side, side, generator=g).to(self.device)  # type: ignore[literal-required]
+            crop = torch.randn(n * self.batch, 3, side, side, generator=g)
+            batch[name] = crop.to(self.device)  # type: ignore[literal-required]
         return batch
 
     def step(self) -> dict[str, float]:

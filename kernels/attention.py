@@ -9,7 +9,7 @@ float16 inputs.
 
 Backends (`backend=`):
     flash_attn  flash_attn_varlen_func of flash-attn 2, or of flash-attn 4 (`flash_attn.cute`). CUDA, bf16 or fp16.
-    torch       Nothing to install. CUDA with bf16 or fp16 and ragged sequences: torch.nn.attention.varlen. Otherwise one
+    torch       Nothing to install. CUDA, bf16 or fp16, ragged sequences: torch.nn.attention.varlen. Otherwise one
                 scaled_dot_product_attention a run of equal lengths (queries padded within the run if ragged). On a CPU
                 two batched products and a softmax, while the scores are small: for sequences of 26 and 145 tokens the
                 fused kernel took 1.3 times as long in fp32, and in bf16 2 times forward and 6 times backward.

@@ -231,7 +231,7 @@ class _Work:
         return torch.zeros_like(self.w) if self._sum is None else self._sum.to(self.w.dtype)
 
     def buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """[rows, V] of uninitialised memory, kept for the next chunk: fresh pages cost a CPU more than the arithmetic."""
+        """[rows, V] of uninitialised memory, kept for the next chunk: on a CPU fresh pages cost more than arithmetic."""
         kept = self._buffers.get(name)
         if kept is None or len(kept) < rows:
             kept = self._buffers[name] = self.w.new_empty(rows, len(self.w), dtype=dtype)

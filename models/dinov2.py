@@ -326,7 +326,7 @@ class DINOv2Method(Method):
         return tuple(tuple(float(s != t) for t in range(g)) for s in range(g)) + ((1.0,) * g,) * n_local
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Groups as in the released code: layer-wise decay, no decay of biases, norms and gains, clipping a submodule."""
+        """Groups as in the released code: layer-wise decay, none of biases, norms and gains, clipping a submodule."""
         groups: dict[tuple[float, float, str, bool], ParameterGroup] = {}
         for name, parameter in self.student.named_parameters():
             if not parameter.requires_grad:

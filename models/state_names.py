@@ -5,7 +5,7 @@
     blocks.I.*               public backbones (block_chunks 0), and this program
     blocks.C.I.*             training files with block chunks: I is the global index, C = I // (depth / chunks)
     {"teacher": {...}}       training files wrap the teacher
-    backbone.*, module.*     prefixes of training files and of parallel wrappers; heads (dino_head.*, ibot_head.*) beside
+    backbone.*, module.*     prefixes of training files and of parallel wrappers; with heads (dino_head.*, ibot_head.*)
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def from_public(state: Mapping[str, Any], expected_shapes: Mapping[str, Sequence
 
     Args:
         state: Backbone state dict, or a training file's content.
-        expected_shapes: Name to shape of the target's state dict, `{k: v.shape for k, v in module.state_dict().items()}`.
+        expected_shapes: Name to shape of the target's state dict,
+            `{k: v.shape for k, v in module.state_dict().items()}`.
 
     Returns:
         State dict for `load_state_dict(strict=True)`.

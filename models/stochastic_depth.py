@@ -1,7 +1,7 @@
 """Stochastic depth that leaves out the work: a residual branch runs on a random subset of the samples only.
 
-For each branch and crop group, int(N (1 - rate)) of the N samples, at least one, run the branch; its output is scaled by
-N over their number, so the expectation is that of the whole branch. Tokens are packed (`armillary.kernels.attention`).
+For each branch and crop group, int(N (1 - rate)) of the N samples, at least one, run the branch; its output is scaled
+by N over their number, so the expectation is that of the whole branch. Tokens are packed (`armillary.kernels.attention`).
 
 Shape legend: N samples of one group, L tokens of a sample, n samples of a subset, P packed tokens of all groups,
 D width.

@@ -353,7 +353,9 @@ class _LayerScale(nn.Module):
 
 
 class _QKV(nn.Linear):
-    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [P, D]; with `tokens` [Q], queries of those rows only."""
         d = self.in_features
         if tokens is None:

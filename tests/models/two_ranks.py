@@ -19,7 +19,7 @@ dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], ran
 
 
 def run_on_two_ranks(function, folder, timeout=300):
-    """Run `function(rank)`, which must import what it uses, on two ranks; fail with their output unless both succeed."""
+    """Run `function(rank)`, which imports what it uses, on two ranks; fail with their output unless both succeed."""
     source = PREAMBLE + textwrap.dedent(inspect.getsource(function)) + f"\n{function.__name__}(rank)\n"
     source += "dist.barrier()\ndist.destroy_process_group()\n"
     ranks = []
