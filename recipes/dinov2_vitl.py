@@ -127,7 +127,7 @@ SMOKE = Run(
 PICTURES = replace(
     SMOKE,
     name="dinov2_pictures",
-    method=replace(SMOKE.method, vit=replace(SMOKE.method.vit, image_size=96, patch_size=12), readout="mean"),
+    method=replace(SMOKE.method, vit=replace(SMOKE.method.vit, image_size=96, patch_size=12)),
     views=MultiCrop(global_size=96, placement="centre", jitter_px=3, quarter_turns=True, stretch=ZScore()),
     data=replace(SMOKE.data, path=Path("runs/demo-pictures/survey")),
 )
