@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,6 @@ from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, 
 from armillary.models.vit import VisionTransformer, ViT
 
 __all__ = ["DINOv2", "DINOv2Method"]
-
-
-class DINOv2Batch(Batch, total=False):
-    """What `DINOv2Method.prepare` adds beside `mask`."""
-
-    mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
 
 
 @dataclass(frozen=True)
@@ -207,7 +201,7 @@ class DINOv2Method(Method):
             ratio_range=self.config.mask_ratio,
             kind=self.config.masking,
         )
-        prepared = cast(DINOv2Batch, dict(batch))
+        prepared = batch.copy()
         prepared["mask"] = mask
         prepared["mask_index"] = mask.flatten().nonzero().squeeze(1)
         return prepared
@@ -259,7 +253,7 @@ class DINOv2Method(Method):
         if "mask" not in batch:
             raise ValueError("mask: missing from the batch; `prepare` adds it")
         mask = batch["mask"]
-        index = cast(DINOv2Batch, batch).get("mask_index")
+        index = batch.get("mask_index")
         return mask, mask.flatten().nonzero().squeeze(1) if index is None else index
 
     def _center(self, teacher: _Projected, temperature: float) -> tuple[list[Tensor], list[Callable[[], None]]]:

@@ -33,6 +33,7 @@ class Batch(TypedDict, total=False):
     local_crops: Tensor  # [L*B, C, s, s] float32, model input; crop-major; absent where L = 0
 
     mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
+    mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
 
 
 @dataclass(frozen=True)
