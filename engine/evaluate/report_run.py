@@ -27,7 +27,7 @@ def training(logbook: Logbook) -> str:
             limits = {f"half of {total:.0f}": total / 2}
         elif name == "effective_rank":
             limits = {"collapse": 5.0}
-        if name != "prototypes":
+        if name not in ("prototypes", "window_rows"):  # constants, not measures
             charts[_words(name)] = figures.line_chart({name: values}, limits=limits)
     for name in ("learning_rate", "weight_decay", "ema_momentum", "teacher_temperature"):
         if name in series:
