@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from armillary.kernels.attention import BACKENDS, Layout, attention
-from armillary.models.stochastic_depth import Runs, Subset, branch_scale, draw_subsets, fork, join
+from armillary.kernels.attention import BACKENDS, Layout
+from armillary.models.patch_embed import PatchEmbed
+from armillary.models.stochastic_depth import Runs, draw_subsets
+from armillary.models.vit_block import Block, Drop, Selected
 
 __all__ = ["Tokens", "ViT", "VisionTransformer"]
 
@@ -131,26 +133,6 @@ class Tokens(NamedTuple):
     patches: tuple[Tensor, ...]
 
 
-_Drop = tuple[Subset, Subset]  # of a block's attention and of its MLP
-
-
-@dataclass(frozen=True)
-class _Selected:
-    """The Q tokens that the last block computes: all class tokens and the selected patches.
-
-    Attributes:
-        tokens: [Q] their place in [P], crop by crop, the class token first.
-        order: [Q] sorts them into all class tokens, then the selected patches.
-        samples: [Q] crop of each of `tokens`, counted over all groups.
-        queries: Layout of `tokens`.
-    """
-
-    tokens: Tensor
-    order: Tensor
-    samples: Tensor
-    queries: Layout
-
-
 class VisionTransformer(nn.Module):
     """Pre-norm transformer encoder; its state dict has DINOv2's public names (without block chunks).
 
@@ -174,8 +156,10 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, config.registers, dim)) if config.registers else None
         self.mask_token = nn.Parameter(torch.empty(1, dim))
-        self.patch_embed = _PatchEmbed(config.channels, config.patch_size, dim)
-        self.blocks = nn.ModuleList(_Block(config, backend) for _ in range(config.depth))
+        self.patch_embed = PatchEmbed(config.channels, config.patch_size, dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, config.heads, config.hidden, config.layer_scale, backend) for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.reset_parameters()
 
@@ -273,7 +257,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
     @torch.compiler.disable
-    def _plan(self, runs: Runs, device: torch.device) -> tuple[Layout, list[_Drop | None]]:
+    def _plan(self, runs: Runs, device: torch.device) -> tuple[Layout, list[Drop | None]]:
         """Layout of the packed tokens, and which samples run each block's two branches (None where all do)."""
         layout, depth = Layout.from_runs(runs, device), self.config.depth
         if not self.training or self.config.drop_path == 0:
@@ -282,7 +266,7 @@ class VisionTransformer(nn.Module):
         return layout, list(zip(subsets[::2], subsets[1::2], strict=True))
 
     @torch.compiler.disable
-    def _selected(self, runs: Runs, select: Tensor) -> _Selected:
+    def _selected(self, runs: Runs, select: Tensor) -> Selected:
         """Indices of the last block's tokens, made on the device without waiting for it."""
         device = select.device
         length = runs[0][1]
@@ -303,132 +287,4 @@ class VisionTransformer(nn.Module):
         samples = torch.empty_like(order)
         samples[cls_place] = torch.arange(n, device=device)
         samples[patch_place] = crop
-        return _Selected(tokens, order, samples, Layout.from_lengths(per_crop + 1, length))
-
-
-class _PatchEmbed(nn.Module):
-    """Projection of patches. The weight is stored as the convolution it stands for, and applied as one product."""
-
-    def __init__(self, channels: int, patch: int, dim: int) -> None:
-        super().__init__()
-        self.patch = patch
-        self.proj = _PatchProjection(channels, dim, kernel_size=patch, stride=patch)
-
-    def patchify(self, image: Tensor) -> Tensor:
-        """[N, C, H, W] to [N*h*w, C*p*p], in the parameters' dtype."""
-        p = self.patch
-        x = image.to(self.proj.weight.dtype)
-        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # N C h p w p
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[n, C*p*p] to [n, D]."""
-        return self.proj(pixels)
-
-
-class _PatchProjection(nn.Conv2d):
-    def forward(self, pixels: Tensor) -> Tensor:
-        return F.linear(pixels, self.weight.flatten(1), self.bias)
-
-
-class _GainLinear(nn.Linear):
-    """A linear layer whose outputs are multiplied by a LayerScale gain.
-
-    The gain multiplies the weight's rows instead of the outputs: a pass over the weight replaces one over all tokens,
-    and two in the backward pass.
-    """
-
-    def forward(self, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, gain[:, None] * self.weight, gain * self.bias)
-
-
-class _LayerScale(nn.Module):
-    def __init__(self, dim: int, value: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
-
-    def forward(self) -> Tensor:
-        # A copy: ZeRO-3 takes the parameter away again when this returns.
-        return self.gamma.clone()
-
-
-class _QKV(nn.Linear):
-    def forward(  # type: ignore[override]
-        self, x: Tensor, tokens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [P, D]; with `tokens` [Q], queries of those rows only."""
-        d = self.in_features
-        if tokens is None:
-            q, k, v = F.linear(x, self.weight, self.bias).split(d, dim=1)
-            return q, k, v
-        k, v = F.linear(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
-        return F.linear(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
-
-
-class _Attention(nn.Module):
-    def __init__(self, dim: int, heads: int, backend: str) -> None:
-        super().__init__()
-        self.heads = heads
-        self.backend = backend
-        self.qkv = _QKV(dim, 3 * dim)
-        self.proj = _GainLinear(dim, dim)
-
-    def forward(self, x: Tensor, layout: Layout, gain: Tensor, selected: _Selected | None = None) -> Tensor:
-        tokens, queries = (None, None) if selected is None else (selected.tokens, selected.queries)
-        q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.qkv(x, tokens))
-        return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
-
-
-class _MLP(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = _GainLinear(hidden, dim)
-
-    def forward(self, x: Tensor, gain: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)), gain)
-
-
-class _Block(nn.Module):
-    """Attention and MLP with their norms and gains.
-
-    Every parameter is read in the `forward` of the module that owns it, called as a module: ZeRO-3 gathers parameters
-    for that time only.
-    """
-
-    def __init__(self, config: ViT, backend: str) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.attn = _Attention(config.dim, config.heads, backend)
-        self.ls1 = _LayerScale(config.dim, config.layer_scale)
-        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.mlp = _MLP(config.dim, config.hidden)
-        self.ls2 = _LayerScale(config.dim, config.layer_scale)
-
-    def forward(self, x: Tensor, layout: Layout, drop: _Drop | None, selected: _Selected | None = None) -> Tensor:
-        """[P, D] to [P, D], or to the selected tokens [Q, D]."""
-        if selected is not None:
-            return self._selected(x, layout, drop, selected)
-        if drop is None:
-            x = x + self.attn(self.norm1(x), layout, self.ls1())
-            return x + self.mlp(self.norm2(x), self.ls2())
-        for_attention, for_mlp = drop
-        x, y = fork(x, layout, for_attention, own=False)
-        y = self.attn(self.norm1(y), for_attention.layout, self.ls1())
-        x, y = fork(join(x, y, layout, for_attention), layout, for_mlp, own=True)
-        return join(x, self.mlp(self.norm2(y), self.ls2()), layout, for_mlp)
-
-    def _selected(self, x: Tensor, layout: Layout, drop: _Drop | None, selected: _Selected) -> Tensor:
-        """Stochastic depth multiplies the selected tokens by 0 or the branch's scale.
-
-        Only the device knows how many tokens a subset of the samples has, and they are few.
-        """
-        order = selected.order
-        y = self.attn(self.norm1(x), layout, self.ls1(), selected).index_select(0, order)
-        x = x.index_select(0, selected.tokens).index_select(0, order)
-        if drop is None:
-            x = x + y
-            return x + self.mlp(self.norm2(x), self.ls2())
-        samples = selected.samples.index_select(0, order)
-        x = x + y * branch_scale(drop[0], layout, x).index_select(0, samples)
-        return x + self.mlp(self.norm2(x), self.ls2()) * branch_scale(drop[1], layout, x).index_select(0, samples)
+        return Selected(tokens, order, samples, Layout.from_lengths(per_crop + 1, length))

@@ -1,0 +1,126 @@
+"""What every kernel shares: the choice between PyTorch and Triton, launch settings by GPU, and refusals of bad input.
+
+`impl` is the same word everywhere, from a recipe down to a kernel:
+
+    reference   plain PyTorch: runs anywhere, in any float dtype, and is the oracle of the tests
+    triton      the Triton kernels: a CUDA device, or a CPU under Triton's interpreter (TRITON_INTERPRET=1, for tests)
+    auto        triton on a CUDA device, reference elsewhere and for float64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal
+
+import torch
+import triton
+from torch import Tensor
+
+__all__ = ["IMPLS", "Impl", "Launch", "check_tensor", "refuse", "settings", "use_triton"]
+
+Impl = Literal["auto", "reference", "triton"]
+IMPLS: tuple[str, ...] = ("auto", "reference", "triton")
+
+INTERPRETER = 0  # the key of a launch table for Triton's interpreter: small blocks, so that small inputs have borders
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One row of a launch table.
+
+    Attributes:
+        blocks: Compile-time sizes, by the name of the kernel's argument.
+        num_warps: Warps a program.
+        num_stages: Stages of software pipelining.
+        source: Where the setting comes from: device, command and date of a measurement, or "not measured" and what was
+            read from the compiler instead.
+    """
+
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    source: str = "not measured"
+
+
+def use_triton(operation: str, impl: str, x: Tensor) -> bool:
+    """Whether an operation on `x` takes the Triton path.
+
+    Args:
+        operation: Name for the error.
+        impl: "auto", "reference" or "triton".
+        x: The operation's main input.
+
+    Raises:
+        ValueError: `impl` is none of the three, or "triton" is asked for where it cannot run.
+    """
+    if impl not in IMPLS:
+        refuse(operation, "impl", f"must be one of {', '.join(IMPLS)}", repr(impl))
+    if impl != "triton":
+        return impl == "auto" and x.is_cuda and x.dtype in FLOATS
+    if x.dtype not in FLOATS:
+        refuse(operation, "impl", f'must be "reference" or "auto" for {x.dtype}, which has no kernel', repr(impl))
+    if not x.is_cuda and not triton.knobs.runtime.interpret:
+        refuse(operation, "impl", f'must be "reference" or "auto" for a tensor on {x.device}', repr(impl))
+    return True
+
+
+def settings(table: Mapping[int, Launch], x: Tensor) -> Launch:
+    """The row of a launch table for a tensor's device.
+
+    Args:
+        table: Rows by compute capability (80 for 8.0), and by `INTERPRETER`.
+        x: A tensor on the device; not on a GPU, the interpreter's row is meant.
+
+    Returns:
+        The row of the highest capability that the device has; the lowest row for an older device.
+    """
+    if not x.is_cuda:
+        return table[INTERPRETER]
+    capability = _capability(x.device.index or 0)
+    known = sorted(key for key in table if key != INTERPRETER)
+    return table[max((key for key in known if key <= capability), default=known[0])]
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def refuse(operation: str, argument: str, rule: str, got: object) -> None:
+    """Raise ValueError as `operation: argument rule, got value`."""
+    raise ValueError(f"{operation}: {argument} {rule}, got {got}")
+
+
+def check_tensor(
+    operation: str,
+    argument: str,
+    x: Tensor,
+    shape: Sequence[int | str],
+    *,
+    like: Tensor | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> None:
+    """Raise ValueError unless a tensor is what a kernel can take: contiguous and of the right shape, dtype and device.
+
+    Args:
+        operation: Name for the error.
+        argument: Name for the error.
+        x: The tensor.
+        shape: Its shape; a string stands for a dimension of any size and is shown in the error.
+        like: A tensor whose device it must share.
+        dtypes: Allowed dtypes; any where absent.
+    """
+    if not isinstance(x, Tensor):
+        refuse(operation, argument, "must be a tensor", type(x).__name__)
+    if x.dim() != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, x.shape, strict=True)):
+        refuse(operation, argument, f"must have shape [{', '.join(map(str, shape))}]", list(x.shape))
+    if dtypes is not None and x.dtype not in dtypes:
+        refuse(operation, argument, f"must be {' or '.join(map(str, dtypes))}", x.dtype)
+    if like is not None and x.device != like.device:
+        refuse(operation, argument, f"must be on {like.device}", x.device)
+    if not x.is_contiguous():
+        refuse(operation, argument, "must be contiguous", f"strides {x.stride()} for shape {list(x.shape)}")

@@ -1,0 +1,146 @@
+"""One block of the vision transformer: attention and MLP over packed tokens, with the work left out that is not used.
+
+Every parameter is read in the `forward` of the module that owns it, called as a module: ZeRO-3 gathers parameters for
+that time only.
+
+Shape legend: P packed tokens of all crops, Q selected tokens, D width, N samples of a group, L tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armillary.kernels.attention import Layout, attention
+from armillary.models.stochastic_depth import Subset, branch_scale, fork, join
+
+__all__ = ["Block", "Drop", "Selected"]
+
+Drop = tuple[Subset, Subset]  # of a block's attention and of its MLP
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The Q tokens that the last block computes: all class tokens and the selected patches.
+
+    Attributes:
+        tokens: [Q] their place in [P], crop by crop, the class token first.
+        order: [Q] sorts them into all class tokens, then the selected patches.
+        samples: [Q] crop of each of `tokens`, counted over all groups.
+        queries: Layout of `tokens`.
+    """
+
+    tokens: Tensor
+    order: Tensor
+    samples: Tensor
+    queries: Layout
+
+
+class _GainLinear(nn.Linear):
+    """A linear layer whose outputs are multiplied by a LayerScale gain.
+
+    The gain multiplies the weight's rows instead of the outputs: a pass over the weight replaces one over all tokens,
+    and two in the backward pass.
+    """
+
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, gain[:, None] * self.weight, gain * self.bias)
+
+
+class _LayerScale(nn.Module):
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
+
+    def forward(self) -> Tensor:
+        # A copy: ZeRO-3 takes the parameter away again when this returns.
+        return self.gamma.clone()
+
+
+class _QKV(nn.Linear):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [P, D]; with `tokens` [Q], queries of those rows only."""
+        d = self.in_features
+        if tokens is None:
+            q, k, v = F.linear(x, self.weight, self.bias).split(d, dim=1)
+            return q, k, v
+        k, v = F.linear(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
+        return F.linear(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, heads: int, backend: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = backend
+        self.qkv = _QKV(dim, 3 * dim)
+        self.proj = _GainLinear(dim, dim)
+
+    def forward(self, x: Tensor, layout: Layout, gain: Tensor, selected: Selected | None = None) -> Tensor:
+        tokens, queries = (None, None) if selected is None else (selected.tokens, selected.queries)
+        q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.qkv(x, tokens))
+        return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
+
+
+class _MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = _GainLinear(hidden, dim)
+
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)), gain)
+
+
+class Block(nn.Module):
+    """Attention and MLP with their norms and gains.
+
+    Args:
+        dim: Width D.
+        heads: Attention heads.
+        hidden: Hidden width of the MLP.
+        layer_scale: Initial gain of both residual branches.
+        backend: Attention backend, see `armillary.kernels.attention`.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int, layer_scale: float, backend: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = _Attention(dim, heads, backend)
+        self.ls1 = _LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = _MLP(dim, hidden)
+        self.ls2 = _LayerScale(dim, layer_scale)
+
+    def forward(self, x: Tensor, layout: Layout, drop: Drop | None, selected: Selected | None = None) -> Tensor:
+        """[P, D] to [P, D], or to the selected tokens [Q, D]."""
+        if selected is not None:
+            return self._selected(x, layout, drop, selected)
+        if drop is None:
+            x = x + self.attn(self.norm1(x), layout, self.ls1())
+            return x + self.mlp(self.norm2(x), self.ls2())
+        for_attention, for_mlp = drop
+        x, y = fork(x, layout, for_attention, own=False)
+        y = self.attn(self.norm1(y), for_attention.layout, self.ls1())
+        x, y = fork(join(x, y, layout, for_attention), layout, for_mlp, own=True)
+        return join(x, self.mlp(self.norm2(y), self.ls2()), layout, for_mlp)
+
+    def _selected(self, x: Tensor, layout: Layout, drop: Drop | None, selected: Selected) -> Tensor:
+        """Stochastic depth multiplies the selected tokens by 0 or the branch's scale.
+
+        Only the device knows how many tokens a subset of the samples has, and they are few.
+        """
+        order = selected.order
+        y = self.attn(self.norm1(x), layout, self.ls1(), selected).index_select(0, order)
+        x = x.index_select(0, selected.tokens).index_select(0, order)
+        if drop is None:
+            x = x + y
+            return x + self.mlp(self.norm2(x), self.ls2())
+        samples = selected.samples.index_select(0, order)
+        x = x + y * branch_scale(drop[0], layout, x).index_select(0, samples)
+        return x + self.mlp(self.norm2(x), self.ls2()) * branch_scale(drop[1], layout, x).index_select(0, samples)
