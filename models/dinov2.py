@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from armillary.kernels.attention import BACKENDS
+from armillary.kernels.launch import IMPLS, Impl
 from armillary.kernels.prototype_loss import Term, prototype_loss
 from armillary.models.centering import SoftmaxCentre, sinkhorn_bias
 from armillary.models.collapse import CollapseMonitor
@@ -54,6 +55,7 @@ class DINOv2(MethodConfig):
         layer_decay: Learning-rate factor from a block to the one below it.
         patch_embed_lr: Further factor of the patch projection.
         attention: Backend, see `armillary.kernels.attention`.
+        impl: Implementation of the encoder's and the loss's kernels, see `armillary.kernels.launch`.
         checkpoint_activations: Recompute the student's blocks in the backward pass.
         readout: What `encode` returns first: "cls" or "mean" (of the patch tokens).
     """
@@ -75,6 +77,7 @@ class DINOv2(MethodConfig):
     layer_decay: float = 0.9
     patch_embed_lr: float = 0.2
     attention: Literal["auto", "flash_attn", "torch", "dense"] = "auto"
+    impl: Impl = "auto"
     checkpoint_activations: bool = False
     readout: Literal["cls", "mean"] = "cls"
 
@@ -88,6 +91,7 @@ class DINOv2(MethodConfig):
             ("centering", ("softmax", "sinkhorn")),
             ("masking", ("block", "random")),
             ("attention", BACKENDS),
+            ("impl", IMPLS),
             ("readout", ("cls", "mean")),
         ):
             if getattr(self, name) not in choices:
@@ -146,7 +150,7 @@ class _Network(nn.Module):
     def __init__(self, config: DINOv2, drop_path: float) -> None:
         super().__init__()
         vit = replace(config.vit, drop_path=drop_path)
-        self.backbone = VisionTransformer(vit, config.attention, config.checkpoint_activations)
+        self.backbone = VisionTransformer(vit, config.attention, config.checkpoint_activations, config.impl)
         self.dino_head = DINOHead(config.head, vit.dim)
         self.ibot_head = DINOHead(config.ibot_head, vit.dim) if config.separate_head else None
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armillary.kernels.launch import Impl
+
 __all__ = ["PatchEmbed"]
 
 
 class PatchEmbed(nn.Module):
     """Projection of patches. The weight is stored as the convolution it stands for, and applied as one product."""
 
-    def __init__(self, channels: int, patch: int, dim: int) -> None:
+    def __init__(self, channels: int, patch: int, dim: int, impl: Impl) -> None:
         super().__init__()
+        self.impl = impl
         self.patch = patch
         self.proj = _PatchProjection(channels, dim, kernel_size=patch, stride=patch)
 

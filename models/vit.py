@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.attention import BACKENDS, Layout
+from armillary.kernels.launch import IMPLS, Impl
 from armillary.models.patch_embed import PatchEmbed
 from armillary.models.stochastic_depth import Runs, draw_subsets
 from armillary.models.vit_block import Block, Drop, Selected
@@ -49,6 +50,7 @@ class ViT:
         registers: Register tokens R.
         layer_scale: Initial gain of every residual branch.
         drop_path: Fraction of the samples that skip a residual branch in training (the student's).
+        gelu: Form of the MLP's GELU: "erf" (exact, as DINOv2) or "tanh" (cheaper on a GPU, within 5e-4 of it).
     """
 
     channels: int = 3
@@ -61,6 +63,7 @@ class ViT:
     registers: int = 0
     layer_scale: float = 1e-5
     drop_path: float = 0.3
+    gelu: Literal["erf", "tanh"] = "erf"
 
     @property
     def hidden(self) -> int:
@@ -86,6 +89,8 @@ class ViT:
             found.append(f"registers: must be at least 0, got {self.registers}")
         if not 0 <= self.drop_path < 1:
             found.append(f"drop_path: must be in [0, 1), got {self.drop_path}")
+        if self.gelu not in ("erf", "tanh"):
+            found.append(f'gelu: must be "erf" or "tanh", got {self.gelu!r}')
         return found
 
     def patches(self, side: int) -> int:
@@ -140,13 +145,18 @@ class VisionTransformer(nn.Module):
         config: Shape.
         backend: Attention backend, see `armillary.kernels.attention`.
         checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+        impl: Implementation of embedding, norms and MLPs, see `armillary.kernels.launch`.
     """
 
-    def __init__(self, config: ViT, backend: str = "auto", checkpoint_activations: bool = False) -> None:
+    def __init__(
+        self, config: ViT, backend: str = "auto", checkpoint_activations: bool = False, impl: Impl = "auto"
+    ) -> None:
         super().__init__()
         problems = config.problems()
         if backend not in BACKENDS:
             problems.append(f"backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if impl not in IMPLS:
+            problems.append(f"impl: must be one of {', '.join(IMPLS)}, got {impl!r}")
         if problems:
             raise ValueError("ViT: " + "; ".join(problems))
         self.config = config
@@ -156,9 +166,10 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, config.registers, dim)) if config.registers else None
         self.mask_token = nn.Parameter(torch.empty(1, dim))
-        self.patch_embed = PatchEmbed(config.channels, config.patch_size, dim)
+        self.patch_embed = PatchEmbed(config.channels, config.patch_size, dim, impl)
         self.blocks = nn.ModuleList(
-            Block(dim, config.heads, config.hidden, config.layer_scale, backend) for _ in range(config.depth)
+            Block(dim, config.heads, config.hidden, config.layer_scale, backend, config.gelu, impl)
+            for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.reset_parameters()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armillary.kernels.attention import Layout, attention
+from armillary.kernels.launch import Impl
 from armillary.models.stochastic_depth import Subset, branch_scale, fork, join
 
 __all__ = ["Block", "Drop", "Selected"]
@@ -88,13 +89,15 @@ class _Attention(nn.Module):
 
 
 class _MLP(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, gelu: str, impl: Impl) -> None:
         super().__init__()
+        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.impl = impl
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = _GainLinear(hidden, dim)
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)), gain)
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate), gain)
 
 
 class Block(nn.Module):
@@ -106,15 +109,19 @@ class Block(nn.Module):
         hidden: Hidden width of the MLP.
         layer_scale: Initial gain of both residual branches.
         backend: Attention backend, see `armillary.kernels.attention`.
+        gelu: Form of the MLP's GELU, "erf" or "tanh".
+        impl: Implementation of norms and MLP, see `armillary.kernels.launch`.
     """
 
-    def __init__(self, dim: int, heads: int, hidden: int, layer_scale: float, backend: str) -> None:
+    def __init__(
+        self, dim: int, heads: int, hidden: int, layer_scale: float, backend: str, gelu: str, impl: Impl
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = _Attention(dim, heads, backend)
         self.ls1 = _LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = _MLP(dim, hidden)
+        self.mlp = _MLP(dim, hidden, gelu, impl)
         self.ls2 = _LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, layout: Layout, drop: Drop | None, selected: Selected | None = None) -> Tensor:
