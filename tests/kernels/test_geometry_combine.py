@@ -266,7 +266,7 @@ def test_bad_input_is_refused(change, message):
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_compiles_without_spilling(kernel, dim):
     signature = {"u_ptr": "*bf16", "logit_ptr": "*fp32", "kappa_ptr": "*fp32", "c_ptr": "*fp32", "bias_ptr": "*fp32"}
-    signature |= {"plane": "i32", "clip": "fp32"}
+    signature |= {"clip": "fp32", "rows": "i32"}
     constants = {"D": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "EXPERT": -1, "MOEBIUS": True}
     if kernel == "forward":
         name, table = "_combine_fwd_kernel", LAUNCH_FORWARD
@@ -274,14 +274,13 @@ def test_compiles_without_spilling(kernel, dim):
     else:
         name, table = "_combine_bwd_kernel", LAUNCH_BACKWARD
         signature |= {"dy_ptr": "*bf16", "du_ptr": "*bf16", "dlogit_ptr": "*fp32", "du_sum_ptr": "*fp32"}
-        signature |= {"db_ptr": "*fp32", "scalar_ptr": "*fp32", "rows": "i32"}
+        signature |= {"db_ptr": "*fp32", "scalar_ptr": "*fp32"}
         constants |= {"COLUMN_SUMS": True}
     assert len({warps(table[sm], dim) for sm in ARCHITECTURES}) == 1  # one compilation serves all three
     used = resources(
         f"armillary.kernels.geometry_combine:{name}",
         signature,
         constants,
-        divisible=("plane",),
         num_warps=warps(table[90], dim),
     )
     for sm in ARCHITECTURES:
