@@ -206,13 +206,13 @@ def _residual_norm_bwd_kernel(
         tl.store(to + tl.num_programs(0).to(tl.int64) * width, d_bias, mask=real)
 
 
-# ELEMENTS: of a row, for each warp. WARPS: of the backward kernel in all, 32 for each multiprocessor of the largest
+# ELEMENTS: of a row, for each warp. WARPS: of the backward kernel in all, 24 for each multiprocessor of the largest
 # such device; each of its programs writes a partial sum.
 LAUNCH = {
     INTERPRETER: Launch({"ELEMENTS": 256, "WARPS": 12}),
-    80: Launch({"ELEMENTS": 256, "WARPS": 108 * 32}),
-    90: Launch({"ELEMENTS": 256, "WARPS": 132 * 32}),
-    100: Launch({"ELEMENTS": 256, "WARPS": 148 * 32}),
+    80: Launch({"ELEMENTS": 256, "WARPS": 108 * 24}),
+    90: Launch({"ELEMENTS": 256, "WARPS": 132 * 24}),
+    100: Launch({"ELEMENTS": 256, "WARPS": 148 * 24}),
 }
 
 
