@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from armillary.models.residual_stream import settle
 from armillary.models.vit import VisionTransformer, ViT
 
 TINY = ViT(channels=3, image_size=24, patch_size=4, dim=32, depth=3, heads=2, layer_scale=0.5, drop_path=0.0)
@@ -21,6 +22,13 @@ def build(config=TINY, seed=0, **kwargs):
 
 def crops(*shapes, channels=3):
     return [torch.randn(n, channels, *((side, side) if isinstance(side, int) else side)).double() for n, side in shapes]
+
+
+class WithoutNorm(torch.nn.Module):
+    """The final norm left out."""
+
+    def forward(self, stream):
+        return None, settle(stream, "reference").x
 
 
 def plain(model, image, mask=None):
@@ -143,7 +151,7 @@ def test_drop_path_keeps_the_expectation(select):
     """
     config = replace(TINY, depth=1, drop_path=0.5)
     model = build(config).train()
-    model.norm = torch.nn.Identity()
+    model.norm = WithoutNorm()
     with torch.no_grad():
         model.blocks[0].ls1.gamma.zero_()
     groups = crops((2, 24), (5, 12))
@@ -158,7 +166,7 @@ def test_drop_path_keeps_the_expectation(select):
 def test_drop_path_subset_sizes_and_scale(n, rate, kept):
     """int(n (1 - p)) of the floats, at least one: 90 at 0.3 keep 62. Sample and scale are told from the outputs."""
     model = build(replace(TINY, depth=1, drop_path=rate)).train()
-    model.norm = torch.nn.Identity()
+    model.norm = WithoutNorm()
     with torch.no_grad():
         model.blocks[0].ls1.gamma.zero_()
     image = crops((n, 4))
@@ -265,3 +273,23 @@ def test_bad_inputs():
         value = {"depth": 0, "registers": -1, "drop_path": 1.0, "mlp_ratio": 0.0}[change]
         with pytest.raises(ValueError, match=text):
             VisionTransformer(replace(TINY, **{change: value}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("select", [None, torch.tensor([0, 3, 5])], ids=["all tokens", "selected"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_kernels_equal_the_reference(drop_path, select, checkpointing, device, poison_empty):
+    """Forward and every gradient, with the same draws of stochastic depth; two groups of crops and registers."""
+    config = replace(TINY, depth=2, image_size=8, drop_path=drop_path, registers=1)
+    groups = [crop.float().to(device) for crop in crops((2, 8), (4, 4))]
+    select = None if select is None else select.to(device)
+    results = []
+    for impl in ("triton", "reference"):
+        model = build(config, impl=impl, checkpoint_activations=checkpointing).float().to(device)
+        torch.manual_seed(1)
+        tokens = model(groups, select=select)
+        weights = [torch.linspace(-1, 1, x.numel(), device=device).view_as(x) for x in (*tokens.cls, *tokens.patches)]
+        value = sum((w * x).sum() for w, x in zip(weights, (*tokens.cls, *tokens.patches), strict=True))
+        results.append([*tokens.cls, *tokens.patches, *gradients(model, value)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(1.0, b.abs().max().item()))
