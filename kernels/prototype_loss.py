@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armillary.kernels.launch import Impl
+from armillary.kernels.prototype_rows import Scratch, prototype_rows_
+
 __all__ = ["Term", "prototype_loss", "prototype_loss_reference"]
 
 CHUNK_ROWS = 512  # rows of logits at a time: enough for the matrix products, 64 MiB in bf16 at 65,536 prototypes
-TILE_BYTES = 2 << 20  # float32 bytes of a row-wise tile on a CPU, about a second-level cache
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def prototype_loss(
     student_temperature: float,
     teacher_temperature: float,
     chunk_rows: int = CHUNK_ROWS,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, list[Tensor]]:
     """Weighted sum of the cross-entropies of all terms.
 
@@ -70,6 +73,7 @@ def prototype_loss(
         student_temperature: T_s > 0.
         teacher_temperature: T_t > 0.
         chunk_rows: Rows of logits in memory at a time.
+        impl: Of the row-wise arithmetic, see `armillary.kernels.launch`.
 
     Returns:
         total: Scalar Σ weight * loss over all terms, float32 (float64 for float64 inputs); differentiable in the
@@ -87,6 +91,7 @@ def prototype_loss(
         1 / student_temperature,
         1 / teacher_temperature,
         chunk_rows,
+        impl,
         *(term.student for term in terms),
     )
     return total, losses
@@ -154,10 +159,11 @@ class _PrototypeLoss(torch.autograd.Function):
         student_scale: float,
         teacher_scale: float,
         chunk_rows: int,
+        impl: Impl,
         *students: Tensor,
     ) -> tuple[Tensor, ...]:
-        work = _Work(prototypes, teacher_prototypes, terms, student_scale, teacher_scale)
-        work.with_gradients = any(ctx.needs_input_grad)
+        with_gradients = any(ctx.needs_input_grad)
+        work = _Work(prototypes, teacher_prototypes, terms, student_scale, teacher_scale, impl, with_gradients)
         for chunk in _chunks(terms, chunk_rows):
             work.run(chunk)
         ctx.gradients = (work.d_prototypes, work.d_students) if work.with_gradients else None
@@ -176,7 +182,7 @@ class _PrototypeLoss(torch.autograd.Function):
         if grad.device.type != "cpu" or grad.item() != 1:
             d_prototypes = d_prototypes * grad.to(d_prototypes.dtype)
             d_students = [d * grad.to(d.dtype) for d in d_students]
-        return d_prototypes, None, None, None, None, None, *d_students
+        return d_prototypes, *(None,) * 6, *d_students
 
 
 @dataclass(frozen=True)
@@ -214,28 +220,29 @@ class _Work:
     """Buffers and results of one forward pass."""
 
     def __init__(
-        self, prototypes: Tensor, teacher_prototypes: Tensor, terms: tuple[Term, ...], s_scale: float, t_scale: float
+        self,
+        prototypes: Tensor,
+        teacher_prototypes: Tensor,
+        terms: tuple[Term, ...],
+        s_scale: float,
+        t_scale: float,
+        impl: Impl,
+        with_gradients: bool,
     ) -> None:
         self.w, self.w_teacher, self.terms = prototypes, teacher_prototypes, terms
         self.s_scale, self.t_scale = s_scale, t_scale
+        self.impl, self.with_gradients = impl, with_gradients
         self.wide = torch.promote_types(prototypes.dtype, torch.float32)
         self.losses = [prototypes.new_zeros(t.student.shape[:2], dtype=self.wide) for t in terms]
         self.weights = [t.weight.to(self.wide).expand(t.student.shape[:2]) for t in terms]
         self.d_students = [torch.zeros_like(t.student, memory_format=torch.contiguous_format) for t in terms]
+        self.biases = [None if t.bias is None else t.bias.to(self.wide).contiguous() for t in terms]
+        self.scratch = Scratch(len(prototypes), prototypes.device)
         self._sum: Tensor | None = None
-        self._buffers: dict[str, Tensor] = {}
-        self.with_gradients = True
 
     @property
     def d_prototypes(self) -> Tensor:
         return torch.zeros_like(self.w) if self._sum is None else self._sum.to(self.w.dtype)
-
-    def buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """[rows, V] of uninitialised memory, kept for the next chunk: on a CPU fresh pages cost more than arithmetic."""
-        kept = self._buffers.get(name)
-        if kept is None or len(kept) < rows:
-            kept = self._buffers[name] = self.w.new_empty(rows, len(self.w), dtype=dtype)
-        return kept[:rows]
 
     def run(self, chunk: list[_Piece]) -> None:
         """Losses and gradients of one chunk."""
@@ -243,16 +250,26 @@ class _Work:
         students = [terms[c.term].student[:, c.begin : c.end].reshape(-1, d) for c in chunk]
         teachers = [terms[c.term].teacher[:, c.begin : c.end].reshape(-1, d) for c in chunk]
         f, t = torch.cat(students), torch.cat(teachers)
-        x = self.buffer("student", len(f), f.dtype)
-        y = self.buffer("teacher", len(t), t.dtype)
+        x = self.scratch("student", len(f), f.dtype)
+        y = self.scratch("teacher", len(t), t.dtype)
         # beta=0 ignores what the buffer holds; alpha scales before the rounding to the model's dtype.
         torch.addmm(x, f, self.w.T, beta=0, alpha=self.s_scale, out=x)
         torch.addmm(y, t, self.w_teacher.T, beta=0, alpha=self.t_scale, out=y)
         for c, x_c, y_c in zip(
             chunk, x.split([len(s) for s in students]), y.split([len(s) for s in teachers]), strict=True
         ):
-            n = c.end - c.begin
-            self.rows(c, x_c.view(-1, n, len(self.w)), y_c.view(-1, n, len(self.w)))
+            n, here = c.end - c.begin, slice(c.begin, c.end)
+            self.losses[c.term][:, here] = prototype_rows_(
+                x_c.view(-1, n, len(self.w)),
+                y_c.view(-1, n, len(self.w)),
+                terms[c.term].pairs,
+                self.biases[c.term],
+                self.weights[c.term][:, here],
+                scale=self.s_scale,
+                gradient=self.with_gradients,
+                scratch=self.scratch,
+                impl=self.impl,
+            )
         if not self.with_gradients:
             return
         for c, d_f in zip(chunk, torch.mm(x, self.w).split([len(s) for s in students]), strict=True):
@@ -263,44 +280,3 @@ class _Work:
             self._sum = torch.mm(x.T, f)
         else:
             self._sum = self._sum.to(self.wide).add_(torch.mm(x.T, f))
-
-    def rows(self, piece: _Piece, x: Tensor, y: Tensor) -> None:
-        """Losses of a piece; turns its student logits x [S, n, V] into their gradient. y [J, n, V]: teacher logits."""
-        term, loss, weight = self.terms[piece.term], self.losses[piece.term], self.weights[piece.term]
-        n, v = x.shape[1:]
-        tile = n if x.is_cuda else max(1, TILE_BYTES // (4 * v * max(1, len(y))))
-        for begin in range(0, n, tile):
-            here = slice(begin, min(begin + tile, n))
-            rows = slice(piece.begin + here.start, piece.begin + here.stop)
-            size = here.stop - here.start
-            targets = []
-            for j, logits in enumerate(y[:, here]):
-                p = self.buffer(f"target {j}", size, self.wide)
-                if term.bias is None:
-                    torch.softmax(logits, -1, dtype=self.wide, out=p)
-                else:
-                    biased = torch.add(logits, term.bias, out=self.buffer("biased", size, self.wide))
-                    torch.softmax(biased, -1, out=p)
-                targets.append(p)
-            mixed: dict[tuple[float, ...], Tensor] = {}
-            log_p = self.buffer("log p", size, self.wide)
-            for s, factors in enumerate(term.pairs):
-                if factors not in mixed:
-                    mixed[factors] = self.mix(factors, targets, len(mixed))
-                q = mixed[factors]
-                torch.log_softmax(x[s, here], -1, dtype=self.wide, out=log_p)
-                loss[s, rows] = -torch.linalg.vecdot(q, log_p)
-                if self.with_gradients:
-                    scale = (weight[s, rows] * self.s_scale)[:, None]
-                    p = log_p.exp_().mul_(scale * sum(factors))
-                    torch.addcmul(p, q, scale, value=-1, out=x[s, here])
-
-    def mix(self, factors: tuple[float, ...], targets: list[Tensor], index: int) -> Tensor:
-        """Σ_j factors[j] targets[j]; a target itself where it is the only one, with factor 1."""
-        used = [(f, p) for f, p in zip(factors, targets, strict=True) if f]
-        if len(used) == 1 and used[0][0] == 1:
-            return used[0][1]
-        out = self.buffer(f"mixed {index}", len(targets[0]), self.wide).zero_()
-        for f, p in used:
-            out.add_(p, alpha=f)
-        return out

@@ -20,6 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from armillary.kernels.launch import Impl, use_triton
+from armillary.kernels.logsumexp import column_logsumexp_, row_logsumexp
+
 __all__ = ["SoftmaxCentre", "sinkhorn_bias"]
 
 BLOCK = 8192  # prototypes at a time
@@ -88,7 +91,13 @@ class SoftmaxCentre(nn.Module):
 @torch.compiler.disable
 @torch.no_grad()
 def sinkhorn_bias(
-    features: Tensor, prototypes: Tensor, temperature: float, iterations: int = 3, chunk_rows: int = 256
+    features: Tensor,
+    prototypes: Tensor,
+    temperature: float,
+    iterations: int = 3,
+    chunk_rows: int = 256,
+    *,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Bias of Sinkhorn-Knopp targets: the logarithm of the column scaling after some iterations.
 
@@ -101,6 +110,7 @@ def sinkhorn_bias(
         temperature: T > 0.
         iterations: At least 1; DINOv2 takes 3.
         chunk_rows: Rows of logits in memory at a time.
+        impl: Of the sums over logits, see `armillary.kernels.launch`.
 
     Returns:
         [V] float32 (float64 for float64 inputs), up to a constant, which the softmax of the targets removes.
@@ -112,13 +122,18 @@ def sinkhorn_bias(
             if len(chunk):
                 yield (chunk @ prototypes.T).to(wide).div_(temperature)
 
+    fused = use_triton("sinkhorn_bias", impl, features)
     # First column sums: rows are not normalised yet, so they need a maximum of their own to stay in range.
     high = features.new_full((len(prototypes),), -torch.inf, dtype=wide)
     total = torch.zeros_like(high)
-    for chunk in logits():
-        new = torch.maximum(high, chunk.amax(0))
-        total = total * (high - new).exp() + (chunk - new).exp_().sum(0)
-        high = new
+    if fused:
+        high = _column_sums(features, prototypes, temperature, chunk_rows, None)
+        total = torch.where(high == -torch.inf, 0.0, 1.0)
+    else:
+        for chunk in logits():
+            new = torch.maximum(high, chunk.amax(0))
+            total = total * (high - new).exp() + (chunk - new).exp_().sum(0)
+            high = new
     if _distributed():
         everywhere = high.clone()
         dist.all_reduce(everywhere, dist.ReduceOp.MAX)
@@ -127,13 +142,33 @@ def sinkhorn_bias(
         high = everywhere
     bias = torch.where(total > 0, -(high + total.log()), 0.0)  # without rows on any rank: 0
     for _ in range(iterations - 1):
-        total = torch.zeros_like(bias)
-        for chunk in logits():
-            total += (chunk + bias).softmax(-1).sum(0)
+        if fused:
+            total = (bias + _column_sums(features, prototypes, temperature, chunk_rows, bias)).exp()
+        else:
+            total = torch.zeros_like(bias)
+            for chunk in logits():
+                total += (chunk + bias).softmax(-1).sum(0)
         if _distributed():
             dist.all_reduce(total)
         bias = bias - total.clamp(min=torch.finfo(wide).tiny).log()
     return bias
+
+
+def _column_sums(
+    features: Tensor, prototypes: Tensor, temperature: float, chunk_rows: int, bias: Tensor | None
+) -> Tensor:
+    """[V] float32: log of the columns' sums of exp(logits); with a bias, of softmax(logits + bias) / exp(bias).
+
+    No float32 logits: a chunk is read as the product gave it, twice with a bias.
+    """
+    sums = features.new_full((len(prototypes),), -torch.inf, dtype=torch.float32)
+    buffer = features.new_empty(min(chunk_rows, len(features)), len(prototypes))
+    for chunk in features.split(chunk_rows) if len(features) else ():
+        logits = buffer[: len(chunk)]
+        torch.addmm(logits, chunk, prototypes.T, beta=0, alpha=1 / temperature, out=logits)
+        offset = None if bias is None else row_logsumexp(logits, bias, impl="triton")
+        column_logsumexp_(sums, logits, offset, impl="triton")
+    return sums
 
 
 def _distributed() -> bool:

@@ -267,7 +267,9 @@ class DINOv2Method(Method):
         if self._uses_masks:
             pairs.append((teacher.patches, teacher.patch_prototypes))
         if config.centering == "sinkhorn":
-            return [sinkhorn_bias(f, w, temperature, config.sinkhorn_iterations) for f, w in pairs], []
+            return [
+                sinkhorn_bias(f, w, temperature, config.sinkhorn_iterations, impl=config.impl) for f, w in pairs
+            ], []
         centres = [self.dino_center, self.ibot_center][: len(pairs)]
         biases = [centre.bias(temperature) for centre in centres]
         return biases, [centre.start_update(f, w) for centre, (f, w) in zip(centres, pairs, strict=True)]
@@ -304,6 +306,7 @@ class DINOv2Method(Method):
                 *call[0][1:],
                 student_temperature=config.student_temperature,
                 teacher_temperature=temperature,
+                impl=config.impl,
             )
             total = total + part
             rows += losses

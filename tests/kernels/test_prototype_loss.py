@@ -52,7 +52,7 @@ def test_equals_the_reference(chunk_rows, device):
 
 
 def test_several_tiles(monkeypatch, poison_empty):
-    monkeypatch.setattr("armillary.kernels.prototype_loss.TILE_BYTES", 4 * 13 * 2 * 2)
+    monkeypatch.setattr("armillary.kernels.prototype_rows.TILE_BYTES", 4 * 13 * 2 * 2)
     case = Case(n=7, m=11)
     total, _ = case(prototype_loss)
     expected, _ = case(prototype_loss_reference)
