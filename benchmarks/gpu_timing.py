@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["Limits", "Measurement", "Passes", "device_limits", "measure"]
 
 WARMUP = 3
-REPEATS = (10, 100)  # least and most
+REPEATS = (5, 100)  # least and most
 AHEAD_CYCLES = 2_000_000  # about a millisecond
 MIB = 2.0**20
 
@@ -70,7 +70,7 @@ def measure(passes: Passes, device: torch.device, seconds: float = 0.4) -> Measu
     """Time the passes of a computation.
 
     Args:
-        passes: What to time; called until warm, then for about `seconds`, 10 to 100 times.
+        passes: What to time; called until warm, then for about `seconds`, 5 to 100 times.
         device: A CUDA device.
         seconds: Time to spend on repeats.
     """

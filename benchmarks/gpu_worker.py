@@ -131,7 +131,11 @@ def case_rows(case: Case, device: torch.device, smoke: bool, rows: list[Row]) ->
         "backward_gflop": case.flop[1] / 1e9,
         "output_gb": case.output_bytes / 1e9,
     }
-    ways = {"triton": problem.ours, "eager": problem.reference, **problem.others}
+    ways = {
+        "triton": problem.ours,
+        **({"eager": problem.reference} if problem.time_reference else {}),
+        **problem.others,
+    }
     if case.compiled:
         ways["compiled"] = _compiled(problem.reference, device)
     for variant, way in ways.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "Outputs", "Problem", "Way", "gaussian"]
+__all__ = ["Case", "Outputs", "Problem", "Way", "dtype_of", "gaussian"]
 
 Outputs = Tensor | tuple[Tensor, ...]
 Way = Callable[..., Outputs]
@@ -24,6 +24,7 @@ class Problem:
         reference: The same in PyTorch: timed eagerly, timed compiled, and run on float64 inputs as the oracle.
         wrt: Inputs with a gradient; with none, only the forward pass is timed.
         in_place: The ways write into their inputs (and return them).
+        time_reference: False where the reference is a loop over samples that nobody would train with.
         others: Further ways to be timed, by the name of the row.
     """
 
@@ -32,6 +33,7 @@ class Problem:
     reference: Way
     wrt: tuple[str, ...] = ()
     in_place: bool = False
+    time_reference: bool = True
     others: dict[str, Way] = field(default_factory=dict)
 
 
@@ -64,6 +66,11 @@ class Case:
     def name(self) -> str:
         """Operation and shape."""
         return f"{self.operation}: {self.shape}"
+
+
+def dtype_of(tiny: bool) -> torch.dtype:
+    """bf16, or float32 where the interpreter computes, whose bf16 products are wrong."""
+    return torch.float32 if tiny else torch.bfloat16
 
 
 def gaussian(*shape: int, scale: float = 1.0, dtype: torch.dtype, device: torch.device) -> Tensor:
