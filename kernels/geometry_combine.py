@@ -5,7 +5,7 @@ r"""The output side of a mixture of geometry experts: three tangent vectors and 
 
 exp_0 is the exponential map of the Poincare ball of curvature -c. It saturates: tanh(5) is 1 in bfloat16, and a row out
 there gets no radial gradient at all. So u_H is first cut to sqrt(c) |u_H| <= clip, and f_H stays at tanh(clip) of the way
-to the boundary. A spherical row shorter than 1e-12 has no direction: it gives 0 and no gradient.
+to the boundary. A spherical row shorter than 1e-15 has no direction: it gives 0 and no gradient.
 
 Shapes: u [3, M, D] (E, S, H), logits [M, 3] float32, kappa and c [] float32, b [D], y [M, D]. With `expert` set, u is
 [1, M, D], that expert's alone, and y = g_k F_k: what a router that sends a token to one expert needs.
@@ -36,41 +36,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.curvature import exp_coefficients, sech_squared
+from armillary.kernels.curvature import exp_coefficients, exp_scale_reference, sech_squared
 from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
+from armillary.kernels.radial_map import NO_DIRECTION
+from armillary.kernels.rows import MAX_WIDTH, scalar, wide
 
 __all__ = ["CLIP", "EXPERTS", "geometry_combine", "geometry_combine_reference"]
 
 EXPERTS = ("euclidean", "spherical", "hyperbolic")
 CLIP = 2.3
-"""Default of `clip`: tanh(2.3) = 0.98, near enough to the boundary and inside it in any dtype (arXiv:2107.11472)."""
-MIN_CLIP = 0.5
-MAX_DIM = 8192  # a row stays in the registers of one program
-
-# tanh(a) / a in powers of a^2; for a^2 < 0.06 the last term is below float64's resolution
-_TANH_SERIES = (
-    1.0,
-    -1 / 3,
-    2 / 15,
-    -17 / 315,
-    62 / 2835,
-    -1382 / 155925,
-    21844 / 6081075,
-    -929569 / 638512875,
-    6404582 / 10854718875,
-)
+"""Default of `clip`: tanh(2.3) = 0.98, near the boundary and inside it in any dtype (arXiv:2107.11472)."""
 
 
-def _exp_scale(r2: Tensor, c: Tensor, clip: float) -> Tensor:
-    """t of the clipped exponential map, from r^2; its derivative is accurate at 0 too."""
-    a2 = c * r2
-    small = a2 < 0.06
-    inner = torch.where(small, a2, 0.0)
-    series = torch.zeros_like(inner)
-    for coefficient in reversed(_TANH_SERIES):
-        series = series * inner + coefficient
-    a = torch.where(small, 1.0, a2).sqrt()
-    return torch.where(small, series, a.clamp(max=clip).tanh() / a)
+def _exp_scale(a2: Tensor, clip: float) -> Tensor:
+    """t of the clipped exponential map from a^2, differentiable everywhere but at the clip."""
+    if clip == math.inf:
+        return exp_scale_reference(a2)
+    beyond = a2 > clip * clip
+    t = exp_scale_reference(torch.where(beyond, clip * clip, a2))
+    return torch.where(beyond, t * clip * torch.where(beyond, a2, 1.0).rsqrt(), t)
 
 
 def geometry_combine_reference(
@@ -84,21 +68,19 @@ def geometry_combine_reference(
     clip: float = CLIP,
 ) -> Tensor:
     """The same in plain PyTorch, any float dtype: the oracle of the tests and the CPU path."""
-    wide = torch.promote_types(u.dtype, torch.float32)
-    gates = logits.to(wide).softmax(-1)
-    kappa, c = kappa.to(wide), c.to(wide)
-    y = torch.zeros((), dtype=wide, device=u.device)
-    for plane, k in zip(u.to(wide), range(3) if expert is None else (expert,), strict=True):
+    gates = logits.softmax(-1)
+    y = torch.zeros((), dtype=wide(u), device=u.device)
+    for plane, k in zip(u.to(wide(u)), range(3) if expert is None else (expert,), strict=True):
         r2 = (plane * plane).sum(-1, keepdim=True)
         if k == 0:
             f = plane
         elif k == 1:
-            long = r2 > 1e-24
+            long = r2 > NO_DIRECTION
             f = kappa * torch.where(long, plane, 0.0) * torch.where(long, r2, 1.0).rsqrt()
         else:
-            f = _exp_scale(r2, c, clip) * plane
+            f = _exp_scale(c * r2, clip) * plane
             if moebius_bias is not None:
-                b = moebius_bias.to(wide)
+                b = moebius_bias.to(wide(u))
                 d, n, m = (f * b).sum(-1, keepdim=True), (f * f).sum(-1, keepdim=True), (b * b).sum()
                 f = ((1 + 2 * c * d + c * m) * f + (1 - c * n) * b) / (1 + 2 * c * d + c * c * n * m)
         y = y + gates[:, k : k + 1] * f
@@ -118,7 +100,7 @@ def _softmax_of_three(logit_ptr):
 
 @triton.jit
 def _inverse_norm(r2):
-    return tl.where(r2 > 1e-24, tl.rsqrt(tl.maximum(r2, 1e-24)), 0.0)
+    return tl.where(r2 > 1e-30, tl.rsqrt(tl.maximum(r2, 1e-30)), 0.0)
 
 
 @triton.jit
@@ -128,7 +110,7 @@ def _clipped_exp(r2, c, clip):
     inner = tl.minimum(a2, clip * clip)
     t, q = exp_coefficients(inner, 1.0)
     beyond = a2 > clip * clip
-    t = tl.where(beyond, t * clip * tl.rsqrt(tl.maximum(a2, 1e-24)), t)
+    t = tl.where(beyond, t * clip * tl.rsqrt(tl.maximum(a2, 1e-30)), t)
     return t, tl.where(beyond, -t, q), sech_squared(inner, 1.0)
 
 
@@ -248,7 +230,7 @@ def _combine_bwd_kernel(
             r2 = tl.sum(u * u, 0)
             gu = tl.sum(grad * u, 0)
             t, q, sech2 = _clipped_exp(r2, c, clip)
-            radial = q / tl.maximum(r2, 1e-24)
+            radial = q / tl.maximum(r2, 1e-30)
             if MOEBIUS:
                 ub = tl.sum(u * b, 0)
                 gb = tl.sum(grad * b, 0)
@@ -436,38 +418,37 @@ class _GeometryCombine(torch.autograd.Function):
         return du, dlogits, dkappa, dc, db, None, None
 
 
-def check_combine(
-    operation: str, like: Tensor, kappa: Tensor, c: Tensor, moebius_bias: Tensor | None, clip: float
-) -> None:
-    """Raise ValueError unless the arguments that do not depend on the rows are what the operation takes.
+def check_maps(
+    operation: str, like: Tensor, kappa: Tensor | float, c: Tensor | float, moebius_bias: Tensor | None, clip: float
+) -> tuple[Tensor, Tensor]:
+    """kappa and c as 0-d tensors; ValueError unless they and the others are what the maps take.
 
     Args:
         operation: Name for the error.
         like: [..., D], for device, dtype and width.
-        kappa: [].
-        c: [], > 0. The value of a tensor on a GPU is not looked at: the host would have to wait for it.
+        kappa: A number or 0-d.
+        c: Likewise, > 0. The value of a tensor on a GPU is not looked at: the host would have to wait for it.
         moebius_bias: [D] or None.
-        clip: At least 0.5.
+        clip: Positive.
     """
-    scalars = (torch.promote_types(like.dtype, torch.float32),)
-    dim = like.shape[-1]
-    if not 1 <= dim <= MAX_DIM:
-        refuse(operation, "D", f"must be 1 to {MAX_DIM}", dim)
-    check_tensor(operation, "kappa", kappa, [], like=like, dtypes=scalars)
-    check_tensor(operation, "c", c, [], like=like, dtypes=scalars)
-    if not c.is_cuda and not 0 < float(c.detach()) < math.inf:
-        refuse(operation, "c", "must be positive and finite", float(c.detach()))
+    if not 1 <= like.shape[-1] <= MAX_WIDTH:
+        refuse(operation, "D", f"must be 1 to {MAX_WIDTH}", like.shape[-1])
     if moebius_bias is not None:
-        check_tensor(operation, "moebius_bias", moebius_bias, [dim], like=like, dtypes=(like.dtype, *scalars))
-    if not clip >= MIN_CLIP:
-        refuse(operation, "clip", f"must be at least {MIN_CLIP}", clip)
+        dtypes = (like.dtype, wide(like))
+        check_tensor(operation, "moebius_bias", moebius_bias, [like.shape[-1]], like=like, dtypes=dtypes)
+    if not clip > 0:
+        refuse(operation, "clip", "must be positive", clip)
+    return (
+        scalar(operation, "kappa", kappa, like, positive=False),
+        scalar(operation, "c", c, like, positive=True),
+    )
 
 
 def geometry_combine(
     u: Tensor,
     logits: Tensor,
-    kappa: Tensor,
-    c: Tensor,
+    kappa: Tensor | float,
+    c: Tensor | float,
     moebius_bias: Tensor | None = None,
     *,
     expert: int | None = None,
@@ -480,8 +461,8 @@ def geometry_combine(
         u: [3, M, D] tangent vectors: Euclidean, spherical, hyperbolic; float32, bfloat16, float16, or float64 on the
             reference path. [1, M, D] with `expert`. D at most 8,192.
         logits: [M, 3] of the gate, already divided by its temperature, float32.
-        kappa: [] float32, radius of the sphere.
-        c: [] float32, > 0: the ball has curvature -c.
+        kappa: Radius of the sphere, a number or a 0-d float32 or float64 tensor.
+        c: Likewise, > 0: the ball has curvature -c.
         moebius_bias: [D] point of the ball added to the hyperbolic expert's, in the dtype of u or float32; or None.
         expert: 0, 1 or 2 where every row goes to that expert alone: y = softmax(logits)[expert] F(u).
         clip: Where sqrt(c) |u_H| is cut; math.inf for the plain exponential map.
@@ -491,7 +472,7 @@ def geometry_combine(
         [M, D] in the dtype of u.
 
     Raises:
-        ValueError: Wrong shape, dtype, device or layout; c <= 0 (looked at on a CPU only); clip below 0.5.
+        ValueError: Wrong shape, dtype, device or layout; c <= 0 (not looked at in a tensor on a GPU); clip <= 0.
 
     Source:
         Galaxy-Walker (arXiv:2503.18578), equations 4 to 7; Moebius addition: Ganea et al. 2018 (arXiv:1805.09112).
@@ -501,8 +482,8 @@ def geometry_combine(
         refuse(name, "expert", "must be 0, 1, 2 or None", expert)
     check_tensor(name, "u", u, [3 if expert is None else 1, "M", "D"], dtypes=(*FLOATS, torch.float64))
     rows = u.shape[1]
-    check_tensor(name, "logits", logits, [rows, 3], like=u, dtypes=(torch.promote_types(u.dtype, torch.float32),))
-    check_combine(name, u, kappa, c, moebius_bias, clip)
+    check_tensor(name, "logits", logits, [rows, 3], like=u, dtypes=(wide(u),))
+    kappa, c = check_maps(name, u, kappa, c, moebius_bias, clip)
     if not use_triton(name, impl, u):
         return geometry_combine_reference(u, logits, kappa, c, moebius_bias, expert=expert, clip=clip)
     return _GeometryCombine.apply(u, logits, kappa, c, moebius_bias, expert, float(clip))

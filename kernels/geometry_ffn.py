@@ -33,16 +33,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armillary.kernels.curvature import log_scale_reference
 from armillary.kernels.down_gradient import down_gradient
 from armillary.kernels.geometry_combine import (
     CLIP,
-    check_combine,
+    check_maps,
     combine_backward,
     combine_forward,
     geometry_combine_reference,
 )
-from armillary.kernels.geometry_rows import check_rows, geometry_rows, log_scale
+from armillary.kernels.geometry_rows import check_gate, geometry_rows
 from armillary.kernels.launch import Impl, check_tensor, refuse, use_triton
+from armillary.kernels.rows import wide
 from armillary.kernels.up_projection import ACTIVATIONS, Activation, activate, up_projection
 
 __all__ = ["ROUTINGS", "Routing", "geometry_ffn", "geometry_ffn_reference", "saved_bytes"]
@@ -75,14 +77,14 @@ def geometry_ffn_reference(
     clip: float = CLIP,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch, expert by expert, any float dtype: the oracle of the tests and the CPU path."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logits = F.linear(x.to(wide), gate_weight.to(wide), None if gate_bias is None else gate_bias.to(wide))
+    dtype = wide(x)
+    logits = F.linear(x.to(dtype), gate_weight.to(dtype), None if gate_bias is None else gate_bias.to(dtype))
     logits = logits / temperature
 
     def expert(k: int, x: Tensor) -> Tensor:
         if k == 2:
-            r2 = x.to(wide).square().sum(1, keepdim=True)
-            x = (input_scale * log_scale(input_scale**2 * r2, c.to(wide)) * x).to(x.dtype)
+            a2 = c * input_scale**2 * x.to(dtype).square().sum(1, keepdim=True)
+            x = (input_scale * log_scale_reference(a2) * x).to(x.dtype)
         z = F.linear(x, weight1[k].flatten(0, -2), None if bias1 is None else bias1[k].flatten())
         a = activate(z.view(len(x), 1, *weight1.shape[1:-1]), body).squeeze(1)
         return F.linear(a, weight2[k], None if bias2 is None else bias2[k])
@@ -212,13 +214,13 @@ def geometry_ffn(
     x: Tensor,
     gate_weight: Tensor,
     gate_bias: Tensor | None,
-    temperature: Tensor,
+    temperature: Tensor | float,
     weight1: Tensor,
     bias1: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
-    kappa: Tensor,
-    c: Tensor,
+    kappa: Tensor | float,
+    c: Tensor | float,
     moebius_bias: Tensor | None = None,
     *,
     body: Activation,
@@ -233,13 +235,13 @@ def geometry_ffn(
         x: [M, D], float32, bfloat16, float16, or float64 on the reference path. D at most 8,192.
         gate_weight: [3, D], in the dtype of x or float32.
         gate_bias: [3] likewise, or None.
-        temperature: [] float32, > 0: what the gate's logits are divided by.
+        temperature: What the gate's logits are divided by, > 0; a number or a 0-d float32 or float64 tensor.
         weight1: [3, H, D], or [3, 2, H, D] (gate, then up) for "swiglu", in the dtype of x.
         bias1: [3, H] or [3, 2, H] in the dtype of x, or None.
         weight2: [3, D, H] in the dtype of x.
         bias2: [3, D] in the dtype of x, or None.
-        kappa: [] float32, radius of the sphere.
-        c: [] float32, > 0: the ball has curvature -c.
+        kappa: Radius of the sphere, likewise.
+        c: Likewise, > 0: the ball has curvature -c.
         moebius_bias: [D] point of the ball, in the dtype of x or float32, or None.
         body: "gelu", "gelu_tanh" or "swiglu".
         input_scale: Factor that brings x into the ball; 0.5 / sqrt(D) puts the rows of a LayerNorm at radius 0.5.
@@ -251,8 +253,8 @@ def geometry_ffn(
         y [M, D] in the dtype of x, and the gate's logits [M, 3] float32 (divided by the temperature, differentiable).
 
     Raises:
-        ValueError: Wrong shape, dtype, device or layout, an unknown body or routing; c or temperature <= 0 (looked at
-            on a CPU only); clip below 0.5.
+        ValueError: Wrong shape, dtype, device or layout, an unknown body or routing; c or temperature <= 0 (not
+            looked at in a tensor on a GPU); clip <= 0.
 
     Source:
         Galaxy-Walker (arXiv:2503.18578), equations 4 to 7.
@@ -262,8 +264,8 @@ def geometry_ffn(
         refuse(name, "body", f"must be one of {', '.join(ACTIVATIONS)}", repr(body))
     if routing not in ROUTINGS:
         refuse(name, "routing", f"must be one of {', '.join(ROUTINGS)}", repr(routing))
-    check_rows(name, x, gate_weight, gate_bias, temperature, input_scale)
-    check_combine(name, x, kappa, c, moebius_bias, clip)
+    temperature = check_gate(name, x, gate_weight, gate_bias, temperature, input_scale)
+    kappa, c = check_maps(name, x, kappa, c, moebius_bias, clip)
     dim, halves = x.shape[1], [2] if body == "swiglu" else []
     check_tensor(name, "weight1", weight1, [3, *halves, "H", dim], like=x, dtypes=(x.dtype,))
     hidden = weight1.shape[-2]

@@ -20,42 +20,29 @@ are partial sums of each program, added in order.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.curvature import A_MAX, log_coefficients
-from armillary.kernels.geometry_combine import MAX_DIM, programs, warps
+from armillary.kernels.curvature import A_MAX, log_coefficients, log_scale_reference
+from armillary.kernels.geometry_combine import programs, warps
 from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
+from armillary.kernels.rows import MAX_WIDTH, scalar, wide
 
 __all__ = ["geometry_rows", "geometry_rows_reference"]
-
-
-def log_scale(r2: Tensor, c: Tensor) -> Tensor:
-    """artanh(a) / a of project and log_0 from r^2, in plain PyTorch; its derivative is accurate at 0 too."""
-    a2 = c * r2
-    small = a2 < 0.04
-    inner = torch.where(small, a2, 0.0)
-    series = torch.zeros_like(inner)
-    for k in range(11, -1, -1):  # at 0.04 the next term is below float64's resolution
-        series = series * inner + 1 / (2 * k + 1)
-    a = torch.where(small, 0.5, a2).sqrt()
-    return torch.where(small, series, a.clamp(max=A_MAX).atanh() / a)
 
 
 def geometry_rows_reference(
     x: Tensor, gate_weight: Tensor, gate_bias: Tensor | None, temperature: Tensor, c: Tensor, *, input_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain PyTorch, any float dtype: the oracle of the tests and the CPU path."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.to(wide)
-    logits = rows @ gate_weight.to(wide).t()
-    if gate_bias is not None:
-        logits = logits + gate_bias.to(wide)
-    scale = input_scale * log_scale(input_scale**2 * (rows * rows).sum(1), c.to(wide))
+    rows = x.to(wide(x))
+    logits = F.linear(rows, gate_weight.to(wide(x)), None if gate_bias is None else gate_bias.to(wide(x)))
+    scale = input_scale * log_scale_reference(c * input_scale**2 * rows.square().sum(1))
     one = torch.ones_like(scale)
-    return x, logits / temperature.to(wide), torch.stack([one, one, scale])
+    return x, logits / temperature, torch.stack([one, one, scale])
 
 
 @triton.jit
@@ -141,7 +128,7 @@ def _rows_bwd_kernel(
             r2 = tl.sum(x * x, 0)
             s, p = log_coefficients(input_scale * input_scale * r2, c, A_MAX)
             pull = tl.load(dscale_ptr + 2 * rows + row) * input_scale * p
-            dx += pull / tl.maximum(r2, 1e-24) * x
+            dx += pull / tl.maximum(r2, 1e-30) * x
             dc += pull / (2.0 * c)
         if LOGITS:
             l0 = tl.load(dlogit_ptr + row * 3) * cooling
@@ -254,40 +241,42 @@ class _GeometryRows(torch.autograd.Function):
         return dx, dweight.sum(0).to(gate_weight.dtype), dbias, scalars[3], scalars[4], None
 
 
-def check_rows(
-    operation: str, x: Tensor, gate_weight: Tensor, gate_bias: Tensor | None, temperature: Tensor, input_scale: float
-) -> None:
-    """Raise ValueError unless the input and the gate are what the operation takes.
+def check_gate(
+    operation: str,
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    temperature: Tensor | float,
+    input_scale: float,
+) -> Tensor:
+    """The temperature as a 0-d tensor; ValueError unless input and gate are what the operation takes.
 
     Args:
         operation: Name for the error.
         x: [M, D].
         gate_weight: [3, D].
         gate_bias: [3] or None.
-        temperature: [], > 0. The value of a tensor on a GPU is not looked at: the host would have to wait for it.
+        temperature: A number or 0-d, > 0. The value of a tensor on a GPU is not looked at: the host would have to wait.
         input_scale: Positive.
     """
     check_tensor(operation, "x", x, ["M", "D"], dtypes=(*FLOATS, torch.float64))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dim = x.shape[1]
-    if not 1 <= dim <= MAX_DIM:
-        refuse(operation, "D", f"must be 1 to {MAX_DIM}", dim)
-    check_tensor(operation, "gate_weight", gate_weight, [3, dim], like=x, dtypes=(x.dtype, wide))
+    dim, dtypes = x.shape[1], (x.dtype, wide(x))
+    if not 1 <= dim <= MAX_WIDTH:
+        refuse(operation, "D", f"must be 1 to {MAX_WIDTH}", dim)
+    check_tensor(operation, "gate_weight", gate_weight, [3, dim], like=x, dtypes=dtypes)
     if gate_bias is not None:
-        check_tensor(operation, "gate_bias", gate_bias, [3], like=x, dtypes=(x.dtype, wide))
-    check_tensor(operation, "temperature", temperature, [], like=x, dtypes=(wide,))
-    if not temperature.is_cuda and not float(temperature.detach()) > 0:
-        refuse(operation, "temperature", "must be positive", float(temperature.detach()))
+        check_tensor(operation, "gate_bias", gate_bias, [3], like=x, dtypes=dtypes)
     if not input_scale > 0:
         refuse(operation, "input_scale", "must be positive", input_scale)
+    return scalar(operation, "temperature", temperature, x, positive=True)
 
 
 def geometry_rows(
     x: Tensor,
     gate_weight: Tensor,
     gate_bias: Tensor | None,
-    temperature: Tensor,
-    c: Tensor,
+    temperature: Tensor | float,
+    c: Tensor | float,
     *,
     input_scale: float,
     impl: Impl = "auto",
@@ -298,8 +287,8 @@ def geometry_rows(
         x: [M, D], float32, bfloat16, float16, or float64 on the reference path. D at most 8,192.
         gate_weight: [3, D] (Euclidean, spherical, hyperbolic), in the dtype of x or float32.
         gate_bias: [3] likewise, or None.
-        temperature: [] float32, > 0.
-        c: [] float32, > 0: the ball has curvature -c.
+        temperature: A number or a 0-d float32 or float64 tensor, > 0.
+        c: Likewise: the ball has curvature -c.
         input_scale: Factor that brings x into the ball.
         impl: See `armillary.kernels.launch`. "triton" is differentiable once, "reference" any number of times.
 
@@ -308,16 +297,14 @@ def geometry_rows(
         [3, M], rows of 1, 1 and the factor of the hyperbolic expert's input. Logits and scale are float32.
 
     Raises:
-        ValueError: Wrong shape, dtype, device or layout; c or temperature <= 0 (looked at on a CPU only).
+        ValueError: Wrong shape, dtype, device or layout; c or temperature <= 0 (not looked at in a tensor on a GPU).
 
     Source:
         Galaxy-Walker (arXiv:2503.18578), equations 6 and 7.
     """
     name = "geometry_rows"
-    check_rows(name, x, gate_weight, gate_bias, temperature, input_scale)
-    check_tensor(name, "c", c, [], like=x, dtypes=(temperature.dtype,))
-    if not c.is_cuda and not float(c.detach()) > 0:
-        refuse(name, "c", "must be positive", float(c.detach()))
+    temperature = check_gate(name, x, gate_weight, gate_bias, temperature, input_scale)
+    c = scalar(name, "c", c, x, positive=True)
     if not use_triton(name, impl, x):
         return geometry_rows_reference(x, gate_weight, gate_bias, temperature, c, input_scale=input_scale)
     return _GeometryRows.apply(x, gate_weight, gate_bias, temperature, c, float(input_scale))
