@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armillary.kernels.adamw_ema import adamw_ema_
+from armillary.kernels.launch import IMPLS, Impl, use_triton
 from armillary.models.method import Method
 
 __all__ = ["STATE", "AdamW", "build_groups", "squared_norms"]
@@ -98,6 +100,11 @@ class AdamW(torch.optim.Optimizer):
         eps: Added to the root of the second moment.
         clip_norm: Gradients of a clip group are scaled down to this norm; None leaves them.
         freeze_steps: Steps for which the groups with `freeze` keep their weights, while their moments accumulate.
+        impl: Of the update, see `armillary.kernels.launch`: torch's fused AdamW and a lerp, or one Triton pass over each
+            parameter, which suits the few large shards of ZeRO and needs contiguous float32 weights.
+
+    Raises:
+        ValueError: `impl` is unknown.
     """
 
     def __init__(
@@ -107,10 +114,14 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         clip_norm: float | None = None,
         freeze_steps: int = 0,
+        impl: Impl = "auto",
     ):
+        if impl not in IMPLS:
+            raise ValueError(f"AdamW: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "betas": betas, "eps": eps, "ema_momentum": 1.0})
         self.clip_norm = clip_norm
         self.freeze_steps = freeze_steps
+        self.impl = impl
         self.clip_groups = list(dict.fromkeys(g["clip_group"] for g in self.param_groups))
         self.norms: dict[str, float] = {}
         self.skip = False
@@ -155,7 +166,9 @@ class AdamW(torch.optim.Optimizer):
         """
         state: dict[str, Tensor] = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            # torch's kernel reads the count on the device, ours takes it as an argument and must not wait for one
+            counter = "cpu" if use_triton("AdamW", self.impl, p) else p.device
+            state["step"] = torch.zeros((), dtype=torch.float32, device=counter)
             state["exp_avg"] = torch.zeros_like(p, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(p, requires_grad=False)
             if average is not None:
@@ -180,31 +193,45 @@ class AdamW(torch.optim.Optimizer):
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
+        rates = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        rates["weight_decay"] = group["weight_decay"]
+        grads = [p.grad for p in params if p.grad is not None]
+        scale = self._grad_scale(group["clip_group"])
+        if use_triton("AdamW", self.impl, params[0]):
+            for p, grad, state in zip(params, grads, states, strict=True):
+                adamw_ema_(
+                    p,
+                    grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state["ema"] if group["average"] else None,
+                    **rates,
+                    step=int(state["step"]),
+                    grad_scale=scale,
+                    momentum=group["ema_momentum"],
+                    impl="triton",
+                )
+            return
         torch._fused_adamw_(
             params,
-            [p.grad for p in params if p.grad is not None],
+            grads,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
             steps,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            **rates,
             amsgrad=False,
             maximize=False,
-            grad_scale=self._grad_scale(group["clip_group"], params[0].device),
+            grad_scale=torch.tensor(scale, dtype=torch.float32, device=params[0].device) if scale > 1 else None,
         )
         if group["average"]:
             torch._foreach_lerp_([s["ema"] for s in states], params, 1 - group["ema_momentum"])
 
-    def _grad_scale(self, clip_group: str, device: torch.device) -> Tensor | None:
-        """The number that gradients are divided by, [] float32; None where they are left as they are."""
+    def _grad_scale(self, clip_group: str) -> float:
+        """The number that gradients are divided by, at least 1."""
         if self.clip_norm is None or clip_group not in self.norms:
-            return None
-        scale = (self.norms[clip_group] + 1e-6) / self.clip_norm
-        return torch.tensor(scale, dtype=torch.float32, device=device) if scale > 1 else None
+            return 1.0
+        return max(1.0, (self.norms[clip_group] + 1e-6) / self.clip_norm)
 
     @torch.no_grad()
     def refresh(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:

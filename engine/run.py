@@ -25,6 +25,7 @@ import torch
 
 from armillary.engine.record import PACKAGES, from_json, to_json
 from armillary.engine.schedule import Schedules
+from armillary.kernels.launch import Impl
 from armillary.models.method import Batch, BatchKey, InputSpec, MethodConfig
 
 __all__ = [
@@ -94,6 +95,7 @@ class Optim:
         eps: Added to the root of the second moment.
         clip_norm: Gradient norm of each clip group is limited to this; None for no limit.
         freeze_last_layer_steps: Steps for which the last layer of a projection head stays as initialised.
+        impl: Implementation of the update, see `armillary.kernels.launch`.
     """
 
     lr: float
@@ -102,6 +104,7 @@ class Optim:
     eps: float = 1e-8
     clip_norm: float | None = 3.0
     freeze_last_layer_steps: int = 0
+    impl: Impl = "auto"
 
     def peak_lr(self, global_batch: int) -> float:
         """Learning rate after the warm-up at this batch."""

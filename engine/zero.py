@@ -186,7 +186,9 @@ class Sharded:
         self.accumulation = run.accumulation(self.world)
         groups = build_groups(method)
         optim = run.optim
-        self.optimizer = AdamW(groups, optim.betas, optim.eps, optim.clip_norm, optim.freeze_last_layer_steps)
+        self.optimizer = AdamW(
+            groups, optim.betas, optim.eps, optim.clip_norm, optim.freeze_last_layer_steps, optim.impl
+        )
         buffers = {name: b.clone() for name, b in method.named_buffers()}
         config = deepspeed_config(run, self.world, sum(p.numel() for g in groups for p in g["params"]))
         logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not its own
