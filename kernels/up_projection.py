@@ -8,22 +8,49 @@ a [M, E, H] are in the dtype of x. act sees z as rounded to that dtype, so that 
 
     gelu, gelu_tanh     a = GELU(z), exact or by the tanh form
     swiglu              a = silu(z[:, :, 0]) * z[:, :, 1]
+
+Products run in the inputs' dtype with float32 accumulation, the epilogue in float32. Three paths do the same work, and
+the launch table says which one an architecture takes:
+
+    tma         persistent programs whose tiles come and go by tensor descriptors: the loads of a tile run during the
+                epilogue of the one before. sm_90 or later; rows of 16-byte multiples; H a multiple of the tile's columns
+    fused       one program a tile, plain pointers: any shape
+    cublas      torch.mm or addmm, then one elementwise kernel; always for float32 on a GPU, where a Triton product has
+                no tensor cores to use (torch.backends.cuda.matmul.allow_tf32 holds there)
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.launch import Impl
+from armillary.kernels.gelu import gelu, silu
+from armillary.kernels.launch import INTERPRETER, Impl, Launch, settings, use_triton
 
 __all__ = ["ACTIVATIONS", "Activation", "up_projection", "up_projection_reference"]
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 ACTIVATIONS: tuple[str, ...] = ("gelu", "gelu_tanh", "swiglu")
+
+
+@dataclass(frozen=True)
+class Gemm(Launch):
+    """One row of a product's launch table.
+
+    Attributes:
+        path: "tma", "fused" or "cublas"; the settings are those of this path.
+    """
+
+    path: Literal["tma", "fused", "cublas"] = "fused"
 
 
 def activate(z: Tensor, activation: Activation) -> Tensor:
@@ -52,6 +79,385 @@ def up_projection_reference(
     return z, activate(z, activation)
 
 
+@triton.jit
+def place_tile(tile, M, E, H, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """First row, expert and first column of a tile; GROUP row tiles pass all columns together, for the L2 cache."""
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(H, BN)
+    band = GROUP * E * columns
+    first = tile // band * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    column = tile % band // height
+    return (first + tile % band % height) * BM, column // columns, column % columns * BN
+
+
+@triton.jit
+def _epilogue(
+    p,
+    q,
+    bias_ptr,
+    scale_ptr,
+    row,
+    column,
+    in_rows,
+    in_columns,
+    H,
+    DTYPE: tl.constexpr,
+    GATED: tl.constexpr,
+    TANH: tl.constexpr,
+):
+    """z, its second half (GATED) and a, of the products p and q at `row` of the scale and `column` of the bias."""
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + row, mask=in_rows, other=0.0)[:, None]
+        p *= scale
+        if GATED:
+            q *= scale
+    if bias_ptr is not None:
+        p += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            q += tl.load(bias_ptr + H + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    z = p.to(DTYPE)
+    if GATED:
+        up = q.to(DTYPE)
+        a = silu(z.to(tl.float32)) * up.to(tl.float32)
+    else:
+        up = z
+        a = gelu(z.to(tl.float32), TANH)
+    return z, up, a.to(DTYPE)
+
+
+@triton.jit
+def _write(
+    p,
+    q,
+    bias_ptr,
+    scale_ptr,
+    z_ptr,
+    a_ptr,
+    m0,
+    e,
+    h0,
+    M,
+    E,
+    H,
+    GATED: tl.constexpr,
+    TANH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Epilogue of one tile through plain pointers."""
+    G: tl.constexpr = 2 if GATED else 1
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    in_rows, in_columns = i < M - m0, j < H - h0
+    inside = in_rows[:, None] & in_columns[None, :]
+    first = e * G * H + h0
+    z, up, a = _epilogue(
+        p,
+        q,
+        bias_ptr,
+        scale_ptr,
+        e * M + m0 + i,
+        first + j,
+        in_rows,
+        in_columns,
+        H,
+        a_ptr.dtype.element_ty,
+        GATED,
+        TANH,
+    )
+    if z_ptr is not None:
+        z_at = z_ptr + m0.to(tl.int64) * (E * G * H) + first + i[:, None] * (E * G * H) + j[None, :]
+        tl.store(z_at, z, mask=inside)
+        if GATED:
+            tl.store(z_at + H, up, mask=inside)
+    tl.store(a_ptr + m0.to(tl.int64) * (E * H) + e * H + h0 + i[:, None] * (E * H) + j[None, :], a, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fused_kernel(
+    x_ptr,  # [M, K]
+    w_ptr,  # [E, G, H, K], G = 2 if GATED else 1
+    bias_ptr,  # [E, G, H] or None
+    scale_ptr,  # float32 [E, M] or None
+    z_ptr,  # [M, E, G, H] or None
+    a_ptr,  # [M, E, H]
+    M,
+    E,
+    H,
+    K,
+    GATED: tl.constexpr,
+    TANH: tl.constexpr,
+    EVEN: tl.constexpr,  # BK divides K
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    G: tl.constexpr = 2 if GATED else 1
+    m0, e, h0 = place_tile(tl.program_id(0), M, E, H, BM, BN, GROUP)
+    i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    # Tiles over the border read the last row again, so that only the stores need a mask.
+    x_at = x_ptr + m0.to(tl.int64) * K + tl.minimum(i, M - 1 - m0)[:, None] * K + k[None, :]
+    w_at = w_ptr + (e * G * H + h0).to(tl.int64) * K + tl.minimum(j, H - 1 - h0)[None, :] * K + k[:, None]
+    up_at = w_ptr + (e * G * H + H + h0).to(tl.int64) * K + tl.minimum(j, H - 1 - h0)[None, :] * K + k[:, None]
+    p = tl.zeros((BM, BN), tl.float32)
+    q = tl.zeros((BM, BN), tl.float32)
+    for done in range(0, K, BK):
+        if EVEN:
+            x, w = tl.load(x_at + done), tl.load(w_at + done)
+        else:
+            x = tl.load(x_at + done, mask=(k < K - done)[None, :], other=0.0)
+            w = tl.load(w_at + done, mask=(k < K - done)[:, None], other=0.0)
+        p = tl.dot(x, w, p, input_precision="ieee")
+        if GATED:
+            if EVEN:
+                up = tl.load(up_at + done)
+            else:
+                up = tl.load(up_at + done, mask=(k < K - done)[:, None], other=0.0)
+            q = tl.dot(x, up, q, input_precision="ieee")
+    _write(p, q, bias_ptr, scale_ptr, z_ptr, a_ptr, m0, e, h0, M, E, H, GATED, TANH, BM, BN)
+
+
+@triton.jit
+def halves(p, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of a tile [BM, BN]."""
+    return tl.split(tl.permute(tl.reshape(p, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _send(
+    p,
+    q,
+    bias_ptr,
+    scale_ptr,
+    z_tiles,
+    a_tiles,
+    m0,
+    e,
+    h0,
+    M,
+    H,
+    GATED: tl.constexpr,
+    TANH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Epilogue of one tile [BM, BN] through descriptors, one half after the other to save registers."""
+    G: tl.constexpr = 2 if GATED else 1
+    HALF: tl.constexpr = BN // 2
+    i, j = tl.arange(0, BM), tl.arange(0, HALF)
+    p_left, p_right = halves(p, BM, BN)
+    if GATED:
+        q_left, q_right = halves(q, BM, BN)
+    else:
+        q_left, q_right = q, q
+    for half in tl.static_range(2):
+        at = h0 + half * HALF
+        z, up, a = _epilogue(
+            p_left if half == 0 else p_right,
+            q_left if half == 0 else q_right,
+            bias_ptr,
+            scale_ptr,
+            e * M + m0 + i,
+            e * G * H + at + j,
+            i < M - m0,
+            j < H - at,
+            H,
+            a_tiles.dtype,
+            GATED,
+            TANH,
+        )
+        if z_tiles is not None:
+            z_tiles.store([m0, e * G * H + at], z)
+            if GATED:
+                z_tiles.store([m0, e * G * H + H + at], up)
+        a_tiles.store([m0, e * H + at], a)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _tma_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    scale_ptr,
+    z_ptr,
+    a_ptr,
+    M,
+    E,
+    H,
+    K,
+    programs,
+    GATED: tl.constexpr,
+    TANH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,  # columns of a tile; GATED: BN // 2 of gate and of up
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    G: tl.constexpr = 2 if GATED else 1
+    COLUMNS: tl.constexpr = BN // G
+    x_tiles = tl.make_tensor_descriptor(x_ptr, [M, K], [K, 1], [BM, BK])
+    w_tiles = tl.make_tensor_descriptor(w_ptr, [E * G * H, K], [K, 1], [COLUMNS, BK])
+    a_tiles = tl.make_tensor_descriptor(a_ptr, [M, E * H], [E * H, 1], [BM, BN // 4])
+    z_tiles = None
+    if z_ptr is not None:
+        z_tiles = tl.make_tensor_descriptor(z_ptr, [M, E * G * H], [E * G * H, 1], [BM, BN // 4])
+    tiles = tl.cdiv(M, BM) * E * tl.cdiv(H, COLUMNS)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+        m0, e, h0 = place_tile(tile, M, E, H, BM, COLUMNS, GROUP)
+        first = e * G * H + h0
+        p = tl.zeros((BM, COLUMNS), tl.float32)
+        q = tl.zeros((BM, COLUMNS), tl.float32)
+        for k in range(0, K, BK):
+            x = x_tiles.load([m0, k])
+            p = tl.dot(x, w_tiles.load([first, k]).T, p, input_precision="ieee")
+            if GATED:
+                q = tl.dot(x, w_tiles.load([first + H, k]).T, q, input_precision="ieee")
+        if GATED:
+            _send(p, q, bias_ptr, scale_ptr, z_tiles, a_tiles, m0, e, h0, M, H, GATED, TANH, BM, COLUMNS)
+        else:
+            left, right = halves(p, BM, BN)
+            _send(left, q, bias_ptr, scale_ptr, z_tiles, a_tiles, m0, e, h0, M, H, GATED, TANH, BM, BN // 2)
+            _send(right, q, bias_ptr, scale_ptr, z_tiles, a_tiles, m0, e, h0 + BN // 2, M, H, GATED, TANH, BM, BN // 2)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _elementwise_kernel(
+    p_ptr,  # [M, E, G, H]; z_ptr may be the same
+    bias_ptr,
+    scale_ptr,
+    z_ptr,
+    a_ptr,
+    M,
+    E,
+    H,
+    GATED: tl.constexpr,
+    TANH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    G: tl.constexpr = 2 if GATED else 1
+    m0, e, h0 = place_tile(tl.program_id(0), M, E, H, BM, BN, 1)
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    inside = (i < M - m0)[:, None] & (j < H - h0)[None, :]
+    p_at = p_ptr + m0.to(tl.int64) * (E * G * H) + e * G * H + h0 + i[:, None] * (E * G * H) + j[None, :]
+    p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
+    q = p
+    if GATED:
+        q = tl.load(p_at + H, mask=inside, other=0.0).to(tl.float32)
+    _write(p, q, bias_ptr, scale_ptr, z_ptr, a_ptr, m0, e, h0, M, E, H, GATED, TANH, BM, BN)
+
+
+LAUNCH = {
+    INTERPRETER: Gemm({"BM": 32, "BN": 64, "BK": 16, "GROUP": 2}),
+    80: Gemm({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=4),
+    90: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
+    100: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
+}
+FUSED = {  # where the path is "tma" and the shape has no descriptor
+    INTERPRETER: LAUNCH[INTERPRETER],
+    80: LAUNCH[80],
+    90: Launch({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+}
+ELEMENTWISE = {
+    INTERPRETER: Launch({"BM": 16, "BN": 32}),
+    80: Launch({"BM": 4, "BN": 512}),
+}
+
+
+def choose(table: Mapping[int, Gemm], x: Tensor, columns: int, aligned: bool) -> tuple[str, Launch | None]:
+    """Path of a product, and its settings if they are the launch table's.
+
+    Args:
+        table: The product's launch table.
+        x: One of its operands.
+        columns: H.
+        aligned: Whether every matrix lies on 16-byte multiples, row by row.
+    """
+    row = cast(Gemm, settings(table, x))
+    if x.is_cuda and x.dtype == torch.float32:
+        return "cublas", None
+    if row.path == "tma" and not (aligned and columns % row.blocks["BN"] == 0):
+        return "fused", None
+    return row.path, row
+
+
+def aligned(*matrices: Tensor | None) -> bool:
+    """Whether matrices, contiguous and seen as [rows, last dimension], can have tensor descriptors."""
+    return all(x is None or (x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0) for x in matrices)
+
+
+def launch_persistent(kernel: Any, tiles: int, x: Tensor, *args: Any, **options: Any) -> None:
+    """Launch a kernel that makes tensor descriptors, with as many programs as the device runs at once.
+
+    The allocator of their memory is set for this launch only, and in this thread: autograd runs in threads of its own.
+    """
+    programs = min(tiles, _multiprocessors(x.device.index or 0) if x.is_cuda else 2)
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
+        kernel[(programs,)](*args, programs, **options)
+
+    copy_context().run(run)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, row_scale: Tensor | None, activation: Activation, save_z: bool
+) -> tuple[Tensor | None, Tensor]:
+    (m, k), (experts, h), gates = x.shape, (weight.shape[0], weight.shape[-2]), weight.shape[1:-2].numel()
+    a = x.new_empty(m, experts, h)
+    z = x.new_empty(m, *weight.shape[:-1]) if save_z else None
+    if not a.numel():
+        return z, a
+    form = {"GATED": activation == "swiglu", "TANH": activation == "gelu_tanh"}
+    path, row = choose(LAUNCH, x, h, aligned(x, weight, z, a))
+    sizes = (m, experts, h)
+    if path == "cublas":
+        elementwise = settings(ELEMENTWISE, x)
+        weights = weight.view(-1, k).t()
+        # The product goes into z, which the kernel then overwrites where scale and bias change it.
+        p = z if z is not None else a if gates == 1 else x.new_empty(m, *weight.shape[:-1])
+        if row_scale is None and bias is not None:
+            torch.addmm(bias.view(-1), x, weights, out=p.view(m, -1))
+            bias, z_out = None, None
+        else:
+            torch.mm(x, weights, out=p.view(m, -1))
+            z_out = None if row_scale is None else z
+        tiles = triton.cdiv(m, elementwise.blocks["BM"]) * experts * triton.cdiv(h, elementwise.blocks["BN"])
+        _elementwise_kernel[(tiles,)](
+            p, bias, row_scale, z_out, a, *sizes, **form, **elementwise.blocks, num_warps=elementwise.num_warps
+        )
+        return z, a
+    row = row or settings(FUSED, x)
+    blocks = row.blocks
+    options = dict(num_warps=row.num_warps, num_stages=row.num_stages)
+    tiles = triton.cdiv(m, blocks["BM"]) * experts * triton.cdiv(h, blocks["BN"] // gates)
+    if path == "tma":
+        launch_persistent(
+            _tma_kernel, tiles, x, x, weight, bias, row_scale, z, a, *sizes, k, **form, **blocks, **options
+        )
+    else:
+        _fused_kernel[(tiles,)](
+            x,
+            weight,
+            bias,
+            row_scale,
+            z,
+            a,
+            *sizes,
+            k,
+            **form,
+            EVEN=k % blocks["BK"] == 0,
+            **{**blocks, "BN": blocks["BN"] // gates},
+            **options,
+        )
+    return z, a
+
+
 def up_projection(
     x: Tensor,
     weight: Tensor,
@@ -62,11 +468,11 @@ def up_projection(
     save_z: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor | None, Tensor]:
-    """z and a of all experts; callers have checked the arguments.
+    """z and a of all experts, without gradients: a part of differentiable operations, which check the arguments.
 
     Args:
-        x: [M, K].
-        weight: [E, H, K]; [E, 2, H, K] for "swiglu".
+        x: [M, K] float32, bfloat16 or float16 (any float on the reference path); all tensors contiguous.
+        weight: [E, H, K]; [E, 2, H, K] for "swiglu"; dtype of x.
         bias: [E, H]; [E, 2, H] for "swiglu"; or None.
         row_scale: [E, M] float32 or None.
         activation: "gelu", "gelu_tanh" or "swiglu".
@@ -74,8 +480,10 @@ def up_projection(
         impl: See `armillary.kernels.launch`.
 
     Returns:
-        z [M, E, H] / [M, E, 2, H], or None without `save_z`; a [M, E, H]. Both in the dtype of x, without gradients.
+        z [M, E, H] / [M, E, 2, H], or None without `save_z`; a [M, E, H]. Both in the dtype of x.
     """
     with torch.no_grad():
+        if use_triton("up_projection", impl, x):
+            return _launch(x, weight, bias, row_scale, activation, save_z)
         z, a = up_projection_reference(x, weight, bias, row_scale, activation)
-    return (z if save_z else None), a
+        return (z if save_z else None), a
