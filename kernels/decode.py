@@ -30,9 +30,10 @@ BITPLANE, FLOAT16, MASKED = 1, 0, 1
 NUM_WARPS = 4
 
 
-def _expected(codec: int, channels: int, height: int, width: int) -> tuple[int, int]:
+def expected_header(codec: int, channels: int, height: int, width: int) -> tuple[int, int]:
     """Bytes 8..15 of a header as two int32: version, codec, flags (none), channels; height, width."""
-    return 1 | codec << 8 | channels << 24, height | width << 16
+    words = 1 | codec << 8 | channels << 24, height | width << 16
+    return _signed(words[0]), _signed(words[1])
 
 
 def _signed(word: int) -> int:
@@ -42,10 +43,10 @@ def _signed(word: int) -> int:
 def _fits(blobs: Tensor, sizes: Tensor, codec: int, channels: int, height: int, width: int) -> Tensor:
     """[B] bool: rows whose header is that of a blob of this codec and shape."""
     words = blobs[:, : HEADER - HEADER % 4].contiguous().view(torch.int32)
-    kind, shape = (_signed(word) for word in _expected(codec, channels, height, width))
+    kind, shape = expected_header(codec, channels, height, width)
     total = words[:, 4].long() + HEADER + 4 * channels
     found = (words[:, 0] == MAGIC) & ((words[:, 2] & ~(MASKED << 16)) == kind) & (words[:, 3] == shape)
-    return found & (total == sizes) & (sizes <= blobs.shape[1])
+    return found & (total == sizes) & (sizes <= blobs.shape[1]) & (sizes % 4 == 0)
 
 
 def decode_bitplane_reference(
@@ -96,39 +97,46 @@ def decode_bitplane_reference(
 
 
 @triton.jit
-def _decode_bitplane_kernel(
-    blobs_ptr,  # uint8 [B, stride]
-    sizes_ptr,  # int64 [B]
-    image_ptr,  # float32 [B, C, pixels]
-    valid_ptr,  # uint8 [B, C, pixels], not written without WITH_VALID
-    stride,
-    kind,  # bytes 8..11 of the header, flags 0
-    shape,  # bytes 12..15
-    channels,
-    pixels,  # of a band
-    band_blocks,
-    tiles,
-    WITH_VALID: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    blob = blobs_ptr + row * stride
-    head = blob.to(tl.pointer_type(tl.int32))
-    size = tl.load(sizes_ptr + row)
-    flags = tl.load(head + 2) >> 16 & 0xFF
-    sound = (tl.load(head) == 0x424D5241) & (tl.load(head + 2) - (flags & 1) * 65536 == kind)
-    sound = sound & (tl.load(head + 3) == shape) & (size <= stride)
-    sound = sound & (tl.load(head + 4).to(tl.uint32, bitcast=True).to(tl.int64) + 20 + 4 * channels == size)
-    masked = flags & 1
+def read_header(blob, size, stride, kind, shape, channels):
+    """Whether a row holds a blob of this kind, shape and size, and its mask flag (0 or 1).
 
-    count = channels * band_blocks
+    Args:
+        blob: Pointer to the row, uint8.
+        size: Bytes of the blob.
+        stride: Bytes of the row.
+        kind: Bytes 8..11 of the header, flags 0.
+        shape: Bytes 12..15.
+        channels: Bands.
+    """
+    head = blob.to(tl.pointer_type(tl.int32))
+    word = tl.load(head + 2)
+    masked = word >> 16 & 1
+    sound = (tl.load(head) == 0x424D5241) & (word - masked * 65536 == kind) & (tl.load(head + 3) == shape)
+    total = tl.load(head + 4).to(tl.uint32, bitcast=True).to(tl.int64) + 20 + 4 * channels
+    return sound & (total == size) & (size <= stride) & (size % 4 == 0), masked
+
+
+@triton.jit
+def scan_tile(blob, end, masked, tile, channels, count, tiles, TILE: tl.constexpr):
+    """Where the words of one tile's blocks lie.
+
+    Args:
+        blob: Pointer to the row, uint8.
+        end: Words of the blob, 0 for a row that is none: no load goes beyond.
+        masked: The mask flag.
+        tile: Which tile.
+        channels: Bands.
+        count: Blocks of the image.
+        tiles: Tiles of the image.
+        TILE: Blocks of a tile.
+
+    Returns:
+        All int32, the first a scalar: first word of all data; and by block its planes, whether it has mask bits, whether it
+        has a lone plane and at which pixel, and its first word counted from the tile's.
+    """
     codes = 20 + 4 * channels + 4 * tiles
     masks = codes + (count + 1) // 2
-    base = (masks + masked * ((count + 7) // 8) + 1) // 2  # of the data, in words from the blob's start
-    words = blob.to(tl.pointer_type(tl.uint16))
-    end = tl.where(sound, size // 2, 0)  # every load below stays before it
-
+    base = (masks + masked * ((count + 7) // 8) + 1) // 2
     block = tile * TILE + tl.arange(0, TILE)
     at = codes + block // 2
     there = (block < count) & (at < 2 * end)
@@ -144,21 +152,58 @@ def _decode_bitplane_kernel(
     both = planes + touched + lone * 65536
     before = tl.cumsum(both, axis=0) - both
     rank = before >> 16
-    at = 20 + 4 * channels + 4 * tile
-    start = base + tl.load((blob + at).to(tl.pointer_type(tl.uint32)), mask=at + 4 <= 2 * end, other=0).to(tl.int64)
-    data = start + (tl.sum(lone, axis=0) + 3) // 4 + (before & 0xFFFF)
-
-    lane = tl.arange(0, 16)[None, :]
-    at = start + rank // 4
+    at = base + tile_start(blob, end, tile, channels) + rank // 4
+    words = blob.to(tl.pointer_type(tl.uint16))
     place = tl.load(words + at, mask=(lone > 0) & (at < end), other=0).to(tl.int32) >> 4 * (rank % 4) & 15
-    u = ((lone[:, None] > 0) & (lane == place[:, None])).to(tl.uint32) << planes[:, None].to(tl.uint32)
+    return base, planes, touched, lone, place, (tl.sum(lone, axis=0) + 3) // 4 + (before & 0xFFFF)
+
+
+@triton.jit
+def tile_start(blob, end, tile, channels):
+    """Word of a tile (or of tiles), counted from the first of all data: from the tile table, and at most `end`."""
+    at = 5 + channels + tile
+    start = tl.load(blob.to(tl.pointer_type(tl.uint32)) + at, mask=2 * at + 2 <= end, other=0)
+    return tl.minimum(start.to(tl.int64), end).to(tl.int32)
+
+
+@triton.jit
+def _decode_bitplane_kernel(
+    blobs_ptr,  # uint8 [B, stride]
+    sizes_ptr,  # int64 [B]
+    image_ptr,  # float32 [B, C, pixels]
+    valid_ptr,  # uint8 [B, C, pixels], not written without WITH_VALID
+    stride,
+    kind,  # bytes 8..11 of the header, flags 0
+    shape,  # bytes 12..15
+    channels,
+    pixels,  # of a band
+    band_blocks,
+    tiles,
+    WITH_VALID: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    blob = blobs_ptr + row * stride
+    size = tl.load(sizes_ptr + row)
+    sound, masked = read_header(blob, size, stride, kind, shape, channels)
+    end = tl.where(sound, size // 2, 0).to(tl.int32)  # every load below stays before this word
+    count = channels * band_blocks
+    base, planes, touched, lone, place, first = scan_tile(blob, end, masked, tile, channels, count, tiles, TILE)
+
+    data = base + tile_start(blob, end, tile, channels) + first
+    words = blob.to(tl.pointer_type(tl.uint16))
     usable = tl.load(words + data, mask=(touched > 0) & (data < end), other=0xFFFF).to(tl.int32)
     data += touched
+    lane = tl.arange(0, 16)[None, :]
+    # Only 4 to 7 planes have a lone one above them; & 31 because a shift by 32 has no defined result.
+    u = ((lone[:, None] > 0) & (lane == place[:, None])).to(tl.uint32) << (planes & 31)[:, None].to(tl.uint32)
     for k in range(0, tl.max(planes, axis=0)):
         plane = tl.load(words + data + k, mask=(k < planes) & (data + k < end), other=0).to(tl.uint32)
         u |= ((plane[:, None] >> lane.to(tl.uint32)) & 1) << k
     q = (u >> 1).to(tl.int32, bitcast=True) ^ -(u & 1).to(tl.int32, bitcast=True)
 
+    block = tile * TILE + tl.arange(0, TILE)
     band = block // band_blocks
     step = tl.load((blob + 20).to(tl.pointer_type(tl.float32)) + band, mask=(block < count) & sound, other=0.0)
     pixel = ((block - band * band_blocks) * 16)[:, None] + lane
@@ -170,20 +215,24 @@ def _decode_bitplane_kernel(
         tl.store(valid_ptr + to, seen.to(tl.uint8), mask=inside)
 
 
-def _validate(name: str, blobs: Tensor, sizes: Tensor, channels: int, height: int, width: int) -> None:
+def validate(operation: str, blobs: Tensor, sizes: Tensor, channels: int, height: int, width: int) -> None:
+    """Raise ValueError unless a batch of blobs is laid out as `decode_bitplane` says."""
     if blobs.ndim != 2 or blobs.dtype != torch.uint8 or not blobs.is_contiguous():
-        raise ValueError(f"{name}: blobs must be contiguous uint8 [B, P], got {blobs.dtype} {tuple(blobs.shape)}")
+        raise ValueError(f"{operation}: blobs must be contiguous uint8 [B, P], got {blobs.dtype} {tuple(blobs.shape)}")
     if sizes.shape != blobs.shape[:1] or sizes.dtype != torch.int64 or sizes.device != blobs.device:
         raise ValueError(
-            f"{name}: sizes must be int64 [{len(blobs)}] on {blobs.device}, "
+            f"{operation}: sizes must be int64 [{len(blobs)}] on {blobs.device}, "
             f"got {sizes.dtype} {tuple(sizes.shape)} on {sizes.device}"
         )
     if not (1 <= channels <= 255 and 1 <= height <= 65535 and 1 <= width <= 65535):
-        raise ValueError(f"{name}: shape must be C in 1..255, H and W in 1..65535, got {(channels, height, width)}")
-    least = HEADER + 4 * channels
-    if blobs.shape[1] % 4 or blobs.shape[1] < least or blobs.data_ptr() % 4:
         raise ValueError(
-            f"{name}: rows of blobs must start at multiples of 4 bytes and hold at least {least}, got P = {blobs.shape[1]}"
+            f"{operation}: shape must be C in 1..255, H and W in 1..65535, got {(channels, height, width)}"
+        )
+    least = HEADER + 4 * channels
+    if len(blobs) and (blobs.shape[1] % 4 or blobs.shape[1] < least or blobs.data_ptr() % 4):
+        raise ValueError(
+            f"{operation}: rows of blobs must start at multiples of 4 bytes and hold at least {least}, "
+            f"got P = {blobs.shape[1]}"
         )
 
 
@@ -207,7 +256,7 @@ def decode_bitplane(
     Raises:
         ValueError: Shapes, dtypes, devices or alignment are wrong.
     """
-    _validate("decode_bitplane", blobs, sizes, channels, height, width)
+    validate("decode_bitplane", blobs, sizes, channels, height, width)
     if not blobs.is_cuda and isinstance(_decode_bitplane_kernel, triton.JITFunction):
         image, valid = decode_bitplane_reference(blobs, sizes, channels, height, width)
         return image, valid if masks else None
@@ -218,9 +267,9 @@ def decode_bitplane(
         raise ValueError(f"decode_bitplane: {channels}x{height}x{width} pixels are too many for one image on a GPU")
     image = torch.empty(len(blobs), channels, height, width, device=blobs.device)
     valid = torch.empty(image.shape if masks else (0,), device=blobs.device, dtype=torch.bool)
-    kind, shape = (_signed(word) for word in _expected(BITPLANE, channels, height, width))
+    kind, shape = expected_header(BITPLANE, channels, height, width)
     if len(blobs):
-        _decode_bitplane_kernel[(len(blobs), tiles)](
+        _decode_bitplane_kernel[(len(blobs) * tiles,)](
             blobs,
             sizes,
             image,
@@ -246,7 +295,7 @@ def decode_float16(
 
     Arguments, results and errors are those of `decode_bitplane`.
     """
-    _validate("decode_float16", blobs, sizes, channels, height, width)
+    validate("decode_float16", blobs, sizes, channels, height, width)
     first, values = HEADER + 4 * channels, channels * height * width
     sound = _fits(blobs, sizes, FLOAT16, channels, height, width) & (sizes >= first + 2 * values)
     if blobs.shape[1] < first + 2 * values:  # too short for any such blob
