@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from armillary.kernels.attention import BACKENDS, Layout
 from armillary.kernels.launch import IMPLS, Impl
 from armillary.models.patch_embed import PatchEmbed
+from armillary.models.residual_stream import ResidualNorm, Stream, settle
 from armillary.models.stochastic_depth import Runs, draw_subsets
 from armillary.models.vit_block import Block, Drop, Selected
 
@@ -161,6 +162,7 @@ class VisionTransformer(nn.Module):
             raise ValueError("ViT: " + "; ".join(problems))
         self.config = config
         self.checkpoint_activations = checkpoint_activations
+        self.impl = impl
         dim, patches = config.dim, config.patches(config.image_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
@@ -171,7 +173,7 @@ class VisionTransformer(nn.Module):
             Block(dim, config.heads, config.hidden, config.layer_scale, backend, config.gelu, impl)
             for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = ResidualNorm(dim, impl)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -204,26 +206,30 @@ class VisionTransformer(nn.Module):
         """
         x, runs = self._embed(crops, mask)
         layout, drops = self._plan(runs, x.device)
+        stream = Stream(x)
         *blocks, last = zip(self.blocks, drops, strict=True)
         for block, drop in blocks:
-            x = self._run(block, x, layout, drop)
-        if select is None:
-            x = self.norm(self._run(last[0], x, layout, last[1]))
-            groups = [
-                g.unflatten(0, (n, length))
-                for g, (n, length) in zip(x.split([n * length for n, length in runs]), runs, strict=True)
-            ]
-            skip = 1 + self.config.registers
-            return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
-        y = self.norm(self._run(last[0], x, layout, last[1], self._selected(runs, select)))
-        n_cls = sum(n for n, _ in runs)
-        return Tokens(y[:n_cls].split([n for n, _ in runs]), (y[n_cls:],))
+            stream = self._run(block, stream, layout, drop)
+        selected = None if select is None else self._selected(runs, select)
+        _, y = self.norm(self._run(last[0], stream, layout, last[1], selected))
+        if selected is not None:
+            n_cls = sum(n for n, _ in runs)
+            return Tokens(y[:n_cls].split([n for n, _ in runs]), (y[n_cls:],))
+        groups = [
+            g.unflatten(0, (n, length))
+            for g, (n, length) in zip(y.split([n * length for n, length in runs]), runs, strict=True)
+        ]
+        skip = 1 + self.config.registers
+        return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
 
-    def _run(self, block: nn.Module, *args: Any) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            # The draws of stochastic depth are arguments, so no generator has to be put back for the recomputation.
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(*args)
+    def _run(self, block: nn.Module, *args: Any) -> Stream:
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return block(*args)
+        # Settled, so that of a block's border only the tokens are kept; it costs another pass over them. The draws of
+        # stochastic depth are arguments, so no generator has to be put back for the recomputation.
+        return checkpoint(
+            lambda *args: settle(block(*args), self.impl), *args, use_reentrant=False, preserve_rng_state=False
+        )
 
     def _embed(self, crops: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Runs]:
         """Patch, class and register tokens of all crops, packed: [P, D], and (N, L) of each group."""
@@ -268,11 +274,11 @@ class VisionTransformer(nn.Module):
         return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
     @torch.compiler.disable
-    def _plan(self, runs: Runs, device: torch.device) -> tuple[Layout, list[Drop | None]]:
-        """Layout of the packed tokens, and which samples run each block's two branches (None where all do)."""
+    def _plan(self, runs: Runs, device: torch.device) -> tuple[Layout, list[Drop]]:
+        """Layout of the packed tokens, and which samples run each block's two branches."""
         layout, depth = Layout.from_runs(runs, device), self.config.depth
         if not self.training or self.config.drop_path == 0:
-            return layout, [None] * depth
+            return layout, [(None, None)] * depth
         subsets = draw_subsets(runs, self.config.drop_path, 2 * depth, device)
         return layout, list(zip(subsets[::2], subsets[1::2], strict=True))
 

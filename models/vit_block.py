@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from armillary.kernels.attention import Layout, attention
 from armillary.kernels.launch import Impl
-from armillary.models.stochastic_depth import Subset, branch_scale, fork, join
+from armillary.models.residual_stream import ResidualNorm, Stream
+from armillary.models.stochastic_depth import Subset, branch_scale
 
 __all__ = ["Block", "Drop", "Selected"]
 
-Drop = tuple[Subset, Subset]  # of a block's attention and of its MLP
+Drop = tuple[Subset | None, Subset | None]  # samples that run a block's attention and its MLP; None: all of them
 
 
 @dataclass(frozen=True)
@@ -117,37 +118,44 @@ class Block(nn.Module):
         self, dim: int, heads: int, hidden: int, layer_scale: float, backend: str, gelu: str, impl: Impl
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = ResidualNorm(dim, impl)
         self.attn = _Attention(dim, heads, backend)
         self.ls1 = _LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = ResidualNorm(dim, impl)
         self.mlp = _MLP(dim, hidden, gelu, impl)
         self.ls2 = _LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, layout: Layout, drop: Drop | None, selected: Selected | None = None) -> Tensor:
-        """[P, D] to [P, D], or to the selected tokens [Q, D]."""
-        if selected is not None:
-            return self._selected(x, layout, drop, selected)
-        if drop is None:
-            x = x + self.attn(self.norm1(x), layout, self.ls1())
-            return x + self.mlp(self.norm2(x), self.ls2())
-        for_attention, for_mlp = drop
-        x, y = fork(x, layout, for_attention, own=False)
-        y = self.attn(self.norm1(y), for_attention.layout, self.ls1())
-        x, y = fork(join(x, y, layout, for_attention), layout, for_mlp, own=True)
-        return join(x, self.mlp(self.norm2(y), self.ls2()), layout, for_mlp)
+    def forward(self, stream: Stream, layout: Layout, drop: Drop, selected: Selected | None = None) -> Stream:
+        """Run both branches; the MLP's output is left for the next norm to add.
 
-    def _selected(self, x: Tensor, layout: Layout, drop: Drop | None, selected: Selected) -> Tensor:
+        Args:
+            stream: [P, D] tokens.
+            layout: Their layout.
+            drop: The samples that run each branch.
+            selected: Tokens to compute; the result holds only these [Q, D].
+        """
+        if selected is not None:
+            return self._selected(stream, layout, drop, selected)
+        for_attention, for_mlp = drop
+        x, y = self.norm1(stream, for_attention)
+        y = self.attn(y, layout if for_attention is None else for_attention.layout, self.ls1())
+        x, y = self.norm2(Stream(x, y, for_attention), for_mlp)
+        return Stream(x, self.mlp(y, self.ls2()), for_mlp)
+
+    def _selected(self, stream: Stream, layout: Layout, drop: Drop, selected: Selected) -> Stream:
         """Stochastic depth multiplies the selected tokens by 0 or the branch's scale.
 
         Only the device knows how many tokens a subset of the samples has, and they are few.
         """
         order = selected.order
-        y = self.attn(self.norm1(x), layout, self.ls1(), selected).index_select(0, order)
+
+        def scaled(y: Tensor, subset: Subset | None) -> Tensor:
+            samples = selected.samples.index_select(0, order)
+            return y if subset is None else y * branch_scale(subset, y).index_select(0, samples)
+
+        for_attention, for_mlp = drop
+        x, y = self.norm1(stream)
+        y = self.attn(y, layout, self.ls1(), selected).index_select(0, order)
         x = x.index_select(0, selected.tokens).index_select(0, order)
-        if drop is None:
-            x = x + y
-            return x + self.mlp(self.norm2(x), self.ls2())
-        samples = selected.samples.index_select(0, order)
-        x = x + y * branch_scale(drop[0], layout, x).index_select(0, samples)
-        return x + self.mlp(self.norm2(x), self.ls2()) * branch_scale(drop[1], layout, x).index_select(0, samples)
+        x, y = self.norm2(Stream(x, scaled(y, for_attention)))
+        return Stream(x, scaled(self.mlp(y, self.ls2()), for_mlp))

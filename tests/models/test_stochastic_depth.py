@@ -22,7 +22,7 @@ def expected(x, subsets):
     """One sample after the other, out of place."""
     for subset in subsets:
         rows = []
-        scale = branch_scale(subset, LAYOUT, x)
+        scale = branch_scale(subset, x)
         samples = [
             s for (_, length), g in zip(RUNS, x.split([n * m for n, m in RUNS]), strict=True) for s in g.split(length)
         ]
@@ -40,9 +40,9 @@ def test_two_branches_and_their_gradients(path, rate, own):
     before = leaf.detach().clone()
     x = leaf * 1.0 if own else leaf
     for i, subset in enumerate(subsets):
-        x, y = fork(x, LAYOUT, subset, own=own or i > 0)
+        x, y = fork(x, subset, own=own or i > 0)
         assert len(y) == sum(n * length for n, length in subset.layout.runs)
-        x = join(x, branch(y), LAYOUT, subset)
+        x = join(x, branch(y), subset)
     weights = torch.randn_like(x)
     (grad,) = torch.autograd.grad((x * weights).sum(), leaf)
     want = expected(leaf, subsets)
@@ -55,8 +55,8 @@ def test_gradcheck():
     subsets = draw_subsets(RUNS, 0.5, 1, torch.device("cpu"))
 
     def function(x):
-        x, y = fork(x, LAYOUT, subsets[0], own=False)
-        return join(x, branch(y), LAYOUT, subsets[0])
+        x, y = fork(x, subsets[0], own=False)
+        return join(x, branch(y), subsets[0])
 
     assert torch.autograd.gradcheck(function, torch.randn(31, 2, dtype=torch.float64, requires_grad=True))
 
