@@ -1,39 +1,68 @@
-"""Patches of an image as tokens.
+"""Patches of images as tokens.
 
-Shape legend: N images, C channels, H x W pixels in h x w patches of p x p pixels, D width.
+Shape legend: N images of a group, C channels, T patches of p x p pixels an image, R registers, P tokens of all groups,
+D width.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from armillary.kernels.launch import Impl
+from armillary.kernels.patch_embed import embed_crops
 
 __all__ = ["PatchEmbed"]
 
 
 class PatchEmbed(nn.Module):
-    """Projection of patches. The weight is stored as the convolution it stands for, and applied as one product."""
+    """Tokens of all crops, packed. The weight is stored as the convolution it stands for, and applied as one product."""
 
     def __init__(self, channels: int, patch: int, dim: int, impl: Impl) -> None:
         super().__init__()
-        self.impl = impl
-        self.patch = patch
         self.proj = _PatchProjection(channels, dim, kernel_size=patch, stride=patch)
+        self.proj.impl = impl
 
-    def patchify(self, image: Tensor) -> Tensor:
-        """[N, C, H, W] to [N*h*w, C*p*p], in the parameters' dtype."""
-        p = self.patch
-        x = image.to(self.proj.weight.dtype)
-        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # N C h p w p
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        cls: Tensor,
+        registers: Tensor | None,
+        mask: Tensor | None,
+        mask_token: Tensor,
+    ) -> Tensor:
+        """Embed groups of crops; the other parameters are the caller's.
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[n, C*p*p] to [n, D]."""
-        return self.proj(pixels)
+        Args:
+            crops: One tensor a group, each [N, C, H, W].
+            positions: One tensor a group, each [1 + T, D].
+            cls: [D] class token.
+            registers: [R, D] register tokens.
+            mask: [N, T] bool for the first group: True where the mask token replaces the patch.
+            mask_token: [D].
+
+        Returns:
+            [P, D]: for each group, crop by crop, class token, registers and patches.
+        """
+        return self.proj(crops, positions, cls, registers, mask, mask_token)
 
 
 class _PatchProjection(nn.Conv2d):
-    def forward(self, pixels: Tensor) -> Tensor:
-        return F.linear(pixels, self.weight.flatten(1), self.bias)
+    impl: Impl = "auto"
+
+    def forward(  # type: ignore[override]
+        self,
+        crops: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        cls: Tensor,
+        registers: Tensor | None,
+        mask: Tensor | None,
+        mask_token: Tensor,
+    ) -> Tensor:
+        crops = [crop.contiguous() for crop in crops]
+        mask = None if mask is None else mask.contiguous()
+        bias = self.bias
+        assert bias is not None
+        return embed_crops(crops, self.weight, bias, positions, cls, registers, mask, mask_token, impl=self.impl)

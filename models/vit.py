@@ -233,27 +233,17 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, crops: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Runs]:
         """Patch, class and register tokens of all crops, packed: [P, D], and (N, L) of each group."""
-        pixels, shapes = [], []
+        positions, runs = [], []
         for crop in crops:
             self._check(crop)
-            pixels.append(self.patch_embed.patchify(crop))
-            shapes.append((len(crop), crop.shape[2] // self.config.patch_size, crop.shape[3] // self.config.patch_size))
-        counts = [n * h * w for n, h, w in shapes]
-        embedded = self.patch_embed(torch.cat(pixels) if len(pixels) > 1 else pixels[0]).split(counts)
-        registers = () if self.register_tokens is None else (self.register_tokens,)
-        packed, runs = [], []
-        for index, (patches, (n, h, w)) in enumerate(zip(embedded, shapes, strict=True)):
-            patches = patches.unflatten(0, (n, h * w))
-            if index == 0 and mask is not None:
-                if mask.shape != (n, h * w):
-                    raise ValueError(f"mask: must be {(n, h * w)}, crops and patches, got {tuple(mask.shape)}")
-                patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
-            position = self._position(h, w).to(patches.dtype)
-            first = (self.cls_token.to(patches.dtype) + position[:, :1], *registers)
-            head = [token.expand(n, -1, -1) for token in first]
-            packed.append(torch.cat([*head, patches + position[:, 1:]], dim=1).flatten(0, 1))
-            runs.append((n, 1 + self.config.registers + h * w))
-        return (torch.cat(packed) if len(packed) > 1 else packed[0]), tuple(runs)
+            h, w = (side // self.config.patch_size for side in crop.shape[2:])
+            positions.append(self._position(h, w).to(self.pos_embed.dtype)[0])
+            runs.append((len(crop), 1 + self.config.registers + h * w))
+        if mask is not None and mask.shape != (shape := (len(crops[0]), len(positions[0]) - 1)):
+            raise ValueError(f"mask: must be {shape}, crops and patches, got {tuple(mask.shape)}")
+        registers = None if self.register_tokens is None else self.register_tokens[0]
+        packed = self.patch_embed(crops, positions, self.cls_token[0, 0], registers, mask, self.mask_token[0])
+        return packed, tuple(runs)
 
     def _check(self, crop: Tensor) -> None:
         c, p = self.config.channels, self.config.patch_size
