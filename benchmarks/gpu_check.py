@@ -3,7 +3,8 @@
 Both are compared with the reference on the same numbers in float64 (float32 where float64 does not fit into memory).
 The error of a tensor is the larger of two: of the whole, |x - expected| / |expected|, and of the worst row, relative to
 that row or the average one, whichever is longer. A result of fewer than 64 numbers (a loss, a curvature's gradient) can
-come out of eager with a lucky error, so it is held to the largest error of eager's results instead.
+come out of eager with a lucky error, so it is held to the largest error of eager's results instead; and the gradient of
+a scalar is a sum over everything, in which much cancels, so the root of the dtype's unit is allowed on top.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def gradients_of(outputs: Outputs, inputs: dict[str, Tensor | None], grads: Sequ
     """Gradients of the inputs that ask for one."""
     results = [x for x in as_tuple(outputs) if x.requires_grad]
     asked = [x for x in inputs.values() if x is not None and x.requires_grad]
-    return list(torch.autograd.grad(results, asked, list(grads)))
+    return [x for x in torch.autograd.grad(results, asked, list(grads), allow_unused=True)]
 
 
 def run_once(way: Way, problem: Problem, wide: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
@@ -85,10 +86,8 @@ def run_once(way: Way, problem: Problem, wide: torch.dtype | None = None) -> lis
     ]
     if problem.wrt:
         grads = upstream([x for x in as_tuple(outputs) if x.requires_grad])
-        found += [
-            (f"gradient of {name}", x)
-            for name, x in zip(problem.wrt, gradients_of(outputs, inputs, grads), strict=True)
-        ]
+        for name, x in zip(problem.wrt, gradients_of(outputs, inputs, grads), strict=True):
+            found.append((f"gradient of {name}", inputs[name].new_full((), math.nan) if x is None else x))
     return found
 
 
@@ -125,9 +124,13 @@ def check(problem: Problem) -> Checked:
     results = run_once(problem.ours, problem)
     ours = _errors(results, expected)
     worst = max(eager.values())
+    floats = [x for x in problem.inputs.values() if x is not None and x.is_floating_point()]
+    unit = max((torch.finfo(x.dtype).eps for x in floats), default=0.0)
     wrong = []
     for name, x in results:
         allowed = 2 * (worst if x.numel() < FEW else eager[name]) + torch.finfo(x.dtype).eps / 4
+        if x.dim() == 0 and name.startswith("gradient"):
+            allowed += unit**0.5
         if not (math.isfinite(ours[name]) and ours[name] <= allowed):
             wrong.append(f"{name} {list(x.shape)}: error {ours[name]:.2g}, at most {allowed:.2g}")
     if wrong:
@@ -136,11 +139,13 @@ def check(problem: Problem) -> Checked:
 
 
 def _oracle(problem: Problem) -> tuple[list[tuple[str, Tensor]], str]:
+    oracle = problem.oracle or problem.reference
     try:
-        return run_once(problem.reference, problem, torch.float64), "float64"
+        return run_once(oracle, problem, torch.float64), "float64"
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-    return run_once(problem.reference, problem, torch.float32), "float32"
+        pass
+    torch.cuda.empty_cache()  # here, where the exception no longer holds what filled the memory
+    return run_once(oracle, problem, torch.float32), "float32"
 
 
 def _errors(found: list[tuple[str, Tensor]], expected: list[tuple[str, Tensor]]) -> dict[str, float]:

@@ -21,9 +21,10 @@ class Problem:
     Attributes:
         inputs: Never zeros: they hide unwritten outputs and run faster than data.
         ours: The public function with `impl="triton"`.
-        reference: The same in PyTorch: timed eagerly, timed compiled, and run on float64 inputs as the oracle.
+        reference: The same in PyTorch: timed eagerly, timed compiled, and run on float64 inputs.
         wrt: Inputs with a gradient; with none, only the forward pass is timed.
         in_place: The ways write into their inputs (and return them).
+        oracle: What is run on float64 inputs; the reference if absent.
         time_reference: False where the reference is a loop over samples that nobody would train with.
         others: Further ways to be timed, by the name of the row.
     """
@@ -33,6 +34,7 @@ class Problem:
     reference: Way
     wrt: tuple[str, ...] = ()
     in_place: bool = False
+    oracle: Way | None = None
     time_reference: bool = True
     others: dict[str, Way] = field(default_factory=dict)
 
