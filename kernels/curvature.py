@@ -53,9 +53,11 @@ ARTANH = [1 / (2 * k + 1) for k in range(TERMS)]
 
 
 def even_series(coefficients: list[float], a2: Tensor) -> Tensor:
-    """sum_k coefficients[k] a2^k, by elements: few operations for autograd, exact derivatives at 0."""
-    k = torch.arange(len(coefficients), dtype=a2.dtype, device=a2.device)
-    return (a2.unsqueeze(-1) ** k * torch.tensor(coefficients, dtype=a2.dtype, device=a2.device)).sum(-1)
+    """sum_k coefficients[k] a2^k by elements, in few operations for autograd, and exact to the second derivative at 0."""
+    k = torch.arange(2, len(coefficients), dtype=a2.dtype, device=a2.device)
+    weight = torch.tensor(coefficients[2:], dtype=a2.dtype, device=a2.device)
+    # PyTorch's second derivative of x^0 and x^1 is NaN at 0, so those two stand apart.
+    return coefficients[0] + coefficients[1] * a2 + (weight * a2.unsqueeze(-1) ** k).sum(-1)
 
 
 def exp_scale_reference(a2: Tensor) -> Tensor:

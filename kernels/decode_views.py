@@ -23,6 +23,7 @@ engine/data/codec.py). A row whose header does not fit has flux 0.
 
 # Triton reads the annotations of a kernel's arguments, so they stay bare:
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -53,6 +54,7 @@ __all__ = ["Codec", "MAX_MIXED_BANDS", "decode_views", "decode_views_reference"]
 
 Codec = Literal["bitplane", "float16"]
 MAX_MIXED_BANDS = 16  # that a stretch other than `Affine` may combine: they are held in registers
+AFFINE_BANDS = 8  # that one launch decodes for an `Affine` stretch, which needs nothing of other bands
 LIMIT = 2**31 - 2**16  # pixels of an image, or of an output, that int32 can number
 
 
@@ -91,75 +93,84 @@ def _index_kernel(
 
 
 @triton.jit
-def _plane_pair(k, low, high, odd, planes, extra, usable):
-    """Planes 2 k and 2 k + 1 of each block as the halves of a uint32, with the lone plane, without masked pixels.
+def _fetch(blob, entry, start, end, base, LANES: tl.constexpr):
+    """Load the first words of blocks, of which each thread takes one.
 
-    Args:
-        k: Which pair.
-        low: Aligned uint32 word in which plane 2 k begins.
-        high: The next one.
-        odd: Whether it begins in the upper half.
-        planes: Stored planes.
-        extra: Bits of the lone plane.
-        usable: Bits of the pixels with data, in both halves.
+    Returns:
+        A tuple by block: planes; bits of the lone plane; bits of the pixels with data, twice; whether planes begin in the
+        upper half of a word of 32 bits; pointer to that word; words there are; the first five of them, which hold 8
+        planes and a lone one.
     """
-    word = tl.where(odd, low >> 16 | high << 16, low)
-    left = planes - 2 * k
-    word = tl.where(left > 1, word, tl.where(left == 1, word & 0xFFFF, 0))
-    extra = tl.where(left == 1, extra << 16, tl.where(left == 0, extra, 0))
-    return (word | extra) & usable
+    planes, touched = entry >> 13 & 63, entry >> 19 & 1
+    at = base + start + (entry & 0x1FFF)
+    mask = tl.load(blob.to(tl.pointer_type(tl.uint16)) + at, mask=(touched > 0) & (at < end), other=0xFFFF)
+    usable = mask.to(tl.uint32) | mask.to(tl.uint32) << 16
+    extra = (entry >> 20 & 1).to(tl.uint32) << (entry >> 21 & 15).to(tl.uint32)
+    at += touched
+    odd = at % 2
+    there = tl.minimum((planes + odd + 1) // 2, end // 2 - at // 2)
+    words = blob.to(tl.pointer_type(tl.uint32)) + at // 2
+    found = (planes, extra, usable, odd, words, there)
+    for k in tl.static_range(5):
+        found = found + (tl.load(words + k, mask=there > k, other=0),)
+    return found
 
 
 @triton.jit
-def _bitplane(blob, index_ptr, end, base, channels, block, there, lane, TILE: tl.constexpr):
-    """Quantised values int32 [runs, 16] of blocks [runs]."""
-    entry = tl.load(index_ptr + block, mask=there, other=0)
-    planes, touched, place = entry >> 13 & 63, entry >> 19 & 1, entry >> 21 & 15
-    at = base + tile_start(blob, end, block // TILE, channels) + (entry & 0x1FFF)
-    mask = tl.load(blob.to(tl.pointer_type(tl.uint16)) + at, mask=(touched > 0) & (at < end), other=0xFFFF)
-    usable = mask.to(tl.uint32) | mask.to(tl.uint32) << 16
-    extra = (entry >> 20 & 1).to(tl.uint32) << place.to(tl.uint32)
-    at += touched
-    odd = at % 2 == 1
-    needed = (planes + at % 2 + 1) // 2  # aligned words of 32 bits
-    needed = tl.minimum(needed, end // 2 - at // 2)
-    words = blob.to(tl.pointer_type(tl.uint32)) + at // 2
-    low = tl.load(words, mask=needed > 0, other=0)
-    bits = tl.zeros([1, 16], tl.uint32)  # even planes in the lower half, odd ones in the upper, each at its own place
-    for k in tl.static_range(4):  # up to 8 planes, a lone one included
-        high = tl.load(words + k + 1, mask=needed > k + 1, other=0)
-        pair = _plane_pair(k, low, high, odd, planes, extra, usable)
-        if k > 0:
-            pair = pair << 2 * k | pair >> 32 - 2 * k
-        pair = pair[:, None]
-        pair = pair >> lane | pair << (32 - lane & 31)  # two rotations: pixel `lane` of planes 2 k, 2 k + 1 to 2 k, 2 k + 16
-        bits = bits | pair & (0x10001 << 2 * k)
-        low = high
-    u = bits & 0xFFFF | bits >> 15
-    for k in range(4, (tl.max(planes, axis=0) + 1) // 2):  # bright blocks
-        high = tl.load(words + k + 1, mask=needed > k + 1, other=0)
-        pair = _plane_pair(k, low, high, odd, planes, extra, usable)[:, None] >> lane
-        u = u | (pair & 1 | pair >> 15 & 2) << 2 * k
+def _plane_pair(k, low, high, found):
+    """Planes 2 k and 2 k + 1 as the halves of a uint32, with the lone plane and without masked pixels.
+
+    Args:
+        k: Which pair.
+        low: Word of 32 bits in which plane 2 k begins.
+        high: The next one.
+        found: As from `_fetch`.
+    """
+    word = tl.where(found[3] > 0, (low >> 16) | (high << 16), low)
+    left = found[0] - 2 * k
+    word = tl.where(left > 1, word, tl.where(left == 1, word & 0xFFFF, 0))
+    lone = tl.where(left == 1, found[1] << 16, tl.where(left == 0, found[1], 0))
+    return (word | lone) & found[2]
+
+
+@triton.jit
+def _quantised(found, first, lane):
+    """Integers int32 [runs, LANES] of pixels first + lane of each block."""
+    bits = tl.zeros([1, 1], tl.uint32)  # even planes in the lower half, odd ones in the upper, each at its own place
+    for k in tl.static_range(4):
+        pair = _plane_pair(k, found[6 + k], found[7 + k], found)
+        pair = _turned(pair, first - 2 * k)
+        bits = bits | (_turned(pair[:, None], lane) & (0x10001 << 2 * k))
+    u = (bits & 0xFFFF) | (bits >> 15)
+    low = found[10]
+    for k in range(4, (tl.max(found[0], axis=0) + 1) // 2):  # bright blocks
+        high = tl.load(found[4] + k + 1, mask=found[5] > k + 1, other=0)
+        more = (_plane_pair(k, low, high, found) >> first.to(tl.uint32))[:, None] >> lane.to(tl.uint32)
+        u = u | (((more & 1) | (more >> 15 & 2)) << 2 * k)
         low = high
     return (u >> 1).to(tl.int32, bitcast=True) ^ -(u & 1).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _flux(
-    blob, index_ptr, end, base, sound, channels, pixels, band, block, there, lane, CODEC: tl.constexpr, TILE: tl.constexpr
-):
-    """Flux float32 [runs, 16] of one band's blocks [runs]."""
-    if CODEC == 1:
-        step = tl.load((blob + 20).to(tl.pointer_type(tl.float32)) + band, mask=sound, other=0.0)
-        block = block + band * ((pixels + 15) // 16)
-        return _bitplane(blob, index_ptr, end, base, channels, block, there, lane, TILE).to(tl.float32) * step
-    else:
-        pixel = block[:, None] * 16 + lane.to(tl.int32)
-        there = there[:, None] & (pixel < pixels) & sound
-        at = 10 + 2 * channels + band * pixels + pixel
-        half = tl.load(blob.to(tl.pointer_type(tl.int16)) + at, mask=there, other=0)
-        finite = (half & 0x7C00) != 0x7C00
-        return tl.where(finite, half, 0).to(tl.float16, bitcast=True).to(tl.float32)
+def _turned(x, amount):
+    """Bits of uint32 turned right."""
+    amount = amount.to(tl.uint32)
+    return (x >> (amount & 31)) | (x << ((32 - amount) & 31))
+
+
+@triton.jit
+def _half(blob, end, first, pixel, there):
+    """float32 of half-precision numbers, 0 where not finite.
+
+    Args:
+        blob: Pointer to the row.
+        end: Words of the blob, 0 for a row that is none.
+        first: Word of the band's first pixel.
+        pixel: Pixel of the band.
+        there: Whether it is one.
+    """
+    bits = tl.load(blob.to(tl.pointer_type(tl.int16)) + first + pixel, mask=there & (end > 0), other=0)
+    return tl.where((bits & 0x7C00) != 0x7C00, bits, 0).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -182,7 +193,7 @@ def _decode_views_kernel(
     sizes_ptr,  # int64 [B]
     index_ptr,  # int32 [B, count], not read with CODEC 0
     place_ptr,  # int32 [N, 5]: top, left; address of the crop's first pixel in the output, its step a row and a column
-    bands_ptr,  # int32 [bands]
+    bands_ptr,  # int32 [BANDS]
     numbers_ptr,  # float32, `packed` of the stretch
     out_ptr,  # [N, out_channels, side, side]
     images,
@@ -193,99 +204,111 @@ def _decode_views_kernel(
     pixels,  # of a band
     width,
     side,
-    bands,  # that the stretch reads
     out_channels,
     parts,  # programs a crop
     FORM: tl.constexpr,
-    BANDS: tl.constexpr,  # = bands, 0 for an affine stretch
-    OUT_CHANNELS: tl.constexpr,  # = out_channels, 0 for an affine stretch
+    BANDS: tl.constexpr,  # that the stretch reads
+    OUT_CHANNELS: tl.constexpr,  # that it makes; for an affine one, BANDS
     CODEC: tl.constexpr,
     TURNED: tl.constexpr,
-    RUNS: tl.constexpr,
     TILE: tl.constexpr,
+    RUNS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     crop = (tl.program_id(0) // parts).to(tl.int64)
     row = crop % images
     blob = blobs_ptr + row * stride
     size = tl.load(sizes_ptr + row)
     sound, masked = read_header(blob, size, stride, kind, shape, channels)
-    end = tl.where(sound, size // 2, 0).to(tl.int32)
-    count = channels * ((pixels + 15) // 16)
-    index_ptr += row * count
-    base = 20 + 4 * channels + 4 * ((count + TILE - 1) // TILE) + (count + 1) // 2
-    base = (base + masked * ((count + 7) // 8) + 1) // 2
     if CODEC == 0:
-        sound = sound & (10 + 2 * channels + channels * pixels <= end)
+        sound = sound & (20 + 4 * channels + 2 * channels * pixels.to(tl.int64) <= size)
+    end = tl.where(sound, size // 2, 0).to(tl.int32)
 
     place = place_ptr + crop * 5
-    top, left, first, down, across = (
-        tl.load(place),
-        tl.load(place + 1),
-        tl.load(place + 2),
-        tl.load(place + 3),
-        tl.load(place + 4),
-    )
+    top, left, first = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    down, across = tl.load(place + 3), tl.load(place + 4)
     swapped = (across != 1) & (across != -1)
-    # One run: the pixels of one block in one row of the crop. Rows are the fast direction where they become columns.
+    # A run: those of LANES pixels of a block that lie in one row of the crop. Where rows become columns they go fast.
     run = (tl.program_id(0) % parts) * RUNS + tl.arange(0, RUNS)
-    row_runs = (side + 30) // 16
+    row_runs = (side + 2 * LANES - 2) // LANES
+    y, number = run // row_runs, run % row_runs
     if TURNED:
-        y = tl.where(swapped, run % side, run // row_runs)
-        number = tl.where(swapped, run // side, run % row_runs)
-    else:
-        y = run // row_runs
-        number = run % row_runs
+        y, number = tl.where(swapped, run % side, y), tl.where(swapped, run // side, number)
     start = (top + y) * width + left
-    block = start // 16 + number
-    x = number * 16 - start % 16  # of the block's first pixel, in the crop
-    there = (y < side) & (number < row_runs) & (x < side)
-    lane = tl.arange(0, 16)[None, :]
+    pixel = start // LANES * LANES + number * LANES  # of the band
+    x = pixel - start  # in the crop's row
+    there = (y < side) & (x < side)
+    lane = tl.arange(0, LANES)[None, :]
     column = x[:, None] + lane
     inside = there[:, None] & (column >= 0) & (column < side)
     to = (first + down * y + across * x)[:, None] + across * lane
-    lane = lane.to(tl.uint32)
     out_ptr += crop * out_channels * side * side
 
-    if FORM == 0:
-        for k in range(bands):
-            flux = _flux(
-                blob, index_ptr, end, base, sound, channels, pixels, k, block, there, lane, CODEC, TILE
-            )
-            value = tl.div_rn(flux - tl.load(numbers_ptr + k), tl.load(numbers_ptr + bands + k))
-            _store(out_ptr, k, side, to, inside, value, swapped, TURNED)
-    else:
-        values = ()
+    found = ()
+    if CODEC == 1:  # all bands' loads of a kind together, so that their latencies overlap
+        count = channels * ((pixels + 15) // 16)
+        base = 20 + 4 * channels + 4 * ((count + TILE - 1) // TILE) + (count + 1) // 2
+        base = (base + masked * ((count + 7) // 8) + 1) // 2
+        entries = ()
+        starts = ()
         for m in tl.static_range(BANDS):
-            band = tl.load(bands_ptr + m)
-            flux = _flux(
-                blob, index_ptr, end, base, sound, channels, pixels, band, block, there, lane, CODEC, TILE
-            )
-            scaled = flux * tl.load(numbers_ptr + m)
-            values = values + (asinh(scaled) if FORM == 1 else scaled + tl.load(numbers_ptr + BANDS),)
-        if FORM == 1:
-            for k in tl.static_range(OUT_CHANNELS):
-                value = tl.load(numbers_ptr + BANDS + k) + tl.zeros([RUNS, 16], tl.float32)
-                for m in tl.static_range(BANDS):
-                    value = tl.fma(values[m], tl.load(numbers_ptr + BANDS + OUT_CHANNELS + k * BANDS + m), value)
-                _store(out_ptr, k, side, to, inside, value, swapped, TURNED)
+            block = tl.load(bands_ptr + m) * ((pixels + 15) // 16) + pixel // 16
+            entries = entries + (tl.load(index_ptr + row * count + block, mask=there, other=0),)
+            starts = starts + (tile_start(blob, end, block // TILE, channels),)
+        for m in tl.static_range(BANDS):
+            found = found + (_fetch(blob, entries[m], starts[m], end, base, LANES),)
+
+    values = ()
+    for m in tl.static_range(BANDS):
+        band = tl.load(bands_ptr + m)
+        if CODEC == 1:
+            step = tl.load((blob + 20).to(tl.pointer_type(tl.float32)) + band, mask=sound, other=0.0)
+            flux = _quantised(found[m], pixel % 16, lane).to(tl.float32) * step
         else:
-            intensity = tl.zeros([RUNS, 16], tl.float32)
-            for k in tl.static_range(OUT_CHANNELS):
-                intensity += tl.where(values[k] < 0.0, 0.0, values[k])
-            intensity *= tl.load(numbers_ptr + BANDS + 1)  # Q I
-            gain = asinh(intensity) * tl.load(numbers_ptr + BANDS + 2) / tl.where(intensity == 0.0, 1.0, intensity)
-            for k in tl.static_range(OUT_CHANNELS):
-                value = values[k] * gain
-                value = tl.where(value < 0.0, 0.0, value)  # comparisons with NaN are false: NaN passes through
-                _store(out_ptr, k, side, to, inside, tl.where(value > 1.0, 1.0, value), swapped, TURNED)
+            flux = _half(blob, end, 10 + 2 * channels + band * pixels, pixel[:, None] + lane, inside)
+        number = tl.load(numbers_ptr + m)
+        if FORM == 0:
+            value = tl.div_rn(flux - number, tl.load(numbers_ptr + BANDS + m))
+            _store(out_ptr, m, side, to, inside, value, swapped, TURNED)
+        elif FORM == 1:
+            values = values + (asinh(flux * number),)
+        else:
+            values = values + (flux * number + tl.load(numbers_ptr + BANDS),)
+
+    if FORM == 1:
+        for k in tl.static_range(OUT_CHANNELS):
+            value = tl.load(numbers_ptr + BANDS + k) + tl.zeros([RUNS, LANES], tl.float32)
+            for m in tl.static_range(BANDS):
+                value = tl.fma(values[m], tl.load(numbers_ptr + BANDS + OUT_CHANNELS + k * BANDS + m), value)
+            _store(out_ptr, k, side, to, inside, value, swapped, TURNED)
+    elif FORM == 2:
+        intensity = tl.zeros([RUNS, LANES], tl.float32)
+        for k in tl.static_range(OUT_CHANNELS):
+            intensity += tl.where(values[k] < 0.0, 0.0, values[k])
+        intensity *= tl.load(numbers_ptr + BANDS + 1)  # Q I
+        gain = asinh(intensity) * tl.load(numbers_ptr + BANDS + 2) / tl.where(intensity == 0.0, 1.0, intensity)
+        for k in tl.static_range(OUT_CHANNELS):
+            value = values[k] * gain
+            value = tl.where(value < 0.0, 0.0, value)  # comparisons with NaN are false: NaN passes through
+            _store(out_ptr, k, side, to, inside, tl.where(value > 1.0, 1.0, value), swapped, TURNED)
 
 
 LAUNCH = {
-    INTERPRETER: Launch({"RUNS": 16}, num_warps=4, num_stages=1),
-    80: Launch({"RUNS": 128}, num_warps=4, num_stages=1),
-    90: Launch({"RUNS": 128}, num_warps=4, num_stages=1),
-    100: Launch({"RUNS": 128}, num_warps=4, num_stages=1),
+    INTERPRETER: Launch({"RUNS": 16, "LANES": 8}, num_warps=4, num_stages=1),
+    80: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
+    90: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
+    100: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
 }
+
+
+def _parts(stretch: StretchNumbers) -> Iterator[tuple[int, StretchNumbers]]:
+    """What one launch does: an affine stretch goes by a few bands at a time. With the first band of each part."""
+    if not isinstance(stretch, Affine):
+        yield 0, stretch
+        return
+    for first in range(0, stretch.channels, AFFINE_BANDS):
+        some = slice(first, first + AFFINE_BANDS)
+        yield first, Affine(stretch.shift[some], stretch.divisor[some])
 
 
 def _places(origin: NDArray[np.int64], orientation: NDArray[np.int64], size: int) -> NDArray[np.int32]:
@@ -384,37 +407,37 @@ def _launch(
         _index_kernel[(images * tiles,)](
             blobs, sizes, index, stride, *header, channels, blocks, tiles, TILE=TILE, num_warps=1
         )
-    bands, numbers = on_device(stretch, blobs.device)
     place = torch.from_numpy(places).to(blobs.device, non_blocking=True)
     launch = settings(LAUNCH, blobs)
-    parts = triton.cdiv(side * ((side + 30) // 16), launch.blocks["RUNS"])
-    mixed = not isinstance(stretch, Affine)
-    _decode_views_kernel[(len(out) * parts,)](
-        blobs,
-        sizes,
-        index,
-        place,
-        bands,
-        numbers,
-        out,
-        images,
-        stride,
-        *header,
-        channels,
-        pixels,
-        width,
-        side,
-        len(bands),
-        out.shape[1],
-        parts,
-        FORM=stretch.form,
-        BANDS=len(bands) if mixed else 0,
-        OUT_CHANNELS=out.shape[1] if mixed else 0,
-        CODEC=number,
-        TURNED=turned,
-        TILE=TILE,
-        **launch.blocks,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        enable_fp_fusion=False,  # a fused product and sum would round fluxes otherwise than the CPU does
-    )
+    runs, lanes = launch.blocks["RUNS"], launch.blocks["LANES"]
+    parts = triton.cdiv(side * ((side + 2 * lanes - 2) // lanes), runs)
+    for first, part in _parts(stretch):
+        bands, numbers = on_device(part, blobs.device)
+        _decode_views_kernel[(len(out) * parts,)](
+            blobs,
+            sizes,
+            index,
+            place,
+            bands + first if first else bands,
+            numbers,
+            out[:, first:],
+            images,
+            stride,
+            *header,
+            channels,
+            pixels,
+            width,
+            side,
+            out.shape[1],
+            parts,
+            FORM=stretch.form,
+            BANDS=len(part.bands),
+            OUT_CHANNELS=part.channels,
+            CODEC=number,
+            TURNED=turned,
+            TILE=TILE,
+            **launch.blocks,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            enable_fp_fusion=False,  # a fused product and sum would round fluxes otherwise than the CPU does
+        )

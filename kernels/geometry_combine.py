@@ -114,7 +114,9 @@ def _clipped_exp(r2, c, clip):
     return t, tl.where(beyond, -t, q), sech_squared(inner, 1.0)
 
 
-@triton.jit
+# With top-1 routing the rows differ from step to step, and with them the alignment of an expert's logits: nothing is to be
+# compiled again for that. The alignment of u follows from D.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["logit_ptr"])
 def _combine_fwd_kernel(
     u_ptr,
     logit_ptr,
@@ -122,16 +124,17 @@ def _combine_fwd_kernel(
     c_ptr,
     bias_ptr,
     y_ptr,
-    plane,
     clip,
+    rows,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EXPERT: tl.constexpr,
     MOEBIUS: tl.constexpr,
-):  # one program: one row; a plane is the elements of one expert, EXPERT the only one or -1
+):  # one program: one row; EXPERT is the only one, or -1
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
     inside = col < D
+    plane = rows.to(tl.int64) * D  # elements of one expert
     here = u_ptr + row * D + col
     g0, g1, g2 = _softmax_of_three(logit_ptr + row * 3)
     y = tl.zeros([BLOCK_D], tl.float32)
@@ -159,7 +162,7 @@ def _combine_fwd_kernel(
     tl.store(y_ptr + row * D + col, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["logit_ptr"])
 def _combine_bwd_kernel(
     dy_ptr,
     u_ptr,
@@ -172,7 +175,6 @@ def _combine_bwd_kernel(
     du_sum_ptr,  # [programs, experts, D]
     db_ptr,  # [programs, D]
     scalar_ptr,  # [programs, 2]: dkappa, dc
-    plane,
     clip,
     rows,
     D: tl.constexpr,
@@ -184,6 +186,7 @@ def _combine_bwd_kernel(
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_D)
     inside = col < D
+    plane = rows.to(tl.int64) * D
     kappa = tl.load(kappa_ptr)
     c = tl.load(c_ptr)
     sum_e = tl.zeros([BLOCK_D], tl.float32)
@@ -327,8 +330,8 @@ def combine_forward(
             c,
             moebius_bias,
             y,
-            rows * dim,
             clip,
+            rows,
             D=dim,
             BLOCK_D=triton.next_power_of_2(dim),
             EXPERT=-1 if expert is None else expert,
@@ -383,7 +386,6 @@ def combine_backward(
             sums,
             db,
             scalars,
-            rows * dim,
             clip,
             rows,
             D=dim,

@@ -45,7 +45,7 @@ def geometry_rows_reference(
     return x, logits / temperature, torch.stack([one, one, scale])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rows_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -80,7 +80,7 @@ def _rows_fwd_kernel(
         tl.store(logit_ptr + row * 3 + k, logit / temperature, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rows_bwd_kernel(
     x_ptr,
     weight_ptr,

@@ -14,7 +14,7 @@ where every term is positive: nothing is lost that x and y themselves hold. Poin
 EDGE = 1 - A_MAX^2) get B = EDGE, E = EDGE, constants to the gradient, so N > 0 and all is finite. f of points inside lies
 inside but for rounding; `project` it where additions are chained.
 
-Gradient, G = dL/df. All of it goes through w, B, E and W; with K = (G.w - E G.x) / N^2 and phi = G.f
+Gradient, G = dL/df. All of it goes through w, B, E and W; with K = (G.y + (1 - E) G.x) / N^2 and phi = G.f
 
     dL/dB = W K     dL/dW = -B K     dL/dE = -B phi / N
     dL/dx = (B + W)/N G + 2c dL/dW w - 2c dL/dB x      dL/dy = B/N G + 2c dL/dW w - 2c dL/dE y
@@ -101,13 +101,13 @@ def _mobius_add_bwd_kernel(
     y2 = tl.sum(y * y, 1, keep_dims=True)
     w2 = tl.sum(w * w, 1, keep_dims=True)
     gx = tl.sum(g * x, 1, keep_dims=True)
-    gw = tl.sum(g * w, 1, keep_dims=True)
+    gy = tl.sum(g * y, 1, keep_dims=True)
     b, b_free = conformal(x2, c, EDGE)
     e, e_free = conformal(y2, c, EDGE)
     cw2 = c * w2
     n = b * e + cw2
-    k = (gw - e * gx) / n / n
-    phi = (b * gw + cw2 * gx) / n
+    k = (gy + tl.minimum(c * y2, 1.0 - EDGE) * gx) / n / n
+    phi = (b * (gx + gy) + cw2 * gx) / n
     d_b = b_free * cw2 * k
     d_e = -e_free * b * phi / n
     d_w = -b * k

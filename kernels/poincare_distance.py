@@ -72,15 +72,15 @@ def _arsinh_coefficients(z2):
     root = tl.sqrt(1.0 + z2)
     k = tl.log(z + root) / tl.maximum(z, 0.1)  # the floor is out of reach: the series takes over before
     h = 1.0 / root - k
-    u = tl.minimum(z2, 0.2)  # powers of a large z^2 would overflow unused
+    u = tl.minimum(z2, 0.3)  # powers of a large z^2 would overflow unused
     k_series = 0.0
     h_series = 0.0
-    for i in tl.static_range(12, 0, -1):
+    for i in tl.static_range(14, 0, -1):
         # Ratio of neighbouring coefficients of arsinh(z) / z: -(2i - 1)^2 / (2i (2i + 1)).
         step: tl.constexpr = -((2 * i - 1) * (2 * i - 1)) / (2 * i * (2 * i + 1))
         k_series = step * u * (1.0 + k_series)
         h_series = step * u * (2 * i + h_series)
-    small = z2 < 0.2
+    small = z2 < 0.3
     return tl.where(small, 1.0 + k_series, k), tl.where(small, h_series, h)
 
 

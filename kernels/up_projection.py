@@ -21,7 +21,7 @@ the launch table says which one an architecture takes:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cache
@@ -218,59 +218,13 @@ def _fused_kernel(
 
 
 @triton.jit
-def halves(p, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of a tile [BM, BN]."""
-    return tl.split(tl.permute(tl.reshape(p, (BM, 2, BN // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _send(
-    p,
-    q,
-    bias_ptr,
-    scale_ptr,
-    z_tiles,
-    a_tiles,
-    m0,
-    e,
-    h0,
-    M,
-    H,
-    GATED: tl.constexpr,
-    TANH: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Epilogue of one tile [BM, BN] through descriptors, one half after the other to save registers."""
-    G: tl.constexpr = 2 if GATED else 1
-    HALF: tl.constexpr = BN // 2
-    i, j = tl.arange(0, BM), tl.arange(0, HALF)
-    p_left, p_right = halves(p, BM, BN)
-    if GATED:
-        q_left, q_right = halves(q, BM, BN)
+def part_of(p, INDEX: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Columns INDEX * BN / PARTS to (INDEX + 1) * BN / PARTS of a tile [BM, BN]; PARTS is a power of 2."""
+    if PARTS == 1:
+        return p
     else:
-        q_left, q_right = q, q
-    for half in tl.static_range(2):
-        at = h0 + half * HALF
-        z, up, a = _epilogue(
-            p_left if half == 0 else p_right,
-            q_left if half == 0 else q_right,
-            bias_ptr,
-            scale_ptr,
-            e * M + m0 + i,
-            e * G * H + at + j,
-            i < M - m0,
-            j < H - at,
-            H,
-            a_tiles.dtype,
-            GATED,
-            TANH,
-        )
-        if z_tiles is not None:
-            z_tiles.store([m0, e * G * H + at], z)
-            if GATED:
-                z_tiles.store([m0, e * G * H + H + at], up)
-        a_tiles.store([m0, e * H + at], a)
+        left, right = tl.split(tl.permute(tl.reshape(p, (BM, 2, BN // 2)), (0, 2, 1)))
+        return part_of(left if INDEX < PARTS // 2 else right, INDEX % (PARTS // 2), PARTS // 2, BM, BN // 2)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -289,35 +243,51 @@ def _tma_kernel(
     GATED: tl.constexpr,
     TANH: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,  # columns of a tile; GATED: BN // 2 of gate and of up
+    BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     G: tl.constexpr = 2 if GATED else 1
-    COLUMNS: tl.constexpr = BN // G
+    WIDTH: tl.constexpr = BN * G // 4
+    i, j = tl.arange(0, BM), tl.arange(0, WIDTH)
     x_tiles = tl.make_tensor_descriptor(x_ptr, [M, K], [K, 1], [BM, BK])
-    w_tiles = tl.make_tensor_descriptor(w_ptr, [E * G * H, K], [K, 1], [COLUMNS, BK])
-    a_tiles = tl.make_tensor_descriptor(a_ptr, [M, E * H], [E * H, 1], [BM, BN // 4])
-    z_tiles = None
+    w_tiles = tl.make_tensor_descriptor(w_ptr, [E * G * H, K], [K, 1], [BN, BK])
+    a_tiles = tl.make_tensor_descriptor(a_ptr, [M, E * H], [E * H, 1], [BM, WIDTH])
     if z_ptr is not None:
-        z_tiles = tl.make_tensor_descriptor(z_ptr, [M, E * G * H], [E * G * H, 1], [BM, BN // 4])
-    tiles = tl.cdiv(M, BM) * E * tl.cdiv(H, COLUMNS)
+        z_tiles = tl.make_tensor_descriptor(z_ptr, [M, E * G * H], [E * G * H, 1], [BM, WIDTH])
+    tiles = tl.cdiv(M, BM) * E * tl.cdiv(H, BN)
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
-        m0, e, h0 = place_tile(tile, M, E, H, BM, COLUMNS, GROUP)
+        m0, e, h0 = place_tile(tile, M, E, H, BM, BN, GROUP)
         first = e * G * H + h0
-        p = tl.zeros((BM, COLUMNS), tl.float32)
-        q = tl.zeros((BM, COLUMNS), tl.float32)
+        p = tl.zeros((BM, BN), tl.float32)
+        q = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             x = x_tiles.load([m0, k])
             p = tl.dot(x, w_tiles.load([first, k]).T, p, input_precision="ieee")
             if GATED:
                 q = tl.dot(x, w_tiles.load([first + H, k]).T, q, input_precision="ieee")
-        if GATED:
-            _send(p, q, bias_ptr, scale_ptr, z_tiles, a_tiles, m0, e, h0, M, H, GATED, TANH, BM, COLUMNS)
-        else:
-            left, right = halves(p, BM, BN)
-            _send(left, q, bias_ptr, scale_ptr, z_tiles, a_tiles, m0, e, h0, M, H, GATED, TANH, BM, BN // 2)
-            _send(right, q, bias_ptr, scale_ptr, z_tiles, a_tiles, m0, e, h0 + BN // 2, M, H, GATED, TANH, BM, BN // 2)
+        for part in tl.static_range(BN // WIDTH):  # one after the other, to save registers
+            at = h0 + part * WIDTH
+            column = e * G * H + at
+            z, up, a = _epilogue(
+                part_of(p, part, BN // WIDTH, BM, BN),
+                part_of(q, part, BN // WIDTH, BM, BN),
+                bias_ptr,
+                scale_ptr,
+                e * M + m0 + i,
+                column + j,
+                i < M - m0,
+                j < H - at,
+                H,
+                a_ptr.dtype.element_ty,
+                GATED,
+                TANH,
+            )
+            if z_ptr is not None:
+                z_tiles.store([m0, column], z)
+                if GATED:
+                    z_tiles.store([m0, column + H], up)
+            a_tiles.store([m0, e * H + at], a)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -364,26 +334,40 @@ ELEMENTWISE = {
 }
 
 
-def choose(table: Mapping[int, Gemm], x: Tensor, columns: int, aligned: bool) -> tuple[str, Launch | None]:
-    """Path of a product, and its settings if they are the launch table's.
+def choose(
+    tables: tuple[Mapping[int, Gemm], Mapping[int, Launch], Mapping[int, Launch]],
+    x: Tensor,
+    gates: int,
+    columns: int,
+    depth: int,
+    matrices: Sequence[Tensor | None],
+) -> tuple[str, Launch, dict[str, int]]:
+    """Path of a product, its settings, and its blocks for this many gates.
 
     Args:
-        table: The product's launch table.
+        tables: Launch tables of the product, of its path "fused" and of its elementwise kernel.
         x: One of its operands.
-        columns: H.
-        aligned: Whether every matrix lies on 16-byte multiples, row by row.
+        gates: 2 for "swiglu", else 1; a tile then holds half as many columns of each.
+        columns: What BN must divide for tensor descriptors.
+        depth: What BK must divide for them.
+        matrices: What descriptors are made of: contiguous, seen as [rows, last dimension].
     """
-    row = cast(Gemm, settings(table, x))
+    product, fused, elementwise = tables
+    row = cast(Gemm, settings(product, x))
+    path, chosen = row.path, cast(Launch, row)
     if x.is_cuda and x.dtype == torch.float32:
-        return "cublas", None
-    if row.path == "tma" and not (aligned and columns % row.blocks["BN"] == 0):
-        return "fused", None
-    return row.path, row
+        path = "cublas"
+    elif path == "tma":
+        fits = columns % row.blocks["BN"] == 0 and depth % row.blocks["BK"] == 0
+        if not (fits and all(m is None or _aligned(m) for m in matrices)):
+            path, chosen = "fused", settings(fused, x)
+    if path == "cublas":
+        chosen = settings(elementwise, x)
+    return path, chosen, {**chosen.blocks, "BN": chosen.blocks["BN"] // gates}
 
 
-def aligned(*matrices: Tensor | None) -> bool:
-    """Whether matrices, contiguous and seen as [rows, last dimension], can have tensor descriptors."""
-    return all(x is None or (x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0) for x in matrices)
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
 
 
 def launch_persistent(kernel: Any, tiles: int, x: Tensor, *args: Any, **options: Any) -> None:
@@ -414,47 +398,28 @@ def _launch(
     if not a.numel():
         return z, a
     form = {"GATED": activation == "swiglu", "TANH": activation == "gelu_tanh"}
-    path, row = choose(LAUNCH, x, h, aligned(x, weight, z, a))
+    path, row, blocks = choose((LAUNCH, FUSED, ELEMENTWISE), x, gates, h, 0, (x, weight, z, a))
+    tiles = triton.cdiv(m, blocks["BM"]) * experts * triton.cdiv(h, blocks["BN"])
     sizes = (m, experts, h)
+    warps, stages = {"num_warps": row.num_warps}, {"num_stages": row.num_stages}
     if path == "cublas":
-        elementwise = settings(ELEMENTWISE, x)
         weights = weight.view(-1, k).t()
-        # The product goes into z, which the kernel then overwrites where scale and bias change it.
+        # The product goes into z, where scale and bias then change it.
         p = z if z is not None else a if gates == 1 else x.new_empty(m, *weight.shape[:-1])
         if row_scale is None and bias is not None:
             torch.addmm(bias.view(-1), x, weights, out=p.view(m, -1))
-            bias, z_out = None, None
+            bias, target = None, None
         else:
             torch.mm(x, weights, out=p.view(m, -1))
-            z_out = None if row_scale is None else z
-        tiles = triton.cdiv(m, elementwise.blocks["BM"]) * experts * triton.cdiv(h, elementwise.blocks["BN"])
-        _elementwise_kernel[(tiles,)](
-            p, bias, row_scale, z_out, a, *sizes, **form, **elementwise.blocks, num_warps=elementwise.num_warps
-        )
-        return z, a
-    row = row or settings(FUSED, x)
-    blocks = row.blocks
-    options = dict(num_warps=row.num_warps, num_stages=row.num_stages)
-    tiles = triton.cdiv(m, blocks["BM"]) * experts * triton.cdiv(h, blocks["BN"] // gates)
-    if path == "tma":
-        launch_persistent(
-            _tma_kernel, tiles, x, x, weight, bias, row_scale, z, a, *sizes, k, **form, **blocks, **options
-        )
+            target = None if row_scale is None else z
+        _elementwise_kernel[(tiles,)](p, bias, row_scale, target, a, *sizes, **form, **blocks, **warps)
+    elif path == "tma":
+        arguments = (x, weight, bias, row_scale, z, a, *sizes, k)
+        launch_persistent(_tma_kernel, tiles, x, *arguments, **form, **blocks, **warps, **stages)
     else:
-        _fused_kernel[(tiles,)](
-            x,
-            weight,
-            bias,
-            row_scale,
-            z,
-            a,
-            *sizes,
-            k,
-            **form,
-            EVEN=k % blocks["BK"] == 0,
-            **{**blocks, "BN": blocks["BN"] // gates},
-            **options,
-        )
+        arguments = (x, weight, bias, row_scale, z, a, *sizes, k)
+        even = k % blocks["BK"] == 0
+        _fused_kernel[(tiles,)](*arguments, **form, EVEN=even, **blocks, **warps, **stages)
     return z, a
 
 

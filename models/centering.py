@@ -143,7 +143,7 @@ def sinkhorn_bias(
     bias = torch.where(total > 0, -(high + total.log()), 0.0)  # without rows on any rank: 0
     for _ in range(iterations - 1):
         if fused:
-            total = (bias + _column_sums(features, prototypes, temperature, chunk_rows, bias)).exp()
+            total = _column_sums(features, prototypes, temperature, chunk_rows, bias).exp()
         else:
             total = torch.zeros_like(bias)
             for chunk in logits():
@@ -157,7 +157,7 @@ def sinkhorn_bias(
 def _column_sums(
     features: Tensor, prototypes: Tensor, temperature: float, chunk_rows: int, bias: Tensor | None
 ) -> Tensor:
-    """[V] float32: log of the columns' sums of exp(logits); with a bias, of softmax(logits + bias) / exp(bias).
+    """[V] float32: log of the columns' sums of exp(logits); with a bias, of softmax(logits + bias).
 
     No float32 logits: a chunk is read as the product gave it, twice with a bias.
     """
@@ -166,8 +166,8 @@ def _column_sums(
     for chunk in features.split(chunk_rows) if len(features) else ():
         logits = buffer[: len(chunk)]
         torch.addmm(logits, chunk, prototypes.T, beta=0, alpha=1 / temperature, out=logits)
-        offset = None if bias is None else row_logsumexp(logits, bias, impl="triton")
-        column_logsumexp_(sums, logits, offset, impl="triton")
+        rows = None if bias is None else row_logsumexp(logits, bias, impl="triton")
+        column_logsumexp_(sums, logits, bias, rows, impl="triton")
     return sums
 
 

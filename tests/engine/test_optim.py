@@ -11,6 +11,7 @@ from torch import nn
 from armillary.engine.optim import AdamW, build_groups, squared_norms
 from armillary.models.method import InputSpec, ParameterGroup
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RATES = {"learning_rate": 0.01, "weight_decay": 0.1, "ema_momentum": 0.9}
 
 
@@ -21,13 +22,18 @@ def group(params, **values):
 
 def parameters(*shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    return [nn.Parameter(torch.randn(s, generator=generator).to(DEVICE)) for s in shapes]
 
 
 def fill_gradients(params, step, scale=1.0):
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
-        p.grad = scale * torch.randn(p.shape, generator=generator)
+        p.grad = scale * torch.randn(p.shape, generator=generator).to(DEVICE)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def impl(request):
+    return request.param
 
 
 @pytest.fixture
@@ -36,9 +42,10 @@ def method():
 
 
 @pytest.mark.parametrize("shapes", [[(5, 3), (7,)], [(1,)], [(129, 17)]], ids=str)
-def test_is_adamw(shapes):
+def test_is_adamw(shapes, impl):
     ours, theirs = parameters(*shapes), parameters(*shapes)
-    a = AdamW([group(ours[:1], lr_scale=0.5), group(ours[1:], weight_decay_scale=0.0)][: len(shapes)], (0.9, 0.99))
+    groups = [group(ours[:1], lr_scale=0.5), group(ours[1:], weight_decay_scale=0.0)][: len(shapes)]
+    a = AdamW(groups, (0.9, 0.99), impl=impl)
     groups = [{"params": theirs[:1], "lr": 0.005}, {"params": theirs[1:], "weight_decay": 0.0}][: len(shapes)]
     b = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, foreach=True)
     for step in range(5):
@@ -51,11 +58,11 @@ def test_is_adamw(shapes):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_average_follows_the_weights_after_the_step_in_float32():
+def test_average_follows_the_weights_after_the_step_in_float32(impl):
     (p,) = parameters((4, 4))
-    optimizer = AdamW([group([p], average=True)])
+    optimizer = AdamW([group([p], average=True)], impl=impl)
     expected = p.detach().double().clone()
-    teacher = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16), requires_grad=False)
+    teacher = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16, device=DEVICE), requires_grad=False)
     for step in range(20):
         fill_gradients([p], step)
         optimizer.set_step(step, RATES | {"ema_momentum": 0.999})
@@ -68,9 +75,9 @@ def test_average_follows_the_weights_after_the_step_in_float32():
     assert torch.equal(teacher, average.bfloat16())
 
 
-def test_each_clip_group_is_clipped_by_its_own_norm():
+def test_each_clip_group_is_clipped_by_its_own_norm(impl):
     ours, theirs = parameters((6, 6), (3,), (5,)), parameters((6, 6), (3,), (5,))
-    a = AdamW([group(ours[:2], clip_group="body"), group(ours[2:], clip_group="head")], clip_norm=0.7)
+    a = AdamW([group(ours[:2], clip_group="body"), group(ours[2:], clip_group="head")], clip_norm=0.7, impl=impl)
     b = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
     for step in range(3):
         fill_gradients(ours, step, 5.0)
@@ -86,9 +93,9 @@ def test_each_clip_group_is_clipped_by_its_own_norm():
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_small_gradients_are_left_alone():
+def test_small_gradients_are_left_alone(impl):
     (p,), (q,) = parameters((8,)), parameters((8,))
-    clipped, free = AdamW([group([p])], clip_norm=1e3), AdamW([group([q])])
+    clipped, free = AdamW([group([p])], clip_norm=1e3, impl=impl), AdamW([group([q])], impl=impl)
     for optimizer, x in ((clipped, p), (free, q)):
         fill_gradients([x], 0)
         optimizer.set_step(0, RATES)
@@ -98,9 +105,10 @@ def test_small_gradients_are_left_alone():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_gradient_changes_nothing_anywhere(bad):
+def test_a_non_finite_gradient_changes_nothing_anywhere(bad, impl):
     params = parameters((4,), (5,))
-    optimizer = AdamW([group(params[:1], average=True), group(params[1:], clip_group="other")], clip_norm=1.0)
+    groups = [group(params[:1], average=True), group(params[1:], clip_group="other")]
+    optimizer = AdamW(groups, clip_norm=1.0, impl=impl)
     for step in range(2):
         fill_gradients(params, step)
         optimizer.set_step(step, RATES)
@@ -120,10 +128,10 @@ def test_a_non_finite_gradient_changes_nothing_anywhere(bad):
     assert not torch.equal(params[0], kept[0][0])
 
 
-def test_frozen_group_keeps_its_weights_while_its_moments_accumulate():
+def test_frozen_group_keeps_its_weights_while_its_moments_accumulate(impl):
     (p,) = parameters((6,))
     before = p.detach().clone()
-    optimizer = AdamW([group([p], freeze=True)], freeze_steps=2)
+    optimizer = AdamW([group([p], freeze=True)], freeze_steps=2, impl=impl)
     for step in range(2):
         fill_gradients([p], step)
         optimizer.set_step(step, RATES)
@@ -136,14 +144,57 @@ def test_frozen_group_keeps_its_weights_while_its_moments_accumulate():
     assert not torch.equal(p, before)
 
 
-def test_parameters_without_gradient_are_left_alone():
+def test_parameters_without_gradient_are_left_alone(impl):
     p, q = parameters((3,), (3,))
     before = q.detach().clone()
-    optimizer = AdamW([group([p, q])])
+    optimizer = AdamW([group([p, q])], impl=impl)
     fill_gradients([p], 0)
     optimizer.set_step(0, RATES)
     optimizer.step()
     assert torch.equal(q, before) and not optimizer.state[q]
+
+
+def test_state_fits_either_implementation():
+    """Same names, shapes and dtypes; a run may go on with the other, and hardly differs from one that did not."""
+
+    def run(*impls):
+        (p,) = parameters((33, 5))
+        optimizer, step = None, 0
+        for impl in impls:
+            before, optimizer = optimizer, AdamW([group([p], average=True)], clip_norm=0.5, impl=impl)
+            if before is not None:
+                optimizer.init_state(p, p)
+                for name, value in before.state[p].items():
+                    assert (
+                        optimizer.state[p][name].shape == value.shape and optimizer.state[p][name].dtype == value.dtype
+                    )
+                    optimizer.state[p][name].copy_(value)
+            for _ in range(3):
+                fill_gradients([p], step)
+                optimizer.set_step(step, RATES)
+                optimizer.clip_local()
+                optimizer.step()
+                step += 1
+        assert optimizer.state[p]["step"] == step
+        return p.detach(), optimizer.state[p]
+
+    weights, state = run("reference", "reference")
+    for impls in (("reference", "triton"), ("triton", "reference"), ("triton", "triton")):
+        other, others = run(*impls)
+        torch.testing.assert_close(other, weights, rtol=1e-6, atol=1e-7)
+        for name in ("exp_avg", "exp_avg_sq", "ema"):
+            torch.testing.assert_close(others[name], state[name], rtol=1e-6, atol=1e-7)
+
+
+def test_the_kernel_counts_steps_on_the_host():
+    (p,) = parameters((4,))
+    assert AdamW([group([p])], impl="triton").init_state(p, None)["step"].device.type == "cpu"
+    assert AdamW([group([p])], impl="reference").init_state(p, None)["step"].device == p.device
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="AdamW: impl must be one of auto, reference, triton, got 'fused'"):
+        AdamW([group(parameters((4,)))], impl="fused")
 
 
 def test_norms_do_not_depend_on_the_cut():

@@ -46,8 +46,32 @@ def test_sinkhorn_survives_small_temperatures_and_common_logits():
     assert use.isfinite().all()
 
 
-def test_sinkhorn_without_rows():
-    bias = sinkhorn_bias(torch.zeros(0, 5), unit(12, 5, dtype=torch.float32), 0.05)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_sinkhorn_kernels_are_as_exact_as_pytorch(iterations, dtype, device):
+    """Targets against float64 of the same features, in chunks that do not divide the rows."""
+    features, prototypes = (unit(*shape, dtype=dtype).to(device) for shape in ((11, 16), (150, 16)))
+    logits = features.double() @ prototypes.double().T / 0.06
+    exact = (logits + sinkhorn_bias(features.double(), prototypes.double(), 0.06, iterations)).softmax(-1)
+    error = {}
+    for impl in ("reference", "triton"):
+        bias = sinkhorn_bias(features, prototypes, 0.06, iterations, 4, impl=impl)
+        assert bias.dtype == torch.float32 and bias.shape == (150,)
+        error[impl] = ((logits + bias).softmax(-1) - exact).norm() / exact.norm()
+    assert error["triton"] <= 2 * error["reference"] + 1e-6
+
+
+def test_sinkhorn_kernels_survive_small_temperatures(device):
+    features = (unit(8, 16, dtype=torch.float32) * 1e-3 + unit(1, 16, dtype=torch.float32)).to(device)
+    prototypes = unit(40, 16, dtype=torch.float32).to(device)
+    ours, eager = (sinkhorn_bias(features, prototypes, 2e-3, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_sinkhorn_without_rows(impl, device):
+    features, prototypes = torch.zeros(0, 5, device=device), unit(12, 5, dtype=torch.float32).to(device)
+    bias = sinkhorn_bias(features, prototypes, 0.05, impl=impl)
     assert bias.shape == (12,) and bias.isfinite().all() and (bias == bias[0]).all()
 
 
@@ -79,6 +103,8 @@ def test_centre_stays_float32(cast):
 
 
 def _ranks_agree_with_one_process(rank):
+    import triton
+
     from armillary.models.centering import SoftmaxCentre, sinkhorn_bias
 
     torch.manual_seed(0)
@@ -101,6 +127,12 @@ def _ranks_agree_with_one_process(rank):
         both = [torch.empty(12), torch.empty(12)]
         dist.all_gather(both, centre.center)
         assert torch.equal(*both)
+    if triton.knobs.runtime.interpret:  # the kernels' sums are reduced in the same way
+        mine, single = (whole[:3], whole[3:])[rank].float(), prototypes.float()
+        ours, eager = (sinkhorn_bias(mine, single, 0.05, 3, 2, impl=impl) for impl in ("triton", "reference"))
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+        none = whole[:0].float() if rank else whole.float()
+        torch.testing.assert_close(sinkhorn_bias(none, single, 0.05, impl="triton"), eager, rtol=1e-5, atol=1e-5)
     empty = sinkhorn_bias(whole[:0], prototypes, 0.05)
     assert empty.isfinite().all() and (empty == empty[0]).all()
 

@@ -73,6 +73,19 @@ def test_subsets():
     assert not torch.equal(subsets[0].rows[0], subsets[1].rows[0])
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.4, 0.9])
+def test_packing_says_by_sample_what_rows_say_by_group(rate):
+    tokens = torch.arange(31.0)[:, None].repeat(1, 2)
+    for subset in draw_subsets(RUNS, rate, 5, torch.device("cpu")):
+        packing = subset.packing
+        _, branch = fork(tokens, subset, own=False)
+        assert torch.equal(packing.tokens(), branch[:, 0].long()) and packing.rows == len(branch)
+        scale = torch.where(packing.start >= 0, packing.scale, 0)
+        assert torch.equal(scale, branch_scale(subset, tokens)[:, 0])
+        assert packing.sample.bincount().tolist() == [3] * 4 + [2] * 7 + [5]
+        assert all(m.dtype == torch.int32 and m.is_contiguous() for m in (packing.sample, packing.place, packing.start))
+
+
 def test_groups_are_views():
     x = torch.zeros(31, 6)
     groups = split_groups(x, LAYOUT)

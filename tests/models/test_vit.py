@@ -253,3 +253,23 @@ def test_bad_inputs():
         value = {"depth": 0, "registers": -1, "drop_path": 1.0, "mlp_ratio": 0.0}[change]
         with pytest.raises(ValueError, match=text):
             VisionTransformer(replace(TINY, **{change: value}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("select", [None, torch.tensor([0, 3, 5])], ids=["all tokens", "selected"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_kernels_equal_the_reference(drop_path, select, checkpointing, device, poison_empty):
+    """Forward and every gradient, with the same draws of stochastic depth; two groups of crops and registers."""
+    config = replace(TINY, depth=2, image_size=8, drop_path=drop_path, registers=1)
+    groups = [crop.float().to(device) for crop in crops((2, 8), (4, 4))]
+    select = None if select is None else select.to(device)
+    results = []
+    for impl in ("triton", "reference"):
+        model = build(config, impl=impl, checkpoint_activations=checkpointing).float().to(device)
+        torch.manual_seed(1)
+        tokens = model(groups, select=select)
+        weights = [torch.linspace(-1, 1, x.numel(), device=device).view_as(x) for x in (*tokens.cls, *tokens.patches)]
+        value = sum((w * x).sum() for w, x in zip(weights, (*tokens.cls, *tokens.patches), strict=True))
+        results.append([*tokens.cls, *tokens.patches, *gradients(model, value)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(1.0, b.abs().max().item()))

@@ -45,14 +45,15 @@ def test_launcher_runs_to_the_end(site, reference):
     assert method.encode(torch.zeros(2, 10, 1, 1))["features"].shape == (2, 7)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_stages_train_alike(site, reference, stage):
-    ended = site.go("--name", f"stage{stage}", "--train.zero-stage", str(stage))
+@pytest.mark.parametrize(("stage", "impl"), [(1, "auto"), (3, "auto"), (2, "triton"), (3, "triton")])
+def test_stages_and_optimizers_train_alike(site, reference, stage, impl):
+    name = f"stage{stage}-{impl}"
+    ended = site.go("--name", name, "--train.zero-stage", str(stage), "--optim.impl", impl, TRITON_INTERPRET="1")
     assert ended.code == 0, ended.output
     torch.testing.assert_close(
-        torch.tensor(losses(site, f"stage{stage}")), torch.tensor(losses(site, reference[0])), rtol=1e-6, atol=1e-6
+        torch.tensor(losses(site, name)), torch.tensor(losses(site, reference[0])), rtol=1e-6, atol=1e-6
     )
-    first, second = (open_archive(site.checkpoint(n, 8))[0] for n in (f"stage{stage}", reference[0]))
+    first, second = (open_archive(site.checkpoint(n, 8))[0] for n in (name, reference[0]))
     assert set(first.pieces) == set(second.pieces)
     for key in first.pieces:
         if not key.startswith("rng/"):

@@ -1,0 +1,400 @@
+r"""Windowed embedding of spectra: statistics, windows, projection and position in one pass.
+
+    mean, std = of the whole spectrum, std unbiased and at least 0.2
+    f[0]      = ((mean - 2) / 2, (std - 2) / 8, 0 .. 0)
+    f[1 + i]  = (0, 0, (spectrum[i S : i S + W] - mean) / std)
+    token[j]  = weight f[j] + bias + position[j]                   with f[j] = 0 where mask[j]
+
+Shapes: spectrum [B, L] float32; windows of W = 20 samples every S = 10, n of them; features F = W + 2; weight [D, F];
+tokens [B, 1 + n, D]. Every full window counts; the released code loses the last one where it ends with the spectrum
+(`drop_last_window`). Source: AstroCLIP (Parker et al. 2024, arXiv:2310.03024), its SpecFormer.
+
+Arithmetic: statistics (two passes over the spectrum, so that a large mean costs no digits of the deviation) and features
+in float32, rounded to the weight's dtype for the product; the product, bias and position are summed in float32 and
+rounded once. A float32 weight is multiplied as three TF32 products. In the forward pass each program takes a few tiles
+of tokens and finds the statistics for itself, from the cache.
+
+Backward: saved are spectrum, mask and [B, 2] statistics. One kernel reads the tokens' gradient once: a program adds it up
+over spectra for dposition, multiplies it with features formed again for dweight, and torch sums the programs' parts;
+dbias is the sum of dposition. The spectrum gets no gradient on this path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from armillary.kernels.launch import INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
+
+__all__ = ["LAUNCH", "LAUNCH_BACKWARD", "count_windows", "window_embed", "window_embed_reference", "window_features"]
+
+MIN_STD = 0.2
+
+
+def count_windows(length: int, *, window: int = 20, step: int = 10, drop_last_window: bool = False) -> int:
+    """Windows n of a spectrum of `length` samples; with `drop_last_window` as the released code counts them."""
+    ends_together = (length - window) % step == 0
+    return (length - window) // step + 1 - (drop_last_window and ends_together)
+
+
+def window_features(spectrum: Tensor, *, window: int = 20, step: int = 10, drop_last_window: bool = False) -> Tensor:
+    """Features [B, 1 + n, window + 2] of spectra [B, L], in the spectrum's dtype: what a masked model predicts."""
+    n = count_windows(spectrum.shape[1], window=window, step=step, drop_last_window=drop_last_window)
+    mean = spectrum.mean(1, keepdim=True)
+    std = spectrum.std(1, keepdim=True).clamp(min=MIN_STD)
+    windows = ((spectrum - mean) / std).unfold(1, window, step)[:, :n]
+    first = F.pad(torch.cat([(mean - 2) / 2, (std - 2) / 8], 1), (0, window))
+    return torch.cat([first[:, None], F.pad(windows, (2, 0))], 1)
+
+
+def window_embed_reference(
+    spectrum: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    mask: Tensor | None = None,
+    *,
+    step: int = 10,
+    drop_last_window: bool = False,
+) -> Tensor:
+    """The same tokens from plain PyTorch, in any float dtype; arguments as `window_embed`."""
+    window = weight.shape[1] - 2
+    features = window_features(spectrum, window=window, step=step, drop_last_window=drop_last_window)
+    if mask is not None:
+        features = features.masked_fill(mask[..., None], 0.0)
+    tokens = F.linear(features.to(weight.dtype), weight, bias)
+    return tokens + position[: tokens.shape[1]].to(tokens.dtype)
+
+
+@triton.jit
+def _load_features(
+    spectrum_ptr,
+    mask_ptr,
+    spectrum,  # int64
+    token,  # int32 [TOKENS]
+    tokens,
+    length,
+    mean,
+    std,
+    WINDOW: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Features of some tokens of one spectrum, [TOKENS, FEATURES] float32, 0 from WINDOW + 2 on."""
+    feature = tl.arange(0, FEATURES)
+    wanted = token < tokens
+    if MASKED:
+        wanted &= tl.load(mask_ptr + spectrum * tokens + token, mask=wanted, other=1) == 0
+    sample = (token[:, None] - 1) * STEP + feature[None, :] - 2
+    inside = wanted[:, None] & (token > 0)[:, None] & (feature >= 2)[None, :] & (feature < WINDOW + 2)[None, :]
+    x = tl.load(spectrum_ptr + spectrum * length + sample, mask=inside, other=0.0)
+    x = tl.where(inside, (x - mean) / std, 0.0)
+    first = (wanted & (token == 0))[:, None]
+    x = tl.where(first & (feature == 0)[None, :], (mean - 2.0) / 2.0, x)
+    return tl.where(first & (feature == 1)[None, :], (std - 2.0) / 8.0, x)
+
+
+@triton.jit
+def _window_embed_fwd_kernel(
+    spectrum_ptr,  # float32 [B, L]
+    weight_ptr,  # [D, WINDOW + 2]
+    bias_ptr,  # [D]
+    position_ptr,  # [at least tokens, D]
+    mask_ptr,  # uint8 [B, tokens]
+    statistics_ptr,  # float32 [B, 2]
+    out_ptr,  # [B, tokens, D]
+    length,
+    tokens,
+    dim,
+    WINDOW: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+    MIN_STD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):  # one program: TILES x TOKENS tokens of one spectrum, WIDTH columns
+    across = tl.cdiv(dim, WIDTH)
+    along = tl.cdiv(tokens, TILES * TOKENS)
+    column = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
+    start = tl.program_id(0) // across % along * TILES * TOKENS
+    spectrum = (tl.program_id(0) // across // along).to(tl.int64)
+
+    sample = tl.arange(0, SAMPLES)
+    total = tl.zeros([SAMPLES], tl.float32)
+    for first in range(0, length, SAMPLES):
+        total += tl.load(spectrum_ptr + spectrum * length + first + sample, mask=first + sample < length, other=0.0)
+    mean = tl.sum(total, 0) / length
+    total = tl.zeros([SAMPLES], tl.float32)
+    for first in range(0, length, SAMPLES):
+        inside = first + sample < length
+        x = tl.load(spectrum_ptr + spectrum * length + first + sample, mask=inside, other=0.0)
+        deviation = tl.where(inside, x - mean, 0.0)
+        total += deviation * deviation
+    std = tl.sqrt(tl.sum(total, 0) / (length - 1))
+    std = tl.where(std < MIN_STD, MIN_STD, std)  # NaN stays
+    tl.store(statistics_ptr + 2 * spectrum, mean)
+    tl.store(statistics_ptr + 2 * spectrum + 1, std)
+
+    feature = tl.arange(0, FEATURES)
+    inside = column < dim
+    within = inside[:, None] & (feature < WINDOW + 2)[None, :]
+    weight = tl.load(weight_ptr + column[:, None] * (WINDOW + 2) + feature[None, :], mask=within, other=0.0)
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    for tile in range(0, TILES):
+        token = start + tile * TOKENS + tl.arange(0, TOKENS)
+        x = _load_features(
+            spectrum_ptr, mask_ptr, spectrum, token, tokens, length, mean, std, WINDOW, STEP, MASKED, FEATURES
+        )
+        valid = (token < tokens)[:, None] & inside[None, :]
+        at = token[:, None] * dim + column[None, :]
+        y = tl.dot(x.to(weight.dtype), tl.trans(weight), input_precision="tf32x3")
+        y += bias[None, :] + tl.load(position_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        tl.store(out_ptr + spectrum * tokens * dim + at, y.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _window_embed_bwd_kernel(
+    grad_ptr,  # [B, tokens, D]
+    spectrum_ptr,
+    mask_ptr,
+    statistics_ptr,
+    d_weight_ptr,  # float32 [token tiles, splits, D, WINDOW + 2]
+    d_position_ptr,  # float32 [splits, tokens, D]
+    spectra,
+    length,
+    tokens,
+    dim,
+    splits,
+    WINDOW: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # one program: TOKENS x WIDTH of SPLIT spectra
+    across = tl.cdiv(dim, WIDTH)
+    column = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
+    split = tl.program_id(0) // across % splits
+    tile = tl.program_id(0) // across // splits
+    token = tile * TOKENS + tl.arange(0, TOKENS)
+    inside = (token < tokens)[:, None] & (column < dim)[None, :]
+    at = token[:, None] * dim + column[None, :]
+    d_position = tl.zeros([TOKENS, WIDTH], tl.float32)
+    d_weight = tl.zeros([WIDTH, FEATURES], tl.float32)
+    first = split.to(tl.int64) * SPLIT
+    for number in range(0, tl.minimum(SPLIT, spectra - split * SPLIT)):
+        spectrum = first + number
+        g = tl.load(grad_ptr + spectrum * tokens * dim + at, mask=inside, other=0.0)
+        mean = tl.load(statistics_ptr + 2 * spectrum)
+        std = tl.load(statistics_ptr + 2 * spectrum + 1)
+        x = _load_features(
+            spectrum_ptr, mask_ptr, spectrum, token, tokens, length, mean, std, WINDOW, STEP, MASKED, FEATURES
+        )
+        d_position += g.to(tl.float32)
+        d_weight = tl.dot(tl.trans(g), x.to(g.dtype), d_weight, input_precision="tf32x3")
+    tl.store(d_position_ptr + split.to(tl.int64) * tokens * dim + at, d_position, mask=inside)
+    feature = tl.arange(0, FEATURES)
+    part = (tile * splits + split).to(tl.int64) * dim * (WINDOW + 2)
+    at = column[:, None] * (WINDOW + 2) + feature[None, :]
+    inside = (column < dim)[:, None] & (feature < WINDOW + 2)[None, :]
+    tl.store(d_weight_ptr + part + at, d_weight, mask=inside)
+
+
+LAUNCH = {
+    INTERPRETER: Launch({"TOKENS": 16, "TILES": 2, "WIDTH": 16, "SAMPLES": 64}),
+    80: Launch({"TOKENS": 64, "TILES": 4, "WIDTH": 128, "SAMPLES": 1024}, 4, 1),
+}
+LAUNCH_BACKWARD = {
+    INTERPRETER: Launch({"TOKENS": 16, "WIDTH": 16, "SPLIT": 2}),
+    80: Launch({"TOKENS": 64, "WIDTH": 128, "SPLIT": 24}, 8, 2),
+}
+
+
+class _WindowEmbed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spectrum: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        position: Tensor,
+        tokens: int,
+        step: int,
+    ) -> Tensor:
+        (spectra, length), (dim, features) = spectrum.shape, weight.shape
+        statistics = spectrum.new_empty(spectra, 2)
+        out = torch.empty(spectra, tokens, dim, dtype=weight.dtype, device=weight.device)
+        row = settings(LAUNCH, weight)
+        along = triton.cdiv(tokens, row.blocks["TILES"] * row.blocks["TOKENS"])
+        if programs := spectra * along * triton.cdiv(dim, row.blocks["WIDTH"]):
+            _window_embed_fwd_kernel[(programs,)](
+                spectrum,
+                weight,
+                bias,
+                position,
+                mask,
+                statistics,
+                out,
+                length,
+                tokens,
+                dim,
+                WINDOW=features - 2,
+                STEP=step,
+                MASKED=mask is not None,
+                MIN_STD=MIN_STD,
+                FEATURES=_padded(features),
+                **row.blocks,
+                num_warps=row.num_warps,
+                num_stages=row.num_stages,
+            )
+        ctx.save_for_backward(spectrum, mask, statistics)
+        ctx.step, ctx.features, ctx.positions = step, features, len(position)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        spectrum, mask, statistics = ctx.saved_tensors
+        spectra, tokens, dim = grad.shape
+        grad = grad.contiguous()
+        row = settings(LAUNCH_BACKWARD, grad)
+        tiles, splits = triton.cdiv(tokens, row.blocks["TOKENS"]), triton.cdiv(spectra, row.blocks["SPLIT"])
+        d_weight = torch.empty(tiles * splits, dim, ctx.features, device=grad.device)
+        d_position = torch.empty(splits, tokens, dim, device=grad.device)
+        if programs := tiles * splits * triton.cdiv(dim, row.blocks["WIDTH"]):
+            _window_embed_bwd_kernel[(programs,)](
+                grad,
+                spectrum,
+                mask,
+                statistics,
+                d_weight,
+                d_position,
+                spectra,
+                spectrum.shape[1],
+                tokens,
+                dim,
+                splits,
+                WINDOW=ctx.features - 2,
+                STEP=ctx.step,
+                MASKED=mask is not None,
+                FEATURES=_padded(ctx.features),
+                **row.blocks,
+                num_warps=row.num_warps,
+                num_stages=row.num_stages,
+            )
+        of_token = d_position.sum(0)
+        unused = ctx.positions - tokens
+        return (
+            None,
+            None,
+            d_weight.sum(0).to(grad.dtype) if ctx.needs_input_grad[2] else None,
+            of_token.sum(0).to(grad.dtype),
+            F.pad(of_token, (0, 0, 0, unused)).to(grad.dtype) if ctx.needs_input_grad[4] else None,
+            None,
+            None,
+        )
+
+
+def _padded(features: int) -> int:
+    return max(16, triton.next_power_of_2(features))
+
+
+def window_embed(
+    spectrum: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    mask: Tensor | None = None,
+    *,
+    step: int = 10,
+    drop_last_window: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Tokens of spectra: one for their mean and deviation, then one for each window.
+
+    Args:
+        spectrum: [B, L] float32 fluxes; the normalisation takes their unit away, but for the clip of the deviation.
+        weight: [D, W + 2] projection of the mean's and the deviation's feature and of a window of W samples.
+        bias: [D].
+        position: [at least 1 + n, D] position embedding.
+        mask: [B, 1 + n] bool: True where a token's features are set to 0.
+        step: Samples S from one window to the next.
+        drop_last_window: Drop the last full window where it ends with the spectrum, as the released code does.
+        impl: See `armillary.kernels.launch`. The gradient of the spectrum needs "reference".
+
+    Parameters share the weight's dtype; under autocast they are cast to its dtype, as those of a linear layer.
+
+    Returns:
+        [B, 1 + n, D] in the weight's dtype, n = `count_windows`(L). Differentiable in the parameters.
+
+    Raises:
+        ValueError: A wrong shape, dtype, device or layout, a spectrum shorter than a window or one that requires a
+            gradient.
+    """
+    tokens = _check(spectrum, weight, bias, position, mask, step, drop_last_window)
+    if not use_triton("window_embed", impl, weight):
+        return window_embed_reference(
+            spectrum, weight, bias, position, mask, step=step, drop_last_window=drop_last_window
+        )
+    if spectrum.dtype != torch.float32:
+        refuse("window_embed", "spectrum", 'must be torch.float32, except with impl="reference"', spectrum.dtype)
+    if spectrum.requires_grad:
+        refuse("window_embed", "spectrum", 'must not require a gradient, except with impl="reference"', True)
+    return _triton(spectrum, weight, bias, position, mask, tokens, step)
+
+
+@torch.compiler.disable
+def _triton(
+    spectrum: Tensor, weight: Tensor, bias: Tensor, position: Tensor, mask: Tensor | None, tokens: int, step: int
+) -> Tensor:
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    parameters = [x.to(dtype) for x in (weight, bias, position)]
+    return _WindowEmbed.apply(spectrum, None if mask is None else mask.view(torch.uint8), *parameters, tokens, step)
+
+
+def _check(
+    spectrum: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    mask: Tensor | None,
+    step: int,
+    drop_last_window: bool,
+) -> int:
+    """Number of tokens; raise ValueError where an argument does not fit."""
+    name = "window_embed"
+    check_tensor(name, "weight", weight, ("D", "W + 2"))
+    dim, window = weight.shape[0], weight.shape[1] - 2
+    if not weight.is_floating_point() or not dim or not 2 <= window <= 254:
+        refuse(
+            name,
+            "weight",
+            "must be floating point, of windows of 2 to 254 samples",
+            f"{weight.dtype} {[*weight.shape]}",
+        )
+    if step < 1:
+        refuse(name, "step", "must be at least 1", step)
+    check_tensor(name, "spectrum", spectrum, ("B", "L"), like=weight)
+    if not spectrum.is_floating_point() or spectrum.shape[1] < window:
+        rule = f"must be floating point and have at least {window} samples, one window"
+        refuse(name, "spectrum", rule, f"{spectrum.dtype} {list(spectrum.shape)}")
+    tokens = 1 + count_windows(spectrum.shape[1], window=window, step=step, drop_last_window=drop_last_window)
+    check_tensor(name, "bias", bias, (dim,), like=weight, dtypes=(weight.dtype,))
+    check_tensor(name, "position", position, ("1 + n or more", dim), like=weight, dtypes=(weight.dtype,))
+    if len(position) < tokens:
+        refuse(name, "position", f"must have a row for each of {tokens} tokens", list(position.shape))
+    if mask is not None:
+        check_tensor(name, "mask", mask, (len(spectrum), tokens), like=weight, dtypes=(torch.bool,))
+    return tokens
