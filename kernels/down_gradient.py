@@ -135,11 +135,11 @@ def _write(
     TANH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Epilogue of one tile through plain pointers, in PARTS one after the other to save registers."""
+    """Epilogue of one tile through plain pointers, in parts of WIDTH columns, one after the other, to save registers."""
     G: tl.constexpr = 2 if GATED else 1
-    WIDTH: tl.constexpr = BN // PARTS
+    PARTS: tl.constexpr = BN // WIDTH
     DTYPE: tl.constexpr = dz_ptr.dtype.element_ty
     i, j = tl.arange(0, BM), tl.arange(0, WIDTH)
     in_rows = i < M - m0
@@ -236,7 +236,7 @@ def _fused_kernel(
         TANH,
         BM,
         BN,
-        2,
+        32,
     )
 
 
@@ -264,7 +264,8 @@ def _tma_kernel(
     GROUP: tl.constexpr,
 ):
     G: tl.constexpr = 2 if GATED else 1
-    WIDTH: tl.constexpr = BN // 2
+    WIDTH: tl.constexpr = 32
+    PARTS: tl.constexpr = BN // WIDTH
     i, j = tl.arange(0, BM), tl.arange(0, WIDTH)
     du_tiles = tl.make_tensor_descriptor(du_ptr, [E * M, D], [D, 1], [BM, BK])
     w_tiles = tl.make_tensor_descriptor(w_ptr, [E * D, H], [H, 1], [BK, BN])
@@ -283,7 +284,7 @@ def _tma_kernel(
         sums_ptr = columns_ptr
         if columns_ptr is not None:
             sums_ptr += (m0 // BM).to(tl.int64) * (E * G * H)
-        for part in tl.static_range(2):
+        for part in tl.static_range(PARTS):
             at = h0 + part * WIDTH
             column = e * G * H + at
             z = z_tiles.load([m0, column]).to(tl.float32)
@@ -291,7 +292,7 @@ def _tma_kernel(
             if GATED:
                 up = z_tiles.load([m0, column + H]).to(tl.float32)
             dz, d_up, a, sums = _epilogue(
-                part_of(da, part, 2, BM, BN),
+                part_of(da, part, PARTS, BM, BN),
                 z,
                 up,
                 bias_ptr,
@@ -356,15 +357,15 @@ def _elementwise_kernel(
         TANH,
         BM,
         BN,
-        1,
+        BN,
     )
 
 
 LAUNCH = {
-    INTERPRETER: Gemm({"BM": 32, "BN": 32, "BK": 16, "GROUP": 2}),
-    80: Gemm({"BM": 128, "BN": 64, "BK": 32, "GROUP": 8}, num_warps=4, num_stages=4),
-    90: Gemm({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
-    100: Gemm({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
+    INTERPRETER: Gemm({"BM": 32, "BN": 64, "BK": 16, "GROUP": 2}),
+    80: Gemm({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=4),
+    90: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
+    100: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
 }
 FUSED = {  # where the path is "tma" and the shape has no descriptor
     INTERPRETER: LAUNCH[INTERPRETER],

