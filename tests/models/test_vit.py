@@ -77,6 +77,26 @@ def test_packed_groups_equal_separate_crops(registers, channels):
         torch.testing.assert_close(tokens.patches[i], patches)
 
 
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_triton_equals_the_reference(masked, registers, device, poison_empty):
+    """Two groups, one of them with an interpolated position embedding: every output and every gradient."""
+    config = replace(TINY, depth=1, registers=registers)
+    images = [x.to(device, torch.float32) for x in crops((2, 24), (3, (8, 12)))]
+    mask = (torch.rand(2, 36) < 0.4).to(device) if masked else None
+    results = []
+    for impl in ("reference", "triton"):
+        model = build(config, impl=impl).to(device, torch.float32)
+        tokens = model(images, mask)
+        value = sum(x.sin().sum() for x in (*tokens.cls, *tokens.patches))
+        value.backward()
+        assert (model.mask_token.grad is None) == (not masked)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*tokens.cls, *tokens.patches, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
 def gradients(model, value):
     params = [p for p in model.parameters()]
     grads = torch.autograd.grad(value, params, allow_unused=True)
