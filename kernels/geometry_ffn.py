@@ -22,8 +22,8 @@ the activations are rebuilt from z. For M = 16,384, D = 1,024, H = 4,096 in bflo
 
 With `routing="top1"` each row goes to the expert of its greatest logit alone (Switch Transformer, arXiv:2101.03961):
 y = g_k F_k(x). Rows are sorted by expert and each expert computes its own; the three counts are read by the host, once
-a layer, which waits for the device there. Saved then: z and u of one expert, x in the order of the experts beside x, and
-the sorting: (h H + 3 D) b + 36 bytes a row, + 4 for a hyperbolic one (and 8 of the choice).
+a layer, which waits for the device there. Saved then: z and u of one expert, x as it came and as sorted, logits likewise,
+the scale and the order: (h H + 3 D) b + 44 bytes a row.
 """
 
 from typing import Literal
@@ -53,9 +53,10 @@ Routing = Literal["soft", "top1"]
 ROUTINGS: tuple[str, ...] = ("soft", "top1")
 
 
-def saved_bytes(dim: int, hidden: int, body: Activation, itemsize: int) -> int:
-    """Bytes a row that the softly mixed layer keeps for its backward, beside the parameters."""
-    return (3 * (2 if body == "swiglu" else 1) * hidden + 4 * dim) * itemsize + 24
+def saved_bytes(dim: int, hidden: int, body: Activation, itemsize: int, routing: Routing = "soft") -> int:
+    """Bytes a row that the layer keeps for its backward, beside the parameters."""
+    experts, rows, scalars = (3, 4, 24) if routing == "soft" else (1, 3, 44)
+    return (experts * (2 if body == "swiglu" else 1) * hidden + rows * dim) * itemsize + scalars
 
 
 def geometry_ffn_reference(
@@ -295,7 +296,10 @@ def geometry_ffn(
     weights = (weight1, bias1, weight2, bias2)
     needy = (x, gate_weight, gate_bias, temperature, *weights, kappa, c, moebius_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needy)
-    x, logits, scale = geometry_rows(x, gate_weight, gate_bias, temperature, c, input_scale=input_scale, impl="triton")
+    passed, logits, scale = geometry_rows(
+        x, gate_weight, gate_bias, temperature, c, input_scale=input_scale, impl="triton"
+    )
+    x = passed if x.requires_grad else x  # else its gradient would be computed to be dropped
     if routing == "top1":
         return _top1(x, logits, scale, weights, kappa, c, moebius_bias, body, float(clip), keep), logits
     y = _Experts.apply(x, logits, scale, *weights, kappa, c, moebius_bias, None, body, float(clip), keep)

@@ -2,7 +2,8 @@
 
 A row map needs |row| before it can write the row, so a program that holds the row in registers reads it once. A tile has
 ROWS rows of BLOCK = next power of two >= D columns, about as many elements as the launch table's TILE; a row wider than a
-tile gets proportionally more warps instead, so that the registers a thread stay the same from D = 1 to D = MAX_WIDTH.
+tile gets proportionally more warps instead, and narrow rows come at most one a thread (a map has tens of numbers a row), so
+that the registers a thread stay about the same from D = 1 to D = MAX_WIDTH.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def tiles(table: Mapping[int, Launch], x: Tensor) -> Tiles:
     tile, width = row.blocks["TILE"], x.shape[-1]
     count = x.numel() // width
     block = triton.next_power_of_2(width)
-    held = max(1, tile // block)
+    held = max(1, min(tile // block, 32 * row.num_warps))
     options = {"ROWS": held, "BLOCK": block, "num_warps": row.num_warps * max(1, block // tile)}
     return Tiles(count, width, triton.cdiv(count, held), options)
 

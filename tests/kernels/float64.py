@@ -61,7 +61,7 @@ def assert_as_good_as_eager(
     """
     dtype = inputs[0].dtype
     half = dtype in BF16_AND_FP16
-    cotangent = cotangent.to(dtype)
+    cotangent = cotangent.to(inputs[0])
     exact = [x.double() for x in inputs]
     oracle = evaluate(op, exact, cotangent.double(), "reference")
     ours = evaluate(op, inputs, cotangent, "triton")

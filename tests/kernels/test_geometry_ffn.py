@@ -220,9 +220,9 @@ def test_gradient_of_one_input_alone(wanted, device):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("body", ACTIVATIONS)
-def test_saved_for_backward(body, dtype, device):
+@pytest.mark.parametrize("routing", ["soft", "top1"])
+@pytest.mark.parametrize(("body", "dtype"), [("gelu", torch.float16), ("swiglu", torch.float32)], ids=str)
+def test_saved_for_backward(body, dtype, routing, device):
     """z, u, x and per-row scalars: as many bytes a row as stated, beside the parameters."""
     given = inputs(body, rows=5, dim=32, hidden=48, dtype=dtype, device=device)
     parameters = {given[name].requires_grad_().untyped_storage().data_ptr() for name in NAMES[1:]}
@@ -234,9 +234,9 @@ def test_saved_for_backward(body, dtype, device):
 
     with saved_tensors_hooks(pack, lambda t: t):
         x = given["x"].requires_grad_()
-        out = geometry_ffn(*given.values(), **options(given, body), impl="triton")
+        out = geometry_ffn(*given.values(), **options(given, body, routing=routing), impl="triton")
     saved = {pointer: size for pointer, size in storages.items() if pointer not in parameters}
-    assert sum(saved.values()) == 5 * saved_bytes(32, 48, body, dtype.itemsize)
+    assert sum(saved.values()) == 5 * saved_bytes(32, 48, body, dtype.itemsize, routing)
     assert x.untyped_storage().data_ptr() in saved and out[0].untyped_storage().data_ptr() not in saved
 
 

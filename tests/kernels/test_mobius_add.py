@@ -195,6 +195,7 @@ def test_bad_input_is_refused(x, y, c, impl, message):
     [
         ("_mobius_add_fwd_kernel", "*bf16", 1024),
         ("_mobius_add_bwd_kernel", "*bf16", 1024),
+        ("_mobius_add_bwd_kernel", "*fp32", 1),
         ("_mobius_add_bwd_kernel", "*fp32", 8192),
     ],
 )
@@ -206,11 +207,13 @@ def test_compiles_without_spilling(name, dtype, width, sm, monkeypatch):
     pointers |= {f"{p}_ptr": dtype for p in outputs} | ({} if "fwd" in name else {"dc_ptr": "*fp32"})
     constants = {"EDGE": EDGE, "ROWS": options["ROWS"], "BLOCK": options["BLOCK"]}
     constants |= {} if "fwd" in name else {"WANT_X": True, "WANT_Y": True, "WANT_C": True}
+    sizes = {"rows": "i32"} | ({"width": "i32"} if width > 1 else {})
+    constants |= {"width": 1} if width == 1 else {}
     used = resources(
         f"{module.__name__}:{name}",
-        pointers | {"rows": "i32", "width": "i32"},
+        pointers | sizes,
         constants,
-        divisible=("rows", "width"),
+        divisible=tuple(sizes),
         num_warps=options["num_warps"],
     )[sm]
     assert used.stack == used.local == 0, used

@@ -248,7 +248,7 @@ def test_compiles_without_spilling(name, kind, dtype, width, sm, monkeypatch):
         f"{module.__name__}:{name}",
         pointers | sizes,
         constants,
-        divisible=("rows", "width") if width > 1 else ("rows",),
+        divisible=tuple(sizes),
         num_warps=options["num_warps"],
     )[sm]
     assert used.stack == used.local == 0, used
