@@ -8,8 +8,8 @@ alone. Which samples run a branch, and where their tokens lie in its packed rows
 one every token has its own row, and s = 1.
 
 Shapes: P tokens, D width, N samples. x, x' [P, D]; y [rows of the last branch, D]; n [rows of the next branch, D]; w, b
-[D]. Arithmetic is float32, x' is rounded to x's dtype before its statistics are taken. The variance is that of the
-corrected two-pass algorithm (Chan, Golub and LeVeque 1983), so a constant row is exactly its own mean.
+[D]. Arithmetic is float32; x' is rounded to x's dtype before its statistics are taken, so that the backward pass sees
+the same. The mean is corrected by the mean of the differences from it, so that a constant row is exactly its own mean.
 
 Saved for the backward pass: x' (x where there is no y), w, and mean and rstd [rows of the next branch] in float32. It
 is one pass as well: with g = w dn and x̂ = (x' - mean) rstd
@@ -137,12 +137,10 @@ def _residual_norm_fwd_kernel(
         weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + column, mask=real, other=0.0).to(tl.float32)
         mean = tl.sum(x, axis=0) / width
+        mean += tl.sum(tl.where(real, x - mean, 0.0), axis=0) / width  # what rounding left
         centred = tl.where(real, x - mean, 0.0)
-        rest = tl.sum(centred, axis=0) / width  # what rounding left in the mean
-        variance = tl.sum(centred * centred, axis=0) / width - rest * rest
-        rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
-        mean += rest
-        n = (x - mean) * rstd * weight + bias
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+        n = centred * rstd * weight + bias
         tl.store(n_ptr + row * width + column, n.to(n_ptr.dtype.element_ty), mask=real & (row >= 0))
         if mean_ptr is not None:
             tl.store(mean_ptr + row, mean, mask=row >= 0)
@@ -187,7 +185,7 @@ def _residual_norm_bwd_kernel(
             x = tl.load(out_ptr + token * width + column, mask=mask, other=0.0).to(tl.float32)
             mean = tl.load(mean_ptr + row, mask=row >= 0, other=0.0)
             rstd = tl.load(rstd_ptr + row, mask=row >= 0, other=0.0)
-            normal = tl.where(real, (x - mean) * rstd, 0.0)
+            normal = (x - mean) * rstd
             g = d_n * weight
             along_one = tl.sum(g, axis=0) / width
             along_normal = tl.sum(g * normal, axis=0) / width
