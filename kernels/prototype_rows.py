@@ -147,9 +147,8 @@ def _prototype_rows_kernel(
         for j in tl.static_range(TEACHERS):
             factor = tl.load(factors_ptr + j)
             if factor != 0.0:
-                y = tl.load(y_ptr + (sample + j * samples) * columns + at, mask=inside, other=-float("inf")).to(
-                    tl.float32
-                )
+                place = (sample + j * samples) * columns + at
+                y = tl.load(y_ptr + place, mask=inside, other=-float("inf")).to(tl.float32)
                 if bias_ptr is not None:
                     y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 teacher_ptr = rows_ptr + j * samples + sample

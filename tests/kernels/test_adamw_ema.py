@@ -178,7 +178,7 @@ def test_autograd_notices_the_change(device):
     [
         ({"p": torch.zeros(3).double(), "impl": "triton"}, r"adamw_ema_: impl must be .* for torch.float64"),
         ({"p": torch.zeros(3).half(), "impl": "triton"}, r"adamw_ema_: p must be torch.float32, got torch.float16"),
-        ({"p": torch.zeros(3, 2)[:, 0]}, r"adamw_ema_: p must be contiguous"),
+        ({"p": torch.zeros(3, 2).T}, r"adamw_ema_: p must be contiguous"),
         ({"grad": torch.zeros(4)}, r"adamw_ema_: grad must have shape \[3\], got \[4\]"),
         ({"grad": torch.zeros(3, dtype=torch.int32)}, r"adamw_ema_: grad must be torch.float32 or .*, got torch.int32"),
         ({"m": torch.zeros(2)}, r"adamw_ema_: m must have shape \[3\], got \[2\]"),
@@ -194,10 +194,11 @@ def test_autograd_notices_the_change(device):
         ({"impl": "fused"}, r"adamw_ema_: impl must be one of auto, reference, triton, got '"),
     ],
 )
-def test_bad_inputs(change, message):
-    tensors = {name: torch.zeros(3) for name in ("p", "grad", "m", "v", "ema")}
+def test_bad_inputs(change, message, device):
+    arguments = dict.fromkeys(("p", "grad", "m", "v", "ema"), torch.zeros(3)) | RATES | {"step": 1} | change
+    arguments = {name: x.to(device) if torch.is_tensor(x) else x for name, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        adamw_ema_(**(tensors | RATES | {"step": 1} | change))
+        adamw_ema_(**arguments)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)

@@ -158,6 +158,10 @@ def test_pytorch_rows_in_tiles(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, chunk.rows("reference"), strict=True))
 
 
+def on(device, arguments):
+    return {name: x.to(device) if torch.is_tensor(x) else x for name, x in arguments.items()}
+
+
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, chunk):
@@ -198,12 +202,12 @@ def test_memory_beyond_the_chunk(device):
         ({"factors": ((1.0,),) * 4}, r"prototype_rows_: factors must be 4 rows of 2"),
         ({"bias": torch.zeros(5)}, r"prototype_rows_: bias must have shape \[6\], got \[5\]"),
         ({"bias": torch.zeros(6).double(), "impl": "triton"}, r"prototype_rows_: bias must be torch.float32"),
-        ({"weight": torch.zeros(4, 1)}, r"prototype_rows_: weight must be torch.float32 \[4, 3\] on cpu"),
+        ({"weight": torch.zeros(4, 1)}, r"prototype_rows_: weight must be torch.float32 \[4, 3\] on c"),
         ({"weight": torch.zeros(4, 3).half()}, r"prototype_rows_: weight .* got torch.float16"),
         ({"impl": "fast"}, r"prototype_rows_: impl must be one of auto, reference, triton, got '"),
     ],
 )
-def test_bad_inputs(change, message):
+def test_bad_inputs(change, message, device):
     good = {
         "x": torch.zeros(4, 3, 6),
         "y": torch.zeros(2, 3, 6),
@@ -212,7 +216,7 @@ def test_bad_inputs(change, message):
         "weight": torch.ones(4, 3),
     }
     with pytest.raises(ValueError, match=message):
-        prototype_rows_(**(good | change), scale=1.0)
+        prototype_rows_(**on(device, good | change), scale=1.0)
 
 
 POINTERS = dict.fromkeys(("bias_ptr", "rows_ptr", "factors_ptr", "weight_ptr", "loss_ptr"), "*fp32")
