@@ -30,8 +30,8 @@ BATCHES = (96, 72, 48)
 STEPS = 10
 WARMUP = 4
 
-TINY = DINOv2(vit=ViT(image_size=16, patch_size=4, dim=32, depth=2, heads=2, layer_scale=0.1), head=Head(64, 32, 16))
-TINY_INPUTS = InputSpec(channels=3, global_size=16, n_global=2, local_size=8, n_local=2)
+TINY = DINOv2(vit=ViT(image_size=8, patch_size=4, dim=32, depth=2, heads=2, layer_scale=0.1), head=Head(64, 32, 16))
+TINY_INPUTS = InputSpec(channels=3, global_size=8, n_global=2, local_size=4, n_local=1)
 
 
 def configuration(variant: str, smoke: bool) -> DINOv2:

@@ -22,6 +22,8 @@ OPERATIONS = {
     "adamw_ema": ("tests/kernels/test_adamw_ema.py",),
     "patch_embed": ("tests/kernels/test_patch_embed.py",),
     "geometry_combine": ("tests/kernels/test_geometry_combine.py",),
+    "geometry_rows": ("tests/kernels/test_geometry_ffn.py",),
+    "logsumexp": ("tests/kernels/test_logsumexp.py",),
     "radial_map": ("tests/kernels/test_radial_map.py",),
     "mobius_add": ("tests/kernels/test_mobius_add.py",),
     "poincare_distance": ("tests/kernels/test_poincare_distance.py",),

@@ -23,7 +23,7 @@ def _case(m: int, d: int, compiled: bool, tiny: bool) -> Case:
         inputs = {
             "u": u,
             "logits": torch.randn(m, 3, device=device),
-            "kappa": torch.tensor(0.9 * d**0.5, device=device),
+            "kappa": torch.tensor(1.1, device=device),
             "c": torch.tensor(0.8, device=device),
         }
         return Problem(

@@ -67,7 +67,7 @@ def _problem(m: int, d: int, h: int, body: str, device: torch.device, dtype: tor
         "bias1": draw(3, *halves, h, scale=0.1),
         "weight2": weight2,
         "bias2": draw(3, d, scale=0.01),
-        "kappa": torch.tensor(0.9 * d**0.5, device=device),
+        "kappa": torch.tensor(1.1, device=device),
         "c": torch.tensor(0.8, device=device),
     }
     fixed = {"body": body, "input_scale": 0.5 / d**0.5}

