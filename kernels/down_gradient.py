@@ -13,10 +13,12 @@ the dtype of du; both sums are float32.
 
 Products run in the inputs' dtype with float32 accumulation, everything after in float32: the sums see dz before it is
 rounded. A program sums over its own tile, one torch.sum over the tiles follows, so results do not depend on the order in
-which programs run. The paths are those of up_projection.py: "tma", "fused", "cublas" (bmm, then one elementwise kernel).
+which programs run. gemm.py describes the paths.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import triton
@@ -24,16 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from armillary.kernels.gelu import gelu_and_gradient, silu_and_gradient
+from armillary.kernels.gemm import Gemm, choose, launch_persistent, part_of, place_tile
 from armillary.kernels.launch import INTERPRETER, Impl, Launch, use_triton
-from armillary.kernels.up_projection import (
-    Activation,
-    Gemm,
-    activate,
-    choose,
-    launch_persistent,
-    part_of,
-    place_tile,
-)
+from armillary.kernels.up_projection import Activation, activate
 
 __all__ = ["DownGradient", "down_gradient", "down_gradient_reference"]
 
@@ -366,6 +361,7 @@ LAUNCH = {
     80: Gemm({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=4),
     90: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
     100: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
+    120: Gemm(path="cublas", source="not measured; tiles as large as those of 10.0 do not fit its shared memory"),
 }
 FUSED = {  # where the path is "tma" and the shape has no descriptor
     INTERPRETER: LAUNCH[INTERPRETER],
@@ -382,7 +378,7 @@ def _launch(
     du: Tensor, weight2: Tensor, z: Tensor, bias: Tensor | None, row_scale: Tensor | None, activation: Activation
 ) -> DownGradient:
     (experts, m, d), h = du.shape, weight2.shape[2]
-    a = du.new_empty(m, experts, h)
+    a = torch.empty(m, experts, h, dtype=du.dtype, device=du.device)
     if not a.numel():
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         return torch.zeros_like(z), a, d_bias, None if row_scale is None else torch.zeros_like(row_scale)
@@ -392,8 +388,9 @@ def _launch(
     path, row, blocks = choose((LAUNCH, FUSED, ELEMENTWISE), du, gates, h, depth, (du, weight2, z, a))
     down, across = triton.cdiv(m, blocks["BM"]), triton.cdiv(h, blocks["BN"])
     tiles = down * experts * across
-    columns = None if bias is None else du.new_empty(down, *bias.shape, dtype=torch.float32)
-    rows = None if row_scale is None else du.new_empty(across, experts, m, dtype=torch.float32)
+    partials = partial(torch.empty, dtype=torch.float32, device=du.device)
+    columns = None if bias is None else partials(down, *bias.shape)
+    rows = None if row_scale is None else partials(across, experts, m)
     sizes = (m, experts, h)
     warps, stages = {"num_warps": row.num_warps}, {"num_stages": row.num_stages}
     if path == "cublas":

@@ -94,7 +94,7 @@ class _GeluLinear(torch.autograd.Function):
         dy = dy.contiguous()
         dz = a = None
         if for_z:
-            bias = z.new_empty(1, z.shape[1])  # not read: it asks for the column sums
+            bias = torch.empty(1, z.shape[1], dtype=z.dtype, device=z.device)  # unread: it asks for the column sums
             dz, a, sums, _ = down_gradient(
                 dy[None], weight[None], z[:, None], bias, None, ctx.activation, impl="triton"
             )

@@ -9,23 +9,13 @@ a [M, E, H] are in the dtype of x. act sees z as rounded to that dtype, so that 
     gelu, gelu_tanh     a = GELU(z), exact or by the tanh form
     swiglu              a = silu(z[:, :, 0]) * z[:, :, 1]
 
-Products run in the inputs' dtype with float32 accumulation, the epilogue in float32. Three paths do the same work, and
-the launch table says which one an architecture takes:
-
-    tma         persistent programs whose tiles come and go by tensor descriptors: the loads of a tile run during the
-                epilogue of the one before. sm_90 or later; rows of 16-byte multiples; H a multiple of the tile's columns
-    fused       one program a tile, plain pointers: any shape
-    cublas      torch.mm or addmm, then one elementwise kernel; always for float32 on a GPU, where a Triton product has
-                no tensor cores to use (torch.backends.cuda.matmul.allow_tf32 holds there)
+Products run in the inputs' dtype with float32 accumulation, the epilogue in float32. gemm.py describes the paths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextvars import copy_context
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,23 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from armillary.kernels.gelu import gelu, silu
-from armillary.kernels.launch import INTERPRETER, Impl, Launch, settings, use_triton
+from armillary.kernels.gemm import Gemm, choose, launch_persistent, part_of, place_tile
+from armillary.kernels.launch import INTERPRETER, Impl, Launch, use_triton
 
 __all__ = ["ACTIVATIONS", "Activation", "up_projection", "up_projection_reference"]
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 ACTIVATIONS: tuple[str, ...] = ("gelu", "gelu_tanh", "swiglu")
-
-
-@dataclass(frozen=True)
-class Gemm(Launch):
-    """One row of a product's launch table.
-
-    Attributes:
-        path: "tma", "fused" or "cublas"; the settings are those of this path.
-    """
-
-    path: Literal["tma", "fused", "cublas"] = "fused"
 
 
 def activate(z: Tensor, activation: Activation) -> Tensor:
@@ -77,17 +57,6 @@ def up_projection_reference(
         z = z * row_scale.t().reshape(len(x), -1, *[1] * (weight.dim() - 2))
         z = (z if bias is None else z + bias).to(x.dtype)
     return z, activate(z, activation)
-
-
-@triton.jit
-def place_tile(tile, M, E, H, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """First row, expert and first column of a tile; GROUP row tiles pass all columns together, for the L2 cache."""
-    rows, columns = tl.cdiv(M, BM), tl.cdiv(H, BN)
-    band = GROUP * E * columns
-    first = tile // band * GROUP
-    height = tl.minimum(rows - first, GROUP)
-    column = tile % band // height
-    return (first + tile % band % height) * BM, column // columns, column % columns * BN
 
 
 @triton.jit
@@ -217,16 +186,6 @@ def _fused_kernel(
     _write(p, q, bias_ptr, scale_ptr, z_ptr, a_ptr, m0, e, h0, M, E, H, GATED, TANH, BM, BN)
 
 
-@triton.jit
-def part_of(p, INDEX: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Columns INDEX * BN / PARTS to (INDEX + 1) * BN / PARTS of a tile [BM, BN]; PARTS is a power of 2."""
-    if PARTS == 1:
-        return p
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(p, (BM, 2, BN // 2)), (0, 2, 1)))
-        return part_of(left if INDEX < PARTS // 2 else right, INDEX % (PARTS // 2), PARTS // 2, BM, BN // 2)
-
-
 @triton.jit(do_not_specialize=["M"])
 def _tma_kernel(
     x_ptr,
@@ -322,6 +281,7 @@ LAUNCH = {
     80: Gemm({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=4),
     90: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
     100: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
+    120: Gemm(path="cublas", source="not measured; tiles as large as those of 10.0 do not fit its shared memory"),
 }
 FUSED = {  # where the path is "tma" and the shape has no descriptor
     INTERPRETER: LAUNCH[INTERPRETER],
@@ -334,67 +294,13 @@ ELEMENTWISE = {
 }
 
 
-def choose(
-    tables: tuple[Mapping[int, Gemm], Mapping[int, Launch], Mapping[int, Launch]],
-    x: Tensor,
-    gates: int,
-    columns: int,
-    depth: int,
-    matrices: Sequence[Tensor | None],
-) -> tuple[str, Launch, dict[str, int]]:
-    """Path of a product, its settings, and its blocks for this many gates.
-
-    Args:
-        tables: Launch tables of the product, of its path "fused" and of its elementwise kernel.
-        x: One of its operands.
-        gates: 2 for "swiglu", else 1; a tile then holds half as many columns of each.
-        columns: What BN must divide for tensor descriptors.
-        depth: What BK must divide for them.
-        matrices: What descriptors are made of: contiguous, seen as [rows, last dimension].
-    """
-    product, fused, elementwise = tables
-    row = cast(Gemm, settings(product, x))
-    path, chosen = row.path, cast(Launch, row)
-    if x.is_cuda and x.dtype == torch.float32:
-        path = "cublas"
-    elif path == "tma":
-        fits = columns % row.blocks["BN"] == 0 and depth % row.blocks["BK"] == 0
-        if not (fits and all(m is None or _aligned(m) for m in matrices)):
-            path, chosen = "fused", settings(fused, x)
-    if path == "cublas":
-        chosen = settings(elementwise, x)
-    return path, chosen, {**chosen.blocks, "BN": chosen.blocks["BN"] // gates}
-
-
-def _aligned(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
-
-
-def launch_persistent(kernel: Any, tiles: int, x: Tensor, *args: Any, **options: Any) -> None:
-    """Launch a kernel that makes tensor descriptors, with as many programs as the device runs at once.
-
-    The allocator of their memory is set for this launch only, and in this thread: autograd runs in threads of its own.
-    """
-    programs = min(tiles, _multiprocessors(x.device.index or 0) if x.is_cuda else 2)
-
-    def run() -> None:
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
-        kernel[(programs,)](*args, programs, **options)
-
-    copy_context().run(run)
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, row_scale: Tensor | None, activation: Activation, save_z: bool
 ) -> tuple[Tensor | None, Tensor]:
     (m, k), (experts, h), gates = x.shape, (weight.shape[0], weight.shape[-2]), weight.shape[1:-2].numel()
-    a = x.new_empty(m, experts, h)
-    z = x.new_empty(m, *weight.shape[:-1]) if save_z else None
+    empty = partial(torch.empty, dtype=x.dtype, device=x.device)
+    a = empty(m, experts, h)
+    z = empty(m, *weight.shape[:-1]) if save_z else None
     if not a.numel():
         return z, a
     form = {"GATED": activation == "swiglu", "TANH": activation == "gelu_tanh"}
@@ -405,7 +311,7 @@ def _launch(
     if path == "cublas":
         weights = weight.view(-1, k).t()
         # The product goes into z, where scale and bias then change it.
-        p = z if z is not None else a if gates == 1 else x.new_empty(m, *weight.shape[:-1])
+        p = z if z is not None else a if gates == 1 else empty(m, *weight.shape[:-1])
         if row_scale is None and bias is not None:
             torch.addmm(bias.view(-1), x, weights, out=p.view(m, -1))
             bias, target = None, None
