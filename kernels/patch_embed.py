@@ -242,7 +242,8 @@ def _patch_embed_bwd_kernel(
         tl.store(sums + length * dim, tl.sum(hidden, 0), mask=inside)
 
 
-# The forward kernel, for half precision and for float32 weights. Registers are those of masked crops of 3 bands.
+# The forward kernel, for half precision and for float32 weights. Registers are those of masked crops of 3 bands; more
+# bands, other patches and registers take up to 193. It spills where D is no multiple of 16.
 LAUNCH = {
     INTERPRETER: Launch({"TOKENS": 16, "WIDTH": 16, "STEP": 16}),
     80: Launch({"TOKENS": 128, "WIDTH": 128, "STEP": 16}, 8, 4, "not measured; compiled: 128 registers, no spills"),
