@@ -42,6 +42,8 @@ def _signed(word: int) -> int:
 
 def _fits(blobs: Tensor, sizes: Tensor, codec: int, channels: int, height: int, width: int) -> Tensor:
     """[B] bool: rows whose header is that of a blob of this codec and shape."""
+    if not len(blobs):  # whose rows may be of any width
+        return sizes.bool()
     words = blobs[:, : HEADER - HEADER % 4].contiguous().view(torch.int32)
     kind, shape = expected_header(codec, channels, height, width)
     total = words[:, 4].long() + HEADER + 4 * channels

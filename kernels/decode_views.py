@@ -4,15 +4,15 @@ r"""Model input straight from codec blobs: decode, crop, turn, stretch and cast 
 
 Decoding is that of `decode` (docs/codec.md), the crops are those of `crop`, the stretches those of `stretch`; pixels
 without data are flux 0. Shapes: blobs [B, P] uint8 (padded rows), out [N, K, S, S], N a multiple of B. Decoding is in
-integers with one float32 product, so fluxes equal the CPU's to the bit; stretches are in float32: `Affine` rounds as
-PyTorch does on a CPU, the others come within a few units in the last place (of the greatest term, where terms cancel).
+integers with one float32 product, so fluxes equal the CPU's to the bit. Stretches are in float32 and differ from PyTorch's
+by a few units in the last place (of the greatest term, where terms cancel); `Affine` multiplies by 1 / divisor: 2 units.
 Not differentiated.
 
 Two kernels. The first scans each tile of 128 blocks once and writes an index: where a block's words lie in its tile, how
-many planes, mask bits or not, the lone plane's pixel, 4 bytes a block. The second takes the runs of 16 pixels of a block
-that crop rows touch: words are fetched, shifted, masked and lone planes put in once a block, a pixel then takes its bits
-from two planes at a time, all bands of it are stretched in registers, and the store's address is linear in the source
-pixel, whatever the orientation. Turned crops are transposed on chip, so that their stores are contiguous too.
+many planes, mask bits or not, the lone plane's pixel, 4 bytes a block. The second takes the runs of 8 pixels (half a
+block) that rows of the crop touch: planes are fetched, aligned and masked and lone planes put in once a run; a pixel then
+takes its bits of two planes at a time; all its bands are stretched in registers; and its address is linear in its place
+in the crop, whatever the orientation. Rows that become columns are transposed on chip, so that stores are contiguous.
 
 Bytes moved for 3 x 152 x 152 to 3 x 144 x 144 in float32, an image and crop: 243 KiB written, 47 KiB of blob and 17 KiB
 of index read, 17 KiB of index written; so three quarters of the traffic are output. In half precision, 60 %.
@@ -23,6 +23,7 @@ engine/data/codec.py). A row whose header does not fit has flux 0.
 
 # Triton reads the annotations of a kernel's arguments, so they stay bare:
 
+import math
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -50,7 +51,7 @@ from armillary.kernels.decode import (
 from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, refuse, settings, use_triton
 from armillary.kernels.stretch import Affine, StretchNumbers, asinh, check_stretch, on_device, stretch_reference
 
-__all__ = ["Codec", "MAX_MIXED_BANDS", "decode_views", "decode_views_reference"]
+__all__ = ["Codec", "decode_views", "decode_views_reference", "is_fused"]
 
 Codec = Literal["bitplane", "float16"]
 MAX_MIXED_BANDS = 16  # that a stretch other than `Affine` may combine: they are held in registers
@@ -72,6 +73,7 @@ def decode_views_reference(
     """The same in three steps of plain PyTorch; with dtype float64 stretched in float64: the oracle and the CPU path."""
     decode = decode_bitplane_reference if codec == "bitplane" else decode_float16
     image, valid = decode(blobs, sizes, *shape)
+    assert valid is not None
     flux = crop_reference(image.masked_fill(~valid, 0.0), origin, orientation, size)
     return stretch_reference(flux.to(torch.promote_types(dtype, torch.float32)), stretch).to(dtype)
 
@@ -110,7 +112,7 @@ def _fetch(blob, entry, start, end, base, LANES: tl.constexpr):
     odd = at % 2
     there = tl.minimum((planes + odd + 1) // 2, end // 2 - at // 2)
     words = blob.to(tl.pointer_type(tl.uint32)) + at // 2
-    found = (planes, extra, usable, odd, words, there)
+    found = (planes, extra, usable, odd, words, there)  # type: tuple
     for k in tl.static_range(5):
         found = found + (tl.load(words + k, mask=there > k, other=0),)
     return found
@@ -220,9 +222,9 @@ def _decode_views_kernel(
     blob = blobs_ptr + row * stride
     size = tl.load(sizes_ptr + row)
     sound, masked = read_header(blob, size, stride, kind, shape, channels)
+    end = tl.where(sound, size // 2, 0).to(tl.int32)  # words; no load goes beyond
     if CODEC == 0:
-        sound = sound & (20 + 4 * channels + 2 * channels * pixels.to(tl.int64) <= size)
-    end = tl.where(sound, size // 2, 0).to(tl.int32)
+        end = tl.where(10 + 2 * channels + channels * pixels <= end, end, 0)
 
     place = place_ptr + crop * 5
     top, left, first = tl.load(place), tl.load(place + 1), tl.load(place + 2)
@@ -244,13 +246,13 @@ def _decode_views_kernel(
     to = (first + down * y + across * x)[:, None] + across * lane
     out_ptr += crop * out_channels * side * side
 
-    found = ()
+    found = ()  # type: tuple
     if CODEC == 1:  # all bands' loads of a kind together, so that their latencies overlap
         count = channels * ((pixels + 15) // 16)
         base = 20 + 4 * channels + 4 * ((count + TILE - 1) // TILE) + (count + 1) // 2
         base = (base + masked * ((count + 7) // 8) + 1) // 2
-        entries = ()
-        starts = ()
+        entries = ()  # type: tuple
+        starts = ()  # type: tuple
         for m in tl.static_range(BANDS):
             block = tl.load(bands_ptr + m) * ((pixels + 15) // 16) + pixel // 16
             entries = entries + (tl.load(index_ptr + row * count + block, mask=there, other=0),)
@@ -258,7 +260,7 @@ def _decode_views_kernel(
         for m in tl.static_range(BANDS):
             found = found + (_fetch(blob, entries[m], starts[m], end, base, LANES),)
 
-    values = ()
+    values = ()  # type: tuple
     for m in tl.static_range(BANDS):
         band = tl.load(bands_ptr + m)
         if CODEC == 1:
@@ -268,7 +270,7 @@ def _decode_views_kernel(
             flux = _half(blob, end, 10 + 2 * channels + band * pixels, pixel[:, None] + lane, inside)
         number = tl.load(numbers_ptr + m)
         if FORM == 0:
-            value = tl.div_rn(flux - number, tl.load(numbers_ptr + BANDS + m))
+            value = (flux - number) * tl.load(numbers_ptr + BANDS + m)
             _store(out_ptr, m, side, to, inside, value, swapped, TURNED)
         elif FORM == 1:
             values = values + (asinh(flux * number),)
@@ -284,17 +286,17 @@ def _decode_views_kernel(
     elif FORM == 2:
         intensity = tl.zeros([RUNS, LANES], tl.float32)
         for k in tl.static_range(OUT_CHANNELS):
-            intensity += tl.where(values[k] < 0.0, 0.0, values[k])
+            intensity += tl.maximum(values[k], 0.0, propagate_nan=tl.PropagateNan.ALL)
         intensity *= tl.load(numbers_ptr + BANDS + 1)  # Q I
         gain = asinh(intensity) * tl.load(numbers_ptr + BANDS + 2) / tl.where(intensity == 0.0, 1.0, intensity)
         for k in tl.static_range(OUT_CHANNELS):
-            value = values[k] * gain
-            value = tl.where(value < 0.0, 0.0, value)  # comparisons with NaN are false: NaN passes through
-            _store(out_ptr, k, side, to, inside, tl.where(value > 1.0, 1.0, value), swapped, TURNED)
+            value = tl.maximum(values[k] * gain, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            value = tl.minimum(value, 1.0, propagate_nan=tl.PropagateNan.ALL)
+            _store(out_ptr, k, side, to, inside, value, swapped, TURNED)
 
 
 LAUNCH = {
-    INTERPRETER: Launch({"RUNS": 16, "LANES": 8}, num_warps=4, num_stages=1),
+    INTERPRETER: Launch({"RUNS": 64, "LANES": 8}, num_warps=4, num_stages=1),
     80: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
     90: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
     100: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
@@ -322,6 +324,30 @@ def _places(origin: NDArray[np.int64], orientation: NDArray[np.int64], size: int
     return np.column_stack([origin, first, down, across]).astype(np.int32)
 
 
+def is_fused(
+    stretch: StretchNumbers, shape: tuple[int, int, int], size: int, like: Tensor, impl: Impl = "auto"
+) -> bool:
+    """Whether `decode_views` runs its kernels.
+
+    Args:
+        stretch: The stretch's numbers.
+        shape: C, H, W of the images.
+        size: Side of the crops.
+        like: A tensor of the output's dtype and device.
+        impl: See `launch`; "triton" raises ValueError where there is no kernel.
+    """
+    name = "decode_views"
+    if not use_triton(name, impl, like):
+        return False
+    combined = 0 if isinstance(stretch, Affine) else max(len(stretch.bands), stretch.channels)
+    pixels = max(math.prod(shape), stretch.channels * size * size)
+    if impl == "triton" and combined > MAX_MIXED_BANDS:
+        refuse(name, "stretch", f"may combine at most {MAX_MIXED_BANDS} bands in a kernel", combined)
+    if impl == "triton" and pixels > LIMIT:
+        refuse(name, "shape", f"must make at most {LIMIT} pixels an image and crop in a kernel", pixels)
+    return combined <= MAX_MIXED_BANDS and pixels <= LIMIT
+
+
 def decode_views(
     blobs: Tensor,
     sizes: Tensor,
@@ -344,10 +370,11 @@ def decode_views(
         origin: [N, 2] int64 top and left pixel of each crop, N a multiple of B.
         orientation: [N] int64, hflip + 2 vflip + 4 turns (see `crop`).
         size: Side S in pixels.
-        stretch: The stretch's numbers, for C bands. On a GPU at most 16 bands may be combined.
+        stretch: The stretch's numbers, for C bands.
         dtype: float32, bfloat16 or float16; the reference also knows float64.
         codec: Of all blobs.
-        impl: See `launch`. The reference decodes sample by sample.
+        impl: See `launch`. The reference decodes sample by sample; "auto" also takes it where more than 16 bands are
+            combined.
 
     Returns:
         [N, K, S, S] in `dtype`. A row that holds no blob of this codec, shape and size has flux 0 everywhere.
@@ -374,15 +401,13 @@ def decode_views(
         refuse(name, "size", f"must be in 1 .. {min(height, width)}, the images' side", size)
     if count and (origin.min() < 0 or (origin + size > (height, width)).any()):
         refuse(name, "origin", f"must keep crops of side {size} inside {height} x {width} pixels", origin.tolist())
-    if not use_triton(name, impl, blobs.new_empty(0, dtype=dtype)):
+    if not is_fused(stretch, shape, size, blobs.new_empty(0, dtype=dtype), impl):
         return decode_views_reference(blobs, sizes, shape, origin, orientation, size, stretch, dtype, codec)
-    if not isinstance(stretch, Affine) and max(len(stretch.bands), stretch.channels) > MAX_MIXED_BANDS:
-        refuse(name, "stretch", f"may combine at most {MAX_MIXED_BANDS} bands on a GPU", len(stretch.bands))
-    if max(channels * height * width, stretch.channels * size * size) > LIMIT:
-        refuse(name, "shape", f"and size must make at most {LIMIT} pixels an image on a GPU", (*shape, size))
     out = torch.empty(count, stretch.channels, size, size, dtype=dtype, device=blobs.device)
     if count:
-        _launch(blobs, sizes, shape, _places(origin, orientation, size), bool((orientation & 4).any()), stretch, codec, out)
+        _launch(
+            blobs, sizes, shape, _places(origin, orientation, size), bool((orientation & 4).any()), stretch, codec, out
+        )
     return out
 
 

@@ -9,8 +9,8 @@ any float dtype; `asinh` and the rest are device functions, in float32, for kern
 (`decode_views`). The numbers are those of the survey, so a kernel takes them from a small tensor on its device.
 
 asinh x = sign(x) log(1 + t), t = |x| + x^2 / (1 + sqrt(1 + x^2)): no cancellation near 0, log(2 |x|) beyond 4096, the
-logarithm by exponent and polynomial (Cephes), without libdevice. Error over all floats: under 2 units in the last place
-with correctly rounded root and quotient, under 3 with a GPU's approximate ones (1 and 2 units by PTX's documentation).
+logarithm by exponent and polynomial (Cephes), without libdevice. Error: under 2.5 units in the last place where roots are
+rounded correctly, under 3.5 with a GPU's approximate ones (at most 1 unit off for sqrt and 2 for rsqrt, by the PTX manual).
 asinh(+-inf) = +-inf, NaN stays NaN.
 """
 
@@ -58,7 +58,7 @@ class Affine:
     @property
     def packed(self) -> Floats:
         """The numbers as a kernel reads them."""
-        return self.shift + self.divisor
+        return self.shift + tuple(1.0 / d for d in self.divisor)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ def check_stretch(operation: str, stretch: StretchNumbers, channels: int) -> Non
         refuse(operation, "stretch", "must be Affine, AsinhMatrix or Lupton", type(stretch).__name__)
     kind, k = type(stretch).__name__, stretch.channels
     if isinstance(stretch, Affine):
-        whole = len(stretch.divisor) == k == channels
+        whole = len(stretch.divisor) == k == channels and all(stretch.divisor)
     elif isinstance(stretch, AsinhMatrix):
         whole = len(stretch.softening) == channels and k >= 1
         whole = whole and [len(row) for row in stretch.matrix] == [channels] * k
     else:
-        whole = len(stretch.scales) == k >= 1 and all(0 <= band < channels for band in stretch.order)
+        whole = len(stretch.scales) == k >= 1 and all(0 <= band < channels for band in stretch.order) and stretch.q > 0
     if not whole:
         refuse(operation, "stretch", f"must have the numbers of a {kind} of {channels} bands", stretch)
 
@@ -181,7 +181,9 @@ def on_device(stretch: StretchNumbers, device: torch.device) -> tuple[Tensor, Te
 def asinh(x):
     """Inverse hyperbolic sine of float32."""
     a = tl.abs(x)
-    t = tl.fma(a, a / (1.0 + tl.sqrt(tl.fma(a, a, 1.0))), a)
+    # Reciprocals as squares of rsqrt, one instruction; a division takes nine.
+    half = a * tl.rsqrt(1.0 + tl.sqrt(tl.fma(a, a, 1.0)))
+    t = tl.fma(half, half, a)
     big = a > 4096.0
     u = tl.where(big, a, 1.0 + t)
     # u = (1 + y) 2^e with sqrt(1/2) <= 1 + y < sqrt(2). For e = 0, y is t itself, unrounded; else the rounding of u is
@@ -190,7 +192,8 @@ def asinh(x):
     e = ((shifted >> 23) - 127).to(tl.float32)
     y = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
     y = tl.where(e == 0.0, t, y)
-    rest = tl.where((e == 0.0) | big, 0.0, (t - (u - 1.0)) / u)
+    root = tl.rsqrt(u)
+    rest = tl.where((e == 0.0) | big, 0.0, (t - (u - 1.0)) * root * root)
     e = tl.where(big, e + 1.0, e)
     z = y * y
     p = tl.fma(y, 7.0376836292e-2, -1.1514610310e-1)

@@ -28,6 +28,8 @@ class Batch(TypedDict, total=False):
     position: Tensor  # [B] int64: place in the epoch's global order; with seed and epoch it keys every random draw
     image: Tensor  # [B, C, H, W] float32, in the survey's flux unit
     valid: Tensor  # [B, C, H, W] bool, False where a pixel carries no data; absent where every pixel does
+    blobs: Tensor  # [B, P] uint8, checked codec blobs, padded: in place of `image` where views decode themselves
+    sizes: Tensor  # [B] int64, bytes of each blob
 
     global_crops: Tensor  # [G*B, C, S, S] float32, model input; crop-major: all first crops, then all second ones
     local_crops: Tensor  # [L*B, C, s, s] float32, model input; crop-major; absent where L = 0

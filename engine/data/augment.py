@@ -6,6 +6,10 @@ the same global batch comes out for any number of ranks and any micro-batch, on 
 
 Pixels without data are set to flux 0, blank sky, before anything else; blur, noise and stretch then treat them as sky.
 
+On a GPU, crops that are cut, flipped, turned by right angles and stretched only come straight from the blobs, in one
+kernel (`armillary.kernels.decode_views`): those of an embedding run, and training views without blur, noise, flux jitter
+and free rotation. They equal the others but for rounding in the stretch.
+
 Shape legend: B samples, C bands, H x W pixels, G global and L local crops a sample, N crops of one kind, S crop side.
 """
 
@@ -26,11 +30,13 @@ from armillary.engine.data.stretch import Stretch, ToRGB
 from armillary.engine.data.survey import Survey
 from armillary.kernels.blur import blur_
 from armillary.kernels.crop import crop
+from armillary.kernels.decode_views import Codec, decode_views, is_fused
+from armillary.kernels.launch import IMPLS, Impl
 from armillary.kernels.noise import add_noise_
 from armillary.kernels.philox import Purpose, normals, streams, uniforms
 from armillary.models.method import Batch, BatchKey, InputSpec
 
-__all__ = ["ASTROCLIP_PAPER", "ASTROCLIP_RELEASED", "LogNormal", "MultiCrop"]
+__all__ = ["ASTROCLIP_PAPER", "ASTROCLIP_RELEASED", "EvalInput", "LogNormal", "MultiCrop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,8 @@ class MultiCrop:
         flux_jitter: Standard deviation s of the factor exp(s N(0, 1)) on all bands of a crop.
         sky_noise_max: Noise of U(0, sky_noise_max) times the survey's sky noise is added to a crop, all bands alike.
         stretch: From flux to model input.
+        impl: "auto": straight from the blobs on a GPU, where the views allow it; "reference": never; "triton": wherever the
+            views allow it, also under Triton's interpreter.
     """
 
     global_size: int
@@ -77,6 +85,7 @@ class MultiCrop:
     flux_jitter: float = 0.0
     sky_noise_max: float = 0.0
     stretch: Stretch
+    impl: Impl = "auto"
 
     def input_spec(self, survey: Survey | int) -> InputSpec:
         """What the views hand to a method, for a survey or a number of model channels."""
@@ -103,6 +112,7 @@ class MultiCrop:
         rule("jitter_px", self.jitter_px >= 0, "must be >= 0", self.jitter_px)
         if self.placement == "random":
             rule("jitter_px", self.jitter_px == 0, 'must be 0 with placement "random"', self.jitter_px)
+        rule("impl", self.impl in IMPLS, f"must be one of {', '.join(IMPLS)}", repr(self.impl))
         rule("rotation", self.rotation in ("none", "any"), 'must be "none" or "any"', self.rotation)
         if self.rotation == "any":
             rule("quarter_turns", not self.quarter_turns, 'must be off with rotation "any"', self.quarter_turns)
@@ -129,8 +139,9 @@ class MultiCrop:
         """Fix the views for a survey and a device.
 
         Returns:
-            A function that replaces `image` (and `valid`) of a batch by `global_crops` and, where L > 0, `local_crops`.
-            The batch's tensors lie on the device; it is safe to call from any thread.
+            A function that replaces `image` (and `valid`) of a batch, or `blobs` and `sizes`, by `global_crops` and, where
+            L > 0, `local_crops`. The batch's tensors lie on the device; it is safe to call from any thread. Its attribute
+            `packed` says that it would rather have blobs.
 
         Raises:
             ValueError: The views break a rule for this survey.
@@ -138,9 +149,7 @@ class MultiCrop:
         self._refuse(survey)
         return _Views(self, survey, torch.device(device))
 
-    def eval_input(
-        self, survey: Survey, device: torch.device | str, size: int | None = None
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def eval_input(self, survey: Survey, device: torch.device | str, size: int | None = None) -> EvalInput:
         """The model input of an embedding run: centre crop and stretch, nothing random.
 
         Args:
@@ -161,18 +170,13 @@ class MultiCrop:
                 f"eval_input: size must be in 1 .. {min(survey.height, survey.width)}, the side of the survey's "
                 f"cutouts, got {side}"
             )
-        stretch = self.stretch.build(survey, torch.device(device))
+        return EvalInput(self, survey, torch.device(device), side)
 
-        def centre_crop(image: Tensor, valid: Tensor | None = None) -> Tensor:
-            _check_images(image, len(survey.bands), side)
-            top, left = (image.shape[2] - side) // 2, (image.shape[3] - side) // 2
-            window = (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
-            flux = image[window].clone(memory_format=torch.contiguous_format)
-            if valid is not None:
-                flux.masked_fill_(~valid[window], 0.0)
-            return stretch(flux)
-
-        return centre_crop
+    def _fused(self, survey: Survey, device: torch.device, size: int) -> bool:
+        """Whether crops of a size that are only cut, turned and stretched are made straight from blobs."""
+        shape = len(survey.bands), survey.height, survey.width
+        like = torch.empty(0, device=device)
+        return is_fused(self.stretch.numbers(survey), shape, size, like, self.impl)
 
     def _refuse(self, survey: Survey) -> None:
         if found := self.problems(survey):
@@ -231,14 +235,90 @@ class MultiCrop:
         return np.arange(self.n_global, self.n_global + self.n_local)
 
 
+class _Packed:
+    """A survey's blobs, which it decodes, cuts and stretches in one."""
+
+    def __init__(self, survey: Survey, stretch: Stretch, impl: Impl):
+        self.shape = len(survey.bands), survey.height, survey.width
+        self.codec: Codec = "float16" if survey.codec == "float16" else "bitplane"
+        self.numbers, self.impl = stretch.numbers(survey), impl
+
+    def crops(
+        self, blobs: Tensor, sizes: Tensor, origin: NDArray[np.int64], orientation: NDArray[np.int64], size: int
+    ) -> Tensor:
+        """Model inputs [N, K, S, S] float32 of crops; see `decode_views`."""
+        return decode_views(
+            blobs, sizes, self.shape, origin, orientation, size, self.numbers, codec=self.codec, impl=self.impl
+        )
+
+
+class EvalInput:
+    """The model input of an embedding run (`MultiCrop.eval_input`): centre crop and stretch.
+
+    Attributes:
+        packed: Whether it would rather have blobs.
+    """
+
+    def __init__(self, views: MultiCrop, survey: Survey, device: torch.device, side: int):
+        self.bands, self.side = len(survey.bands), side
+        self.stretch = views.stretch.build(survey, device)
+        self.packed = views._fused(survey, device, side)
+        self.blobs = _Packed(survey, views.stretch, views.impl)
+
+    def __call__(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Model input [B, K, S, S] float32 of images [B, C, H, W] float32 and their valid pixels (bool or None)."""
+        side = self.side
+        _check_images(image, self.bands, side)
+        top, left = (image.shape[2] - side) // 2, (image.shape[3] - side) // 2
+        window = (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
+        flux = image[window].clone(memory_format=torch.contiguous_format)
+        if valid is not None:
+            flux.masked_fill_(~valid[window], 0.0)
+        return self.stretch(flux)
+
+    def decode(self, blobs: Tensor, sizes: Tensor) -> Tensor:
+        """The same of checked blobs [B, P] uint8 of the survey and their sizes [B]."""
+        _, height, width = self.blobs.shape
+        origin = np.tile([[(height - self.side) // 2, (width - self.side) // 2]], (len(blobs), 1))
+        return self.blobs.crops(blobs, sizes, origin, np.zeros(len(blobs), np.int64), self.side)
+
+
 class _Views:
     """`MultiCrop` fixed for a survey and a device."""
 
     def __init__(self, views: MultiCrop, survey: Survey, device: torch.device):
         self.views, self.survey = views, survey
         self.stretch = views.stretch.build(survey, device)
+        self.blobs = _Packed(survey, views.stretch, views.impl)
+        plain = views.rotation == "none" and views.psf is None and views.noise is None
+        plain = plain and views.flux_jitter == views.sky_noise_max == 0.0
+        self.packed = plain and views._fused(survey, device, max(views.global_size, views.local_size))
 
     def __call__(self, batch: Batch, key: BatchKey) -> Batch:
+        out: Batch = batch.copy()
+        position = batch["position"].cpu().numpy()
+        if "blobs" in batch:
+            blobs, sizes = out.pop("blobs"), out.pop("sizes")
+
+            def crops(kind: str) -> Tensor:
+                draws = self.views.draw(self.survey, position, key, kind)
+                size = self.views.global_size if kind == "global" else self.views.local_size
+                return self.blobs.crops(blobs, sizes, draws.origin, draws.orientation, size)
+        else:
+            image = self._flux(batch)
+            out.pop("image")
+            out.pop("valid", None)
+
+            def crops(kind: str) -> Tensor:
+                return self._crops(image, position, key, kind)
+
+        out["global_crops"] = crops("global")
+        if self.views.n_local:
+            out["local_crops"] = crops("local")
+        return out
+
+    def _flux(self, batch: Batch) -> Tensor:
+        """The images of a batch, 0 where they have no data."""
         image, valid = batch["image"], batch.get("valid")
         _check_images(image, len(self.survey.bands), max(self.views.global_size, self.views.local_size))
         if image.shape[2:] != (self.survey.height, self.survey.width):
@@ -248,15 +328,7 @@ class _Views:
             )
         if valid is not None:
             image = image.masked_fill(~valid, 0.0)
-        image = image.contiguous()
-        position = batch["position"].cpu().numpy()
-        out: Batch = batch.copy()
-        out.pop("image")
-        out.pop("valid", None)
-        out["global_crops"] = self._crops(image, position, key, "global")
-        if self.views.n_local:
-            out["local_crops"] = self._crops(image, position, key, "local")
-        return out
+        return image.contiguous()
 
     def _crops(self, image: Tensor, position: NDArray[np.int64], key: BatchKey, kind: str) -> Tensor:
         draws = self.views.draw(self.survey, position, key, kind)

@@ -39,6 +39,7 @@ class BatchMaker:
         on_corrupt: "error" raises; "replace" takes the sample at the next position of the epoch that is not corrupt
             (the batch then holds that sample's row, at the corrupt one's position), so that global batches stay the
             same for any number of ranks; "drop" leaves it out.
+        packed: Put checked blobs into batches, `blobs` and `sizes`, and leave decoding to who takes them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class BatchMaker:
         device: torch.device,
         threads: int,
         on_corrupt: OnCorrupt,
+        packed: bool = False,
     ) -> None:
         self._plan = plan
         self._files = files
@@ -58,13 +60,15 @@ class BatchMaker:
         self._device = device
         self._threads = threads
         self._on_corrupt = on_corrupt
+        self._packed = packed
         self._images = _Buffers()
 
     def make(self, request: MicroBatch, blobs: Blobs) -> tuple[Batch, int]:
         """Make one batch.
 
         Returns:
-            The batch (row, position, image, and valid where a sample is masked) and how many samples were corrupt.
+            The batch (row, position, image, and valid where a sample is masked; or blobs and sizes in place of these two)
+            and how many samples were corrupt.
 
         Raises:
             codec.CorruptBlob: A sample is corrupt and may be neither replaced nor dropped.
@@ -85,15 +89,9 @@ class BatchMaker:
             position, row = position[keep], row[keep]
             decoded = self._decode(Blobs([blob for blob, kept in zip(host, keep, strict=True) if kept]))
             assert not isinstance(decoded, list), "replacements are checked"
-        image, valid = decoded
-        batch: Batch = {
-            "row": torch.from_numpy(row).to(self._device),
-            "position": torch.from_numpy(position).to(self._device),
-            "image": image,
-        }
-        if valid is not None:
-            batch["valid"] = valid
-        return batch, len(corrupt)
+        decoded["row"] = torch.from_numpy(row).to(self._device)
+        decoded["position"] = torch.from_numpy(position).to(self._device)
+        return decoded, len(corrupt)
 
     def describe(self, request: MicroBatch) -> str:
         """A micro-batch in words, for an error that is not about one sample."""
@@ -103,28 +101,30 @@ class BatchMaker:
             f"{', '.join(shards)} in {self._files.folder})"
         )
 
-    def _decode(self, blobs: Blobs) -> tuple[Tensor, Tensor | None] | list[int]:
-        """Decode to (image, valid or None where nothing is masked), or say which blobs are corrupt."""
+    def _decode(self, blobs: Blobs) -> Batch | list[int]:
+        """Make the pixels of a batch (image, and valid where any are masked; or blobs and sizes), or say which are corrupt."""
         kinds = [_kind(blob) for blob in blobs.host]
         masked = any(has_mask for _, has_mask in kinds)
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" or self._packed:
             corrupt = set(codec.check_batch(blobs.host, *self._shape, threads=self._threads))
             corrupt |= self._of_another_codec(kinds)
             if corrupt:
                 return sorted(corrupt)
             padded = pad_blobs(blobs.host, self._device) if blobs.padded is None else blobs.padded
             sizes = [len(blob) for blob in blobs.host]
-            return decode_padded(padded, sizes, self._codec, *self._shape, masks=masked)
-        shape = (len(blobs.host), *self._shape)
-        image = self._images.take(shape)
-        valid = torch.empty(shape, dtype=torch.bool) if masked else None
-        corrupt = set(
-            codec.decode_batch(
-                blobs.host, image.numpy(), None if valid is None else valid.numpy(), threads=self._threads
-            )
-        )
-        corrupt |= self._of_another_codec(kinds)
-        return sorted(corrupt) or (image, valid)
+            if self._packed:
+                return {"blobs": padded, "sizes": torch.tensor(sizes, dtype=torch.int64, device=padded.device)}
+            image, valid = decode_padded(padded, sizes, self._codec, *self._shape, masks=masked)
+        else:
+            shape = (len(blobs.host), *self._shape)
+            image = self._images.take(shape)
+            valid = torch.empty(shape, dtype=torch.bool) if masked else None
+            mask = None if valid is None else valid.numpy()
+            corrupt = set(codec.decode_batch(blobs.host, image.numpy(), mask, threads=self._threads))
+            corrupt |= self._of_another_codec(kinds)
+            if corrupt:
+                return sorted(corrupt)
+        return {"image": image} if valid is None else {"image": image, "valid": valid}
 
     def _of_another_codec(self, kinds: Sequence[tuple[str, bool]]) -> set[int]:
         """Blobs that a GPU, which decodes all of a survey with one kernel, would turn into zeros."""
@@ -201,7 +201,9 @@ def decode_padded(
     from armillary.kernels.decode import decode_bitplane, decode_float16
 
     decode = decode_bitplane if name == "bitplane" else decode_float16
-    return decode(padded, torch.tensor(sizes, device=padded.device), channels, height, width, masks=masks)
+    return decode(
+        padded, torch.tensor(sizes, dtype=torch.int64, device=padded.device), channels, height, width, masks=masks
+    )
 
 
 class _Buffers:

@@ -41,7 +41,7 @@ class Loader:
         world: Ranks.
         seed: Keys the order and, with the position, every draw of `views` and `prepare`.
         device: Where batches are delivered.
-        views: Makes crops of a batch; runs in the loader's thread.
+        views: Makes crops of a batch; runs in the loader's thread. With a true attribute `packed` it gets undecoded blobs.
         prepare: Runs after `views`: what else the method wants made ahead of the step.
         reader: "dali", "webdataset", or "auto": DALI where it is installed.
         on_corrupt: "error" raises and names the sample; "skip" puts in its place the sample at the next position of
@@ -243,6 +243,7 @@ class SequentialLoader:
         on_corrupt: "error" raises and names the sample; "skip" leaves it out, logs and counts it.
         threads: Threads for reading and for decoding on the CPU.
         prefetch: Batches kept ready.
+        packed: Hand out checked blobs and their sizes in place of images, for who decodes them himself.
     """
 
     def __init__(
@@ -257,6 +258,7 @@ class SequentialLoader:
         on_corrupt: Literal["error", "skip"] = "error",
         threads: int = 2,
         prefetch: int = 2,
+        packed: bool = False,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: must be at least 1, got {batch}")
@@ -274,6 +276,7 @@ class SequentialLoader:
             reader=reader,
             threads=threads,
             prefetch=prefetch,
+            packed=packed,
         )
         self.survey = self._source.survey
         self.corrupt = 0

@@ -136,6 +136,9 @@ def _produce(
 class Source:
     """What both loaders share: the survey, its files, the reader, and how a stream of batches is started.
 
+    Where `packed` is set or the first transform says so of itself (an attribute `packed`), batches reach it undecoded, as
+    `blobs` and `sizes`.
+
     Raises:
         FileNotFoundError: No survey, or a tar or index is missing.
         ValueError: A field has no meaning, the survey has no such split, or a tar is truncated.
@@ -155,6 +158,7 @@ class Source:
         reader: ReaderName,
         threads: int,
         prefetch: int,
+        packed: bool = False,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank: must be in [0, world = {world}), got {rank}")
@@ -168,6 +172,7 @@ class Source:
             # The current device is one of the caller's thread; the loader's threads begin with device 0.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.transforms = tuple(t for t in transforms if t is not None)
+        self.packed = packed or any(getattr(t, "packed", False) for t in self.transforms[:1])
         self.threads = threads
         self.prefetch = prefetch
         self._open = lambda: ShardFiles(Path(folder), self.survey, split)
@@ -189,7 +194,13 @@ class Source:
     ) -> Prefetcher[tuple[Batch, int]]:
         """Start a thread that makes these batches."""
         maker = BatchMaker(
-            self.plan, self.files, self.survey, device=self.device, threads=self.threads, on_corrupt=on_corrupt
+            self.plan,
+            self.files,
+            self.survey,
+            device=self.device,
+            threads=self.threads,
+            on_corrupt=on_corrupt,
+            packed=self.packed,
         )
         batches = _produce(self.reader, requests, maker, self.transforms, self.plan.seed, global_batch, self.device)
         return Prefetcher(batches, self.prefetch, "armillary-loader")

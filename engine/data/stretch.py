@@ -1,7 +1,8 @@
 """From flux to model input: the last step of every view, and the only one of an embedding run.
 
-A stretch is a frozen dataclass of a recipe; `build` fixes it for a survey and returns a function on [B, C, H, W] float32
-crops in the survey's flux unit. Pixels without data hold flux 0 when they get here, so they enter the model as blank sky.
+A stretch is a frozen dataclass of a recipe. `numbers` reduces it, for a survey, to one of the three forms that kernels
+know (`armillary.kernels.stretch`); `build` returns a function on [B, C, H, W] float32 crops in the survey's flux unit that
+applies them. Pixels without data hold flux 0 when they get here, so they enter the model as blank sky.
 
 Shape legend: B crops, C bands of the survey, K channels of the model input, H x W pixels.
 """
@@ -9,7 +10,7 @@ Shape legend: B crops, C bands of the survey, K channels of the model input, H x
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,44 @@ from torch import Tensor
 from armillary.engine.data.survey import Survey
 from armillary.kernels.asinh import asinh_
 from armillary.kernels.rgb import rgb
+from armillary.kernels.stretch import Affine, AsinhMatrix, Lupton, StretchNumbers
 
 __all__ = ["AsinhWhiten", "Identity", "Stretch", "StretchFunction", "ToRGB", "ZScore"]
 
 StretchFunction = Callable[[Tensor], Tensor]
 """[B, C, H, W] float32 flux -> [B, K, H, W] float32 model input. May overwrite its argument."""
+
+
+def _function(numbers: StretchNumbers, device: torch.device) -> StretchFunction:
+    """A function that applies a stretch's numbers on a device."""
+    if isinstance(numbers, Lupton):
+        return lambda flux: rgb(flux.contiguous(), numbers.order, numbers.scales, numbers.m, numbers.q)
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+    if isinstance(numbers, Affine):
+        shift, divisor = column(numbers.shift), column(numbers.divisor)
+        shifts, divides = any(numbers.shift), set(numbers.divisor) != {1.0}
+
+        def affine(flux: Tensor) -> Tensor:
+            flux = flux.sub_(shift) if shifts else flux
+            return flux.div_(divisor) if divides else flux
+
+        return affine
+
+    softening, offset = column(numbers.softening), column(numbers.offset)
+    columns = [column(values) for values in zip(*numbers.matrix, strict=True)]
+
+    def asinh_matrix(flux: Tensor) -> Tensor:
+        a = asinh_(flux.contiguous().mul_(softening))
+        # Sums of scaled bands, not a matrix product: those may be run in TF32, and whitening cancels digits.
+        out = offset.expand(len(a), -1, *a.shape[2:]).clone()
+        for band, values in enumerate(columns):
+            out.addcmul_(a[:, band : band + 1], values)
+        return out
+
+    return asinh_matrix
 
 
 @dataclass(frozen=True)
@@ -66,11 +100,13 @@ class ToRGB:
             found.append(f'stretch: ToRGB is made for fluxes in "nanomaggy", got a survey in "{survey.unit}"')
         return found
 
+    def numbers(self, survey: Survey) -> Lupton:
+        """The stretch for a survey's bands."""
+        return Lupton(tuple(survey.bands.index(b) for b in reversed(self.bands)), self.scales[::-1], self.m, self.Q)
+
     def build(self, survey: Survey, device: torch.device) -> StretchFunction:
         """Fix the stretch for a survey's bands."""
-        order = [survey.bands.index(b) for b in reversed(self.bands)]
-        scales, m, q = self.scales[::-1], self.m, self.Q
-        return lambda flux: rgb(flux.contiguous(), order, scales, m, q)
+        return _function(self.numbers(survey), device)
 
 
 @dataclass(frozen=True)
@@ -109,24 +145,16 @@ class AsinhWhiten:
         # Rounding can leave an eigenvalue of a singular covariance below 0.
         return (vectors / np.sqrt(np.maximum(values, 0.0) + self.ridge)) @ vectors.T
 
+    def numbers(self, survey: Survey) -> AsinhMatrix:
+        """The whitening of a survey's statistics."""
+        matrix = self.matrix(survey)
+        offset = -(matrix @ np.asarray(survey.statistics.asinh_mean, np.float64))
+        softening = 1.0 / (3.0 * np.asarray(survey.sky_sigma, np.float64))
+        return AsinhMatrix(tuple(softening.tolist()), tuple(map(tuple, matrix.tolist())), tuple(offset.tolist()))
+
     def build(self, survey: Survey, device: torch.device) -> StretchFunction:
         """Fit the whitening to a survey's statistics."""
-        matrix = self.matrix(survey)
-        mean = matrix @ np.asarray(survey.statistics.asinh_mean, np.float64)
-        columns = torch.tensor(matrix.T, dtype=torch.float32, device=device)[:, None, :, None, None]  # [C, 1, K, 1, 1]
-        offset = torch.tensor(-mean, dtype=torch.float32, device=device)[:, None, None]
-        softening = 1.0 / (3.0 * torch.tensor(survey.sky_sigma, dtype=torch.float64))
-        softening = softening.to(torch.float32).to(device).view(1, -1, 1, 1)
-
-        def stretch(flux: Tensor) -> Tensor:
-            a = asinh_(flux.contiguous().mul_(softening))
-            # Sums of scaled bands, not a matrix product: those may be run in TF32, and whitening cancels digits.
-            out = offset.expand_as(a).clone()
-            for band, column in enumerate(columns):
-                out.addcmul_(a[:, band : band + 1], column)
-            return out
-
-        return stretch
+        return _function(self.numbers(survey), device)
 
 
 @dataclass(frozen=True)
@@ -159,12 +187,13 @@ class ZScore:
         mean = survey.statistics.mean if self.mean is None else self.mean
         return mean, survey.statistics.std if self.std is None else self.std
 
+    def numbers(self, survey: Survey) -> Affine:
+        """Mean and standard deviation of a survey's bands."""
+        return Affine(*self._moments(survey))
+
     def build(self, survey: Survey, device: torch.device) -> StretchFunction:
         """Fix mean and standard deviation."""
-        mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=device).view(1, -1, 1, 1) for v in self._moments(survey)
-        )
-        return lambda flux: flux.sub_(mean).div_(std)
+        return _function(self.numbers(survey), device)
 
 
 @dataclass(frozen=True)
@@ -187,10 +216,13 @@ class Identity:
             return []
         return [f"stretch.divide_by: must be > 0, got {self.divide_by}"]
 
+    def numbers(self, survey: Survey) -> Affine:
+        """The divisor for each of a survey's bands."""
+        return Affine((0.0,) * len(survey.bands), (self.divide_by,) * len(survey.bands))
+
     def build(self, survey: Survey, device: torch.device) -> StretchFunction:
         """Fix the divisor."""
-        divisor = self.divide_by
-        return lambda flux: flux if divisor == 1.0 else flux.div_(divisor)
+        return _function(self.numbers(survey), device)
 
 
 Stretch = ToRGB | AsinhWhiten | ZScore | Identity

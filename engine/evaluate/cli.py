@@ -49,6 +49,7 @@ def embed(
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
     """
+    from armillary.engine.data.augment import EvalInput
     from armillary.engine.data.loader import SequentialLoader
 
     data = data or Run.load(run).data.path
@@ -58,9 +59,11 @@ def embed(
         if name not in have:
             raise ValueError(f"split: no samples in {name!r}; the survey has {', '.join(have)}")
     pipeline, metadata, _ = load_pipeline(run, survey, where, trained=not untrained, readout=readout)
+    packed = isinstance(pipeline.view, EvalInput) and pipeline.view.packed
     parts = {}
     for name in split or have:
-        rows, vectors = embed_batches({"": pipeline}, SequentialLoader(data, split=name, batch=batch, device=where))
+        batches = SequentialLoader(data, split=name, batch=batch, device=where, packed=packed)
+        rows, vectors = embed_batches({"": pipeline}, batches)
         parts[name] = rows, vectors[""]
     embeddings = stack_splits(data, parts, {"features": UNTRAINED if untrained else TRAINED, **metadata})
     embeddings.save(out)

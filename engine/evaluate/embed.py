@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from armillary.engine.data.augment import EvalInput
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.baselines import View
 from armillary.models.method import Batch
@@ -130,7 +131,8 @@ def embed(
 
     Args:
         pipelines: Encoders by name.
-        batches: Batches with `row`, `image` and, where needed, `valid`.
+        batches: Batches with `row`, `image` and, where needed, `valid`; or with `row`, `blobs` and `sizes` where every view
+            decodes them itself (`EvalInput.decode`).
         precision: float32, or bfloat16 to run the encoders under autocast.
 
     Returns:
@@ -143,17 +145,17 @@ def embed(
     rows: list[np.ndarray] = []
     vectors: dict[str, list[np.ndarray]] = {name: [] for name in pipelines}
     for batch in batches:
-        image, valid = batch["image"], batch.get("valid")
+        device = batch["row"].device.type
         rows.append(batch["row"].cpu().numpy())
         for name, (view, encode, readout) in pipelines.items():
-            with torch.autocast(image.device.type, precision, enabled=precision != torch.float32):
-                named = encode(view(image, valid))
+            with torch.autocast(device, precision, enabled=precision != torch.float32):
+                named = encode(_model_input(view, batch))
             chosen = next(iter(named)) if readout is None else readout
             if chosen not in named:
                 raise ValueError(f"readout: {chosen!r} is none of this encoder's embeddings, {sorted(named)}")
             vector = named[chosen].float().cpu().numpy()
-            if vector.ndim != 2 or len(vector) != len(image):
-                raise ValueError(f"{name}: embedding {chosen!r} must be [{len(image)}, D], got {vector.shape}")
+            if vector.ndim != 2 or len(vector) != len(rows[-1]):
+                raise ValueError(f"{name}: embedding {chosen!r} must be [{len(rows[-1])}, D], got {vector.shape}")
             if not np.isfinite(vector).all():
                 bad = rows[-1][~np.isfinite(vector).all(1)]
                 raise ValueError(
@@ -163,6 +165,14 @@ def embed(
     if not rows:
         raise ValueError("nothing to embed: the split is empty")
     return np.concatenate(rows), {name: np.concatenate(v) for name, v in vectors.items()}
+
+
+def _model_input(view: View, batch: Batch) -> Tensor:
+    if "blobs" not in batch:
+        return view(batch["image"], batch.get("valid"))
+    if not isinstance(view, EvalInput):
+        raise ValueError(f"batches: hold undecoded blobs, which the view {view!r} cannot read")
+    return view.decode(batch["blobs"], batch["sizes"])
 
 
 def encoder_digest(module: nn.Module) -> str:
@@ -212,7 +222,7 @@ def load_pipeline(
         "survey": survey.name,
         "readout": readout or "default",
     }
-    fitted = replace(pixels, height=survey.height, width=survey.width)
+    fitted = replace(pixels, height=survey.height, width=survey.width, codec=survey.codec)
     return Pipeline(run.views.eval_input(fitted, device), method.encode, readout), metadata, run
 
 

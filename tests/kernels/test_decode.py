@@ -91,7 +91,10 @@ def test_rows_that_are_no_blob_of_this_shape_are_zero_and_invalid(function, devi
     good = samples(shape)[2]
     other = samples((2, 7, 9))[2]
     rest = [damaged(good, at, 77) for at in (0, 8, 9, 10, 11, 12, 16)]
-    blobs = [good, b"", other, *rest, codec.encode(np.ones(shape, np.float32), None), good[:-4], good]
+    short = bytearray(good[:-2])  # a size that is no multiple of 4, and says so
+    short[16:20] = (len(short) - 28).to_bytes(4, "little")
+    half = codec.encode(np.ones(shape, np.float32), None)
+    blobs = [good, b"", other, *rest, half, good[:-4], bytes(short), good]
     image, valid = function(*batch(blobs, device), *shape)
     images, masks = expected([good])
     for row in (0, len(blobs) - 1):
@@ -135,10 +138,12 @@ def test_float16_equals_the_cpu_codec(shape, device):
     assert (got[2:] == 0).all() and not valid[2:].any()
 
 
-@pytest.mark.parametrize("function", [decode_bitplane, decode_float16])
+@pytest.mark.parametrize("function", [decode_bitplane, decode_bitplane_reference, decode_float16])
 def test_an_empty_batch(function, device):
-    image, valid = function(*batch([], device), 3, 5, 4)
-    assert image.shape == valid.shape == (0, 3, 5, 4)
+    for width in (16, 256):  # a batch of which every sample was left out has rows shorter than a header
+        rows = torch.zeros(0, width, dtype=torch.uint8, device=device)
+        image, valid = function(rows, torch.zeros(0, dtype=torch.int64, device=device), 3, 5, 4)
+        assert image.shape == valid.shape == (0, 3, 5, 4)
 
 
 @pytest.mark.parametrize("function", [decode_bitplane, decode_float16])
@@ -204,6 +209,19 @@ def test_compiles_without_spilling(masks, sm):
     assert used.shared <= SHARED_LIMIT[sm], used
     assert used.registers <= 96, used
     assert "ftz" not in used.ptx.replace("cvt.", ""), "the product must round like the CPU's"
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_compiles_for_images_of_one_pixel(sm):
+    """Integers that are 1 are constants to the compiler."""
+    ones = ("channels", "pixels", "band_blocks", "tiles")
+    used = resources(
+        "armillary.kernels.decode:_decode_bitplane_kernel",
+        {name: kind for name, kind in SIGNATURE.items() if name not in ones},
+        {"WITH_VALID": True, "TILE": decode.TILE} | dict.fromkeys(ones, 1),
+        num_warps=decode.NUM_WARPS,
+    )[sm]
+    assert used.stack == used.local == 0, used
 
 
 @pytest.mark.gpu
