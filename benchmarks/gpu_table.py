@@ -79,7 +79,7 @@ def targets(rows: Sequence[Row]) -> Iterator[Target]:
     for (operation, shape), ways in by_shape(rows).items():
         ours = ways.get("triton")
         if operation == "geometry_ffn":
-            name = f"geometry experts, {shape}"
+            name = f"geometry experts {shape}".strip()
             yield _at_least(f"{name}: faster than eager", 1.4, ratio(ways.get("eager"), ours, "whole_ms"), "x", 2)
             if "compiled" in ways:
                 against = ratio(ways["compiled"], ours, "whole_ms")
@@ -90,10 +90,10 @@ def targets(rows: Sequence[Row]) -> Iterator[Target]:
                 yield _at_most(f"{name}: more than {PLAIN} of the same products", 5, over, " %", 1)
         if operation in ("decode", "decode_views") and ours is not None:
             share = number(ours, "output_percent")
-            yield _at_least(f"{operation}, {shape}: rate of its output over the copy rate", 70, share, " %", 0)
+            yield _at_least(f"{operation} {shape}: rate of its output over the copy rate", 70, share, " %", 0)
         if operation == "prototype_loss":
             share = ratio(ours, ways.get("eager"), "peak_mib")
-            yield _at_most(f"prototype loss, {shape}: memory over eager's", 0.125, share, "", 3)
+            yield _at_most(f"prototype loss {shape}: memory over eager's", 0.125, share, "", 3)
     step = {row["variant"]: row for row in rows if row["kind"] == "step"}
     if step:
         against = ratio(step.get("compiled"), step.get("triton"), "ms_per_image")

@@ -6,49 +6,20 @@ can end, and that ends itself once the device refuses all further work; the pare
 
 from __future__ import annotations
 
-import time
+import gc
 import traceback
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 from cases import load
 from cases.case import Case, Way
 from gpu_check import Wrong, check, passes_of, run_once
+from gpu_job import Job, Row
 from gpu_step import step_rows
 from gpu_timing import Measurement, device_limits, measure
 from gpu_tune import tune_rows
 
-__all__ = ["Job", "work"]
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A piece of work that fails or succeeds alone.
-
-    Attributes:
-        kind: "limits", "case", "step" or "tune".
-        operation: The operation; "limits" and "step" for these.
-        shape: Of the case, for the row of a job that fails.
-        index: Of the case among the operation's.
-        variant: Of the step.
-        limit_s: Seconds after which it counts as hanging.
-    """
-
-    kind: str
-    operation: str
-    shape: str = ""
-    index: int = 0
-    variant: str = "triton"
-    limit_s: float = 120.0
-
-    def row(self, status: str) -> Row:
-        """The row of this job when it did not get to write its own."""
-        cells = {"kind": self.kind, "operation": self.operation, "shape": self.shape, "variant": self.variant}
-        return {**cells, "status": status}
+__all__ = ["work"]
 
 
 def work(pipe: Connection, jobs: list[Job], device: str, smoke: bool) -> None:
@@ -60,10 +31,13 @@ def work(pipe: Connection, jobs: list[Job], device: str, smoke: bool) -> None:
         device: Where.
         smoke: Tiny sizes, nothing timed.
     """
+    if device != "cpu":
+        torch.cuda.set_device(device)  # CUDA events and Triton use the current one
     for job in jobs:
         pipe.send(("begin", None))
         rows = run(job, torch.device(device), smoke)
         pipe.send(("rows", rows))
+        gc.collect()  # models and their hooks refer to each other
         if device != "cpu":
             try:
                 torch.cuda.synchronize()
@@ -144,7 +118,6 @@ def case_rows(case: Case, device: torch.device, smoke: bool, rows: list[Row]) ->
             row |= {"error": checked.ours, "eager_error": checked.eager, "oracle": checked.oracle}
         if variant in case.predicted_ms:
             row["predicted_ms"] = case.predicted_ms[variant]
-        begin = time.perf_counter()
         try:
             if smoke:
                 run_once(way, problem)
@@ -152,7 +125,6 @@ def case_rows(case: Case, device: torch.device, smoke: bool, rows: list[Row]) ->
                 row |= columns(measure(passes_of(way, problem), device))
         except Exception as error:  # the others can still be timed
             row["status"] = status_of(error)
-        row["seconds"] = time.perf_counter() - begin
         rows.append(row)
     torch.compiler.reset()
 

@@ -125,7 +125,7 @@ class Training:
                 self.flat.append(_Flat(group["params"], teachers))
                 group["params"] = [self.flat[-1].weight]
             self.method.bfloat16()
-        self.optimizer = AdamW(groups, clip_norm=3.0)
+        self.optimizer = AdamW(groups, clip_norm=3.0, impl=config.impl)
         self.steps = 0
         self.loss = math.nan  # of the last step
         self.clock = Clock(device)

@@ -25,8 +25,9 @@ def pytest_collection_modifyitems(items):
 def speed_up_interpreter(interpreter):
     """Take two costs out of Triton's interpreter that are most of its time; nothing else about it changes.
 
-    Every call of a device function looks through triton.language for what is still to be replaced by the interpreter's
-    own functions, though the kernel's launch has replaced it all; every operation builds a table of NumPy dtypes anew.
+    Every launch replaces triton.language by the interpreter's own functions and puts it back, and every call of a device
+    function looks for what is still to be replaced: here it is replaced once. Every operation builds a table of NumPy's
+    dtypes anew: here one is kept.
     """
     if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "tl")):
         return  # another version of Triton
@@ -35,9 +36,9 @@ def speed_up_interpreter(interpreter):
 
     def replace(fn):
         modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
-        if modules and not any(tl.core.is_builtin(module.load) for module in modules):
-            return interpreter._LangPatchScope()
-        return replace_all(fn)
+        if not modules or any(tl.core.is_builtin(module.load) for module in modules):
+            replace_all(fn)
+        return interpreter._LangPatchScope()  # with nothing to put back
 
     def numpy_dtype(dtype):
         element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
