@@ -31,13 +31,13 @@ pytestmark = pytest.mark.slow
 
 STEPS = {"geometry_experts": 200, "dinov2": 250 if torch.cuda.is_available() else 80}
 LAST = 20  # steps whose losses are compared: a single one may agree by luck
-FLOOR = 1e-6  # of the loss
+FLOOR = 1e-7  # of the loss
 
 LARGE = {
     "adamw_ema": {"BLOCK": 1 << 16},
     "patch_embed": {"TOKENS": 32, "WIDTH": 32, "STEP": 32, "ROWS": 32, "SPLIT": 2, "CROPS": 2},
-    "up_projection": {"BM": 64, "BN": 64, "BK": 32},
-    "down_gradient": {"BM": 64, "BN": 64, "BK": 32},
+    "up_projection": {"BM": 16, "BN": 32, "BK": 16},
+    "down_gradient": {"BM": 16, "BN": 32, "BK": 16},
     "geometry_rows": {"ROWS": 32, "PROGRAMS": 1},
     "geometry_combine": {"PROGRAMS": 1},
 }
@@ -102,8 +102,8 @@ def geometry_experts(impl: str, dtype: torch.dtype, device: str) -> list[float]:
             "head": nn.Linear(16, 3),
         }
     ).to(device, dtype)
-    optimizer = Flat([p for p in model.parameters() if p.requires_grad], impl, lr=1e-2)
-    tokens = torch.randn(6, 4)
+    optimizer = Flat([p for p in model.parameters() if p.requires_grad], impl, lr=1e-3)
+    tokens = torch.randn(4, 4)
     wanted = torch.stack([tokens.norm(dim=1), tokens.prod(dim=1), torch.atan2(tokens[:, 0], tokens[:, 1])], dim=1)
     tokens, wanted = tokens.to(device, dtype), wanted.to(device, dtype)
     losses = []
@@ -118,9 +118,9 @@ def geometry_experts(impl: str, dtype: torch.dtype, device: str) -> list[float]:
 
 def dinov2(impl: str, dtype: torch.dtype, device: str) -> list[float]:
     """Losses of a DINOv2 with everything in it: masks, crops of two sizes, stochastic depth, a moving teacher."""
-    torch.manual_seed(3)
+    torch.manual_seed(2)
     inputs = InputSpec(channels=2, global_size=8, n_global=2, local_size=4, n_local=1)
-    vit = ViT(2, 8, 4, dim=32, depth=2, heads=2, mlp_ratio=2.0, layer_scale=1.0, drop_path=0.3)
+    vit = ViT(2, 8, 4, dim=32, depth=2, heads=2, mlp_ratio=1.0, layer_scale=1.0, drop_path=0.3)
     config = DINOv2(vit, Head(48, 32, 16), masked_crops=1.0, mask_ratio=(0.25, 0.75), koleo_weight=0.0, impl=impl)
     method = config.build(inputs).to(device, dtype)
     groups = [group.params.values() for group in method.parameter_groups()]
