@@ -24,7 +24,10 @@ from torch import Tensor
 
 from armillary.kernels.launch import Launch, settings
 
-__all__ = ["Gemm", "choose", "launch_persistent", "part_of", "place_tile"]
+__all__ = ["COMPILED", "Gemm", "choose", "launch_persistent", "part_of", "place_tile"]
+
+
+COMPILED = "not measured; compiled ahead of time for every form in bfloat16: at most {} registers, no spills"
 
 
 @dataclass(frozen=True)

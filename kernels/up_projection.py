@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from armillary.kernels.gelu import gelu, silu
-from armillary.kernels.gemm import Gemm, choose, launch_persistent, part_of, place_tile
+from armillary.kernels.gemm import COMPILED, Gemm, choose, launch_persistent, part_of, place_tile
 from armillary.kernels.launch import INTERPRETER, Impl, Launch, use_triton
 
 __all__ = ["ACTIVATIONS", "Activation", "up_projection", "up_projection_reference"]
@@ -277,20 +277,42 @@ def _elementwise_kernel(
 
 
 LAUNCH = {
-    INTERPRETER: Gemm({"BM": 32, "BN": 64, "BK": 16, "GROUP": 2}),
-    80: Gemm({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=4),
-    90: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
-    100: Gemm({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3, path="tma"),
-    120: Gemm(path="cublas", source="not measured; tiles as large as those of 10.0 do not fit its shared memory"),
+    INTERPRETER: Gemm({"BM": 32, "BN": 64, "BK": 16, "GROUP": 2}, source="small, so that small inputs have borders"),
+    80: Gemm(
+        {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8},
+        num_warps=8,
+        num_stages=4,
+        source=COMPILED.format(193),
+    ),
+    90: Gemm(
+        {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8},
+        num_warps=8,
+        num_stages=3,
+        source=COMPILED.format(255),
+        path="tma",
+    ),
+    100: Gemm(
+        {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8},
+        num_warps=8,
+        num_stages=3,
+        source=COMPILED.format(237),
+        path="tma",
+    ),
+    120: Gemm(source="not measured; tiles as large as those of 10.0 do not fit its shared memory", path="cublas"),
 }
-FUSED = {  # where the path is "tma" and the shape has no descriptor
+FUSED = {  # where the path is "tma" and the shape has no descriptors
     INTERPRETER: LAUNCH[INTERPRETER],
     80: LAUNCH[80],
-    90: Launch({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    90: Launch(
+        {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8},
+        num_warps=8,
+        num_stages=3,
+        source=COMPILED.format(197),
+    ),
 }
 ELEMENTWISE = {
-    INTERPRETER: Launch({"BM": 16, "BN": 32}),
-    80: Launch({"BM": 4, "BN": 512}),
+    INTERPRETER: Launch({"BM": 16, "BN": 32}, source=LAUNCH[INTERPRETER].source),
+    80: Launch({"BM": 4, "BN": 512}, num_warps=4, source=COMPILED.format(64)),
 }
 
 

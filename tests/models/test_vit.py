@@ -3,9 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from armillary.models.residual_stream import settle
 from armillary.models.vit import VisionTransformer, ViT
+from armillary.models.vit_block import _MLP
 
 TINY = ViT(channels=3, image_size=24, patch_size=4, dim=32, depth=3, heads=2, layer_scale=0.5, drop_path=0.0)
 
@@ -204,6 +206,24 @@ def test_gradients_through_stochastic_depth():
         return sum(x.sin().sum() for x in (*tokens.cls, *tokens.patches))
 
     assert torch.autograd.gradcheck(value, [p for p in model.parameters()], fast_mode=True)
+
+
+@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_mlp_kernels_equal_the_reference(gelu, checkpointing, device):
+    """One state dict, one result: values and gradients of the MLP, trained and frozen."""
+    mlps = {impl: _MLP(24, 52, gelu, impl).to(device) for impl in ("reference", "triton")}
+    mlps["triton"].load_state_dict(mlps["reference"].state_dict())
+    x, gain, dy = torch.randn(37, 24, device=device), torch.rand(24, device=device), torch.randn(37, 24, device=device)
+    results = []
+    for mlp in mlps.values():
+        leaves = [x.clone().requires_grad_(), gain.clone().requires_grad_()]
+        y = checkpoint(mlp, *leaves, use_reentrant=False) if checkpointing else mlp(*leaves)
+        with torch.no_grad():
+            torch.testing.assert_close(mlp(x, gain), y)
+        results.append([y, *torch.autograd.grad(y, [*leaves, *mlp.parameters()], dy)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16():
