@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Timing", "append_rows", "describe_machine", "timed"]
+__all__ = ["Timing", "append_rows", "describe_machine", "summary", "timed"]
 
 VERSIONED = ("torch", "triton", "numpy")
 
@@ -61,7 +61,12 @@ def timed(fn: Callable[[], object], repeats: int, warmup: int = 1) -> Timing:
         fn()
         _synchronize()
         seconds.append(time.perf_counter() - start)
-    if repeats == 1:
+    return summary(seconds)
+
+
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median and 20th and 80th percentiles of at least one measurement, interpolated linearly between them."""
+    if len(seconds) == 1:
         return Timing(seconds[0], seconds[0], seconds[0])
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
     return Timing(statistics.median(seconds), fifths[0], fifths[3])

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 import torch
 import webdataset as wds
 from common import append_rows, timed
+from cutouts import BANDS, SKY_SIGMA, cutout
 from torch import Tensor
 
 from armillary.engine.data import codec
@@ -40,16 +41,13 @@ from armillary.engine.data.loader import Loader, SequentialLoader
 from armillary.engine.data.readers import ShardFiles
 from armillary.engine.data.surveys.sample import Sample
 
-BANDS = ("g", "r", "z")
-SKY_SIGMA = (0.004, 0.006, 0.014)  # nanomaggy a pixel of .262 arcsec, near the depth of the Legacy Survey
-SOURCES = 16  # a cutout
 PER_SHARD = 512
 WARMUP = 6  # batches, more than any way keeps ready
 TARGETS = {"reading": 3.0, "decode": 3000.0}
 
 
 class Cutouts:
-    """Exponential profiles with lognormal fluxes on Gaussian sky noise; every pixel is a function of the index.
+    """Cutouts as a source of the builder.
 
     Args:
         count: Cutouts.
@@ -70,18 +68,7 @@ class Cutouts:
 
     def image(self, index: int) -> np.ndarray:
         """One cutout, [3, size, size] float32."""
-        rng = np.random.default_rng(index)
-        axis = np.arange(self.size, dtype=np.float32)
-        image = np.zeros((len(BANDS), self.size, self.size), np.float32)
-        for source in range(SOURCES):
-            x, y = (self.size / 2, self.size / 2) if source == 0 else rng.uniform(0, self.size, 2)
-            scale = rng.lognormal(1.6 if source == 0 else 0.4, 0.4)
-            flux = np.exp(rng.normal(3.0 if source == 0 else 0.0, 1.0)) * np.array([0.5, 1.0, 1.8])
-            radius = np.hypot(axis[:, None] - y, axis[None] - x)
-            profile = np.exp(-radius / scale) / (2 * np.pi * scale**2)
-            image += (flux[:, None, None] * profile).astype(np.float32)
-        noise = rng.standard_normal(image.shape, dtype=np.float32)
-        return image + noise * np.array(SKY_SIGMA, np.float32)[:, None, None]
+        return cutout(index, self.size)
 
     def read(self, index: int) -> Sample:
         """One cutout as the builder wants it."""

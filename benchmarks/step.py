@@ -4,27 +4,32 @@
     python benchmarks/step.py --device cuda --model vitl --batch 72 --precision bf16
 
 The setting is 2 x 144 + 8 x 60 pixel crops, 65,536 prototypes, drop path 0.3, random images. bf16 means what DeepSpeed
-does: parameters, activations and gradients in bf16, fp32 master weights and moments, a teacher averaged in fp32. No
-ZeRO, no loader: this is the arithmetic of one rank. Medians and percentiles are over steps after the warm-up; masks
-differ from step to step. Other work on the same cores shows in them, so repeat, and compare within a run.
+does: parameters, activations and gradients in bf16, and for each group of parameters one flat fp32 tensor of weights,
+moments and averaged teacher. No ZeRO, no loader: this is the arithmetic of one rank. Medians and percentiles are over
+steps after the warm-up; masks differ from step to step. Other work on the same cores shows in them, so repeat, and
+compare within a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import append_rows
+from common import append_rows, summary
 from torch import Tensor, nn
 
+from armillary.engine.optim import AdamW, build_groups
 from armillary.models.dino_head import Head
 from armillary.models.dinov2 import DINOv2, DINOv2Method
 from armillary.models.method import Batch, BatchKey, InputSpec
 from armillary.models.vit import ViT
+
+__all__ = ["INPUTS", "MODELS", "PHASES", "Clock", "Training", "phase_columns"]
 
 MODELS = {
     "vits": ViT(dim=384, depth=12, heads=6),
@@ -32,54 +37,97 @@ MODELS = {
     "vitl": ViT(dim=1024, depth=24, heads=16),
 }
 INPUTS = InputSpec(channels=3, global_size=144, n_global=2, local_size=60, n_local=8)
-PHASES = ("masks", "teacher", "student", "heads+losses", "backward", "clip", "optimizer", "ema")
+SCALARS = {"learning_rate": 1e-4, "weight_decay": 0.04, "ema_momentum": 0.992, "teacher_temperature": 0.05}
+PHASES = ("masks", "teacher", "student", "heads+losses", "backward", "clip", "optimizer", "copy")
 
 
 class Clock:
-    """Adds the time since the last mark to a phase."""
+    """Times phases. On a GPU the marks are events in its stream, so that reading them costs the step nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.last = time.perf_counter()
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.marks = []
+        self.mark("")
 
     def mark(self, phase: str) -> None:
         """End a phase now."""
+        if self.device.type != "cuda":
+            self.marks.append((phase, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append((phase, event))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase since the start; waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase] += now - self.last
-        self.last = now
+        found: dict[str, float] = defaultdict(float)
+        for (_, before), (phase, now) in zip(self.marks, self.marks[1:], strict=False):
+            if isinstance(before, float):
+                found[phase] += now - before
+            else:
+                found[phase] += before.elapsed_time(now) / 1e3
+        return dict(found)
+
+
+class _Flat:
+    """Weights of a group of parameters as ZeRO keeps them on one rank: one float32 tensor, with views of its parts."""
+
+    def __init__(self, params: Sequence[Tensor], teachers: Sequence[Tensor] | None) -> None:
+        self.params, self.teachers = params, teachers
+        self.weight = nn.Parameter(torch.cat([p.detach().flatten() for p in params]).float())
+        self.weight.grad = torch.empty_like(self.weight)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Parts of a flat tensor in the parameters' shapes."""
+        parts = flat.detach().split([p.numel() for p in self.params])
+        return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+
+    def gather(self) -> None:
+        """Take the parameters' gradients."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        torch._foreach_copy_(self.views(self.weight.grad), grads)
+
+    def scatter(self, average: Tensor | None) -> None:
+        """Hand the new weights to the parameters, and the average to the teacher's."""
+        torch._foreach_copy_(self.params, self.views(self.weight))
+        if self.teachers is not None and average is not None:
+            torch._foreach_copy_(self.teachers, self.views(average))
 
 
 class Training:
-    """Method, master weights, optimizer and averaged teacher of one rank."""
+    """Method, optimizer with fp32 weights and averaged teacher of one rank.
 
-    def __init__(self, config: DINOv2, precision: str, device: torch.device, batch: int) -> None:
-        self.device, self.batch = device, batch
-        self.method: DINOv2Method = config.build(INPUTS).to(device)
-        groups = self.method.parameter_groups()
-        self.params = [p for g in groups for p in g.params.values()]
-        pairs = {id(s): t for s, t in self.method.teacher_pairs()}
-        self.teacher = [pairs[id(p)] for p in self.params]
-        half = precision == "bf16"
-        self.master = [p.detach().clone() for p in self.params] if half else self.params
-        self.average = [t.detach().clone() for t in self.teacher] if half else self.teacher
-        if half:
+    Args:
+        config: The method.
+        inputs: Its crops.
+        precision: "fp32" or "bf16".
+        device: Where.
+        batch: Samples of a micro-batch.
+    """
+
+    def __init__(self, config: DINOv2, inputs: InputSpec, precision: str, device: torch.device, batch: int) -> None:
+        self.device, self.inputs, self.batch = device, inputs, batch
+        with device:
+            self.method: DINOv2Method = config.build(inputs).to(device)
+        groups = build_groups(self.method)
+        self.pairs = self.method.teacher_pairs()
+        self.flat: list[_Flat] = []
+        if precision == "bf16":
+            teacher_of = {id(s): t for s, t in self.pairs}
+            for group in groups:
+                teachers = [teacher_of[id(p)] for p in group["params"]] if group["average"] else None
+                self.flat.append(_Flat(group["params"], teachers))
+                group["params"] = [self.flat[-1].weight]
             self.method.bfloat16()
-        master = iter(self.master)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [next(master) for _ in g.params], "lr": 1e-4 * g.lr_scale, "weight_decay": 0.04}
-                for g in groups
-            ],
-            fused=True,
-        )
-        clipped: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for g in groups:
-            clipped[g.clip_group] += g.params.values()
-        self.clipped = list(clipped.values())
-        self.step_index = 0
+        self.optimizer = AdamW(groups, clip_norm=3.0, impl=config.impl)
+        self.steps = 0
+        self.loss = math.nan  # of the last step
         self.clock = Clock(device)
         net = self.method
         # `heads+losses` is all of the forward pass that the other two phases do not cover.
@@ -91,57 +139,63 @@ class Training:
     def batch_of(self, index: int) -> Batch:
         """Random crops, the same for the same index."""
         g = torch.Generator().manual_seed(index)
-        crops = {"global_crops": (INPUTS.n_global, 144), "local_crops": (INPUTS.n_local, 60)}
+        spec = self.inputs
+        crops = {"global_crops": (spec.n_global, spec.global_size), "local_crops": (spec.n_local, spec.local_size)}
         batch = Batch(position=torch.arange(self.batch))
         for name, (n, side) in crops.items():
-            crop = torch.randn(n * self.batch, 3, side, side, generator=g)
+            crop = torch.randn(n * self.batch, spec.channels, side, side, generator=g)
             batch[name] = crop.to(self.device)  # type: ignore[literal-required]
         return batch
 
-    def step(self) -> dict[str, float]:
-        """One step on a new batch; seconds of each phase."""
-        index = self.step_index
-        batch = self.batch_of(index)
-        self.step_index += 1
-        clock = self.clock
-        clock.mark("data")
-        clock.seconds = defaultdict(float)
+    def prepared(self, batch: Batch, index: int) -> Batch:
+        """The batch with its masks."""
         batch = self.method.prepare(batch, BatchKey(seed=index, epoch=0, first_position=0, global_batch=self.batch))
-        clock.mark("masks")
-        losses = self.method(batch, {"teacher_temperature": 0.05})
+        return Batch(**{name: x.to(self.device) for name, x in batch.items()})  # type: ignore[typeddict-item]
+
+    def step(self, batch: Batch | None = None) -> dict[str, float]:
+        """One step; seconds of each phase.
+
+        Args:
+            batch: From `prepared`; if absent a new one, whose masks are a phase of the step.
+        """
+        new = batch is None
+        batch = self.batch_of(self.steps) if batch is None else batch
+        clock = self.clock
+        clock.start()
+        if new:
+            batch = self.prepared(batch, self.steps)
+            clock.mark("masks")
+        losses = self.method(batch, SCALARS)
         clock.mark("heads+losses")
         losses.total.backward()
         clock.mark("backward")
-        for params in self.clipped:
-            nn.utils.clip_grad_norm_(params, 3.0)
+        for flat in self.flat:
+            flat.gather()
+        finite = self.optimizer.clip_local()
         clock.mark("clip")
-        self._update()
+        self.optimizer.set_step(self.steps, SCALARS)
+        self.optimizer.step()
         clock.mark("optimizer")
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.master, 0.008)
-            if self.average is not self.teacher:
-                torch._foreach_copy_(self.teacher, self.average)
-        clock.mark("ema")
-        if not torch.isfinite(losses.total):
-            raise FloatingPointError(f"step {index}: the loss is {losses.total.item()}")
-        return dict(clock.seconds)
-
-    def _update(self) -> None:
-        mixed = self.master is not self.params
-        if mixed:
-            for master, p in zip(self.master, self.params, strict=True):
-                master.grad = _float(p.grad)
-        self.optimizer.step()
-        if mixed:
-            with torch.no_grad():
-                torch._foreach_copy_(self.params, self.master)
-            for p in self.params:
-                p.grad = None
-        self.optimizer.zero_grad()
+            for flat in self.flat:
+                flat.scatter(self.optimizer.state[flat.weight].get("ema"))
+        if not self.flat:
+            self.optimizer.refresh(self.pairs)
+        clock.mark("copy")
+        for p in self.method.parameters():
+            p.grad = None
+        self.loss = losses.total.item()
+        if not finite or not math.isfinite(self.loss):
+            raise FloatingPointError(f"step {self.steps}: the loss is {self.loss}, finite gradients: {finite}")
+        self.steps += 1
+        return clock.seconds()
 
 
-def _float(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.float()
+def phase_columns(steps: Sequence[dict[str, float]], batch: int) -> dict[str, float]:
+    """Milliseconds an image of the whole step, with percentiles, and of each phase: medians over steps."""
+    total = summary([1e3 * sum(s.values()) / batch for s in steps])
+    row = {"ms_per_image": total.median, "ms_per_image_p20": total.p20, "ms_per_image_p80": total.p80}
+    return row | {f"{phase}_ms": summary([1e3 * s.get(phase, 0.0) / batch for s in steps]).median for phase in PHASES}
 
 
 def main() -> None:
@@ -163,7 +217,7 @@ def main() -> None:
     for precision in args.precision:
         torch.manual_seed(0)
         config = DINOv2(vit=MODELS[args.model], head=Head(prototypes=args.prototypes), centering=args.centering)
-        training = Training(config, precision, device, args.batch)
+        training = Training(config, INPUTS, precision, device, args.batch)
         for _ in range(args.warmup):
             training.step()
         steps = [training.step() for _ in range(args.repeats)]
@@ -177,16 +231,11 @@ def main() -> None:
             "batch": args.batch,
             "steps": args.repeats,
             "gflop_per_image": training.method.flops_per_sample() / 1e9,
+            **phase_columns(steps, args.batch),
         }
-        totals = [1e3 * sum(s.values()) / args.batch for s in steps]
-        row["ms_per_image"] = statistics.median(totals)
-        fifths = statistics.quantiles(totals, n=5, method="inclusive") if len(totals) > 1 else totals * 4
-        row["ms_per_image_p20"], row["ms_per_image_p80"] = fifths[0], fifths[3]
-        for phase in PHASES:
-            row[f"{phase}_ms"] = 1e3 * statistics.median(s.get(phase, 0.0) for s in steps) / args.batch
         append_rows(args.csv, [row])
         parts = ", ".join(f"{phase} {row[f'{phase}_ms']:.1f}" for phase in PHASES)
-        spread = f"(20-80 %: {fifths[0]:.0f} to {fifths[3]:.0f})"
+        spread = f"(20-80 %: {row['ms_per_image_p20']:.0f} to {row['ms_per_image_p80']:.0f})"
         print(f"{args.model} {precision}: {row['ms_per_image']:.0f} ms an image {spread}")
         print(f"  {parts}")
 

@@ -1,6 +1,7 @@
 """One switch: with no GPU the kernels run under Triton's interpreter."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,39 @@ REAL_DATA = os.environ.get("ARMILLARY_REAL_DATA")
 
 
 def pytest_collection_modifyitems(items):
+    if "triton.runtime.interpreter" in sys.modules and not GPU:
+        speed_up_interpreter(sys.modules["triton.runtime.interpreter"])
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def speed_up_interpreter(interpreter):
+    """Take two costs out of Triton's interpreter that are most of its time; nothing else about it changes.
+
+    Every launch replaces triton.language by the interpreter's own functions and puts it back, and every call of a device
+    function looks for what is still to be replaced: here it is replaced once. Every operation builds a table of NumPy's
+    dtypes anew: here one is kept.
+    """
+    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "tl")):
+        return  # another version of Triton
+    tl, dtypes = interpreter.tl, {}
+    replace_all, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
+
+    def replace(fn):
+        modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if not modules or any(tl.core.is_builtin(module.load) for module in modules):
+            replace_all(fn)
+        return interpreter._LangPatchScope()  # with nothing to put back
+
+    def numpy_dtype(dtype):
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        key = "pointer" if isinstance(element, tl.pointer_type) else element.name
+        if key not in dtypes:
+            dtypes[key] = dtype_of(dtype)
+        return dtypes[key]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = replace, numpy_dtype
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,23 @@
+"""Moebius addition of rows in the Poincare ball."""
+
+from __future__ import annotations
+
+import torch
+
+from armillary.kernels.mobius_add import mobius_add, mobius_add_reference
+from cases.case import Case, Problem, dtype_of, gaussian
+
+
+def cases(tiny: bool) -> list[Case]:
+    """Rows M, width D."""
+    m, d = (9, 24) if tiny else (47808, 1024)
+
+    def build(device: torch.device) -> Problem:
+        def points(length: float) -> torch.Tensor:
+            return gaussian(m, d, scale=length * d**-0.5, dtype=dtype_of(tiny), device=device)
+
+        inputs = {"x": points(0.7), "y": points(0.4), "c": torch.tensor(0.8, device=device)}
+        return Problem(inputs, lambda **x: mobius_add(**x, impl="triton"), mobius_add_reference, tuple(inputs))
+
+    row = m * d * dtype_of(tiny).itemsize
+    return [Case("mobius_add", f"M={m} D={d}", build, (3.0 * row, 5.0 * row), compiled=True)]

@@ -1,0 +1,24 @@
+"""Distance of rows in the Poincare ball."""
+
+from __future__ import annotations
+
+import torch
+
+from armillary.kernels.poincare_distance import poincare_distance, poincare_distance_reference
+from cases.case import Case, Problem, dtype_of, gaussian
+
+
+def cases(tiny: bool) -> list[Case]:
+    """Rows M, width D."""
+    m, d = (9, 24) if tiny else (47808, 1024)
+
+    def build(device: torch.device) -> Problem:
+        def points(length: float) -> torch.Tensor:
+            return gaussian(m, d, scale=length * d**-0.5, dtype=dtype_of(tiny), device=device)
+
+        inputs = {"x": points(0.7), "y": points(0.4), "c": torch.tensor(0.8, device=device)}
+        ours = lambda **x: poincare_distance(**x, impl="triton")  # noqa: E731
+        return Problem(inputs, ours, poincare_distance_reference, tuple(inputs))
+
+    row = m * d * dtype_of(tiny).itemsize
+    return [Case("poincare_distance", f"M={m} D={d}", build, (2.0 * row, 4.0 * row), compiled=True)]
