@@ -17,6 +17,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ from armillary.engine.data.packing import (
 from armillary.engine.data.shards import fsync_folder
 from armillary.engine.data.splits import ByKey, SplitRule
 from armillary.engine.data.survey import CATALOG_COLUMNS, Survey
-from armillary.engine.data.surveys.sample import BadSample, Lossless, Source
+from armillary.engine.data.surveys.sample import BadSample, Lossless, Source, spectrum_of, vectors_of
 from armillary.engine.data.workers import Workers
 
 __all__ = ["build"]
@@ -201,9 +202,14 @@ def _measure(
     rows = np.sort(np.concatenate(first)[:SKY_SAMPLES])
     tasks = (SkyTask(rows[i : i + SKY_TASK], on_bad) for i in range(0, rows.size, SKY_TASK))
     skies = list(workers.map(measure_sky, tasks))
-    shape, types = next(((sky.shape, sky.label_types) for sky in skies if sky.shape is not None), (None, {}))
-    if shape is None:
+    types = next((sky.label_types for sky in skies if sky.label_types is not None), None)
+    if types is None:
         raise ValueError(f"none of {rows.size} samples that were tried is usable; look at the source")
+    shape = next((sky.shape for sky in skies if sky.shape is not None), (0, 0, 0))
+    if source.bands and shape == (0, 0, 0):
+        raise ValueError(
+            f"none of {rows.size} samples that were tried has an image; the source declares {source.bands}"
+        )
     if set(types) != set(source.labels):
         raise ValueError(f"labels: the source declares {sorted(source.labels)}, its samples have {sorted(types)}")
     if options["sky_sigma"] is not None:
@@ -217,7 +223,9 @@ def _measure(
             step = lossless
         else:
             step = tuple((sigma * (options["step_fraction"] or STEP_FRACTION)).tolist())
-    return Settings(shape, options["codec"], step, tuple(sigma.tolist()), types)
+    spectrum = spectrum_of(source)
+    pixels = 0 if spectrum is None else spectrum.grid.count
+    return Settings(shape, options["codec"], step, tuple(sigma.tolist()), types, pixels, vectors_of(source))
 
 
 def _median_sigma(source: Source, sigmas: np.ndarray) -> np.ndarray:
@@ -242,7 +250,7 @@ def _finish(source: Source, folder: Path, layout: Layout, journal: Journal, pack
     skipped = [*layout.bad.values(), *(reason for p in packed for reason in p.skipped)]
     if not kept:
         raise ValueError(f"the survey is empty: all {len(skipped)} samples are unusable, first: {skipped[0]}")
-    moments = SurveyMoments(settings.sky_sigma)
+    moments = SurveyMoments(settings.sky_sigma, tuple(vector.size for vector in settings.vectors))
     trained = [p for p in kept if p.record.split == "train"]
     for p in trained or kept:
         moments.merge(SurveyMoments.from_json(p.moments, settings.sky_sigma))
@@ -260,7 +268,7 @@ def _finish(source: Source, folder: Path, layout: Layout, journal: Journal, pack
         sky_sigma=settings.sky_sigma,
         step=settings.step,
         shards=tuple(p.record for p in kept),
-        statistics=moments.statistics(),
+        statistics=moments.statistics([vector.name for vector in settings.vectors]),
         labels=dict(source.labels),
         provenance={
             "build": journal.identity,
@@ -269,6 +277,8 @@ def _finish(source: Source, folder: Path, layout: Layout, journal: Journal, pack
             "versions": versions,
             "skipped": {"count": len(skipped), "examples": skipped[:EXAMPLES]},
         },
+        spectrum=None if (spectrum := spectrum_of(source)) is None else replace(spectrum, codec=settings.codec),
+        vectors=settings.vectors,
     )
     survey.save(folder)
     fsync_folder(folder)

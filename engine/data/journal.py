@@ -15,7 +15,7 @@ from typing import Any
 from armillary.engine.data.layout import Layout
 from armillary.engine.data.packing import BUILD_FOLDER, Settings
 from armillary.engine.data.survey import Survey
-from armillary.engine.data.surveys.sample import Source, inputs
+from armillary.engine.data.surveys.sample import Source, inputs, spectrum_of, vectors_of
 
 __all__ = ["Journal", "finished", "identify", "load_journal", "locked"]
 
@@ -55,6 +55,8 @@ def identify(source: Source, options: dict[str, Any], layout: Layout) -> dict[st
         "unit": source.unit,
         "pixel_scale_arcsec": source.pixel_scale_arcsec,
         "labels": source.labels,
+        "spectrum": None if (spectrum := spectrum_of(source)) is None else asdict(spectrum),
+        "vectors": [asdict(vector) for vector in vectors_of(source)],
         "samples": len(source),
         "inputs": inputs(source),
         "keys": layout.digest,
@@ -105,10 +107,7 @@ def load_journal(folder: Path, identity: dict[str, Any]) -> Journal | None:
             f"{folder}: holds an unfinished build of something else ({_difference(raw['identity'], identity)}); "
             f"repeat its options, choose another folder, or delete {folder / BUILD_FOLDER} and the shards"
         )
-    settings = raw["settings"]
-    for field in ("shape", "step", "sky_sigma"):
-        settings[field] = tuple(settings[field])
-    return Journal(identity, Settings(**settings), raw["started"], raw["command"])
+    return Journal(identity, Settings.from_json(raw["settings"]), raw["started"], raw["command"])
 
 
 @contextmanager

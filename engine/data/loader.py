@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -43,6 +43,7 @@ class Loader:
         device: Where batches are delivered.
         views: Makes crops of a batch; runs in the loader's thread.
         prepare: Runs after `views`: what else the method wants made ahead of the step.
+        modalities: What to read, of "image", "spectrum" and "vectors"; all that the survey has by default.
         reader: "dali", "webdataset", or "auto": DALI where it is installed.
         on_corrupt: "error" raises and names the sample; "skip" puts in its place the sample at the next position of
             the epoch that is not corrupt (its row, at the corrupt sample's position), logs and counts it.
@@ -76,6 +77,7 @@ class Loader:
         seed: int = 0,
         views: Transform | None = None,
         prepare: Transform | None = None,
+        modalities: Sequence[str] | None = None,
         reader: ReaderName = "auto",
         on_corrupt: Literal["error", "skip"] = "error",
         threads: int = 2,
@@ -96,6 +98,7 @@ class Loader:
             shuffle=shuffle,
             device=torch.device(device),
             transforms=(views, prepare),
+            modalities=modalities,
             reader=reader,
             threads=threads,
             prefetch=prefetch,
@@ -239,6 +242,7 @@ class SequentialLoader:
         batch: Samples a batch.
         device: Where batches are delivered.
         views: Transforms a batch in the loader's thread.
+        modalities: What to read; all that the survey has by default.
         reader: "dali", "webdataset" or "auto".
         on_corrupt: "error" raises and names the sample; "skip" leaves it out, logs and counts it.
         threads: Threads for reading and for decoding on the CPU.
@@ -253,6 +257,7 @@ class SequentialLoader:
         batch: int,
         device: torch.device | str,
         views: Transform | None = None,
+        modalities: Sequence[str] | None = None,
         reader: ReaderName = "auto",
         on_corrupt: Literal["error", "skip"] = "error",
         threads: int = 2,
@@ -271,6 +276,7 @@ class SequentialLoader:
             shuffle=False,
             device=torch.device(device),
             transforms=(views,),
+            modalities=modalities,
             reader=reader,
             threads=threads,
             prefetch=prefetch,

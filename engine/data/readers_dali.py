@@ -24,7 +24,8 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from armillary.engine.data.plan import MicroBatch
 from armillary.engine.data.readers import PAD_TO, Blobs, ShardFiles
-from armillary.engine.data.shards import EXTENSION, INDEX_VERSION
+from armillary.engine.data.shards import INDEX_VERSION
+from armillary.engine.data.survey import MODALITIES
 
 __all__ = ["DaliReader", "segments"]
 
@@ -131,17 +132,19 @@ class DaliReader:
                 exec_dynamic=True,  # outputs own their memory: batches outlive the next run and the pipeline
             )
             with pipeline:
-                blobs = fn.readers.webdataset(
+                blobs = fn.readers.webdataset(  # one output a modality
                     paths=[str(self._files.path(shard)) for shard, _ in runs],
                     index_paths=indices,
-                    ext=[EXTENSION],
+                    ext=[MODALITIES[name] for name in self._files.modalities],
                     dont_use_mmap=True,
-                    missing_component_behavior="error",
+                    missing_component_behavior="empty",
                     tensor_init_bytes=EXPECTED_BLOB_BYTES,
                 )
-                pipeline.set_outputs(
-                    *((blobs, fn.pad(blobs, fill_value=0, align=[PAD_TO]).gpu()) if on_gpu else (blobs,))
-                )
+                outputs = list(blobs) if isinstance(blobs, list | tuple) else [blobs]
+                if on_gpu and "image" in self._files.modalities:
+                    images = outputs[self._files.modalities.index("image")]
+                    outputs.append(fn.pad(images, fill_value=0, align=[PAD_TO]).gpu())
+                pipeline.set_outputs(*outputs)
             pipeline.build()
         return requests, pipeline
 
@@ -151,8 +154,12 @@ class DaliReader:
                 outputs = pipeline.run()
             except RuntimeError as error:
                 self._explain(requests[number:], error)
-            host = [np.asarray(outputs[0][i]) for i in range(len(request.position))]
-            yield request, Blobs(host, self._on_gpu(outputs[1]) if len(outputs) > 1 else None)
+            names = self._files.modalities
+            host = {
+                name: [blob if (blob := np.asarray(output[i])).size else None for i in range(len(request.position))]
+                for name, output in zip(names, outputs, strict=False)
+            }
+            yield request, Blobs(host, self._on_gpu(outputs[-1]) if len(outputs) > len(names) else None)
 
     def _explain(self, requests: list[MicroBatch], error: RuntimeError) -> NoReturn:
         """Raise what is wrong with the first sample that cannot be read: DALI names neither it nor, always, its file."""

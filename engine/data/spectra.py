@@ -10,8 +10,6 @@ the kernel that decodes images. `float16` stores both bands in half precision in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -42,12 +40,16 @@ def encode_spectrum(spectrum: Spectrum, kind: str = "bitplane") -> bytes:
     if flux.ndim != 1 or flux.shape != ivar.shape:
         raise ValueError(f"spectrum: flux and ivar must be vectors of one length, got {flux.shape} and {ivar.shape}")
     if not np.isfinite(ivar).all() or (ivar < 0).any():
-        raise ValueError(f"spectrum: ivar must be finite and >= 0, pixel {_first(~np.isfinite(ivar) | (ivar < 0))} is not")
+        raise ValueError(
+            f"spectrum: ivar must be finite and >= 0, pixel {_first(~np.isfinite(ivar) | (ivar < 0))} is not"
+        )
     seen = ivar > 0
     if not seen.any():
         raise ValueError("spectrum: no pixel carries data (ivar is 0 throughout)")
     if not np.isfinite(flux[seen]).all():
-        raise ValueError(f"spectrum: flux of pixel {_first(seen & ~np.isfinite(flux))} is not finite, but its ivar is > 0")
+        raise ValueError(
+            f"spectrum: flux of pixel {_first(seen & ~np.isfinite(flux))} is not finite, but its ivar is > 0"
+        )
     bands = np.zeros((2, 1, len(flux)), np.float32)
     bands[0, 0, seen] = flux[seen]
     bands[1, 0, seen] = np.log2(ivar[seen])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -152,6 +152,7 @@ class Source:
         shuffle: bool,
         device: torch.device,
         transforms: tuple[Transform | None, ...],
+        modalities: Sequence[str] | None,
         reader: ReaderName,
         threads: int,
         prefetch: int,
@@ -162,6 +163,9 @@ class Source:
             if value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
         self.survey = Survey.load(folder)
+        if modalities is not None and (not modalities or set(modalities) - set(self.survey.modalities)):
+            has = ", ".join(self.survey.modalities)
+            raise ValueError(f"modalities: must be some of the survey's ({has}), got {tuple(modalities)}")
         self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
@@ -170,7 +174,7 @@ class Source:
         self.transforms = tuple(t for t in transforms if t is not None)
         self.threads = threads
         self.prefetch = prefetch
-        self._open = lambda: ShardFiles(Path(folder), self.survey, split)
+        self._open = lambda: ShardFiles(Path(folder), self.survey, split, modalities)
         self._reader_name = reader
         self.files = self._open()
         self.files.check(rank, world)

@@ -4,7 +4,7 @@ SURVEY/
   survey.json            this module's `Survey`
   catalog.parquet        one row a sample, in stored order (see `CATALOG_COLUMNS`), plus the survey's labels
   train-000000.tar ...   shards: USTAR archives; a sample's members are its modalities, one after the other: an image
-                         `<key>.img` and a spectrum `<key>.spec` (see `codec`, `spectra`), vectors `<key>.vec`
+                         `<key>.img` and a spectrum `<key>.spc` (see `codec`, `spectra`), vectors `<key>.vec`
   train-000000.idx ...   DALI index of each shard
   test-000000.tar ...    a shard holds samples of one split only
 """
@@ -35,7 +35,7 @@ __all__ = [
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had images only
 
-MODALITIES = {"image": "img", "spectrum": "spec", "vectors": "vec"}
+MODALITIES = {"image": "img", "spectrum": "spc", "vectors": "vec"}
 """What a sample may hold, in stored order, and the extension of its member in a shard."""
 
 CATALOG_COLUMNS = {
@@ -260,8 +260,8 @@ class Survey:
         spectrum = raw.pop("spectrum", None)
         if spectrum is not None:
             spectrum = dict(spectrum)
-            grid = WaveGrid(**{k: tuple(v) if isinstance(v, list) else v for k, v in spectrum.pop("grid").items()})
-            spectrum = SpectrumRecord(grid, **spectrum)
+            grid: dict[str, Any] = dict(spectrum.pop("grid"))
+            spectrum = SpectrumRecord(WaveGrid(**grid | {"table": tuple(grid["table"])}), **spectrum)
         vectors = tuple(VectorRecord(**v | {"components": tuple(v["components"])}) for v in raw.pop("vectors", ()))
         stats = dict(raw.pop("statistics"))
         stats["asinh_covariance"] = tuple(tuple(row) for row in stats["asinh_covariance"])
@@ -269,9 +269,7 @@ class Survey:
         shards = tuple(ShardRecord(**s) for s in raw.pop("shards"))
         fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stats.items()}
-        return cls(
-            **fixed, shards=shards, statistics=Statistics(**numbers), spectrum=spectrum, vectors=vectors
-        )
+        return cls(**fixed, shards=shards, statistics=Statistics(**numbers), spectrum=spectrum, vectors=vectors)
 
     def save(self, folder: Path) -> None:
         """Write survey.json atomically into the survey's folder."""

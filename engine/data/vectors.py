@@ -1,6 +1,6 @@
 """All vectors of a sample as one blob: a header, then little-endian float32 in the order of `Survey.vectors`.
 
-    bytes 0..3  "ARMV"     4..7  CRC-32 of all that follows     8..9  version 1     10..11  number of values
+    bytes 0..3  "ARMV"     4..7  CRC-32 of all that follows     8..11  version 1     12..15  number of values
 
 A vector that a sample lacks is NaN throughout.
 """
@@ -19,7 +19,7 @@ from armillary.engine.data.survey import VectorRecord
 
 __all__ = ["decode_vectors", "encode_vectors"]
 
-HEADER = struct.Struct("<4sIHH")
+HEADER = struct.Struct("<4sIII")
 MAGIC = b"ARMV"
 VERSION = 1
 
@@ -45,7 +45,7 @@ def encode_vectors(vectors: Mapping[str, NDArray[np.float32]], records: Sequence
             raise ValueError(f"vector {record.name!r}: component {component!r} is infinite; NaN stands for unknown")
         values.append(value.astype("<f4"))
     body = np.concatenate(values).tobytes() if values else b""
-    tail = struct.pack("<HH", VERSION, len(body) // 4) + body
+    tail = struct.pack("<II", VERSION, len(body) // 4) + body
     return MAGIC + struct.pack("<I", zlib.crc32(tail)) + tail
 
 

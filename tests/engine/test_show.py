@@ -65,10 +65,10 @@ def test_mosaic(folder, tmp_path):
 
 def test_samples_are_random_rows_of_the_split(folder):
     survey = Survey.load(folder / "out")
-    images, rows = read_samples(folder / "out", survey, 100, "train", 0)
-    assert len(images) == len(rows) == survey.count("train") and set(rows["split"].to_pylist()) == {"train"}
-    few = [read_samples(folder / "out", survey, 3, None, seed)[1]["key"].to_pylist() for seed in range(4)]
-    assert len({tuple(k) for k in few}) > 1
+    samples = read_samples(folder / "out", survey, 100, "train", 0)
+    assert len(samples) == survey.count("train") and {s.split for s in samples} == {"train"}
+    few = {tuple(s.key for s in read_samples(folder / "out", survey, 3, None, seed)) for seed in range(4)}
+    assert len(few) > 1
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ __all__ = [
     "inputs",
     "key_from_name",
     "key_problem",
+    "spectrum_of",
+    "vectors_of",
 ]
 
 MAX_KEY = 96  # a USTAR name field holds 100 bytes, of which ".img" takes four
@@ -223,6 +225,16 @@ def inputs(source: Source) -> dict[str, str]:
         return source.inputs()
     own = type(source).__repr__ is not object.__repr__
     return {"source": repr(source) if own else type(source).__qualname__}
+
+
+def spectrum_of(source: Source) -> SpectrumRecord | None:
+    """The spectra of any source; None where it has none."""
+    return source.spectrum if isinstance(source, Spectral) else None
+
+
+def vectors_of(source: Source) -> tuple[VectorRecord, ...]:
+    """The vectors of any source."""
+    return source.vectors if isinstance(source, Vectorial) else ()
 
 
 def key_problem(key: str) -> str | None:
