@@ -31,6 +31,8 @@ COMMANDS = {
     "data kinds": ("armillary.engine.data.cli", "kinds", "list what can be read"),
     "data leaks": ("armillary.engine.data.cli", "leaks", "look for objects in two splits"),
     "data show": ("armillary.engine.data.cli", "show", "draw samples of a survey"),
+    "data stats": ("armillary.engine.data.cli", "stats", "histograms, redshifts, sky coverage"),
+    "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
     "data simulate": ("armillary.engine.data.simulate", "simulate", "make a survey of simulated galaxies"),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),

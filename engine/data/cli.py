@@ -21,10 +21,12 @@ from armillary.engine.data.leakage import find_leaks
 from armillary.engine.data.show import draw_mosaic
 from armillary.engine.data.sources import KINDS, open_source, parse_options
 from armillary.engine.data.splits import parse_split
+from armillary.engine.data.stats import draw_statistics, summarise_labels
 from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.selected import Selected
+from armillary.engine.data.unpack import unpack
 
-__all__ = ["build", "check", "kinds", "leaks", "show", "summary"]
+__all__ = ["build", "check", "export", "kinds", "leaks", "show", "stats", "summary"]
 
 
 def build(
@@ -208,6 +210,61 @@ def show(
     console = Console()
     console.print(summary(description))
     console.print(f"wrote {out}")
+    return 0
+
+
+def stats(
+    survey: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("stats.png"),
+    *,
+    labels: tuple[str, ...] | None = None,
+    split: str | None = None,
+) -> int:
+    """Print what the labels hold, and draw histograms, redshift distribution and sky coverage.
+
+    Args:
+        survey: Folder of the survey.
+        out: The picture to write: .png, .pdf or .svg.
+        labels: Labels to draw; by default the first twelve that vary.
+        split: Only of this split.
+    """
+    console = Console()
+    console.print(summary(Survey.load(survey)))
+    table = Table("label", "known", "0 %", "5 %", "50 %", "95 %", "100 %", "meaning")
+    for label in summarise_labels(survey, split):
+        if label.most:
+            numbers = [", ".join(f"{text} {count:,}" for text, count in label.most), *[""] * 4]
+        else:
+            numbers = [f"{p:.4g}" for p in label.percentiles] or [""] * 5
+        table.add_row(label.name, f"{label.known:,}", *numbers, label.meaning)
+    console.print(table)
+    draw_statistics(survey, out, labels=labels, split=split)
+    console.print(f"wrote {out}")
+    return 0
+
+
+def export(
+    survey: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    *,
+    format: Literal["fits", "hdf5", "parquet"],
+    split: str | None = None,
+    progress: bool = True,
+) -> int:
+    """Write a survey's samples as FITS files, one HDF5 file or one Parquet file.
+
+    Args:
+        survey: Folder of the survey.
+        out: The file to write, a folder for FITS; must not exist.
+        format: fits (with labels.csv), hdf5 or parquet.
+        split: Only of this split.
+        progress: Show a progress bar.
+    """
+    total = Survey.load(survey).count(split)
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("export", total=total)
+        written = unpack(survey, out, format, split=split, progress=lambda n: bar.update(task, advance=n))
+    print(f"wrote {written:,} samples to {out}")
     return 0
 
 
