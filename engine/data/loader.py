@@ -48,7 +48,8 @@ class Loader:
         on_corrupt: "error" raises and names the sample; "skip" puts in its place the sample at the next position of
             the epoch that is not corrupt (its row, at the corrupt sample's position), logs and counts it.
         threads: Threads for reading and for decoding on the CPU.
-        prefetch: Batches kept ready.
+        prefetch: Batches kept ready; up to four times as many where the consumer has had to wait.
+        timeout_s: How long to wait for a batch before giving up on the storage.
         shuffle: False for stored order in every epoch.
 
     Attributes:
@@ -82,6 +83,7 @@ class Loader:
         on_corrupt: Literal["error", "skip"] = "error",
         threads: int = 2,
         prefetch: int = 2,
+        timeout_s: float = 1800.0,
         shuffle: bool = True,
     ) -> None:
         for name, value in (("micro_batch", micro_batch), ("accumulation", accumulation)):
@@ -102,6 +104,7 @@ class Loader:
             reader=reader,
             threads=threads,
             prefetch=prefetch,
+            timeout_s=timeout_s,
         )
         self.survey = self._source.survey
         self.global_batch = micro_batch * accumulation * world
@@ -146,7 +149,14 @@ class Loader:
             self._worker = self._source.start(requests, self._on_corrupt, self.global_batch)
             self._stop = weakref.finalize(self, self._worker.close)
         start = time.perf_counter()
-        batch, corrupt = next(self._worker)
+        try:
+            batch, corrupt = next(self._worker)
+        except Exception as error:
+            error.add_note(
+                f"the loader stopped at epoch {self._epoch}, position {self._position} of {self.epoch_length}, "
+                f"micro-batch {self._step}"
+            )
+            raise
         self.wait_seconds += time.perf_counter() - start
         self.corrupt += corrupt
         self._step += 1
@@ -246,7 +256,8 @@ class SequentialLoader:
         reader: "dali", "webdataset" or "auto".
         on_corrupt: "error" raises and names the sample; "skip" leaves it out, logs and counts it.
         threads: Threads for reading and for decoding on the CPU.
-        prefetch: Batches kept ready.
+        prefetch: Batches kept ready; up to four times as many where the consumer has had to wait.
+        timeout_s: How long to wait for a batch before giving up on the storage.
     """
 
     def __init__(
@@ -262,6 +273,7 @@ class SequentialLoader:
         on_corrupt: Literal["error", "skip"] = "error",
         threads: int = 2,
         prefetch: int = 2,
+        timeout_s: float = 1800.0,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: must be at least 1, got {batch}")
@@ -280,6 +292,7 @@ class SequentialLoader:
             reader=reader,
             threads=threads,
             prefetch=prefetch,
+            timeout_s=timeout_s,
         )
         self.survey = self._source.survey
         self.corrupt = 0

@@ -21,6 +21,7 @@ import torch
 
 from armillary.engine.data import shards
 from armillary.engine.data.plan import MicroBatch
+from armillary.engine.data.retry import Retry
 from armillary.engine.data.shards import INDEX_VERSION, Member, parse_line
 from armillary.engine.data.survey import MODALITIES, Survey
 
@@ -81,10 +82,19 @@ class ShardFiles:
         survey: Its description.
         split: The split to read.
         modalities: What to read of a sample; all that the survey has by default.
+        retry: What to do about errors that pass.
     """
 
-    def __init__(self, folder: Path, survey: Survey, split: str, modalities: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        survey: Survey,
+        split: str,
+        modalities: Sequence[str] | None = None,
+        retry: Retry | None = None,
+    ) -> None:
         self.folder = folder
+        self._retry = retry or Retry()
         self.modalities = survey.modalities if modalities is None else tuple(modalities)
         self.records = [shard for shard in survey.shards if shard.split == split]
         self._lines: OrderedDict[int, list[bytes]] = OrderedDict()
@@ -133,7 +143,7 @@ class ShardFiles:
                 self._lines.move_to_end(shard)
                 return self._lines[shard]
         path = self.path(shard).with_suffix(".idx")
-        header, *lines = path.read_bytes().splitlines() or [b""]
+        header, *lines = self._retry.call(path.read_bytes, str(path)).splitlines() or [b""]
         version, _, count = header.partition(b" ")
         if version != INDEX_VERSION.encode() or not count.isdigit() or int(count) != len(lines):
             raise ValueError(
@@ -176,16 +186,9 @@ class ShardFiles:
         found = [part for part in wanted.values() if part is not None]
         if not found:
             return dict.fromkeys(wanted)
-        with self._lock:
-            file = self._files.get(shard)
-            if file is None:
-                file = self._files[shard] = _Descriptor(self.path(shard))
-            self._files.move_to_end(shard)
-            while len(self._files) > CACHED_FILES:
-                self._files.popitem(last=False)
         # The blobs of a sample are neighbours: one read for all of them.
         start, end = found[0].offset, found[-1].offset + found[-1].size
-        data = os.pread(file.number, end - start, start)
+        data = self._retry.call(lambda: self._bytes(shard, start, end), f"{self.path(shard)}, sample {member.key!r}")
         if len(data) != end - start:
             raise OSError(
                 f"{self.path(shard)}: ends {end - start - len(data)} bytes before sample {member.key!r} does (bytes "
@@ -197,6 +200,22 @@ class ShardFiles:
             name: None if part is None else data[part.offset - start : part.offset - start + part.size]
             for name, part in wanted.items()
         }
+
+    def _bytes(self, shard: int, start: int, end: int) -> bytes:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                file = self._files[shard] = _Descriptor(self.path(shard))
+            self._files.move_to_end(shard)
+            while len(self._files) > CACHED_FILES:
+                self._files.popitem(last=False)
+        try:
+            return os.pread(file.number, end - start, start)
+        except OSError:
+            with self._lock:  # a stale handle stays stale: the next try opens the file anew
+                if self._files.get(shard) is file:
+                    del self._files[shard]
+            raise
 
     def read_planned(self, request: MicroBatch, number: int) -> dict[str, bytes | None]:
         """Read the blobs of one sample of a micro-batch; an error says at which position of which epoch it came."""

@@ -189,5 +189,5 @@ def _draw_label(axes: Any, column: pa.ChunkedArray) -> None:
     values = column.to_numpy()
     values = values[np.isfinite(values)]
     low, high = np.percentile(values, (0.5, 99.5))
-    axes.hist(np.clip(values, low, high), BINS, color="#3b6ea8")
+    axes.hist(values[(values >= low) & (values <= high)], BINS, color="#3b6ea8")
     axes.set_yticks([])
