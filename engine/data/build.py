@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import armillary
-from armillary.engine.data.journal import Journal, finished, identify, load_journal, locked
+from armillary.engine.data.cluster import Cluster
+from armillary.engine.data.journal import Journal, clear_leftovers, finished, identify, load_journal, locked
 from armillary.engine.data.layout import Layout, lay_out
 from armillary.engine.data.measure import SurveyMoments
 from armillary.engine.data.packing import (
@@ -73,6 +74,7 @@ def build(
     split: SplitRule | None = None,
     seed: int = 0,
     processes: int = 1,
+    dask: str | None = None,
     progress: bool = True,
     on_bad: Literal["error", "skip"] = "error",
 ) -> Survey:
@@ -95,6 +97,7 @@ def build(
         split: Another rule; excludes `test_fraction`.
         seed: Keys the global shuffle.
         processes: Worker processes; they are spawned, so a script needs `if __name__ == "__main__":` for more than 1.
+        dask: Address of a Dask scheduler whose workers do the work instead; see `cluster`.
         progress: Show a progress bar.
         on_bad: What to do with unusable samples (unreadable, of another size, non-finite pixels that are not masked,
             no valid pixel): stop with an error, or leave them out, log and count them.
@@ -127,7 +130,7 @@ def build(
     options: dict[str, Any] = {"name": name, "codec": codec, "step_fraction": step_fraction, "split": repr(rule)}
     options |= {"sky_sigma": sky_sigma, "samples_per_shard": samples_per_shard, "seed": seed}
     out = Path(folder)
-    with locked(out), Workers(source, processes) as workers, _bar(progress) as bar:
+    with locked(out), _workers(source, processes, dask) as workers, _bar(progress) as bar:
         try:
             return _build(source, out, workers, bar, options, rule, on_bad)
         except BadSample as error:
@@ -145,10 +148,14 @@ def build(
             raise
 
 
+def _workers(source: Source, processes: int, dask: str | None) -> Workers | Cluster:
+    return Workers(source, processes) if dask is None else Cluster(source, dask)
+
+
 def _build(
     source: Source,
     folder: Path,
-    workers: Workers,
+    workers: Workers | Cluster,
     bar: Progress,
     options: dict[str, Any],
     rule: SplitRule,
@@ -189,13 +196,18 @@ def _build(
         for reason in packed.skipped:
             log.warning("skipped: %s", reason)
         bar.update(packing, advance=plan.rows.size)
+    clear_leftovers(folder)  # of workers that died
     survey = _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
     shutil.rmtree(folder / BUILD_FOLDER)
     return survey
 
 
 def _measure(
-    source: Source, workers: Workers, layout: Layout, options: dict[str, Any], on_bad: Literal["error", "skip"]
+    source: Source,
+    workers: Workers | Cluster,
+    layout: Layout,
+    options: dict[str, Any],
+    on_bad: Literal["error", "skip"],
 ) -> Settings:
     """Measure shape and sky noise from some samples of the first split, and decide the quantisation steps."""
     first = [plan.rows for plan in layout.shards if plan.split == layout.shards[0].split]

@@ -52,6 +52,7 @@ def build(
     test_fraction: float | None = None,
     seed: int = 0,
     processes: int = 2,
+    dask: str | None = None,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = True,
 ) -> int:
@@ -84,6 +85,7 @@ def build(
         test_fraction: Share of the test split, for auto, key and sky; 0.1 by default.
         seed: Keys the shuffle.
         processes: Worker processes.
+        dask: Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers do the work instead.
         on_bad: Stop at an unusable sample, or skip and count it.
         progress: Show progress bars.
     """
@@ -110,6 +112,7 @@ def build(
         split=parse_split(split, test_fraction),
         seed=seed,
         processes=processes,
+        dask=dask,
         progress=progress,
         on_bad=on_bad,
     )

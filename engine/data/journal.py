@@ -17,7 +17,7 @@ from armillary.engine.data.packing import BUILD_FOLDER, Settings
 from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.sample import Source, inputs, spectrum_of, vectors_of
 
-__all__ = ["Journal", "finished", "identify", "load_journal", "locked"]
+__all__ = ["Journal", "clear_leftovers", "finished", "identify", "load_journal", "locked"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,12 @@ def load_journal(folder: Path, identity: dict[str, Any]) -> Journal | None:
     return Journal(identity, Settings.from_json(raw["settings"]), raw["started"], raw["command"])
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove half-written files of processes that were killed."""
+    for leftover in [*folder.glob(".*.tmp"), *(folder / BUILD_FOLDER).glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder, hold its lock, and clear half-written files of a killed build.
@@ -131,8 +137,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise RuntimeError(f"{folder}: another build is running in this folder; wait for it") from error
         try:
-            for leftover in [*folder.glob(".*.tmp"), *(folder / BUILD_FOLDER).glob(".*.tmp")]:
-                leftover.unlink()
+            clear_leftovers(folder)
             yield
         finally:
             unplanned = not (folder / BUILD_FOLDER / "plan.json").exists()

@@ -145,6 +145,7 @@ def prepare(
     out: Path,
     *,
     processes: int = 2,
+    dask: str | None = None,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = True,
 ) -> Survey:
@@ -154,6 +155,7 @@ def prepare(
         preparation: The recipe.
         out: Folder of the survey.
         processes: Worker processes.
+        dask: Address of a Dask scheduler, whose workers do the work instead.
         on_bad: Stop at an unusable sample, or skip and count it.
         progress: Show progress bars.
 
@@ -171,6 +173,7 @@ def prepare(
         split=parse_split(preparation.split, preparation.test_fraction),
         seed=preparation.seed,
         processes=processes,
+        dask=dask,
         progress=progress,
         on_bad=on_bad,
     )
@@ -184,6 +187,7 @@ class _Command:
         out: Folder of the survey; made if need be.
         survey: The recipe.
         processes: Worker processes.
+        dask: Address of a Dask scheduler, whose workers do the work instead.
         on_bad: Stop at an unusable sample, or skip and count it.
         progress: Show progress bars.
     """
@@ -191,6 +195,7 @@ class _Command:
     out: Path
     survey: Annotated[Preparation, tyro.conf.arg(name="")]
     processes: int = 2
+    dask: str | None = None
     on_bad: Literal["error", "skip"] = "error"
     progress: bool = True
 
@@ -219,6 +224,7 @@ def start(preparation: Preparation, arguments: Sequence[str]) -> int:
             command.survey,
             command.out,
             processes=command.processes,
+            dask=command.dask,
             on_bad=command.on_bad,
             progress=command.progress,
         )
