@@ -1,6 +1,6 @@
 """The `armillary` command: everything but training, which recipes start.
 
-    armillary data build|check|show|simulate ...   make and look at surveys
+    armillary data build|check|show|...            make and look at surveys
     armillary embed ...                            embeddings of a survey by a run's encoder
     armillary evaluate ...                         embed and judge, with a report
     armillary report ...                           the report from embeddings that exist
@@ -26,9 +26,13 @@ import armillary
 __all__ = ["COMMANDS", "export", "main"]
 
 COMMANDS = {
-    "data build": ("armillary.engine.data.cli", "build", "pack images into a survey"),
+    "data build": ("armillary.engine.data.cli", "build", "pack files into a survey"),
     "data check": ("armillary.engine.data.cli", "check", "verify a survey's files"),
+    "data kinds": ("armillary.engine.data.cli", "kinds", "list what can be read"),
+    "data leaks": ("armillary.engine.data.cli", "leaks", "look for objects in two splits"),
     "data show": ("armillary.engine.data.cli", "show", "draw samples of a survey"),
+    "data stats": ("armillary.engine.data.cli", "stats", "histograms, redshifts, sky coverage"),
+    "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
     "data simulate": ("armillary.engine.data.simulate", "simulate", "make a survey of simulated galaxies"),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),

@@ -80,6 +80,7 @@ def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, 
         device=device,
         views=run.views.build(survey, device),
         prepare=method.prepare,
+        modalities=("image",),  # what the views crop
         reader=data.reader,
         on_corrupt=data.on_corrupt,
         threads=data.threads,

@@ -30,6 +30,11 @@ class Batch(TypedDict, total=False):
     valid: Tensor  # [B, C, H, W] bool, False where a pixel carries no data; absent where every pixel does
     blobs: Tensor  # [B, P] uint8, checked codec blobs, padded: in place of `image` where views decode themselves
     sizes: Tensor  # [B] int64, bytes of each blob
+    spectrum: Tensor  # [B, L] float32, flux on the survey's wavelength grid, 0 where a pixel carries no data
+    spectrum_ivar: Tensor  # [B, L] float32, inverse variance, 0 where a pixel carries no data
+    vectors: Tensor  # [B, n] float32, all of the survey's vectors one behind the other, NaN where unknown
+    has_image: Tensor  # [B] bool, False where a sample lacks an image (all 0 then); absent where every sample has one
+    has_spectrum: Tensor  # [B] bool, likewise
 
     global_crops: Tensor  # [G*B, C, S, S] float32, model input; crop-major: all first crops, then all second ones
     local_crops: Tensor  # [L*B, C, s, s] float32, model input; crop-major; absent where L = 0

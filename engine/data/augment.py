@@ -95,6 +95,10 @@ class MultiCrop:
 
     def problems(self, survey: Survey) -> list[str]:
         """Every rule these views break for a survey, as `views.field: rule, got value`; empty if none."""
+        if not survey.bands:
+            return [
+                f"views: need images to crop, but the survey {survey.name!r} has only {', '.join(survey.modalities)}"
+            ]
         found: list[str] = []
 
         def rule(field: str, holds: bool, text: str, value: object) -> None:
@@ -295,6 +299,12 @@ class _Views:
         self.packed = plain and views._fused(survey, device, max(views.global_size, views.local_size))
 
     def __call__(self, batch: Batch, key: BatchKey) -> Batch:
+        if "has_image" in batch and not bool(batch["has_image"].all()):
+            row = int(batch["row"][~batch["has_image"]][0])
+            raise ValueError(
+                f"views: row {row} of catalog.parquet has no image to crop; build the survey from objects that have one "
+                "(a required match)"
+            )
         out: Batch = batch.copy()
         position = batch["position"].cpu().numpy()
         if "blobs" in batch:

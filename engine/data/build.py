@@ -17,6 +17,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,8 @@ import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import armillary
-from armillary.engine.data.journal import Journal, finished, identify, load_journal, locked
+from armillary.engine.data.cluster import Cluster
+from armillary.engine.data.journal import Journal, clear_leftovers, finished, identify, load_journal, locked
 from armillary.engine.data.layout import Layout, lay_out
 from armillary.engine.data.measure import SurveyMoments
 from armillary.engine.data.packing import (
@@ -43,7 +45,7 @@ from armillary.engine.data.packing import (
 from armillary.engine.data.shards import fsync_folder
 from armillary.engine.data.splits import ByKey, SplitRule
 from armillary.engine.data.survey import CATALOG_COLUMNS, Survey
-from armillary.engine.data.surveys.sample import BadSample, Lossless, Source
+from armillary.engine.data.surveys.sample import BadSample, Lossless, Source, spectrum_of, vectors_of
 from armillary.engine.data.workers import Workers
 
 __all__ = ["build"]
@@ -72,6 +74,7 @@ def build(
     split: SplitRule | None = None,
     seed: int = 0,
     processes: int = 1,
+    dask: str | None = None,
     progress: bool = True,
     on_bad: Literal["error", "skip"] = "error",
 ) -> Survey:
@@ -94,6 +97,7 @@ def build(
         split: Another rule; excludes `test_fraction`.
         seed: Keys the global shuffle.
         processes: Worker processes; they are spawned, so a script needs `if __name__ == "__main__":` for more than 1.
+        dask: Address of a Dask scheduler whose workers do the work instead; see `cluster`.
         progress: Show a progress bar.
         on_bad: What to do with unusable samples (unreadable, of another size, non-finite pixels that are not masked,
             no valid pixel): stop with an error, or leave them out, log and count them.
@@ -126,7 +130,7 @@ def build(
     options: dict[str, Any] = {"name": name, "codec": codec, "step_fraction": step_fraction, "split": repr(rule)}
     options |= {"sky_sigma": sky_sigma, "samples_per_shard": samples_per_shard, "seed": seed}
     out = Path(folder)
-    with locked(out), Workers(source, processes) as workers, _bar(progress) as bar:
+    with locked(out), _workers(source, processes, dask) as workers, _bar(progress) as bar:
         try:
             return _build(source, out, workers, bar, options, rule, on_bad)
         except BadSample as error:
@@ -144,10 +148,14 @@ def build(
             raise
 
 
+def _workers(source: Source, processes: int, dask: str | None) -> Workers | Cluster:
+    return Workers(source, processes) if dask is None else Cluster(source, dask)
+
+
 def _build(
     source: Source,
     folder: Path,
-    workers: Workers,
+    workers: Workers | Cluster,
     bar: Progress,
     options: dict[str, Any],
     rule: SplitRule,
@@ -188,22 +196,32 @@ def _build(
         for reason in packed.skipped:
             log.warning("skipped: %s", reason)
         bar.update(packing, advance=plan.rows.size)
+    clear_leftovers(folder)  # of workers that died
     survey = _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
     shutil.rmtree(folder / BUILD_FOLDER)
     return survey
 
 
 def _measure(
-    source: Source, workers: Workers, layout: Layout, options: dict[str, Any], on_bad: Literal["error", "skip"]
+    source: Source,
+    workers: Workers | Cluster,
+    layout: Layout,
+    options: dict[str, Any],
+    on_bad: Literal["error", "skip"],
 ) -> Settings:
     """Measure shape and sky noise from some samples of the first split, and decide the quantisation steps."""
     first = [plan.rows for plan in layout.shards if plan.split == layout.shards[0].split]
     rows = np.sort(np.concatenate(first)[:SKY_SAMPLES])
     tasks = (SkyTask(rows[i : i + SKY_TASK], on_bad) for i in range(0, rows.size, SKY_TASK))
     skies = list(workers.map(measure_sky, tasks))
-    shape, types = next(((sky.shape, sky.label_types) for sky in skies if sky.shape is not None), (None, {}))
-    if shape is None:
+    types = next((sky.label_types for sky in skies if sky.label_types is not None), None)
+    if types is None:
         raise ValueError(f"none of {rows.size} samples that were tried is usable; look at the source")
+    shape = next((sky.shape for sky in skies if sky.shape is not None), (0, 0, 0))
+    if source.bands and shape == (0, 0, 0):
+        raise ValueError(
+            f"none of {rows.size} samples that were tried has an image; the source declares {source.bands}"
+        )
     if set(types) != set(source.labels):
         raise ValueError(f"labels: the source declares {sorted(source.labels)}, its samples have {sorted(types)}")
     if options["sky_sigma"] is not None:
@@ -217,7 +235,9 @@ def _measure(
             step = lossless
         else:
             step = tuple((sigma * (options["step_fraction"] or STEP_FRACTION)).tolist())
-    return Settings(shape, options["codec"], step, tuple(sigma.tolist()), types)
+    spectrum = spectrum_of(source)
+    pixels = 0 if spectrum is None else spectrum.grid.count
+    return Settings(shape, options["codec"], step, tuple(sigma.tolist()), types, pixels, vectors_of(source))
 
 
 def _median_sigma(source: Source, sigmas: np.ndarray) -> np.ndarray:
@@ -242,7 +262,7 @@ def _finish(source: Source, folder: Path, layout: Layout, journal: Journal, pack
     skipped = [*layout.bad.values(), *(reason for p in packed for reason in p.skipped)]
     if not kept:
         raise ValueError(f"the survey is empty: all {len(skipped)} samples are unusable, first: {skipped[0]}")
-    moments = SurveyMoments(settings.sky_sigma)
+    moments = SurveyMoments(settings.sky_sigma, tuple(vector.size for vector in settings.vectors))
     trained = [p for p in kept if p.record.split == "train"]
     for p in trained or kept:
         moments.merge(SurveyMoments.from_json(p.moments, settings.sky_sigma))
@@ -260,7 +280,7 @@ def _finish(source: Source, folder: Path, layout: Layout, journal: Journal, pack
         sky_sigma=settings.sky_sigma,
         step=settings.step,
         shards=tuple(p.record for p in kept),
-        statistics=moments.statistics(),
+        statistics=moments.statistics([vector.name for vector in settings.vectors]),
         labels=dict(source.labels),
         provenance={
             "build": journal.identity,
@@ -269,6 +289,8 @@ def _finish(source: Source, folder: Path, layout: Layout, journal: Journal, pack
             "versions": versions,
             "skipped": {"count": len(skipped), "examples": skipped[:EXAMPLES]},
         },
+        spectrum=None if (spectrum := spectrum_of(source)) is None else replace(spectrum, codec=settings.codec),
+        vectors=settings.vectors,
     )
     survey.save(folder)
     fsync_folder(folder)

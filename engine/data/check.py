@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from armillary.engine.data import codec
+from armillary.engine.data import codec, spectra
 from armillary.engine.data.packing import BUILD_FOLDER, catalog_schema
 from armillary.engine.data.shards import Member, read_index, read_members
-from armillary.engine.data.survey import ShardRecord, Survey
+from armillary.engine.data.survey import MODALITIES, ShardRecord, Survey
 from armillary.engine.data.surveys.sample import digest
+from armillary.engine.data.vectors import decode_vectors
 
 __all__ = ["Problem", "check_survey"]
 
@@ -206,23 +207,42 @@ def _check_blobs(path: Path, survey: Survey, members: list[Member], blobs: int |
     if blobs is not None and blobs < len(members):
         chosen = np.unique(np.linspace(0, len(members) - 1, blobs).astype(int)).tolist()
     problems = []
-    shape = (len(survey.bands), survey.height, survey.width)
-    step = np.array(survey.step, np.float32) if survey.step else np.zeros(len(survey.bands), np.float32)
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as pages:
         for i in chosen:
-            member = members[i]
-            blob = pages[member.offset : member.offset + member.size]
-            try:
-                header = codec.read_header(blob)
-                codec.decode(blob)
-            except codec.CorruptBlob as error:
-                problems.append(Problem(path.name, member.key, str(error), again))
-                continue
-            found = (header.channels, header.height, header.width)
-            if found != shape or header.codec != survey.codec:
-                what = f"a {header.codec} blob of {found}, survey.json says {survey.codec} of {shape}"
-                problems.append(Problem(path.name, member.key, what, REBUILD))
-            elif not np.array_equal(np.array(header.step, np.float32), step):
-                what = f"quantised by {header.step}, survey.json says {survey.step}"
-                problems.append(Problem(path.name, member.key, what, REBUILD))
+            for part in members[i].parts:
+                blob = pages[part.offset : part.offset + part.size]
+                try:
+                    what = _disagreement(survey, part.extension, blob)
+                except codec.CorruptBlob as error:
+                    problems.append(Problem(path.name, members[i].key, str(error), again))
+                    continue
+                if what:
+                    problems.append(Problem(path.name, members[i].key, what, REBUILD))
     return problems
+
+
+def _disagreement(survey: Survey, extension: str, blob: bytes) -> str:
+    """How a sound blob differs from what survey.json says; empty where it does not.
+
+    Raises:
+        codec.CorruptBlob: The blob is not sound.
+    """
+    if extension == MODALITIES["vectors"]:
+        decode_vectors(blob, survey.vectors)
+        return ""
+    header = codec.read_header(blob)
+    codec.decode(blob)
+    found = (header.channels, header.height, header.width)
+    if extension == MODALITIES["spectrum"]:
+        if survey.spectrum is None:
+            return "a spectrum, survey.json knows of none"
+        name, expected = survey.spectrum.codec, spectra.shape(survey.spectrum.grid.count)
+    else:
+        name, expected = survey.codec, (len(survey.bands), survey.height, survey.width)
+    if found != expected or header.codec != name:
+        return f"a {header.codec} blob of {found}, survey.json says {name} of {expected}"
+    if extension == MODALITIES["image"]:
+        step = np.array(survey.step, np.float32) if survey.step else np.zeros(len(survey.bands), np.float32)
+        if not np.array_equal(np.array(header.step, np.float32), step):
+            return f"quantised by {header.step}, survey.json says {survey.step}"
+    return ""

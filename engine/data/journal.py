@@ -15,9 +15,9 @@ from typing import Any
 from armillary.engine.data.layout import Layout
 from armillary.engine.data.packing import BUILD_FOLDER, Settings
 from armillary.engine.data.survey import Survey
-from armillary.engine.data.surveys.sample import Source, inputs
+from armillary.engine.data.surveys.sample import Source, inputs, spectrum_of, vectors_of
 
-__all__ = ["Journal", "finished", "identify", "load_journal", "locked"]
+__all__ = ["Journal", "clear_leftovers", "finished", "identify", "load_journal", "locked"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def identify(source: Source, options: dict[str, Any], layout: Layout) -> dict[st
         "unit": source.unit,
         "pixel_scale_arcsec": source.pixel_scale_arcsec,
         "labels": source.labels,
+        "spectrum": None if (spectrum := spectrum_of(source)) is None else asdict(spectrum),
+        "vectors": [asdict(vector) for vector in vectors_of(source)],
         "samples": len(source),
         "inputs": inputs(source),
         "keys": layout.digest,
@@ -105,10 +107,13 @@ def load_journal(folder: Path, identity: dict[str, Any]) -> Journal | None:
             f"{folder}: holds an unfinished build of something else ({_difference(raw['identity'], identity)}); "
             f"repeat its options, choose another folder, or delete {folder / BUILD_FOLDER} and the shards"
         )
-    settings = raw["settings"]
-    for field in ("shape", "step", "sky_sigma"):
-        settings[field] = tuple(settings[field])
-    return Journal(identity, Settings(**settings), raw["started"], raw["command"])
+    return Journal(identity, Settings.from_json(raw["settings"]), raw["started"], raw["command"])
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove half-written files of processes that were killed."""
+    for leftover in [*folder.glob(".*.tmp"), *(folder / BUILD_FOLDER).glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -132,8 +137,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise RuntimeError(f"{folder}: another build is running in this folder; wait for it") from error
         try:
-            for leftover in [*folder.glob(".*.tmp"), *(folder / BUILD_FOLDER).glob(".*.tmp")]:
-                leftover.unlink()
+            clear_leftovers(folder)
             yield
         finally:
             unplanned = not (folder / BUILD_FOLDER / "plan.json").exists()

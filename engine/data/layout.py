@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from armillary.engine.data.cluster import Cluster
 from armillary.engine.data.splits import SplitRule, hash_keys
 from armillary.engine.data.surveys.sample import BadSample, Described, Source, describe, key_problem
 from armillary.engine.data.workers import Workers
@@ -68,7 +69,7 @@ class _Task:
 
 
 def lay_out(
-    source: Source, workers: Workers, rule: SplitRule, *, seed: int, samples_per_shard: int, on_bad: str
+    source: Source, workers: Workers | Cluster, rule: SplitRule, *, seed: int, samples_per_shard: int, on_bad: str
 ) -> Layout:
     """Describe all samples and assign them to shards.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -43,11 +43,13 @@ class Loader:
         device: Where batches are delivered.
         views: Makes crops of a batch; runs in the loader's thread. With a true attribute `packed` it gets undecoded blobs.
         prepare: Runs after `views`: what else the method wants made ahead of the step.
+        modalities: What to read, of "image", "spectrum" and "vectors"; all that the survey has by default.
         reader: "dali", "webdataset", or "auto": DALI where it is installed.
         on_corrupt: "error" raises and names the sample; "skip" puts in its place the sample at the next position of
             the epoch that is not corrupt (its row, at the corrupt sample's position), logs and counts it.
         threads: Threads for reading and for decoding on the CPU.
-        prefetch: Batches kept ready.
+        prefetch: Batches kept ready; up to four times as many where the consumer has had to wait.
+        timeout_s: How long to wait for a batch before giving up on the storage.
         shuffle: False for stored order in every epoch.
 
     Attributes:
@@ -76,10 +78,12 @@ class Loader:
         seed: int = 0,
         views: Transform | None = None,
         prepare: Transform | None = None,
+        modalities: Sequence[str] | None = None,
         reader: ReaderName = "auto",
         on_corrupt: Literal["error", "skip"] = "error",
         threads: int = 2,
         prefetch: int = 2,
+        timeout_s: float = 1800.0,
         shuffle: bool = True,
     ) -> None:
         for name, value in (("micro_batch", micro_batch), ("accumulation", accumulation)):
@@ -96,9 +100,11 @@ class Loader:
             shuffle=shuffle,
             device=torch.device(device),
             transforms=(views, prepare),
+            modalities=modalities,
             reader=reader,
             threads=threads,
             prefetch=prefetch,
+            timeout_s=timeout_s,
         )
         self.survey = self._source.survey
         self.global_batch = micro_batch * accumulation * world
@@ -143,7 +149,14 @@ class Loader:
             self._worker = self._source.start(requests, self._on_corrupt, self.global_batch)
             self._stop = weakref.finalize(self, self._worker.close)
         start = time.perf_counter()
-        batch, corrupt = next(self._worker)
+        try:
+            batch, corrupt = next(self._worker)
+        except Exception as error:
+            error.add_note(
+                f"the loader stopped at epoch {self._epoch}, position {self._position} of {self.epoch_length}, "
+                f"micro-batch {self._step}"
+            )
+            raise
         self.wait_seconds += time.perf_counter() - start
         self.corrupt += corrupt
         self._step += 1
@@ -239,11 +252,13 @@ class SequentialLoader:
         batch: Samples a batch.
         device: Where batches are delivered.
         views: Transforms a batch in the loader's thread.
+        modalities: What to read; all that the survey has by default.
         reader: "dali", "webdataset" or "auto".
         on_corrupt: "error" raises and names the sample; "skip" leaves it out, logs and counts it.
         threads: Threads for reading and for decoding on the CPU.
-        prefetch: Batches kept ready.
         packed: Hand out checked blobs and their sizes in place of images, for who decodes them himself.
+        prefetch: Batches kept ready; up to four times as many where the consumer has had to wait.
+        timeout_s: How long to wait for a batch before giving up on the storage.
     """
 
     def __init__(
@@ -254,11 +269,13 @@ class SequentialLoader:
         batch: int,
         device: torch.device | str,
         views: Transform | None = None,
+        modalities: Sequence[str] | None = None,
         reader: ReaderName = "auto",
         on_corrupt: Literal["error", "skip"] = "error",
         threads: int = 2,
         prefetch: int = 2,
         packed: bool = False,
+        timeout_s: float = 1800.0,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: must be at least 1, got {batch}")
@@ -273,10 +290,12 @@ class SequentialLoader:
             shuffle=False,
             device=torch.device(device),
             transforms=(views,),
+            modalities=modalities,
             reader=reader,
             threads=threads,
             prefetch=prefetch,
             packed=packed,
+            timeout_s=timeout_s,
         )
         self.survey = self._source.survey
         self.corrupt = 0

@@ -8,6 +8,7 @@ Shape legend: C bands, H x W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,15 +106,52 @@ class Moments:
         return self.products / max(self.count, 1)
 
 
+class VectorMoments:
+    """Count, mean and squared deviations of every component of a vector; NaN components count as unknown.
+
+    Args:
+        size: Components.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.count, self.mean, self.squares = np.zeros(size), np.zeros(size), np.zeros(size)
+
+    def add(self, value: np.ndarray) -> None:
+        """Add one vector [size] (Welford 1962)."""
+        known = ~np.isnan(value)
+        x = value[known].astype(np.float64)
+        self.count[known] += 1
+        shift = x - self.mean[known]
+        self.mean[known] += shift / self.count[known]
+        self.squares[known] += shift * (x - self.mean[known])
+
+    def merge(self, other: VectorMoments) -> None:
+        """Add the vectors of another measurement."""
+        count = self.count + other.count
+        share = other.count / np.maximum(count, 1)
+        shift = other.mean - self.mean
+        self.squares = self.squares + other.squares + shift**2 * (self.count * share)
+        self.mean = self.mean + shift * share
+        self.count = count
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and population standard deviation of each component, NaN where it was never known."""
+        seen = self.count > 0
+        std = np.sqrt(self.squares / np.maximum(self.count, 1))
+        return tuple(np.where(seen, self.mean, np.nan).tolist()), tuple(np.where(seen, std, np.nan).tolist())
+
+
 class SurveyMoments:
-    """Everything that `Statistics` needs, accumulated over images.
+    """Everything that `Statistics` needs, accumulated over samples.
 
     Args:
         sky_sigma: Sky noise per band in the flux unit, the scale of the asinh.
+        vectors: Components of each vector.
     """
 
-    def __init__(self, sky_sigma: tuple[float, ...]) -> None:
+    def __init__(self, sky_sigma: tuple[float, ...], vectors: tuple[int, ...] = ()) -> None:
         bands = len(sky_sigma)
+        self.vectors = [VectorMoments(size) for size in vectors]
         self.softening = ASINH_SOFTENING * np.array(sky_sigma)[:, None]
         self.flux = [Moments.empty(1) for _ in range(bands)]
         self.asinh = [Moments.empty(1) for _ in range(bands)]
@@ -136,14 +174,22 @@ class SurveyMoments:
                 self.asinh[c].merge(Moments.of(a[c : c + 1, mask[c]]))
         self.samples += 1
 
+    def add_vectors(self, values: Sequence[np.ndarray | None]) -> None:
+        """Add the vectors of one sample, in the survey's order; None where it lacks one."""
+        for moments, value in zip(self.vectors, values, strict=True):
+            if value is not None:
+                moments.add(value)
+
     def merge(self, other: SurveyMoments) -> None:
-        """Add the images of another measurement with the same sky sigma."""
+        """Add the samples of another measurement with the same sky sigma and vectors."""
         for mine, theirs in zip(self._all(), other._all(), strict=True):
             mine.merge(theirs)
+        for one, another in zip(self.vectors, other.vectors, strict=True):
+            one.merge(another)
         self.samples += other.samples
 
-    def statistics(self) -> Statistics:
-        """The merged statistics; bands that share no valid pixel with the others get a diagonal covariance."""
+    def statistics(self, names: Sequence[str] = ()) -> Statistics:
+        """The merged statistics, of the vectors by name; bands that share no valid pixel with the others get a diagonal covariance."""
         std = [float(np.sqrt(m.covariance()[0, 0])) for m in self.flux]
         covariance = self.joint.covariance()
         if self.joint.count == 0:
@@ -154,6 +200,7 @@ class SurveyMoments:
             asinh_mean=tuple(float(m.mean[0]) for m in self.asinh),
             asinh_covariance=tuple(tuple(float(v) for v in row) for row in covariance),
             samples=self.samples,
+            vectors={name: m.statistics() for name, m in zip(names, self.vectors, strict=True)},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -161,13 +208,16 @@ class SurveyMoments:
         return {
             "samples": self.samples,
             "moments": [[m.count, m.mean.tolist(), m.products.tolist()] for m in self._all()],
+            "vectors": [[m.count.tolist(), m.mean.tolist(), m.squares.tolist()] for m in self.vectors],
         }
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], sky_sigma: tuple[float, ...]) -> SurveyMoments:
         """The inverse of `to_json`."""
-        self = cls(sky_sigma)
+        self = cls(sky_sigma, tuple(len(count) for count, _, _ in raw["vectors"]))
         self.samples = raw["samples"]
+        for vector, numbers in zip(self.vectors, raw["vectors"], strict=True):
+            vector.count, vector.mean, vector.squares = map(np.array, numbers)
         for mine, (count, mean, products) in zip(self._all(), raw["moments"], strict=True):
             mine.count, mine.mean, mine.products = count, np.array(mean), np.array(products)
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from armillary.engine.data import codec
 from armillary.engine.data.layout import ShardPlan
 from armillary.engine.data.measure import SurveyMoments, robust_sigma
 from armillary.engine.data.shards import ShardWriter, fsync_folder, write_index
-from armillary.engine.data.survey import CATALOG_COLUMNS, ShardRecord
+from armillary.engine.data.spectra import encode_spectrum
+from armillary.engine.data.survey import CATALOG_COLUMNS, MODALITIES, ShardRecord, VectorRecord
 from armillary.engine.data.surveys.sample import BadSample, Sample, Source
+from armillary.engine.data.vectors import encode_vectors
 
 __all__ = ["BUILD_FOLDER", "Packed", "PackTask", "Settings", "SkyTask", "catalog_schema", "measure_sky", "pack"]
 
@@ -35,11 +37,13 @@ class Settings:
     """What every shard of a build shares.
 
     Attributes:
-        shape: (C, H, W) of every image.
-        codec: "bitplane" or "float16".
+        shape: (C, H, W) of every image; zeros where there are no images.
+        codec: "bitplane" or "float16", of images and spectra.
         step: Quantisation step per band in the flux unit; empty for float16.
         sky_sigma: Sky noise per band in the flux unit.
         label_types: "float64" or "string" by label.
+        pixels: Pixels of every spectrum; 0 where there are none.
+        vectors: Vectors of a sample, in stored order.
     """
 
     shape: tuple[int, int, int]
@@ -47,6 +51,15 @@ class Settings:
     step: tuple[float, ...]
     sky_sigma: tuple[float, ...]
     label_types: dict[str, str]
+    pixels: int = 0
+    vectors: tuple[VectorRecord, ...] = ()
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Settings:
+        """Rebuild what `asdict` and JSON made of it."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        vectors = tuple(VectorRecord(**v | {"components": tuple(v["components"])}) for v in raw["vectors"])
+        return cls(**plain | {"vectors": vectors})
 
 
 @dataclass(frozen=True)
@@ -116,13 +129,13 @@ class Sky:
 
     Attributes:
         sigma: [N, C] robust sigma of each usable sample.
-        shape: (C, H, W) of the first usable sample; None where there is none.
-        label_types: "float64" or "string" by label, of that sample.
+        shape: (C, H, W) of the first usable image; None where there is none.
+        label_types: "float64" or "string" by label, of the first usable sample; None where there is none.
     """
 
     sigma: np.ndarray
     shape: tuple[int, int, int] | None
-    label_types: dict[str, str]
+    label_types: dict[str, str] | None
 
 
 def catalog_schema(label_types: dict[str, str]) -> pa.Schema:
@@ -134,7 +147,7 @@ def measure_sky(source: Source, task: SkyTask) -> Sky:
     """Measure the noise of some samples; see `measure.robust_sigma`."""
     sigmas: list[np.ndarray] = []
     shape: tuple[int, int, int] | None = None
-    types: dict[str, str] = {}
+    types: dict[str, str] | None = None
     for row in task.rows.tolist():
         try:
             sample = source.read(row)
@@ -143,11 +156,14 @@ def measure_sky(source: Source, task: SkyTask) -> Sky:
             if task.on_bad == "error":
                 raise
             continue
+        if types is None:
+            types = {k: "string" if isinstance(v, str) else "float64" for k, v in sample.labels.items()}
+        if sample.image is None:
+            continue
         if shape is None:
             shape = (sample.image.shape[0], sample.image.shape[1], sample.image.shape[2])
-            types = {k: "string" if isinstance(v, str) else "float64" for k, v in sample.labels.items()}
         sigmas.append(robust_sigma(sample.image, sample.valid))
-    return Sky(np.array(sigmas).reshape(-1, len(source.bands)), shape, types)
+    return Sky(np.array(sigmas).reshape(len(sigmas), len(source.bands)), shape, types)
 
 
 def pack(source: Source, task: PackTask) -> Packed:
@@ -160,20 +176,22 @@ def pack(source: Source, task: PackTask) -> Packed:
         OSError: The shard cannot be written.
     """
     settings, plan = task.settings, task.plan
-    moments = SurveyMoments(settings.sky_sigma)
-    packed: dict[int, tuple[Sample, bytes]] = {}
+    moments = SurveyMoments(settings.sky_sigma, tuple(record.size for record in settings.vectors))
+    packed: dict[int, tuple[Sample, dict[str, bytes]]] = {}
     skipped = []
     for place in np.argsort(plan.rows).tolist():
         try:
             sample = source.read(int(plan.rows[place]))
-            blob = _encode(sample, settings)
+            blobs = _encode(sample, settings)
         except BadSample as error:
             if task.on_bad == "error":
                 raise
             skipped.append(str(error))
             continue
-        moments.add(sample.image, sample.valid)
-        packed[place] = (_without_pixels(sample), blob)
+        if sample.image is not None:
+            moments.add(sample.image, sample.valid)
+        moments.add_vectors([sample.vectors.get(record.name) for record in settings.vectors])
+        packed[place] = (replace(sample, image=None, valid=None, spectrum=None, vectors={}), blobs)
     try:
         record, columns = _write(task, [packed[place] for place in sorted(packed)])
         result = Packed(record, moments.to_json(), sorted(skipped))
@@ -183,10 +201,6 @@ def pack(source: Source, task: PackTask) -> Packed:
     return result
 
 
-def _without_pixels(sample: Sample) -> Sample:
-    return Sample(sample.key, np.empty(0), None, sample.ra, sample.dec, sample.labels, sample.source, sample.split)
-
-
 def _check(sample: Sample, bands: int, shape: tuple[int, int, int] | None) -> None:
     """Refuse what must not enter a survey.
 
@@ -194,38 +208,58 @@ def _check(sample: Sample, bands: int, shape: tuple[int, int, int] | None) -> No
         BadSample: The message names key and band.
     """
     where = f"key {sample.key!r} ({sample.source})"
-    found = sample.image.shape
-    if len(found) != 3 or found[0] != bands or 0 in found or (shape is not None and found != shape):
-        expected = shape if shape is not None else f"({bands}, height, width)"
-        raise BadSample(f"{where}: image of {found}, the survey has {expected}")
-    if sample.valid is not None and sample.valid.shape != found:
-        raise BadSample(f"{where}: mask of {sample.valid.shape} for an image of {found}")
-    bad = ~np.isfinite(sample.image)
-    if sample.valid is not None:
-        if not sample.valid.any():
-            raise BadSample(f"{where}: no pixel carries data")
-        bad &= sample.valid
-    for band in np.flatnonzero(bad.any(axis=(1, 2))).tolist():
-        raise BadSample(f"{where}: band {band}: {bad[band].sum()} pixels are not finite, and not masked either")
+    if sample.image is not None:
+        _check_image(where, sample.image, sample.valid, bands, shape)
+    elif sample.spectrum is None and not sample.vectors:
+        raise BadSample(f"{where}: holds nothing, neither image nor spectrum nor vectors")
     for axis, value in (("ra", sample.ra), ("dec", sample.dec)):
         low, high = (0, 360) if axis == "ra" else (-90, 90)
         if not math.isnan(value) and not low <= value <= high:
             raise BadSample(f"{where}: {axis}: {value} is outside [{low}, {high}] degrees")
 
 
-def _encode(sample: Sample, settings: Settings) -> bytes:
+def _check_image(
+    where: str, image: np.ndarray, valid: np.ndarray | None, bands: int, shape: tuple[int, int, int] | None
+) -> None:
+    found = image.shape
+    if len(found) != 3 or found[0] != bands or 0 in found or (shape is not None and found != shape):
+        expected = shape if shape is not None else f"({bands}, height, width)"
+        raise BadSample(f"{where}: image of {found}, the survey has {expected}")
+    if valid is not None and valid.shape != found:
+        raise BadSample(f"{where}: mask of {valid.shape} for an image of {found}")
+    bad = ~np.isfinite(image)
+    if valid is not None:
+        if not valid.any():
+            raise BadSample(f"{where}: no pixel carries data")
+        bad &= valid
+    for band in np.flatnonzero(bad.any(axis=(1, 2))).tolist():
+        raise BadSample(f"{where}: band {band}: {bad[band].sum()} pixels are not finite, and not masked either")
+
+
+def _encode(sample: Sample, settings: Settings) -> dict[str, bytes]:
+    """The sample's blobs by extension."""
     _check(sample, settings.shape[0], settings.shape)
     for label, kind in settings.label_types.items():
         value = sample.labels.get(label)
         if value is None or isinstance(value, str) != (kind == "string"):
             raise BadSample(f"key {sample.key!r} ({sample.source}): label {label!r}: {value!r} is not of type {kind}")
+    blobs: dict[str, bytes] = {}
     try:
-        return codec.encode(sample.image, settings.step if settings.codec == "bitplane" else None, sample.valid)
+        if sample.image is not None:
+            step = settings.step if settings.codec == "bitplane" else None
+            blobs[MODALITIES["image"]] = codec.encode(sample.image, step, sample.valid)
+        if sample.spectrum is not None:
+            if len(sample.spectrum.flux) != settings.pixels:
+                raise ValueError(f"spectrum of {len(sample.spectrum.flux)} pixels, the survey's have {settings.pixels}")
+            blobs[MODALITIES["spectrum"]] = encode_spectrum(sample.spectrum, settings.codec)
+        if sample.vectors:
+            blobs[MODALITIES["vectors"]] = encode_vectors(sample.vectors, settings.vectors)
     except ValueError as error:
         raise BadSample(f"key {sample.key!r} ({sample.source}): {error}") from error
+    return blobs
 
 
-def _write(task: PackTask, packed: list[tuple[Sample, bytes]]) -> tuple[ShardRecord, dict[str, list[Any]]]:
+def _write(task: PackTask, packed: list[tuple[Sample, dict[str, bytes]]]) -> tuple[ShardRecord, dict[str, list[Any]]]:
     """Write tar and index; return the record and the catalogue's columns (without the shard's number)."""
     name, split = task.plan.name, task.plan.split
     columns: dict[str, list[Any]] = {c: [] for c in (*CATALOG_COLUMNS, *task.settings.label_types)}
@@ -233,8 +267,8 @@ def _write(task: PackTask, packed: list[tuple[Sample, bytes]]) -> tuple[ShardRec
         (task.folder / name).unlink(missing_ok=True)
         return ShardRecord(name, split, 0, 0, ""), columns
     with ShardWriter(task.folder / name, split) as writer:
-        for index, (sample, blob) in enumerate(packed):
-            member = writer.add(sample.key, blob)
+        for index, (sample, blobs) in enumerate(packed):
+            member = writer.add(sample.key, blobs)
             row = {"key": sample.key, "split": split, "shard": -1, "index": index, "offset": member.offset}
             row |= {"size": member.size, "ra": sample.ra, "dec": sample.dec, "source": sample.source}
             row |= {label: sample.labels[label] for label in task.settings.label_types}

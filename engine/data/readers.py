@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -21,8 +21,9 @@ import torch
 
 from armillary.engine.data import shards
 from armillary.engine.data.plan import MicroBatch
-from armillary.engine.data.shards import EXTENSION, INDEX_VERSION, Member
-from armillary.engine.data.survey import Survey
+from armillary.engine.data.retry import Retry
+from armillary.engine.data.shards import INDEX_VERSION, Member, parse_line
+from armillary.engine.data.survey import MODALITIES, Survey
 
 __all__ = ["PAD_TO", "Blob", "Blobs", "Reader", "ReaderName", "ShardFiles", "make_reader"]
 
@@ -40,11 +41,13 @@ class Blobs(NamedTuple):
     """The blobs of a micro-batch.
 
     Attributes:
-        host: One blob a sample; bytes, or arrays that keep the reader's memory alive as long as they live.
-        padded: [B, P] uint8 on the GPU, the same blobs with zeros behind them, where the reader has put them there.
+        host: For each modality that is read one blob a sample, None where the sample lacks it; bytes, or arrays that
+            keep the reader's memory alive as long as they live.
+        padded: [B, P] uint8 on the GPU, the blobs of the images (empty where one is lacking) with zeros behind them,
+            where the reader has put them there.
     """
 
-    host: Sequence[Blob]
+    host: Mapping[str, Sequence[Blob | None]]
     padded: torch.Tensor | None = None
 
 
@@ -78,10 +81,21 @@ class ShardFiles:
         folder: The survey's folder.
         survey: Its description.
         split: The split to read.
+        modalities: What to read of a sample; all that the survey has by default.
+        retry: What to do about errors that pass.
     """
 
-    def __init__(self, folder: Path, survey: Survey, split: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        survey: Survey,
+        split: str,
+        modalities: Sequence[str] | None = None,
+        retry: Retry | None = None,
+    ) -> None:
         self.folder = folder
+        self._retry = retry or Retry()
+        self.modalities = survey.modalities if modalities is None else tuple(modalities)
         self.records = [shard for shard in survey.shards if shard.split == split]
         self._lines: OrderedDict[int, list[bytes]] = OrderedDict()
         self._files: OrderedDict[int, _Descriptor] = OrderedDict()
@@ -119,7 +133,7 @@ class ShardFiles:
                 )
 
     def lines(self, shard: int) -> list[bytes]:
-        """Lines of a shard's DALI index without its header: `img OFFSET SIZE KEY.img`.
+        """Lines of a shard's DALI index without its header; see `shards.parse_line`.
 
         Raises:
             ValueError: The index is not one, or has not as many samples as survey.json says.
@@ -129,7 +143,7 @@ class ShardFiles:
                 self._lines.move_to_end(shard)
                 return self._lines[shard]
         path = self.path(shard).with_suffix(".idx")
-        header, *lines = path.read_bytes().splitlines() or [b""]
+        header, *lines = self._retry.call(path.read_bytes, str(path)).splitlines() or [b""]
         version, _, count = header.partition(b" ")
         if version != INDEX_VERSION.encode() or not count.isdigit() or int(count) != len(lines):
             raise ValueError(
@@ -149,26 +163,45 @@ class ShardFiles:
         """Where a sample lies in its tar."""
         line = self.lines(shard)[index]
         try:
-            _, offset, size, name = line.decode().split()
-            return Member(name.removesuffix(f".{EXTENSION}"), int(offset), int(size))
+            return parse_line(line.decode())
         except ValueError:
             path = self.path(shard).with_suffix(".idx")
             raise ValueError(
-                f"{path}: line {index + 2} is {line!r}, not `{EXTENSION} OFFSET SIZE KEY.{EXTENSION}`; "
-                f"{self._rebuild(shard)}"
+                f"{path}: line {index + 2} is {line!r}, not `EXTENSION OFFSET SIZE KEY.EXTENSION` for each blob of a "
+                f"sample; {self._rebuild(shard)}"
             ) from None
 
     def _rebuild(self, shard: int) -> str:
         program = f"import pathlib, {shards.__name__} as s; s.write_index(pathlib.Path({str(self.path(shard))!r}))"
         return f'write it anew: python -c "{program}"'
 
-    def read(self, shard: int, index: int) -> bytes:
-        """Read one blob.
+    def read(self, shard: int, index: int) -> dict[str, bytes | None]:
+        """Read the blobs of a sample, by modality; None where it lacks one.
 
         Raises:
-            OSError: The file cannot be read or ends before the blob does.
+            OSError: The file cannot be read or ends before a blob does.
         """
         member = self.member(shard, index)
+        wanted = {name: member.part(MODALITIES[name]) for name in self.modalities}
+        found = [part for part in wanted.values() if part is not None]
+        if not found:
+            return dict.fromkeys(wanted)
+        # The blobs of a sample are neighbours: one read for all of them.
+        start, end = found[0].offset, found[-1].offset + found[-1].size
+        data = self._retry.call(lambda: self._bytes(shard, start, end), f"{self.path(shard)}, sample {member.key!r}")
+        if len(data) != end - start:
+            raise OSError(
+                f"{self.path(shard)}: ends {end - start - len(data)} bytes before sample {member.key!r} does (bytes "
+                f"{start} ... {end}): truncated since it was checked at the start"
+            )
+        if len(found) == 1:
+            return {name: None if part is None else data for name, part in wanted.items()}
+        return {
+            name: None if part is None else data[part.offset - start : part.offset - start + part.size]
+            for name, part in wanted.items()
+        }
+
+    def _bytes(self, shard: int, start: int, end: int) -> bytes:
         with self._lock:
             file = self._files.get(shard)
             if file is None:
@@ -176,16 +209,16 @@ class ShardFiles:
             self._files.move_to_end(shard)
             while len(self._files) > CACHED_FILES:
                 self._files.popitem(last=False)
-        blob = os.pread(file.number, member.size, member.offset)
-        if len(blob) != member.size:
-            raise OSError(
-                f"{self.path(shard)}: ends {member.size - len(blob)} bytes before sample {member.key!r} does (bytes "
-                f"{member.offset} ... {member.offset + member.size}): truncated since it was checked at the start"
-            )
-        return blob
+        try:
+            return os.pread(file.number, end - start, start)
+        except OSError:
+            with self._lock:  # a stale handle stays stale: the next try opens the file anew
+                if self._files.get(shard) is file:
+                    del self._files[shard]
+            raise
 
-    def read_planned(self, request: MicroBatch, number: int) -> bytes:
-        """Read one blob of a micro-batch; an error says at which position of which epoch it came."""
+    def read_planned(self, request: MicroBatch, number: int) -> dict[str, bytes | None]:
+        """Read the blobs of one sample of a micro-batch; an error says at which position of which epoch it came."""
         try:
             return self.read(int(request.shard[number]), int(request.index[number]))
         except (OSError, ValueError) as error:

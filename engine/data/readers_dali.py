@@ -11,11 +11,12 @@ slow on network file systems. That costs one descriptor a run, which bounds a se
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,12 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from armillary.engine.data.plan import MicroBatch
 from armillary.engine.data.readers import PAD_TO, Blobs, ShardFiles
-from armillary.engine.data.shards import EXTENSION, INDEX_VERSION
+from armillary.engine.data.shards import INDEX_VERSION
+from armillary.engine.data.survey import MODALITIES
 
 __all__ = ["DaliReader", "segments"]
+
+log = logging.getLogger(__name__)
 
 SEGMENT_SAMPLES = 8192  # index files of about 0.5 MB
 SEGMENT_RUNS = 128  # open files a pipeline; two pipelines live at once and 1,024 descriptors is a usual limit
@@ -131,39 +135,51 @@ class DaliReader:
                 exec_dynamic=True,  # outputs own their memory: batches outlive the next run and the pipeline
             )
             with pipeline:
-                blobs = fn.readers.webdataset(
+                blobs = fn.readers.webdataset(  # one output a modality
                     paths=[str(self._files.path(shard)) for shard, _ in runs],
                     index_paths=indices,
-                    ext=[EXTENSION],
+                    ext=[MODALITIES[name] for name in self._files.modalities],
                     dont_use_mmap=True,
-                    missing_component_behavior="error",
+                    missing_component_behavior="empty",
                     tensor_init_bytes=EXPECTED_BLOB_BYTES,
                 )
-                pipeline.set_outputs(
-                    *((blobs, fn.pad(blobs, fill_value=0, align=[PAD_TO]).gpu()) if on_gpu else (blobs,))
-                )
+                outputs = list(blobs) if isinstance(blobs, list | tuple) else [blobs]
+                if on_gpu and "image" in self._files.modalities:
+                    images = outputs[self._files.modalities.index("image")]
+                    outputs.append(fn.pad(images, fill_value=0, align=[PAD_TO]).gpu())
+                pipeline.set_outputs(*outputs)
             pipeline.build()
         return requests, pipeline
 
     def _run(self, requests: list[MicroBatch], pipeline: Pipeline) -> Iterator[tuple[MicroBatch, Blobs]]:
+        names = self._files.modalities
         for number, request in enumerate(requests):
             try:
                 outputs = pipeline.run()
             except RuntimeError as error:
-                self._explain(requests[number:], error)
-            host = [np.asarray(outputs[0][i]) for i in range(len(request.position))]
-            yield request, Blobs(host, self._on_gpu(outputs[1]) if len(outputs) > 1 else None)
+                yield from self._read_without(requests[number:], error)
+                return
+            host = {
+                name: [blob if (blob := np.asarray(output[i])).size else None for i in range(len(request.position))]
+                for name, output in zip(names, outputs, strict=False)
+            }
+            yield request, Blobs(host, self._on_gpu(outputs[-1]) if len(outputs) > len(names) else None)
 
-    def _explain(self, requests: list[MicroBatch], error: RuntimeError) -> NoReturn:
-        """Raise what is wrong with the first sample that cannot be read: DALI names neither it nor, always, its file."""
+    def _read_without(self, requests: list[MicroBatch], error: RuntimeError) -> Iterator[tuple[MicroBatch, Blobs]]:
+        """Read the rest of a segment sample by sample: DALI tries nothing again, and names neither sample nor file.
+
+        An error that passes costs a slow segment; one that does not is raised with the sample's name and place.
+        """
+        # Its text, not itself: a log record that is kept would keep the pipeline and its files.
+        log.warning("DALI could not read (%s); reading the rest of this segment sample by sample", str(error))
         for request in requests:
+            together = []
             for number in range(len(request.position)):
                 try:
-                    self._files.read_planned(request, number)
-                except OSError as found:
+                    together.append(self._files.read_planned(request, number))
+                except (OSError, ValueError) as found:
                     raise found from error
-        paths = sorted({self._files.path(int(s)).name for s in requests[0].shard})
-        raise OSError(f"{self._files.folder}: DALI could not read from {', '.join(paths)}: {error}") from error
+            yield request, Blobs({name: [blobs[name] for blobs in together] for name in self._files.modalities})
 
     def _on_gpu(self, padded: Any) -> torch.Tensor:
         """Copy DALI's padded blobs within the GPU to memory of torch's."""

@@ -1,7 +1,7 @@
 """Planned reads through the webdataset package: a `wds.DataPipeline` whose source is the plan instead of whole tars.
 
 The stages are: the plan's members one by one; their bytes, read by offset with several threads ahead of need; grouping
-into micro-batches. Between them samples carry the package's names (`__key__`, `__url__`, `img`), so that its filters fit
+into micro-batches. Between them samples carry the package's names (`__key__`, `__url__`), so that its filters fit
 in. Nothing scans a tar.
 """
 
@@ -59,7 +59,7 @@ class WebdatasetReader:
         for sample in samples:
             request, number = sample["request"], sample["number"]
             sample["__key__"] = self._files.member(int(request.shard[number]), int(request.index[number])).key
-            sample["img"] = self._files.read_planned(request, number)
+            sample["blobs"] = self._files.read_planned(request, number)
         return samples
 
     def _fetch(self, samples: Iterable[Sample]) -> Iterator[Sample]:
@@ -78,12 +78,11 @@ class WebdatasetReader:
             for future in flying:
                 future.cancel()
 
-    @staticmethod
-    def _group(samples: Iterable[Sample]) -> Iterator[tuple[MicroBatch, Blobs]]:
-        blobs: list[bytes] = []
+    def _group(self, samples: Iterable[Sample]) -> Iterator[tuple[MicroBatch, Blobs]]:
+        together: list[dict[str, bytes | None]] = []
         for sample in samples:
-            blobs.append(sample["img"])
+            together.append(sample["blobs"])
             request: MicroBatch = sample["request"]
-            if len(blobs) == len(request.position):
-                yield request, Blobs(blobs)
-                blobs = []
+            if len(together) == len(request.position):
+                yield request, Blobs({name: [blobs[name] for blobs in together] for name in self._files.modalities})
+                together = []

@@ -1,6 +1,6 @@
-"""Shards: USTAR archives of `<key>.img` blobs, the same bytes for the same content, with DALI's index beside each.
+"""Shards: USTAR archives of blobs, the same bytes for the same content, with DALI's index beside each.
 
-USTAR, because DALI reads no PAX headers. An archive appears under its name only when it is complete and on disk.
+A sample is one member a modality, `<key>.img`, `<key>.spc`, `<key>.vec`, one after the other; it may lack some. USTAR, because DALI reads no PAX headers. An archive appears under its name only when it is complete and on disk.
 """
 
 from __future__ import annotations
@@ -8,34 +8,61 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from armillary.engine.data.survey import ShardRecord
+from armillary.engine.data.survey import MODALITIES, ShardRecord
 from armillary.engine.data.surveys.sample import key_problem
 
-__all__ = ["EXTENSION", "Member", "ShardWriter", "fsync_folder", "read_index", "read_members", "write_index"]
+__all__ = ["Member", "Part", "ShardWriter", "fsync_folder", "parse_line", "read_index", "read_members", "write_index"]
 
-EXTENSION = "img"
+EXTENSIONS = tuple(MODALITIES.values())
 INDEX_VERSION = "v1.2"
 BLOCK = 512  # bytes of a tar header, and the unit that contents are padded to
 
 
 @dataclass(frozen=True)
-class Member:
-    """A blob of a shard.
+class Part:
+    """One blob of a sample.
 
     Attributes:
-        key: The sample's key.
+        extension: Its modality, see `MODALITIES`.
         offset: First byte of the blob in the tar.
         size: Bytes of the blob.
     """
 
-    key: str
+    extension: str
     offset: int
     size: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A sample of a shard.
+
+    Attributes:
+        key: The sample's key.
+        parts: Its blobs, at least one, in stored order.
+    """
+
+    key: str
+    parts: tuple[Part, ...]
+
+    @property
+    def offset(self) -> int:
+        """First byte of the first blob."""
+        return self.parts[0].offset
+
+    @property
+    def size(self) -> int:
+        """Bytes from there to the end of the last blob."""
+        return self.parts[-1].offset + self.parts[-1].size - self.offset
+
+    def part(self, extension: str) -> Part | None:
+        """The blob of a modality; None where the sample lacks it."""
+        return next((part for part in self.parts if part.extension == extension), None)
 
 
 class ShardWriter:
@@ -92,23 +119,35 @@ class ShardWriter:
             raise RuntimeError(f"{self.path}: the shard is not finished; leave the writer's `with` block first")
         return self._record
 
-    def add(self, key: str, blob: bytes) -> Member:
+    def add(self, key: str, blobs: Mapping[str, bytes]) -> Member:
         """Append a sample.
 
+        Args:
+            key: Its key.
+            blobs: By extension; at least one.
+
         Raises:
-            ValueError: The key cannot name a member, or is in the shard already.
+            ValueError: The key cannot name a member, or is in the shard already; an extension is unknown.
         """
         if problem := key_problem(key):
             raise ValueError(problem)
         if key in self._keys:
             raise ValueError(f"key {key!r}: already in {self.path.name}; keys must be unique in a survey")
+        if not blobs or set(blobs) - set(EXTENSIONS):
+            raise ValueError(f"key {key!r}: blobs must be some of {', '.join(EXTENSIONS)}, got {sorted(blobs)}")
         self._keys.add(key)
-        header = tarfile.TarInfo(f"{key}.{EXTENSION}")  # its defaults: mtime, uid and gid 0, mode 644, no names
-        header.size = len(blob)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        member = Member(key, self._bytes, len(blob))
-        self._write(blob)
-        self._write(bytes(-len(blob) % BLOCK))
+        parts = []
+        for extension in EXTENSIONS:
+            if extension not in blobs:
+                continue
+            blob = blobs[extension]
+            header = tarfile.TarInfo(f"{key}.{extension}")  # its defaults: mtime, uid and gid 0, mode 644, no names
+            header.size = len(blob)
+            self._write(header.tobuf(tarfile.USTAR_FORMAT))
+            parts.append(Part(extension, self._bytes, len(blob)))
+            self._write(blob)
+            self._write(bytes(-len(blob) % BLOCK))
+        member = Member(key, tuple(parts))
         self.members.append(member)
         return member
 
@@ -119,29 +158,37 @@ class ShardWriter:
 
 
 def read_members(path: Path) -> Iterator[Member]:
-    """Members of a shard, in stored order, from its tar headers.
+    """Samples of a shard, in stored order, from its tar headers.
 
     Raises:
-        ValueError: The tar is damaged or truncated, or a member is not a sample.
+        ValueError: The tar is damaged or truncated, or a member is not a blob of a sample.
     """
     length = path.stat().st_size
     end = 0
+    key, parts = "", list[Part]()
     try:
         with tarfile.open(path, mode="r:") as tar:
             for header in tar:
                 stem, _, extension = header.name.partition(".")
-                if not header.isreg() or extension != EXTENSION:
-                    raise ValueError(f"member {header.name!r} is not a <key>.{EXTENSION} file")
+                if not header.isreg() or extension not in EXTENSIONS:
+                    known = ", ".join(f"<key>.{e}" for e in EXTENSIONS)
+                    raise ValueError(f"member {header.name!r} is none of {known}")
                 end = header.offset_data + -(-header.size // BLOCK) * BLOCK
                 if end > length:
                     raise ValueError(f"truncated: member {header.name!r} ends at byte {end} of {length}")
-                yield Member(stem, header.offset_data, header.size)
+                if stem != key and parts:
+                    yield Member(key, tuple(parts))
+                    parts = []
+                key = stem
+                parts.append(Part(extension, header.offset_data, header.size))
         with open(path, "rb") as f:
             f.seek(end)
             if f.read(2 * BLOCK) != bytes(2 * BLOCK):
                 raise ValueError("truncated: the two empty blocks that end a tar are missing")
     except tarfile.TarError as error:
         raise ValueError(f"not a readable tar: {error}") from error
+    if parts:
+        yield Member(key, tuple(parts))
 
 
 def write_index(tar: Path, members: Sequence[Member] | None = None) -> Path:
@@ -149,14 +196,14 @@ def write_index(tar: Path, members: Sequence[Member] | None = None) -> Path:
 
     Args:
         tar: The shard.
-        members: Its members; read from the shard by default.
+        members: Its samples; read from the shard by default.
 
     Returns:
         The index, `<shard>.idx`.
     """
     found = list(read_members(tar)) if members is None else members
     lines = [f"{INDEX_VERSION} {len(found)}"]
-    lines += [f"{EXTENSION} {m.offset} {m.size} {m.key}.{EXTENSION}" for m in found]
+    lines += [" ".join(f"{p.extension} {p.offset} {p.size} {m.key}.{p.extension}" for p in m.parts) for m in found]
     index = tar.with_suffix(".idx")
     temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp")
     try:
@@ -170,8 +217,26 @@ def write_index(tar: Path, members: Sequence[Member] | None = None) -> Path:
     return index
 
 
+def parse_line(line: str) -> Member:
+    """The sample of one line of a DALI index: `EXTENSION OFFSET SIZE KEY.EXTENSION`, once for each of its blobs.
+
+    Raises:
+        ValueError: It is no such line.
+    """
+    fields = line.split(" ")
+    parts, keys = [], set()
+    for extension, offset, size, name in zip(*(fields[i::4] for i in range(4)), strict=True):
+        if extension not in EXTENSIONS or not name.endswith(f".{extension}"):
+            raise ValueError(f"line {line!r}")
+        parts.append(Part(extension, int(offset), int(size)))
+        keys.add(name.removesuffix(f".{extension}"))
+    if len(keys) != 1:
+        raise ValueError(f"line {line!r}")
+    return Member(keys.pop(), tuple(parts))
+
+
 def read_index(index: Path) -> list[Member]:
-    """Members according to a DALI index.
+    """Samples according to a DALI index.
 
     Raises:
         ValueError: The file is not such an index.
@@ -181,13 +246,7 @@ def read_index(index: Path) -> list[Member]:
         version, count = header.split()
         if version != INDEX_VERSION or int(count) != len(lines):
             raise ValueError(f"header {header!r} for {len(lines)} lines")
-        members = []
-        for line in lines:
-            extension, offset, size, name = line.split(" ")
-            if extension != EXTENSION:
-                raise ValueError(f"line {line!r}")
-            members.append(Member(name.removesuffix(f".{EXTENSION}"), int(offset), int(size)))
-        return members
+        return [parse_line(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"not a DALI index of version {INDEX_VERSION}: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,6 +20,8 @@ from armillary.models.method import Batch, BatchKey
 
 __all__ = ["Prefetcher", "Source", "Transform"]
 
+DEEPER = 4  # times as many batches are kept ready, at most, where the consumer has had to wait
+
 Transform = Callable[[Batch, BatchKey], Batch]
 T = TypeVar("T")
 
@@ -27,15 +29,35 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Runs an iterator in a thread that stays at most `depth` items ahead; itself an iterator that must be closed.
 
+    Storage that is fast on average but stalls now and then needs more items ahead than a steady one: each time the
+    consumer finds nothing ready, the depth grows by one, up to `deepest`.
+
     Args:
         source: The iterator; it is closed in the thread that runs it.
-        depth: Items kept ready.
+        depth: Items kept ready at first.
         name: Name of the thread.
+        deepest: Items kept ready at most; `depth` by default.
+        timeout_s: How long the consumer waits for an item before it gives up; forever by default.
+
+    Attributes:
+        depth: Items kept ready now.
     """
 
-    def __init__(self, source: Generator[T, None, None], depth: int, name: str) -> None:
+    def __init__(
+        self,
+        source: Generator[T, None, None],
+        depth: int,
+        name: str,
+        *,
+        deepest: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
         self._source = source
-        self._depth = depth
+        self.depth = depth
+        self._deepest = max(depth, deepest or depth)
+        self._timeout_s = timeout_s
+        self._handed_out = 0
+        self._hangs = False
         self._ready: deque[T] = deque()
         self._ended = False
         self._error: BaseException | None = None
@@ -49,7 +71,7 @@ class Prefetcher(Generic[T]):
         try:
             for item in self._source:
                 with self._change:
-                    self._change.wait_for(lambda: self._stopped or len(self._ready) < self._depth)
+                    self._change.wait_for(lambda: self._stopped or len(self._ready) < self.depth)
                     if self._stopped:
                         break
                     self._ready.append(item)
@@ -73,11 +95,21 @@ class Prefetcher(Generic[T]):
 
         Raises:
             BaseException: What the iterator raised, after the items before it; again at every further call.
+            TimeoutError: Nothing came for `timeout_s`.
         """
         with self._change:
-            self._change.wait_for(lambda: self._ready or self._ended)
+            if not self._ready and not self._ended and self._handed_out:  # the first item is always waited for
+                self.depth = min(self.depth + 1, self._deepest)
+                self._change.notify_all()
+            if not self._change.wait_for(lambda: self._ready or self._ended, self._timeout_s):
+                self._hangs = True
+                raise TimeoutError(
+                    f"no batch came for {self._timeout_s:g} s: the storage hangs, or is far slower than training; look "
+                    "at it, then start the same command: the run goes on from its last checkpoint"
+                )
             if self._ready:
                 item = self._ready.popleft()
+                self._handed_out += 1
                 self._change.notify_all()
                 return item
         if self._error is not None:
@@ -92,7 +124,7 @@ class Prefetcher(Generic[T]):
             self._stopped = True
             self._ready.clear()
             self._change.notify_all()
-        if self._thread is not threading.current_thread():
+        if self._thread is not threading.current_thread() and not self._hangs:
             self._thread.join()
 
 
@@ -155,9 +187,11 @@ class Source:
         shuffle: bool,
         device: torch.device,
         transforms: tuple[Transform | None, ...],
+        modalities: Sequence[str] | None,
         reader: ReaderName,
         threads: int,
         prefetch: int,
+        timeout_s: float,
         packed: bool = False,
     ) -> None:
         if not 0 <= rank < world:
@@ -165,7 +199,12 @@ class Source:
         for name, value in (("threads", threads), ("prefetch", prefetch)):
             if value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s: must be positive, got {timeout_s}")
         self.survey = Survey.load(folder)
+        if modalities is not None and (not modalities or set(modalities) - set(self.survey.modalities)):
+            has = ", ".join(self.survey.modalities)
+            raise ValueError(f"modalities: must be some of the survey's ({has}), got {tuple(modalities)}")
         self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
@@ -175,7 +214,8 @@ class Source:
         self.packed = packed or any(getattr(t, "packed", False) for t in self.transforms[:1])
         self.threads = threads
         self.prefetch = prefetch
-        self._open = lambda: ShardFiles(Path(folder), self.survey, split)
+        self.timeout_s = timeout_s
+        self._open = lambda: ShardFiles(Path(folder), self.survey, split, modalities)
         self._reader_name = reader
         self.files = self._open()
         self.files.check(rank, world)
@@ -203,7 +243,13 @@ class Source:
             packed=self.packed,
         )
         batches = _produce(self.reader, requests, maker, self.transforms, self.plan.seed, global_batch, self.device)
-        return Prefetcher(batches, self.prefetch, "armillary-loader")
+        return Prefetcher(
+            batches,
+            self.prefetch,
+            "armillary-loader",
+            deepest=DEEPER * self.prefetch,
+            timeout_s=self.timeout_s,
+        )
 
     def hand_out(self, batch: Batch) -> Batch:
         """Tell the GPU's allocator that the consumer's stream uses memory of the loader's stream."""

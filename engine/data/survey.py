@@ -3,7 +3,8 @@
 SURVEY/
   survey.json            this module's `Survey`
   catalog.parquet        one row a sample, in stored order (see `CATALOG_COLUMNS`), plus the survey's labels
-  train-000000.tar ...   shards: USTAR archives whose members are `<key>.img` blobs (see `codec`)
+  train-000000.tar ...   shards: USTAR archives; a sample's members are its modalities, one after the other: an image
+                         `<key>.img` and a spectrum `<key>.spc` (see `codec`, `spectra`), vectors `<key>.vec`
   train-000000.idx ...   DALI index of each shard
   test-000000.tar ...    a shard holds samples of one split only
 """
@@ -15,19 +16,35 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["CATALOG_COLUMNS", "FORMAT_VERSION", "ShardRecord", "Statistics", "Survey"]
+import numpy as np
 
-FORMAT_VERSION = 1
+__all__ = [
+    "CATALOG_COLUMNS",
+    "FORMAT_VERSION",
+    "MODALITIES",
+    "ShardRecord",
+    "SpectrumRecord",
+    "Statistics",
+    "Survey",
+    "VectorRecord",
+    "WaveGrid",
+]
+
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 had images only
+
+MODALITIES = {"image": "img", "spectrum": "spc", "vectors": "vec"}
+"""What a sample may hold, in stored order, and the extension of its member in a shard."""
 
 CATALOG_COLUMNS = {
     "key": "string",  # unique in the survey; the tar member is <key>.img
     "split": "string",  # train, test, ...
     "shard": "int32",  # index into Survey.shards
     "index": "int32",  # place in the shard
-    "offset": "int64",  # first byte of the blob in the tar
-    "size": "int32",  # bytes of the blob
+    "offset": "int64",  # first byte of the sample's first blob in the tar
+    "size": "int32",  # bytes from there to the end of its last blob
     "ra": "float64",  # degrees, ICRS; NaN where unknown
     "dec": "float64",  # degrees, ICRS; NaN where unknown
     "source": "string",  # file and row the sample came from
@@ -63,6 +80,7 @@ class Statistics:
         asinh_mean: Per band, of a = asinh(flux / (3 sky_sigma)).
         asinh_covariance: [C, C] covariance over bands of a, for whitening.
         samples: Samples measured.
+        vectors: Mean and standard deviation of every component of every vector, by name; NaN where it is never known.
     """
 
     mean: tuple[float, ...]
@@ -70,6 +88,101 @@ class Statistics:
     asinh_mean: tuple[float, ...]
     asinh_covariance: tuple[tuple[float, ...], ...]
     samples: int
+    vectors: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WaveGrid:
+    """Vacuum wavelengths of a spectrum's pixels, in angstrom.
+
+    Attributes:
+        kind: "linear": start + step i; "log10": 10^(start + step i); "table": the values of `table`.
+        start: Wavelength of the first pixel (its log10 for "log10"); of no meaning for "table".
+        step: Spacing; of no meaning for "table".
+        count: Pixels L.
+        table: Every wavelength of an irregular grid; else empty.
+    """
+
+    kind: Literal["linear", "log10", "table"]
+    start: float
+    step: float
+    count: int
+    table: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a grid that does not increase."""
+        if self.kind not in ("linear", "log10", "table"):
+            raise ValueError(f"wavelength grid: kind must be linear, log10 or table, got {self.kind!r}")
+        if self.count < 2 or (self.kind == "table") != (len(self.table) == self.count):
+            raise ValueError(f"wavelength grid: {self.kind} of {self.count} pixels with {len(self.table)} listed")
+        wave = self.angstrom()
+        if not (np.isfinite(wave).all() and wave[0] > 0 and (np.diff(wave) > 0).all()):
+            raise ValueError("wavelength grid: wavelengths must be positive, finite and increasing")
+
+    @classmethod
+    def of(cls, wave: np.ndarray) -> WaveGrid:
+        """The grid of given wavelengths, found to be linear, logarithmic (both to 1e-3 of a pixel) or neither.
+
+        Args:
+            wave: [L] angstrom, increasing.
+
+        Raises:
+            ValueError: They are not finite, not positive or not increasing.
+        """
+        values = np.asarray(wave, np.float64)
+        if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all() or not (np.diff(values) > 0).all():
+            raise ValueError("wavelength grid: wavelengths must be a finite, increasing vector of at least 2")
+        if values[0] <= 0:
+            raise ValueError(f"wavelength grid: wavelengths must be positive, the first is {values[0]:g}")
+        for kind, x in (("linear", values), ("log10", np.log10(values))):
+            step = (x[-1] - x[0]) / (len(x) - 1)
+            if np.abs(x - (x[0] + step * np.arange(len(x)))).max() < 1e-3 * step:
+                return cls(kind, float(x[0]), float(step), len(x))  # type: ignore[arg-type]
+        return cls("table", 0.0, 0.0, len(values), tuple(values.tolist()))
+
+    def angstrom(self) -> np.ndarray:
+        """[L] float64 wavelengths."""
+        if self.kind == "table":
+            return np.array(self.table, np.float64)
+        x = self.start + self.step * np.arange(self.count)
+        return x if self.kind == "linear" else 10.0**x
+
+
+@dataclass(frozen=True)
+class SpectrumRecord:
+    """The spectra of a survey.
+
+    Attributes:
+        grid: Wavelengths that all of them share.
+        unit: Of the flux, e.g. "1e-17 erg/s/cm2/angstrom".
+        codec: "bitplane" or "float16"; see `spectra`.
+    """
+
+    grid: WaveGrid
+    unit: str
+    codec: str = "bitplane"
+
+
+@dataclass(frozen=True)
+class VectorRecord:
+    """A named vector of a survey's samples: photometry, a star-formation history, an energy distribution.
+
+    Attributes:
+        name: Letters, digits and underscores.
+        components: Name of each component: bands, ages, wavelengths.
+        unit: Unit of the components.
+        meaning: One line.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    unit: str
+    meaning: str = ""
+
+    @property
+    def size(self) -> int:
+        """Components n."""
+        return len(self.components)
 
 
 @dataclass(frozen=True)
@@ -90,7 +203,11 @@ class Survey:
         statistics: Pixel statistics of the training split.
         labels: Label columns of the catalogue with their unit or meaning.
         provenance: Command, versions, date and checksums of the inputs.
+        spectrum: The spectra; None where there are none.
+        vectors: Every vector, in stored order.
         format_version: Version of this layout.
+
+    A survey without images has no bands, and height and width 0.
     """
 
     name: str
@@ -106,7 +223,15 @@ class Survey:
     statistics: Statistics
     labels: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    spectrum: SpectrumRecord | None = None
+    vectors: tuple[VectorRecord, ...] = ()
     format_version: int = FORMAT_VERSION
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What samples may hold, in stored order; a single sample may lack any but one."""
+        present = {"image": bool(self.bands), "spectrum": self.spectrum is not None, "vectors": bool(self.vectors)}
+        return tuple(name for name in MODALITIES if present[name])
 
     def count(self, split: str | None = None) -> int:
         """Samples in a split, or in all of the survey."""
@@ -130,14 +255,21 @@ class Survey:
         """
         raw = dict(described)
         version = raw.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
+        if version not in READABLE:
+            raise ValueError(f"format version {version}, this program reads {' and '.join(map(str, READABLE))}")
+        spectrum = raw.pop("spectrum", None)
+        if spectrum is not None:
+            spectrum = dict(spectrum)
+            grid: dict[str, Any] = dict(spectrum.pop("grid"))
+            spectrum = SpectrumRecord(WaveGrid(**grid | {"table": tuple(grid["table"])}), **spectrum)
+        vectors = tuple(VectorRecord(**v | {"components": tuple(v["components"])}) for v in raw.pop("vectors", ()))
         stats = dict(raw.pop("statistics"))
         stats["asinh_covariance"] = tuple(tuple(row) for row in stats["asinh_covariance"])
+        stats["vectors"] = {k: (tuple(mean), tuple(std)) for k, (mean, std) in stats.get("vectors", {}).items()}
         shards = tuple(ShardRecord(**s) for s in raw.pop("shards"))
         fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stats.items()}
-        return cls(**fixed, shards=shards, statistics=Statistics(**numbers))
+        return cls(**fixed, shards=shards, statistics=Statistics(**numbers), spectrum=spectrum, vectors=vectors)
 
     def save(self, folder: Path) -> None:
         """Write survey.json atomically into the survey's folder."""

@@ -62,7 +62,7 @@ def embed(
     packed = isinstance(pipeline.view, EvalInput) and pipeline.view.packed
     parts = {}
     for name in split or have:
-        batches = SequentialLoader(data, split=name, batch=batch, device=where, packed=packed)
+        batches = SequentialLoader(data, split=name, batch=batch, device=where, modalities=("image",), packed=packed)
         rows, vectors = embed_batches({"": pipeline}, batches)
         parts[name] = rows, vectors[""]
     embeddings = stack_splits(data, parts, {"features": UNTRAINED if untrained else TRAINED, **metadata})

@@ -122,7 +122,7 @@ def evaluate_run(
     untrained, about_untrained, _ = load_pipeline(run_dir, survey, device, trained=False, readout=readout)
 
     def batches(split: str) -> Iterable[Batch]:
-        return SequentialLoader(survey_dir, split=split, batch=batch, device=device)
+        return SequentialLoader(survey_dir, split=split, batch=batch, device=device, modalities=("image",))
 
     features = embed_features(
         survey_dir,

@@ -56,7 +56,8 @@ def pack(folder: Path, name: str = "bitplane", masks: bool = True, counts=COUNTS
             with ShardWriter(folder / f"{split}-{number:06d}.tar", split) as writer:
                 for row in islice(rows, count):
                     valid = valid_of(row) if masks else None
-                    writer.add(f"g{row:05d}", codec.encode(image_of(row), STEP if name == "bitplane" else None, valid))
+                    blob = codec.encode(image_of(row), STEP if name == "bitplane" else None, valid)
+                    writer.add(f"g{row:05d}", {"img": blob})
             write_index(writer.path, writer.members)
             records.append(writer.record)
     two = (1.0, 1.0)

@@ -15,13 +15,18 @@ from armillary.engine.data.shards import ShardWriter, read_index, read_members, 
 from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.images import Pictures
 
-BLOBS = {"a": b"x" * 100, "b_2": b"", "c-3": b"y" * 512, "d" * 96: b"z" * 5000}
+BLOBS = {
+    "a": {"img": b"x" * 100},
+    "b_2": {"img": b"", "spc": b"s" * 700, "vec": b"v" * 8},
+    "c-3": {"spc": b"y" * 512},
+    "d" * 96: {"img": b"z" * 5000, "vec": b"w"},
+}
 
 
 def write(path, blobs=None):
     with ShardWriter(path, "train") as writer:
-        for key, blob in (BLOBS if blobs is None else blobs).items():
-            writer.add(key, blob)
+        for key, parts in (BLOBS if blobs is None else blobs).items():
+            writer.add(key, parts)
     return writer
 
 
@@ -43,10 +48,14 @@ def test_python_and_offsets_read_it(tmp_path):
     assert raw[257:265] == b"ustar\x0000"
     with tarfile.open(tmp_path / "s.tar") as tar:
         headers = tar.getmembers()
-        assert {h.name: tar.extractfile(h).read() for h in headers} == {f"{k}.img": v for k, v in BLOBS.items()}
+        assert {h.name: tar.extractfile(h).read() for h in headers} == {
+            f"{k}.{extension}": v for k, blobs in BLOBS.items() for extension, v in blobs.items()
+        }
     assert {(h.mtime, h.uid, h.gid, h.uname, h.gname, h.mode) for h in headers} == {(0, 0, 0, "", "", 0o644)}
     for member in writer.members:
-        assert raw[member.offset : member.offset + member.size] == BLOBS[member.key]
+        assert {p.extension: raw[p.offset : p.offset + p.size] for p in member.parts} == BLOBS[member.key]
+        assert raw[member.offset :][: member.size].endswith(list(BLOBS[member.key].values())[-1])
+        assert member.part("img") is None or member.part("img").offset == member.offset
     assert list(read_members(tmp_path / "s.tar")) == writer.members
 
 
@@ -67,13 +76,13 @@ def test_webdataset_reads_keys_and_blobs(tmp_path):
     with open(tmp_path / "s.tar", "rb") as f:
         members = tariterators.tar_file_expander([{"url": "s.tar", "stream": f}])
         samples = list(tariterators.group_by_keys(members))
-    assert {s["__key__"]: s["img"] for s in samples} == BLOBS
+    assert {s["__key__"]: {e: s[e] for e in ("img", "spc", "vec") if e in s} for s in samples} == BLOBS
 
 
 def test_an_error_leaves_nothing(tmp_path):
     writer = ShardWriter(tmp_path / "s.tar", "train")
     with pytest.raises(KeyError), writer:
-        writer.add("a", b"x")
+        writer.add("a", {"img": b"x"})
         raise KeyError("stop")
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match=r"s\.tar: the shard is not finished"):
@@ -83,13 +92,19 @@ def test_an_error_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("key", ["", "a.b", "a/b", "é", "x" * 97])
 def test_keys_that_do_not_fit_are_refused(tmp_path, key):
     with pytest.raises(ValueError, match="must be 1 to 96 letters"):
-        write(tmp_path / "s.tar", {key: b"x"})
+        write(tmp_path / "s.tar", {key: {"img": b"x"}})
+
+
+@pytest.mark.parametrize("blobs", [{}, {"jpg": b"x"}])
+def test_blobs_of_no_modality_are_refused(tmp_path, blobs):
+    with pytest.raises(ValueError, match="key 'a': blobs must be some of img, spc, vec"):
+        write(tmp_path / "s.tar", {"a": blobs})
 
 
 def test_repeated_keys_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"key 'a': already in s\.tar"), ShardWriter(tmp_path / "s.tar", "t") as writer:
-        writer.add("a", b"x")
-        writer.add("a", b"y")
+        writer.add("a", {"img": b"x"})
+        writer.add("a", {"img": b"y"})
 
 
 def test_truncated_tars_are_seen(tmp_path):
@@ -105,11 +120,11 @@ def test_truncated_tars_are_seen(tmp_path):
 def test_foreign_members_are_refused(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
-    with pytest.raises(ValueError, match=r"member 'a\.jpg' is not a <key>\.img file"):
+    with pytest.raises(ValueError, match=r"member 'a\.jpg' is none of <key>\.img, <key>\.spc"):
         list(read_members(tmp_path / "s.tar"))
 
 
-@pytest.mark.parametrize("text", ["", "v1.1 1\nimg 512 1 a.img\n", "v1.2 2\nimg 512 1 a.img\n", "v1.2 1\nimg 512\n", "v1.2 1\njpg 512 1 a.jpg\n", "v1.2 x\n"])  # fmt: skip
+@pytest.mark.parametrize("text", ["", "v1.1 1\nimg 512 1 a.img\n", "v1.2 2\nimg 512 1 a.img\n", "v1.2 1\nimg 512\n", "v1.2 1\njpg 512 1 a.jpg\n", "v1.2 1\nimg 512 1 a.img spc 1536 1 b.spc\n", "v1.2 x\n"])  # fmt: skip
 def test_malformed_indices_are_refused(tmp_path, text):
     (tmp_path / "s.idx").write_text(text)
     with pytest.raises(ValueError, match=r"not a DALI index of version v1\.2"):

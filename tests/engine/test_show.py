@@ -5,7 +5,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from armillary.engine.data import cli
+from armillary.engine.data import cli, sources
 from armillary.engine.data.colour import lupton_rgb
 from armillary.engine.data.show import draw_mosaic, read_samples
 from armillary.engine.data.survey import Statistics, Survey
@@ -65,10 +65,10 @@ def test_mosaic(folder, tmp_path):
 
 def test_samples_are_random_rows_of_the_split(folder):
     survey = Survey.load(folder / "out")
-    images, rows = read_samples(folder / "out", survey, 100, "train", 0)
-    assert len(images) == len(rows) == survey.count("train") and set(rows["split"].to_pylist()) == {"train"}
-    few = [read_samples(folder / "out", survey, 3, None, seed)[1]["key"].to_pylist() for seed in range(4)]
-    assert len({tuple(k) for k in few}) > 1
+    samples = read_samples(folder / "out", survey, 100, "train", 0)
+    assert len(samples) == survey.count("train") and {s.split for s in samples} == {"train"}
+    few = {tuple(s.key for s in read_samples(folder / "out", survey, 3, None, seed)) for seed in range(4)}
+    assert len(few) > 1
 
 
 @pytest.mark.parametrize(
@@ -104,21 +104,21 @@ def test_check_reports_and_fails(folder, tmp_path, capsys):
 def test_kinds_are_guessed_from_names(tmp_path):
     for name, kind in [("a.JPG", "images"), ("b.zip", "images"), ("c.fits.gz", "fits"), ("d.hdf5", "stein")]:
         (tmp_path / name).write_text("")
-        assert cli.guess_kind(tmp_path / name) == kind
+        assert sources.guess_kind(tmp_path / name) == kind
     with pytest.raises(
         ValueError, match=r"what to read is not clear \(2 of kind images, 1 of kind fits, 1 of kind stein"
     ):
-        cli.guess_kind(tmp_path)
+        sources.guess_kind(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        cli.guess_kind(tmp_path / "none")
+        sources.guess_kind(tmp_path / "none")
 
 
 def test_options_of_another_kind_are_refused(folder):
     with pytest.raises(ValueError, match="rows: sources of kind images have no such option"):
-        cli.open_source(folder / "in", rows=(0, 1))
+        sources.open_source(folder / "in", rows=(0, 1))
     with pytest.raises(ValueError, match="labels: sources of kind stein have no such option"):
-        cli.open_source(folder / "in", "stein", labels=folder / "in" / "labels.csv")
-    assert cli.open_source(folder / "in", size=5, bands=("i", "r", "g")).bands == ("i", "r", "g")
+        sources.open_source(folder / "in", "stein", labels=folder / "in" / "labels.csv")
+    assert sources.open_source(folder / "in", size=5, bands=("i", "r", "g")).bands == ("i", "r", "g")
 
 
 def test_build_command_takes_every_option(folder, tmp_path):
@@ -132,6 +132,6 @@ def test_build_command_takes_every_option(folder, tmp_path):
 
 
 def test_unknown_split_is_refused_before_anything_is_made(folder, tmp_path):
-    with pytest.raises(ValueError, match="split: must be auto, key, sky, source"):
+    with pytest.raises(ValueError, match="split: must be auto, key, sky, healpix"):
         command(cli.build, folder / "in", "--out", tmp_path / "o", "--split", "half")
     assert not (tmp_path / "o").exists()

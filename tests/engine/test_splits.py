@@ -96,7 +96,7 @@ def test_rules_from_text():
     assert parse_split("sky", 0.2) == BySky(0.2) and parse_split("source", None) == BySource()
     assert parse_split("ra:350:10", None) == ByRange("ra", 350, 10)
     for text, fraction, match in [
-        ("half", None, "must be auto, key, sky, source or COLUMN:LOW:HIGH"),
+        ("half", None, "must be auto, key, sky, healpix.*source or COLUMN:LOW:HIGH"),
         ("z:a:b", None, "split 'z:a:b': could not convert"),
         ("z:2:1", None, "2.0 is not below 1.0"),
         ("source", 0.1, "test_fraction: has no effect with split 'source'"),

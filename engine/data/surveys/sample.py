@@ -1,8 +1,10 @@
 """What a survey reader hands to the builder: samples, by index, and cheap descriptions of them.
 
-A reader is a `Source`. It may also be `Described` (keys and positions without reading pixels: spares the builder a pass
-over the data), `Traceable` (names its input files, for provenance and safe resuming) and `Lossless` (its pixels are
-multiples of a step). Sources are pickled to worker processes, so they open files lazily, once in each process.
+A sample holds any mix of an image, a spectrum and named vectors (photometry, a star-formation history, ...), besides
+labels. A reader is a `Source`; one with spectra is `Spectral`, one with vectors `Vectorial`. It may also be `Described`
+(keys and positions without reading pixels: spares the builder a pass over the data), `Traceable` (names its input files,
+for provenance and safe resuming) and `Lossless` (its pixels are multiples of a step). Sources are pickled to worker
+processes, so they open files lazily, once in each process.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from armillary.engine.data.survey import SpectrumRecord, VectorRecord
+
 __all__ = [
     "BadSample",
     "Described",
@@ -23,13 +27,18 @@ __all__ = [
     "Rows",
     "Sample",
     "Source",
+    "Spectral",
+    "Spectrum",
     "Traceable",
+    "Vectorial",
     "centre_crop",
     "describe",
     "digest",
     "inputs",
     "key_from_name",
     "key_problem",
+    "spectrum_of",
+    "vectors_of",
 ]
 
 MAX_KEY = 96  # a USTAR name field holds 100 bytes, of which ".img" takes four
@@ -41,8 +50,21 @@ class BadSample(ValueError):
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """One spectrum on the source's wavelength grid.
+
+    Attributes:
+        flux: [L] float32 in the source's unit; 0 where there is no data.
+        ivar: [L] float32 inverse variance in 1 / unit^2; 0 where a pixel carries no data.
+    """
+
+    flux: np.ndarray
+    ivar: np.ndarray
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One cutout with what is known of it.
+    """One object with what is known of it. A modality that it lacks is None, or absent from `vectors`.
 
     Attributes:
         key: Unique in the survey; letters, digits and `_ + = -`, at most 96 of them. No dots: readers of WebDataset
@@ -54,16 +76,20 @@ class Sample:
         labels: A value for each of the source's labels: a number (NaN where unknown) or a text ("" where unknown).
         source: File and row the sample came from.
         split: The split that the source itself assigns; None where it assigns none.
+        spectrum: On the grid of the source's `spectrum`.
+        vectors: [n] float32 by name, as the source's `vectors` describes them; NaN where a component is unknown.
     """
 
     key: str
-    image: np.ndarray
+    image: np.ndarray | None
     valid: np.ndarray | None
     ra: float
     dec: float
     labels: dict[str, float | str]
     source: str
     split: str | None = None
+    spectrum: Spectrum | None = None
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,11 +118,11 @@ class Rows:
 
 
 class Source(Protocol):
-    """Random access to the samples of a survey."""
+    """Random access to the samples of a survey. The first three describe images; without any, `bands` is empty."""
 
     @property
     def bands(self) -> tuple[str, ...]:
-        """Band names in stored order."""
+        """Band names in stored order; empty where no sample has an image."""
 
     @property
     def pixel_scale_arcsec(self) -> float | None:
@@ -119,6 +145,24 @@ class Source(Protocol):
         Raises:
             BadSample: This sample is unusable.
         """
+
+
+@runtime_checkable
+class Spectral(Protocol):
+    """A source of spectra, all on one grid."""
+
+    @property
+    def spectrum(self) -> SpectrumRecord | None:
+        """Grid and unit; None where the files turn out to hold no spectra."""
+
+
+@runtime_checkable
+class Vectorial(Protocol):
+    """A source of vectors."""
+
+    @property
+    def vectors(self) -> tuple[VectorRecord, ...]:
+        """Every vector that a sample may have."""
 
 
 @runtime_checkable
@@ -181,6 +225,16 @@ def inputs(source: Source) -> dict[str, str]:
         return source.inputs()
     own = type(source).__repr__ is not object.__repr__
     return {"source": repr(source) if own else type(source).__qualname__}
+
+
+def spectrum_of(source: Source) -> SpectrumRecord | None:
+    """The spectra of any source; None where it has none."""
+    return source.spectrum if isinstance(source, Spectral) else None
+
+
+def vectors_of(source: Source) -> tuple[VectorRecord, ...]:
+    """The vectors of any source."""
+    return source.vectors if isinstance(source, Vectorial) else ()
 
 
 def key_problem(key: str) -> str | None:
