@@ -71,8 +71,8 @@ class CoaddFile:
         self._hdus = open_fits(path)
         self._close = weakref.finalize(self, self._hdus.close)
         try:
-            self._names = {hdu.name for hdu in self._hdus}
-            arms = ("BRZ",) if "BRZ_FLUX" in self._names else ("B", "R", "Z")
+            self._named = {hdu.name: hdu for hdu in self._hdus}  # astropy reads all headers to find one by name
+            arms = ("BRZ",) if "BRZ_FLUX" in self._named else ("B", "R", "Z")
             first = self._hdu(f"{arms[0]}_FLUX").shape
             self.count = first[0] if len(first) == 2 else 0
             if not self.count:
@@ -142,7 +142,7 @@ class CoaddFile:
                 pixel = int(np.argmax(weights < 0))
                 raise ValueError(f"{arm}_IVAR: pixel {pixel} is {weights[pixel]:g}, and must not be negative")
             good = np.isfinite(values) & np.isfinite(weights) & (weights > 0)
-            if f"{arm}_MASK" in self._names:
+            if f"{arm}_MASK" in self._named:
                 good &= self._row_of(f"{arm}_MASK", row) == 0
             place = slice(first, first + len(values))
             weights[~good] = 0
@@ -155,13 +155,13 @@ class CoaddFile:
         return Spectrum(flux.astype(np.float32), ivar.astype(np.float32))
 
     def _hdu(self, name: str) -> Any:
-        if name not in self._names:
-            there = ", ".join(sorted(self._names - {"", "PRIMARY"})) or "none"
+        if name not in self._named:
+            there = ", ".join(sorted(set(self._named) - {"", "PRIMARY"})) or "none"
             raise ValueError(f"{self.path}: no HDU {name}; it has {there}")
-        return self._hdus[name]
+        return self._named[name]
 
     def _row_of(self, name: str, row: int) -> np.ndarray:
-        hdu = self._hdus[name]
+        hdu = self._named[name]
         return hdu.section[row] if self.path.suffix.lower() == ".fits" else hdu.data[row]  # gzip cannot be read in part
 
     def _check_arm(self, arm: str) -> int:
@@ -182,7 +182,7 @@ class CoaddFile:
             wrong = wave[np.argmax(off)] if off.any() else wave[0 if first < 0 else -1]
             raise ValueError(f"{where}: {wrong:g} is no pixel of the grid 3600 + 0.8 i angstrom to 9824")
         for kind in ("FLUX", "IVAR", "MASK"):
-            if kind == "MASK" and f"{arm}_MASK" not in self._names:
+            if kind == "MASK" and f"{arm}_MASK" not in self._named:
                 continue
             hdu = self._hdu(f"{arm}_{kind}")
             if tuple(hdu.shape) != (self.count, len(wave)):
@@ -197,7 +197,7 @@ class CoaddFile:
         self._columns: dict[str, np.ndarray] = {}
         self.targets = np.full(self.count, UNNAMED)
         self._redshift_row = np.full(self.count, -1)
-        if "FIBERMAP" in self._names or need_fibermap:
+        if "FIBERMAP" in self._named or need_fibermap:
             table = Table(self.path, self._hdu("FIBERMAP"))
             if table.count != self.count:
                 raise ValueError(f"{self.path}: FIBERMAP has {table.count} rows, the spectra {self.count}")
