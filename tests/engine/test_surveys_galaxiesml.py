@@ -8,7 +8,7 @@ from armillary.engine.data.build import build
 from armillary.engine.data.splits import BySource
 from armillary.engine.data.surveys.galaxiesml import GalaxiesML, GalaxiesMLSpectra, bin_spectrum
 from armillary.engine.data.surveys.packed import PackedSurvey
-from armillary.engine.data.surveys.sample import BadSample
+from armillary.engine.data.surveys.sample import BadSample, centre_crop
 
 FIRST_ID = 36407041002914811  # float64 cannot tell it from its neighbours
 PIXELS = 7783
@@ -248,3 +248,19 @@ def test_wrong_files_of_galaxiesml(folder):
         GalaxiesML(train)
     with pytest.raises(ValueError, match="size: must be within 1 and 16"):
         GalaxiesML(folder / "5x64x64_testing_with_morphology.hdf5", size=17)
+
+
+def test_real_hsc_stamps(real_data, tmp_path):
+    stamps = [np.load(path)["images"] for path in sorted((real_data / "hsc_grizy_stamps").glob("*.npz"))]
+    images = np.stack([centre_crop(stamp, 48, 48) for stamp in stamps if min(stamp.shape[1:]) >= 48])
+    put(tmp_path / "5x64x64_training.hdf5", galaxies(len(images)) | {"image": images})
+    source = GalaxiesML(tmp_path)
+    survey = build(source, tmp_path / "packed", name="stamps", progress=False)
+    assert survey.count() == len(images) > 10
+    packed = PackedSurvey(tmp_path / "packed")
+    for i in range(len(images)):
+        sample = packed.read(i)
+        original = images[int(sample.key) - FIRST_ID]
+        seen = original != 0
+        for k, step in enumerate(survey.step):
+            np.testing.assert_allclose(sample.image[k][seen[k]], original[k][seen[k]], atol=step * 0.51, rtol=1e-6)

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from astropy.io import fits
 
 from armillary.engine.data.build import build
 from armillary.engine.data.survey import WaveGrid
@@ -321,6 +322,9 @@ def test_wrong_files(tmp_path):
 
 
 def test_wrong_parquet(tmp_path):
+    put_parquet(tmp_path / "hats" / "data_thumbnail.parquet", catalog(2) | images(2), True)
+    with pytest.raises(ValueError, match=r"hats: no data in it, only data_thumbnail\.parquet"):
+        MultimodalUniverse(tmp_path / "hats")
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"ra": [1.0]}), path)
     with pytest.raises(ValueError, match=r"a\.parquet: column 'object_id' is missing; there is ra"):
@@ -339,6 +343,36 @@ def test_wrong_parquet(tmp_path):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"a\.parquet: not a readable Parquet file"):
         MultimodalUniverse(path)
+
+
+def test_real_sdss_spectra(real_data, tmp_path):
+    """Spectra of both spectrographs in the layout of the SDSS files: cut, masked and padded as they are there."""
+    tables = [fits.getdata(path, 1) for path in sorted((real_data / "sdss_spectra").glob("spec-*.fits*"))]
+    tables = [{name.lower(): table[name] for name in table.names} for table in tables]
+    count, longest = len(tables), max(len(table["flux"]) for table in tables)
+    data = catalog(count) | {f"spectrum_{part}": np.zeros((count, longest), np.float32) for part in ("flux", "ivar")}
+    data |= {
+        "spectrum_lambda": np.full((count, longest), -1, np.float32),
+        "spectrum_mask": np.ones((count, longest), bool),
+    }
+    for row, table in enumerate(tables):
+        length = len(table["flux"])
+        data["spectrum_flux"][row, :length] = table["flux"]
+        data["spectrum_ivar"][row, :length] = table["ivar"]
+        data["spectrum_lambda"][row, :length] = 10.0 ** table["loglam"]
+        data["spectrum_mask"][row, :length] = (table["and_mask"] != 0) | (table["ivar"] <= 1e-6)
+    put(tmp_path / "sdss" / "healpix=583" / "001-of-001.hdf5", data)
+    source = MultimodalUniverse(tmp_path)
+    assert count > 20 and source.spectrum.grid == SDSS_GRID
+    wave = SDSS_GRID.angstrom()
+    for row in range(count):
+        spectrum = source.read(row).spectrum
+        good = ~data["spectrum_mask"][row]
+        seen = spectrum.ivar > 0
+        np.testing.assert_array_equal(spectrum.flux[seen], data["spectrum_flux"][row][good])
+        np.testing.assert_allclose(wave[seen], data["spectrum_lambda"][row][good], rtol=1e-6)
+    survey = build(source, tmp_path / "packed", name="sdss", progress=False)
+    assert survey.count() == count and survey.modalities == ("spectrum",)
 
 
 def test_irregular_grid():

@@ -99,7 +99,7 @@ def test_rows_beyond_one_block_and_file(tmp_path):
     put(tmp_path / "a.h5", small)
     put(tmp_path / "b.h5", {k: v[:7] if k != "galaxy_id" else v[:7] + 9000 for k, v in small.items()})
     source = SuperMock(tmp_path)
-    for i in (0, 1023, 1024, 2499, 2500, 2506, 5):
+    for i in (0, 511, 512, 1023, 1024, 2499, 2500, 2506, 5):
         row = i if i < 2500 else i - 2500
         sample = source.read(i)
         assert sample.vectors["lsst"][1] == small["mag_g_sdss"][row]

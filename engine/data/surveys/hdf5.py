@@ -40,7 +40,7 @@ __all__ = [
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError, pa.ArrowException)  # ways to say that a file is damaged
 CHUNK_CACHE_BYTES = 64 << 20
-BLOCK = 4096  # rows whose labels are read together
+BLOCK = 512  # rows whose labels are read together
 POSITION = {"ra": (0.0, 360.0), "dec": (-90.0, 90.0)}
 KINDS = {"f": "floating-point", "fiu": "numeric", "iu": "whole", "SOU": "text", "SOUiu": "text or whole"}
 
@@ -240,7 +240,7 @@ def opened(path: Path) -> Iterator[Any]:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError) as error:  # KeyError: a link to nowhere
         raise ValueError(f"{path}: not a readable HDF5 file: {error}") from error
 
 

@@ -58,7 +58,7 @@ class MultimodalUniverse(PartSource):
     """A `Source` of one survey of the Multimodal Universe; the key of a sample is its object_id.
 
     Image pixels that are masked, of ivar 0, or not finite carry no data; likewise those of spectra. Spectra are put on
-    the grid of the first one, or on `SDSS_GRID` where that has steps of 1e-4 in log10. Columns of the catalogue with
+    the grid of the first one, or on `SDSS_GRID` where that one's pixels are some of its. Columns of the catalogue with
     one value a row become labels, the others are left out.
 
     Args:
@@ -85,6 +85,8 @@ class MultimodalUniverse(PartSource):
     ) -> None:
         found = find_files(path, (*HDF5_SUFFIXES, ".parquet"), "HDF5 or Parquet")
         files = [(f, name) for f, name in zip(*found, strict=True) if f.name != THUMBNAIL]
+        if not files:
+            raise ValueError(f"{path}: no data in it, only {THUMBNAIL}")
         self._is_parquet = files[0][0].suffix.lower() == ".parquet"
         self._mask_is_good = mask_is_good
         look = look_into_parquet if self._is_parquet else look_into_hdf5
@@ -155,12 +157,7 @@ class MultimodalUniverse(PartSource):
                 self._height, self._width = (size, size) if size is not None else image.shape[1:]
             if self._has["spectrum"]:
                 wave = stored["spectrum_lambda"]
-                try:
-                    grid = WaveGrid.of(wave[: len(wave) - _padding(wave)])
-                except ValueError as error:
-                    raise ValueError(f"column 'spectrum_lambda': {error}") from error
-                if grid.kind == "log10" and abs(grid.step / SDSS_GRID.step - 1) < 1e-4:
-                    grid = SDSS_GRID
+                grid = _grid(wave[: len(wave) - _padding(wave)])
                 self.spectrum = SpectrumRecord(grid, spectrum_unit)
         except ValueError as error:
             raise ValueError(str(error) if str(error).startswith("size") else f"{place}: {error}") from error
@@ -262,6 +259,18 @@ def place_on_grid(
     placed = np.zeros((2, grid.count), np.float32)
     placed[:, index] = flux, ivar
     return placed[0], placed[1]
+
+
+def _grid(wave: np.ndarray) -> WaveGrid:
+    """SDSS's grid where the wavelengths are on it, else their own."""
+    try:
+        place_on_grid(np.zeros(len(wave)), np.zeros(len(wave)), wave, SDSS_GRID)
+    except ValueError:
+        try:
+            return WaveGrid.of(wave)
+        except ValueError as error:
+            raise ValueError(f"column 'spectrum_lambda': {error}") from error
+    return SDSS_GRID
 
 
 def _padding(wave: np.ndarray) -> int:

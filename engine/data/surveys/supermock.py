@@ -44,7 +44,7 @@ EXPECTED = {"lsst": 6, "spherex": 102}
 GRID_MICRON = (0.09, 35.0, 500)  # first, last, points, evenly in the logarithm
 LARGEST_MICRON = 5.0  # a first wavelength beyond it is in angstrom
 AXES = ("time_bins_SFH", "SED_wavelength")  # one value a component, not a row
-BLOCK = 1024  # rows whose magnitudes are read together: they are in some 160 data sets
+BLOCK = 512  # rows whose magnitudes are read together: they are in some 160 data sets
 MEANING = {
     "redshift": "true redshift, without peculiar velocity",
     "stellar_mass": "Msun",
