@@ -327,7 +327,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if "5x64" in c else c for c in COMPILED])
 def test_compiles_without_spilling(case, sm):
     kind, form, bands, number, turned, ones, divisible = COMPILED[case]
     launch = module.LAUNCH[sm]
@@ -343,7 +343,6 @@ def test_compiles_without_spilling(case, sm):
     assert used.stack == used.local == 0, used
     assert used.shared <= SHARED_LIMIT[sm], used
     assert used.registers <= 224, used
-    print(case, sm, used)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
