@@ -133,12 +133,12 @@ def scan_tile(blob, end, masked, tile, channels, count, tiles, TILE: tl.constexp
         TILE: Blocks of a tile.
 
     Returns:
-        All int32, the first a scalar: first word of all data; and by block its planes, whether it has mask bits, whether it
+        All int32, the first a scalar: the tile's first word; and by block its planes, whether it has mask bits, whether it
         has a lone plane and at which pixel, and its first word counted from the tile's.
     """
     codes = 20 + 4 * channels + 4 * tiles
     masks = codes + (count + 1) // 2
-    base = (masks + masked * ((count + 7) // 8) + 1) // 2
+    start = (masks + masked * ((count + 7) // 8) + 1) // 2 + tile_start(blob, end, tile, channels)
     block = tile * TILE + tl.arange(0, TILE)
     at = codes + block // 2
     there = (block < count) & (at < 2 * end)
@@ -154,10 +154,10 @@ def scan_tile(blob, end, masked, tile, channels, count, tiles, TILE: tl.constexp
     both = planes + touched + lone * 65536
     before = tl.cumsum(both, axis=0) - both
     rank = before >> 16
-    at = base + tile_start(blob, end, tile, channels) + rank // 4
+    at = start + rank // 4
     words = blob.to(tl.pointer_type(tl.uint16))
     place = tl.load(words + at, mask=(lone > 0) & (at < end), other=0).to(tl.int32) >> 4 * (rank % 4) & 15
-    return base, planes, touched, lone, place, (tl.sum(lone, axis=0) + 3) // 4 + (before & 0xFFFF)
+    return start, planes, touched, lone, place, (tl.sum(lone, axis=0) + 3) // 4 + (before & 0xFFFF)
 
 
 @triton.jit
@@ -191,9 +191,9 @@ def _decode_bitplane_kernel(
     sound, masked = read_header(blob, size, stride, kind, shape, channels)
     end = tl.where(sound, size // 2, 0).to(tl.int32)  # every load below stays before this word
     count = channels * band_blocks
-    base, planes, touched, lone, place, first = scan_tile(blob, end, masked, tile, channels, count, tiles, TILE)
+    start, planes, touched, lone, place, first = scan_tile(blob, end, masked, tile, channels, count, tiles, TILE)
 
-    data = base + tile_start(blob, end, tile, channels) + first
+    data = start + first
     words = blob.to(tl.pointer_type(tl.uint16))
     usable = tl.load(words + data, mask=(touched > 0) & (data < end), other=0xFFFF).to(tl.int32)
     data += touched
@@ -210,11 +210,12 @@ def _decode_bitplane_kernel(
     step = tl.load((blob + 20).to(tl.pointer_type(tl.float32)) + band, mask=(block < count) & sound, other=0.0)
     pixel = ((block - band * band_blocks) * 16)[:, None] + lane
     inside = (block < count)[:, None] & (pixel < pixels)
-    to = (row * channels + band)[:, None] * pixels + pixel
-    tl.store(image_ptr + to, q.to(tl.float32) * step[:, None], mask=inside)
+    to = (band * pixels)[:, None] + pixel
+    image = row * channels * pixels
+    tl.store(image_ptr + image + to, q.to(tl.float32) * step[:, None], mask=inside)
     if WITH_VALID:
         seen = tl.where(sound, usable[:, None] >> lane & 1, 0)
-        tl.store(valid_ptr + to, seen.to(tl.uint8), mask=inside)
+        tl.store(valid_ptr + image + to, seen.to(tl.uint8), mask=inside)
 
 
 def validate(operation: str, blobs: Tensor, sizes: Tensor, channels: int, height: int, width: int) -> None:

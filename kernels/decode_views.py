@@ -95,13 +95,12 @@ def _index_kernel(
 
 
 @triton.jit
-def _fetch(blob, entry, start, end, base, LANES: tl.constexpr):
+def _fetch(blob, entry, start, end, base):
     """Load the first words of blocks, of which each thread takes one.
 
     Returns:
-        A tuple by block: planes; bits of the lone plane; bits of the pixels with data, twice; whether planes begin in the
-        upper half of a word of 32 bits; pointer to that word; words there are; the first five of them, which hold 8
-        planes and a lone one.
+        A tuple by block: planes; bits of the lone plane; bits of the pixels with data, twice; word of plane 0; the first
+        five aligned words of 32 bits from there on, which hold 9 planes.
     """
     planes, touched = entry >> 13 & 63, entry >> 19 & 1
     at = base + start + (entry & 0x1FFF)
@@ -109,13 +108,17 @@ def _fetch(blob, entry, start, end, base, LANES: tl.constexpr):
     usable = mask.to(tl.uint32) | mask.to(tl.uint32) << 16
     extra = (entry >> 20 & 1).to(tl.uint32) << (entry >> 21 & 15).to(tl.uint32)
     at += touched
-    odd = at % 2
-    there = tl.minimum((planes + odd + 1) // 2, end // 2 - at // 2)
-    words = blob.to(tl.pointer_type(tl.uint32)) + at // 2
-    found = (planes, extra, usable, odd, words, there)  # type: tuple
+    found = (planes, extra, usable, at)  # type: tuple
     for k in tl.static_range(5):
-        found = found + (tl.load(words + k, mask=there > k, other=0),)
+        found = found + (_word(blob, at, planes, end, k),)
     return found
+
+
+@triton.jit
+def _word(blob, at, planes, end, k):
+    """Aligned word k of 32 bits of planes that begin at the word `at` of 16 bits; 0 behind them, and behind the blob."""
+    there = tl.minimum((planes + at % 2 + 1) // 2, end // 2 - at // 2)
+    return tl.load(blob.to(tl.pointer_type(tl.uint32)) + at // 2 + k, mask=there > k, other=0)
 
 
 @triton.jit
@@ -124,11 +127,11 @@ def _plane_pair(k, low, high, found):
 
     Args:
         k: Which pair.
-        low: Word of 32 bits in which plane 2 k begins.
+        low: Aligned word of 32 bits in which plane 2 k begins.
         high: The next one.
         found: As from `_fetch`.
     """
-    word = tl.where(found[3] > 0, (low >> 16) | (high << 16), low)
+    word = tl.where(found[3] % 2 == 1, (low >> 16) | (high << 16), low)
     left = found[0] - 2 * k
     word = tl.where(left > 1, word, tl.where(left == 1, word & 0xFFFF, 0))
     lone = tl.where(left == 1, found[1] << 16, tl.where(left == 0, found[1], 0))
@@ -136,17 +139,17 @@ def _plane_pair(k, low, high, found):
 
 
 @triton.jit
-def _quantised(found, first, lane):
+def _quantised(blob, end, found, first, lane):
     """Integers int32 [runs, LANES] of pixels first + lane of each block."""
     bits = tl.zeros([1, 1], tl.uint32)  # even planes in the lower half, odd ones in the upper, each at its own place
     for k in tl.static_range(4):
-        pair = _plane_pair(k, found[6 + k], found[7 + k], found)
+        pair = _plane_pair(k, found[4 + k], found[5 + k], found)
         pair = _turned(pair, first - 2 * k)
         bits = bits | (_turned(pair[:, None], lane) & (0x10001 << 2 * k))
     u = (bits & 0xFFFF) | (bits >> 15)
-    low = found[10]
+    low = found[8]
     for k in range(4, (tl.max(found[0], axis=0) + 1) // 2):  # bright blocks
-        high = tl.load(found[4] + k + 1, mask=found[5] > k + 1, other=0)
+        high = _word(blob, found[3], found[0], end, k + 1)
         more = (_plane_pair(k, low, high, found) >> first.to(tl.uint32))[:, None] >> lane.to(tl.uint32)
         u = u | (((more & 1) | (more >> 15 & 2)) << 2 * k)
         low = high
@@ -258,14 +261,14 @@ def _decode_views_kernel(
             entries = entries + (tl.load(index_ptr + row * count + block, mask=there, other=0),)
             starts = starts + (tile_start(blob, end, block // TILE, channels),)
         for m in tl.static_range(BANDS):
-            found = found + (_fetch(blob, entries[m], starts[m], end, base, LANES),)
+            found = found + (_fetch(blob, entries[m], starts[m], end, base),)
 
     values = ()  # type: tuple
     for m in tl.static_range(BANDS):
         band = tl.load(bands_ptr + m)
         if CODEC == 1:
             step = tl.load((blob + 20).to(tl.pointer_type(tl.float32)) + band, mask=sound, other=0.0)
-            flux = _quantised(found[m], pixel % 16, lane).to(tl.float32) * step
+            flux = _quantised(blob, end, found[m], pixel % 16, lane).to(tl.float32) * step
         else:
             flux = _half(blob, end, 10 + 2 * channels + band * pixels, pixel[:, None] + lane, inside)
         number = tl.load(numbers_ptr + m)
@@ -297,9 +300,25 @@ def _decode_views_kernel(
 
 LAUNCH = {
     INTERPRETER: Launch({"RUNS": 64, "LANES": 8}, num_warps=4, num_stages=1),
-    80: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
-    90: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
-    100: Launch({"RUNS": 128, "LANES": 8}, num_warps=4, num_stages=1),
+    80: Launch(
+        {"RUNS": 128, "LANES": 8},  # RUNS: at least the threads, or Triton lets every thread load what its pixels need
+        num_warps=4,
+        num_stages=1,
+        source="not measured; compiled ahead of time: rgb of 3 bands 96 registers, whitening of 5 bands 183, no spills",
+    ),
+    90: Launch(
+        {"RUNS": 128, "LANES": 8},
+        num_warps=4,
+        num_stages=1,
+        source="not measured; compiled ahead of time: rgb of 3 bands 109 registers (80 by Triton 3.6), whitening of 5 bands "
+        "188 (144), no spills; with LANES 16 whitening of 5 bands spills",
+    ),
+    100: Launch(
+        {"RUNS": 128, "LANES": 8},
+        num_warps=4,
+        num_stages=1,
+        source="not measured; compiled ahead of time: rgb of 3 bands 102 registers, whitening of 5 bands 202, no spills",
+    ),
 }
 
 

@@ -72,7 +72,8 @@ def assert_no_worse_than_eager(out, arguments, dtype=torch.float32):
     exact = decode_views_reference(*arguments, torch.float64)
     eager = decode_views_reference(*arguments)
     floor = exact.abs().amax((1, 2, 3), keepdim=True) if isinstance(arguments[-1], AsinhMatrix) else exact.abs()
-    bound = 2 * (eager - exact).abs() + 8 * HALF[torch.float32] * floor + 2 * HALF[dtype] * exact.abs() + 2.0**-24
+    units = 16 if out.is_cuda else 8  # roots and quotients of a GPU are approximate
+    bound = 2 * (eager - exact).abs() + units * HALF[torch.float32] * floor + 2 * HALF[dtype] * exact.abs() + 2.0**-24
     assert out.dtype == dtype
     assert ((out.double() - exact).abs() <= bound).all()
 
@@ -310,8 +311,8 @@ POINTERS = {
 INTEGERS = ("images", "stride", "kind", "shape", "channels", "pixels", "width", "side", "out_channels", "parts")
 # what is compiled: output, form, bands, codec, turned, integers that are 1 (they become constants), divisible by 16
 COMPILED = {
-    "rgb of 3x152x152": ("*fp32", 2, 3, 1, False, (), ("stride", "side", "pixels")),
-    "whitening of 5x64x64": ("*bf16", 1, 5, 1, False, (), ("stride", "side", "pixels", "width")),
+    "rgb of 3x152x152": ("*bf16", 2, 3, 1, False, (), ("stride", "side", "pixels")),
+    "whitening of 5x64x64": ("*fp32", 1, 5, 1, False, (), ("stride", "side", "pixels", "width")),
     "turned zscore of 1x9x9": ("*fp16", 0, 1, 1, True, ("channels", "out_channels", "images", "parts"), ()),
     "one pixel": (
         "*fp32",
@@ -326,7 +327,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if "5x64" in c else c for c in COMPILED])
 def test_compiles_without_spilling(case, sm):
     kind, form, bands, number, turned, ones, divisible = COMPILED[case]
     launch = module.LAUNCH[sm]
