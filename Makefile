@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test soak lint format bench clean
+.PHONY: install demo test soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
 	@echo "make bench              benchmarks of loader and training step on this machine"
+	@echo "make bench-gpu          tests and times of all kernels on one GPU, in eight minutes"
 
 # Torch comes first and pinned: an unpinned one would fetch another build with every dependency that asks for it.
 $(VENV)/.dependencies: pyproject.toml constraints.txt
@@ -69,6 +70,10 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/step.py
+
+# Without `install`: it needs neither the network nor most dependencies. The environment's Python, where there is one.
+bench-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 clean:
 	rm -rf build $(RUNS)/demo armillary/_C*.so

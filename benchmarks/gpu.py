@@ -100,6 +100,8 @@ def main() -> int:
     options = parse()
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
     prepare()
     out = options.out or folder_of(options.device)
     from gpu_run import Run

@@ -20,6 +20,7 @@ __all__ = ["Limits", "Measurement", "Passes", "device_limits", "measure"]
 WARMUP = 3
 REPEATS = (5, 100)  # least and most
 AHEAD_CYCLES = 2_000_000  # about a millisecond
+FLUSH_BYTES = 256 << 20  # or four times the second-level cache, if that is more
 MIB = 2.0**20
 
 
@@ -59,7 +60,7 @@ class Measurement:
 class _Flush:
     def __init__(self, device: torch.device) -> None:
         size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        self.buffer: Tensor = torch.ones(max(4 * size, 256 << 20) // 4, device=device)
+        self.buffer: Tensor = torch.ones(max(4 * size, FLUSH_BYTES) // 4, device=device)
 
     def __call__(self) -> None:
         self.buffer.sum()
