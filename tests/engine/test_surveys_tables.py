@@ -120,6 +120,7 @@ def test_lists_of_parquet(tmp_path):
 def test_defaults(tmp_path):
     columns = {"ra": COLUMNS["RA"], "DEC": COLUMNS["Dec"], "Source": COLUMNS["SPECTYPE"], "big": IDS}
     source = TableRows(write(tmp_path / "my table.v2.csv", columns))
+    assert TableRows(write(tmp_path / "c.csv"), text=("nobs",)).read(1).labels["nobs"] == "2"
     assert list(source.labels) == ["source_", "big"] and source.read(2).ra == 180.25
     assert source.describe(1, 3).keys == ["my_table-0000001", "my_table-0000002"]
     nowhere = TableRows(write(tmp_path / "b.csv", {"x": COLUMNS["RA"]}))
@@ -271,6 +272,11 @@ MALFORMED = {
         "column 'flux': 3 numbers a row, beside other columns of vector 'v'",
     ),
     "fractions as keys": (lambda p: write(p / "a.fits"), {"key": "mag_r"}, "column 'mag_r': .*cannot be keys"),
+    "fractions as identifiers": (
+        lambda p: write(p / "a.fits"),
+        {"text": ("mag_r",)},
+        "column 'mag_r': an identifier must be whole numbers or text",
+    ),
     "ra above 360": (
         lambda p: write(p / "a.fits", RA=COLUMNS["RA"] + 1),
         {},

@@ -43,6 +43,7 @@ class TableRows:
         units: Unit or meaning by label or vector, where the file has none.
         components: Names of a vector's components, by vector's name; by default the columns' names or 0, 1, ...
         missing: Numbers that mean "no value" in every label and vector, or such numbers by column.
+        text: Columns of whole numbers that are text whatever their values: identifiers.
         ra_unit: "degree" or "hour"; by default degrees, but what looks like hours is refused.
         duplicates: Refuse a table in which a key occurs twice, or keep the first row of each.
         table: Number or name of a FITS HDU, path of an HDF5 group or data set.
@@ -74,6 +75,7 @@ class TableRows:
         units: Mapping[str, str] | None = None,
         components: Mapping[str, Sequence[str]] | None = None,
         missing: Sequence[float] | Mapping[str, Sequence[float]] = (),
+        text: Sequence[str] = (),
         ra_unit: Literal["degree", "hour"] | None = None,
         duplicates: Literal["error", "first"] = "error",
         table: int | str | None = None,
@@ -92,7 +94,7 @@ class TableRows:
         if strangers := set(components or {}) - set(self._parts):
             raise ValueError(f"components: no vector is called {sorted(strangers)[0]!r}")
         self._columns = self._label_columns(labels)
-        self._text = {label: self._is_text(column) for label, column in self._columns.items()}
+        self._text = {label: self._is_text(column, column in text) for label, column in self._columns.items()}
         self.labels = {label: self._meaning(label, column, units or {}) for label, column in self._columns.items()}
         if strangers := set(units or {}) - set(self.labels) - set(self._parts):
             raise ValueError(f"units: no label or vector is called {sorted(strangers)[0]!r}")
@@ -243,9 +245,11 @@ class TableRows:
             columns[label] = column
         return columns
 
-    def _is_text(self, column: str) -> bool:
+    def _is_text(self, column: str, identifier: bool) -> bool:
         kind = self.catalogue.columns[column].kind
-        return kind == "text" or (kind == "int" and not self.catalogue.exact(column))
+        if identifier and kind not in ("int", "text"):
+            raise self._wrong(column, "an identifier must be whole numbers or text, others have lost digits")
+        return kind == "text" or identifier or (kind == "int" and not self.catalogue.exact(column))
 
     def _meaning(self, label: str, column: str, units: Mapping[str, str]) -> str:
         return units.get(label) or self.catalogue.columns[column].unit or f"{column} of {self.catalogue.names[0]}"
