@@ -1,7 +1,7 @@
 """Galaxy Zoo: how volunteers describe galaxies, as fractions of votes for the answers to a tree of questions.
 
 Galaxy Zoo DECaLS GZD-5 (Walmsley et al. 2022; `gz_decals_volunteers_5.csv`, .parquet or .fits, zenodo 4573248) and Galaxy
-Zoo 2 (Willett et al. 2013, Hart et al. 2016), both with a column a count, fraction and debiased fraction of every answer.
+Zoo 2 (Willett et al. 2013), both with a column a count, fraction and debiased fraction of every answer.
 """
 
 from __future__ import annotations
@@ -195,10 +195,7 @@ class GalaxyZooDecals(_Votes):
             answers=DECALS_QUESTIONS,
             fractions=fractions,
             votes={question: (f"{question}_total-votes",) for question in DECALS_QUESTIONS},
-            extra={
-                "iauname": ("iauname", "name by position"),
-                "redshift": ("redshift", "spectroscopic or photometric"),
-            },
+            extra={c: what for c, what in extra.items() if c == "iauname" or c in catalogue.columns},
             text=(),
             min_votes=min_votes,
             duplicates=duplicates,
