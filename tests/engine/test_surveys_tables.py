@@ -204,6 +204,9 @@ def test_nulls_of_csv_and_parquet(tmp_path):
     rows = TableRows(tmp_path / "a.csv").describe(0, 3).columns
     assert rows["id"] == ["9007199254740993", "", "9007199254740995"] and rows["t"] == ["x", "", "NA"]
     np.testing.assert_array_equal(rows["n"], [1, np.nan, 3.5])
+    (tmp_path / "u.csv").write_text("u,f\n18446744073709551615,1e30\n,2\n9223372036854775809,3\n")
+    rows = TableRows(tmp_path / "u.csv", labels=("u", "f")).describe(0, 3).columns
+    assert rows["u"] == ["18446744073709551615", "", "9223372036854775809"] and rows["f"].tolist() == [1e30, 2, 3]
     table = pa.table({"b": pa.array([True, None]), "d": pa.array(["x", None]).dictionary_encode(), "e": pa.nulls(2)})
     pq.write_table(table, tmp_path / "a.parquet")
     rows = TableRows(tmp_path / "a.parquet").describe(0, 2).columns

@@ -235,7 +235,21 @@ def _read_csv(path: Path) -> pa.Table:
     block = max(1, min(len(raw) + 1, WHOLE_CSV))
     options = pc_csv.ReadOptions(use_threads=False, block_size=block)  # threads lose the number of a faulty row
     table = pc_csv.read_csv(pa.BufferReader(raw), options)
+    if twice := [name for name, n in Counter(table.column_names).items() if n > 1]:
+        raise ValueError(f"column {twice[0]!r} occurs twice")
+    wide = [f.name for f in table.schema if f.type == pa.float64() and _beyond_integers(table.column(f.name))]
+    if wide:  # whole numbers of 64 bits without sign were taken for fractions
+        texts = pc_csv.ConvertOptions(column_types=dict.fromkeys(wide, pa.string()), include_columns=wide)
+        again = pc_csv.read_csv(pa.BufferReader(raw), options, convert_options=texts)
+        for name in wide:
+            if not pc.any(pc.match_substring_regex(again.column(name), r"[^0-9\s]")).as_py():
+                table = table.set_column(table.column_names.index(name), name, again.column(name))
     return table.rename_columns([name.strip() for name in table.column_names])
+
+
+def _beyond_integers(column: pa.ChunkedArray) -> bool:
+    greatest = pc.max(column).as_py()
+    return greatest is not None and greatest >= 2.0**63
 
 
 def _arrow_column(field: pa.Field, length: Callable[[str], int]) -> Column | None:
