@@ -1,7 +1,7 @@
 """Bytes, error, encode and decode rate of one cutout format against another, on one thread and in memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/formats.py --cutouts FOLDER    # about three minutes
-    OMP_NUM_THREADS=1 python benchmarks/formats.py --quick
+    OMP_NUM_THREADS=1 python benchmarks/formats.py --cutouts FOLDER    # about four minutes with real cutouts
+    OMP_NUM_THREADS=1 python benchmarks/formats.py --quick             # a quarter of the cutouts, less than a minute
 
 `loader.py` times whole readers; this times what a format costs whichever reader uses it. The same cutouts go through
 every format: simulated ones (`loader.Cutouts`), and pieces of the Legacy Survey FITS cutouts of a folder. All formats
