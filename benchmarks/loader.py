@@ -3,6 +3,8 @@
     python benchmarks/loader.py            # 2,048 cutouts of 3x152x152, about five minutes
     python benchmarks/loader.py --quick    # 512 cutouts and fewer repeats, about a minute
 
+What the formats cost whichever reader uses them, and others beside them, is in `formats.py`.
+
 One run makes cutouts (faint galaxies on sky noise), stores the same pixels as a packed survey, a float16 survey, an
 uncompressed float32 HDF5 file and float32 tars, and times every way to read them in turn, repeat by repeat, so that a
 busy machine slows all alike. All give batches of the same shape on the same device. The files lie in the page cache:
@@ -25,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -212,10 +215,34 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def rate(batches: Iterator[Tensor], options: argparse.Namespace) -> tuple[float, float]:
-    """Images a second after the warm-up, and CPU milliseconds an image over all of it. Every batch is touched."""
+def bytes_read() -> float:
+    """Bytes that read calls have given this process and the workers that have ended; NaN where Linux does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return float(dict(line.split(": ") for line in lines)["rchar"])
+
+
+class Pace(NamedTuple):
+    """What one way of reading took in one repeat.
+
+    Attributes:
+        images_a_second: After the warm-up.
+        cpu_ms: CPU milliseconds an image, over all of it.
+        kib: KiB read an image, over all of it. Includes what was read ahead and dropped at the end, and the traffic
+            between processes that is not shared memory.
+    """
+
+    images_a_second: float
+    cpu_ms: float
+    kib: float
+
+
+def rate(batches: Iterator[Tensor], options: argparse.Namespace) -> Pace:
+    """Time one way. Every batch is touched."""
     shape = (options.batch, len(BANDS), options.size, options.size)
-    before = cpu_seconds()
+    before, read_before = cpu_seconds(), bytes_read()
     with closing(batches):
         for batch in itertools.islice(batches, WARMUP):
             assert batch.shape == shape and batch.dtype == torch.float32
@@ -224,7 +251,8 @@ def rate(batches: Iterator[Tensor], options: argparse.Namespace) -> tuple[float,
         seconds = time.perf_counter() - start
     assert np.isfinite(total)
     images = options.batches * options.batch
-    return images / seconds, 1e3 * (cpu_seconds() - before) / (images + WARMUP * options.batch)
+    every = images + WARMUP * options.batch
+    return Pace(images / seconds, 1e3 * (cpu_seconds() - before) / every, (bytes_read() - read_before) / every / 1024)
 
 
 def main() -> None:
@@ -266,37 +294,38 @@ def main() -> None:
                 theirs,
             ),
         }  # fmt: skip
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        costs: dict[str, list[float]] = {name: [] for name in ways}
+        paces: dict[str, list[Pace]] = {name: [] for name in ways}
         for _ in range(options.repeats):
             for name, (make, _settings) in ways.items():
-                images_a_second, cpu = rate(make(), options)
-                rates[name].append(images_a_second)
-                costs[name].append(cpu)
-        rows = report_reading(rates, costs, {name: settings for name, (_, settings) in ways.items()}, common)
+                paces[name].append(rate(make(), options))
+        rows = report_reading(paces, {name: settings for name, (_, settings) in ways.items()}, common)
         rows += report_codec(folder, errors, options, common)
     append_rows(options.csv, rows)
     print(f"appended {len(rows)} rows to {options.csv}")
 
 
 def report_reading(
-    rates: dict[str, list[float]],
-    costs: dict[str, list[float]],
+    paces: dict[str, list[Pace]],
     settings: dict[str, dict[str, int]],
     common: dict[str, object],
 ) -> list[dict]:
     """Print and return the images a second of each way; ratios are medians over repeats of the ratio in a repeat."""
+    rates = {name: [pace.images_a_second for pace in values] for name, values in paces.items()}
     alone = rates["h5py random reads"]
     workers = next(values for name, values in rates.items() if name.startswith("h5py random reads, "))
-    print(f"{'':32}{'images/s':>10}{'p20':>9}{'p80':>9}{'/ h5py':>9}{'/ h5py + workers':>18}{'CPU ms/image':>14}")
+    print(
+        f"{'':32}{'images/s':>10}{'p20':>9}{'p80':>9}{'/ h5py':>9}{'/ h5py + workers':>18}{'CPU ms/image':>14}{'KiB/image':>11}"
+    )
     rows = []
     for name, values in rates.items():
         ratios = [statistics.median(a / b for a, b in zip(values, base, strict=True)) for base in (alone, workers)]
-        cost = statistics.median(costs[name])
+        cost = statistics.median(pace.cpu_ms for pace in paces[name])
+        kib = statistics.median(pace.kib for pace in paces[name])
         low, median, high = np.percentile(values, [20, 50, 80]).tolist()
-        print(f"{name:32}{median:10.0f}{low:9.0f}{high:9.0f}{ratios[0]:9.2f}{ratios[1]:18.2f}{cost:14.3f}")
+        print(f"{name:32}{median:10.0f}{low:9.0f}{high:9.0f}{ratios[0]:9.2f}{ratios[1]:18.2f}{cost:14.3f}{kib:11.1f}")
         row = {"name": name, "unit": "images/s", "value": median, "p20": low, "p80": high}
-        rows.append({**common, **settings[name], **row, "ratio_to_h5py": ratios[0], "ratio_to_h5py_workers": ratios[1]})
+        row |= {"ratio_to_h5py": ratios[0], "ratio_to_h5py_workers": ratios[1]}
+        rows.append({**common, **settings[name], **row, "cpu_ms_per_image": cost, "read_kib_per_image": kib})
     for column, base in (("ratio_to_h5py", "h5py random reads"), ("ratio_to_h5py_workers", "the same with workers")):
         best = max(row[column] for row in rows if row["name"].startswith("packed"))
         print(f"packed reading: {best:.2f} x {base}, {verdict(best, TARGETS['reading'])}")
@@ -312,7 +341,7 @@ def report_codec(
         survey = SequentialLoader(folder / name, split="train", batch=1, device="cpu", reader="webdataset").survey
         files = ShardFiles(folder / name, survey, "train")
         members = [(s, i) for s, record in enumerate(files.records) for i in range(record.count)]
-        blobs = [files.read(s, i) for s, i in members]
+        blobs = [files.read(s, i)["image"] for s, i in members]
         files.close()
         some = blobs[:256]
         out = np.empty((len(some), len(BANDS), options.size, options.size), np.float32)

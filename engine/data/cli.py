@@ -163,7 +163,8 @@ def kinds() -> int:
     """List the kinds of files that can be read."""
     table = Table("kind", "what", "recognised by")
     for name, kind in KINDS.items():
-        table.add_row(name, kind.what, " ".join(kind.endings))
+        inside = f"HDF5 with {', '.join(kind.holds)}" if kind.holds else ""
+        table.add_row(name, kind.what, " ".join(kind.names) or inside)
     Console().print(table)
     return 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +22,17 @@ class Kind(NamedTuple):
     """One kind of source.
 
     Attributes:
-        reader: "module:class" of the reader, below `armillary.engine.data.surveys`; its options are the class's keyword arguments.
+        reader: "module:class" of the reader, below `armillary.engine.data.surveys`; its options are the class's keyword
+            arguments.
         what: One line.
-        endings: File names that are taken for this kind without being told; empty where names do not say.
+        names: Patterns of file names that are taken for this kind without being told; none where names do not say.
+        holds: For HDF5 files, names that all must be in the file.
     """
 
     reader: str
     what: str
-    endings: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Source]:
         """Import the reader."""
@@ -37,17 +42,42 @@ class Kind(NamedTuple):
 
 KINDS = {
     "images": Kind(
-        "images:Pictures", "display pictures: a folder or zip of JPEG or PNG", (".jpg", ".jpeg", ".png", ".zip")
+        "images:Pictures",
+        "display pictures: a folder or zip of JPEG or PNG",
+        ("*.jpg", "*.jpeg", "*.png", "*.zip"),
     ),
-    "fits": Kind("fits:FitsCutouts", "FITS cutouts, one file an object", (".fits", ".fits.gz", ".fits.fz", ".fit")),
-    "stein": Kind("stein:SteinSurvey", "Legacy Survey cutouts of Stein et al. (2021), HDF5", HDF5),
+    "desi": Kind(
+        "desi:DesiCoadds", "DESI coadded spectra with Redrock's redshifts", ("coadd-*.fits", "coadd-*.fits.gz")
+    ),
+    "sdss": Kind("sdss:SdssSpectra", "SDSS and BOSS spectra, one file each", ("spec-*.fits", "spec-*.fits.gz")),
+    "fits": Kind(
+        "fits:FitsCutouts", "FITS cutouts, one file an object", ("*.fits", "*.fit", "*.fits.gz", "*.fits.fz", "*.fz")
+    ),
+    "stein": Kind("stein:SteinSurvey", "Legacy Survey cutouts of Stein et al. (2021)", holds=("images", "ra")),
+    "astroclip": Kind(
+        "astroclip:AstroClipPairs", "AstroCLIP's image-spectrum pairs, HDF5 or Parquet", holds=("0/images",)
+    ),
+    "galaxiesml-spectra": Kind(
+        "galaxiesml:GalaxiesMLSpectra",
+        "GalaxiesML-Spectra: HSC images with DESI spectra",
+        holds=("spectrum/wave", "image"),
+    ),
+    "galaxiesml": Kind(
+        "galaxiesml:GalaxiesML", "GalaxiesML: HSC images with redshifts", holds=("specz_redshift", "image")
+    ),
+    "supermock": Kind("supermock:SuperMock", "SuperMock's simulated galaxies", holds=("galaxy_id", "redshift_true")),
+    "mmu": Kind("mmu:MultimodalUniverse", "Multimodal Universe, HDF5 or Parquet", holds=("object_id",)),
+    "table": Kind("tables:TableRows", "a catalogue: Parquet, CSV, FITS or HDF5 table, with a column map"),
+    "provabgs": Kind("provabgs:Provabgs", "PROVABGS stellar masses and star-formation histories"),
+    "gz-decals": Kind("galaxyzoo:GalaxyZooDecals", "Galaxy Zoo DECaLS votes"),
+    "gz2": Kind("galaxyzoo:GalaxyZoo2", "Galaxy Zoo 2 votes"),
     "packed": Kind("packed:PackedSurvey", "a packed survey: a folder with survey.json"),
 }
-"""Name: kind."""
+"""Name: kind. Of several that fit a file, the first is meant."""
 
 
 def guess_kind(path: Path) -> str:
-    """The kind of source in a file or folder, from its file names.
+    """The kind of source in a file or folder, from file names and, of HDF5 files, from what the first one holds.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -57,14 +87,35 @@ def guess_kind(path: Path) -> str:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / "survey.json").exists():
         return "packed"
-    names = [path.name] if path.is_file() else [p.name for p in path.rglob("*") if p.is_file()]
-    named = {name: kind.endings for name, kind in KINDS.items() if kind.endings}
-    found = {name: sum(n.lower().endswith(ends) for n in names) for name, ends in named.items()}
-    present = [name for name, number in found.items() if number]
-    if len(present) == 1:
-        return present[0]
-    have = ", ".join(f"{number} of kind {name}" for name, number in found.items())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = Counter(kind for file in files if (kind := _by_name(file.name)))
+    tables = [file for file in files if file.suffix.lower() in HDF5]
+    if tables and (kind := _by_content(tables[0])):
+        found[kind] += len(tables)
+    if len(found) == 1:
+        return next(iter(found))
+    have = ", ".join(f"{number} of kind {name}" for name, number in found.items()) or "no file of a known kind"
     raise ValueError(f"{path}: what to read is not clear ({have}); give the kind (--kind): {', '.join(KINDS)}")
+
+
+def _by_name(name: str) -> str | None:
+    for kind, described in KINDS.items():
+        if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in described.names):
+            return kind
+    return None
+
+
+def _by_content(path: Path) -> str | None:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            for kind, described in KINDS.items():
+                if described.holds and all(name in file for name in described.holds):
+                    return kind
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable HDF5 file: {error}") from error
+    return None
 
 
 def open_source(path: Path, kind: str = "auto", **options: Any) -> Source:
