@@ -1,5 +1,6 @@
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import tyro
@@ -98,17 +99,33 @@ def test_check_reports_and_fails(folder, tmp_path, capsys):
     (tmp_path / "train-000000.idx").unlink()
     assert command(cli.check, tmp_path, "--blobs", 1) == 1
     out = capsys.readouterr().out
-    assert "1 problems" in out and "train-000000" in out and "missing" in out
+    words = " ".join(out.split())  # the title is broken into lines where the path is long
+    assert "1 problems" in words and "train-000000" in words and "missing" in words
 
 
-def test_kinds_are_guessed_from_names(tmp_path):
-    for name, kind in [("a.JPG", "images"), ("b.zip", "images"), ("c.fits.gz", "fits"), ("d.hdf5", "stein")]:
+def test_kinds_are_guessed_from_names_and_content(tmp_path):
+    names = {
+        "a.JPG": "images",
+        "b.zip": "images",
+        "c.fits.gz": "fits",
+        "coadd-main-1.fits": "desi",
+        "spec-1-2-3.fits": "sdss",
+    }
+    for name, kind in names.items():
         (tmp_path / name).write_text("")
         assert sources.guess_kind(tmp_path / name) == kind
-    with pytest.raises(
-        ValueError, match=r"what to read is not clear \(2 of kind images, 1 of kind fits, 1 of kind stein"
-    ):
+    inside = {"stein": ("images", "ra"), "astroclip": ("0/images",), "supermock": ("galaxy_id", "redshift_true")}
+    inside |= {"galaxiesml": ("specz_redshift", "image"), "galaxiesml-spectra": ("spectrum/wave", "image")}
+    for kind, data_sets in inside.items():
+        with h5py.File(tmp_path / f"{kind}.hdf5", "w") as file:
+            for name in data_sets:
+                file[name] = [0.0]
+        assert sources.guess_kind(tmp_path / f"{kind}.hdf5") == kind
+    with pytest.raises(ValueError, match=r"what to read is not clear \(2 of kind images, 1 of kind fits"):
         sources.guess_kind(tmp_path)
+    (tmp_path / "none.h5").write_text("")
+    with pytest.raises(ValueError, match="none.h5: not a readable HDF5 file"):
+        sources.guess_kind(tmp_path / "none.h5")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         sources.guess_kind(tmp_path / "none")
 
