@@ -21,7 +21,7 @@ PREDICTED = {
 def cases(tiny: bool) -> list[Case]:
     """Tokens M, width D, hidden width H, body."""
     if tiny:
-        return [_case(33, 24, 40, "gelu", True, tiny), _case(16, 16, 24, "swiglu", False, tiny)]
+        return [_case(17, 24, 20, "gelu", True, tiny), _case(9, 16, 16, "swiglu", False, tiny)]
     return [
         _case(16384, 1024, 4096, "gelu", True, tiny),
         _case(16384, 1536, 8960, "swiglu", True, tiny),

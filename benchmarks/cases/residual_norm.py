@@ -14,7 +14,7 @@ VITL = ((192, 145), (768, 26))  # crops and tokens of a crop, of 96 images
 def cases(tiny: bool) -> list[Case]:
     """Groups of crops, width D, drop path."""
     if tiny:
-        return [_case(((4, 3), (3, 2)), 24, 0.3, True, tiny)]
+        return [_case(((2, 3), (2, 2)), 24, 0.3, True, tiny)]
     return [_case(VITL, 1024, 0.3, True, tiny), _case(VITL, 1024, 0.0, False, tiny)]
 
 

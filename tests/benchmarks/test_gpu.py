@@ -113,11 +113,15 @@ def test_a_job_that_dies_or_hangs_takes_no_other_down(stub, tmp_path):
     assert status == list(zip(names, expected, strict=True)) and run.failed
 
 
-def test_what_the_budget_does_not_reach_is_listed(stub, tmp_path):
-    run = stub.Run("cpu", True, tmp_path / "out", time.monotonic() + 2)
-    stub.GRACE_S, before = 1.0, stub.GRACE_S
+def test_what_the_budget_does_not_reach_is_listed(stub, tmp_path, monkeypatch):
+    class Short(stub.Run):
+        def add(self, rows):
+            super().add(rows)
+            self.deadline = min(self.deadline, time.monotonic() + 1.0)
+
+    monkeypatch.setattr(stub, "GRACE_S", 0.5)
+    run = Short("cpu", True, tmp_path / "out", time.monotonic() + 60)
     run.work([stub.Job("case", name) for name in ("first", "hangs", "second", "third")])
-    stub.GRACE_S = before
     late = "not run: the time is used up"
     assert [row["status"] for row in read(tmp_path / "out")] == ["ok", late, late, late]
     assert not run.failed
@@ -240,8 +244,7 @@ def test_passes_are_timed_apart_and_together(device_of_clocks):
     from gpu_timing import Passes, measure
 
     found = measure(Passes(lambda: time.sleep(0.002), lambda state: time.sleep(0.006)), device_of_clocks, seconds=0.05)
-    assert 2e-3 <= found.forward.median < found.backward.median < found.whole.median < 0.05
-    assert found.backward.p20 >= 6e-3 and found.whole.p20 >= 8e-3
+    assert found.forward.p20 >= 2e-3 and found.backward.p20 >= 6e-3 and found.whole.p20 >= 8e-3
     assert (found.saved_mib, found.peak_mib) == (1, 2)
     alone = measure(Passes(lambda: time.sleep(0.002)), device_of_clocks, seconds=0.02)
     assert alone.backward is None and alone.whole is None and alone.forward.median >= 2e-3
@@ -288,7 +291,7 @@ def test_the_step_is_timed_by_phase(device_of_clocks, monkeypatch):
         tried.append(batch)
         if batch > 72:
             raise torch.OutOfMemoryError
-        return row_of(variant, device, 2, smoke)
+        return row_of(variant, device, 1, smoke)
 
     monkeypatch.setattr(gpu_step, "_row", small)
     (row,) = gpu_step.step_rows("eager", device_of_clocks, False)
