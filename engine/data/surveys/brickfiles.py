@@ -107,7 +107,7 @@ def _header(name: str, files: dict[tuple[str, str], Path], path: Path, band: str
     with open_brick_image(path) as hdus:
         header = picture(hdus).header
     filtered, unit = str(header.get("FILTER", band)).strip(), str(header.get("BUNIT", "")).strip()
-    if band and filtered != band:
+    if band and filtered.split(" ")[0] != band:  # "g", or "g DECam SDSS c0001 4720.0 1520.0"
         raise ValueError(f"its FILTER is {filtered!r}, its name says {band!r}")
     if band and unit.lower() not in UNITS:
         raise ValueError(f"its unit is {unit!r}, not nanomaggy")

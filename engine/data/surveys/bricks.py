@@ -41,7 +41,8 @@ class BrickCutouts:
     """A `Source` of `size` x `size` pixels around each position, without resampling.
 
     A cutout is centred to the nearest pixel; what remains is in the labels `cutout_offset_x` and `cutout_offset_y`. Of
-    several bricks with a position the one that has most of the cutout is taken, then the one whose centre is nearest.
+    several bricks with a position the one that has most of the cutout is taken, then the one whose centre is nearest,
+    then the first by path (a brick of north and south).
     Pixels off the brick, not finite, with an invvar of 0 (where a band has no invvar: of exactly 0) or in a band that the
     brick does not have carry no data. Positions on no brick are unusable samples, reported by name.
 
