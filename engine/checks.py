@@ -105,7 +105,7 @@ def _numbers(run: Run, world: int) -> list[str]:
 
 def _device(run: Run, world: int, has_smoke: bool) -> list[str]:
     if run.resolved_device == "cpu":
-        return []
+        return _interpreted(run)
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if here == 0:
         way = "`--preset smoke`, a small variant for CPUs, or `--device cpu`" if has_smoke else "`--device cpu`"
@@ -116,6 +116,18 @@ def _device(run: Run, world: int, has_smoke: bool) -> list[str]:
     if run.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return [f'train.precision: "fp32" on this GPU, which has no bf16, got {run.train.precision!r}']
     return []
+
+
+def _interpreted(run: Run) -> list[str]:
+    """Triton's kernels run on a CPU only where tests interpret them."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return []
+    sections = {"method": run.method, "optim": run.optim, "views": run.views}
+    return [
+        f"{name}.impl: auto or reference on a CPU, got 'triton'"
+        for name, section in sections.items()
+        if getattr(section, "impl", None) == "triton"
+    ]
 
 
 def _folder(run: Run) -> list[str]:

@@ -153,6 +153,13 @@ def test_no_gpu_points_to_the_way_out(run, monkeypatch, smoke):
     assert ("--preset smoke" in found) == smoke
 
 
+def test_kernels_on_a_cpu_are_for_tests(run, monkeypatch):
+    there = replace(run, optim=replace(run.optim, impl="triton"))
+    assert problems(there, 1) == []  # the tests interpret them
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert problems(there, 1) == ["optim.impl: auto or reference on a CPU, got 'triton'"]
+
+
 def test_out_must_be_a_folder(run, tmp_path):
     (tmp_path / "file").write_text("")
     (found,) = problems(replace(run, out=tmp_path / "file" / "runs"), 1)

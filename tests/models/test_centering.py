@@ -90,7 +90,9 @@ def test_centre_is_the_lazy_mean_of_logits():
     torch.testing.assert_close(centre.center, expected)
 
 
-@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, lambda m: m.to(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "cast", [nn.Module.bfloat16, nn.Module.half, lambda m: m.to(torch.bfloat16)], ids=["bfloat16", "half", "to"]
+)
 def test_centre_stays_float32(cast):
     holder = nn.ModuleDict({"centre": SoftmaxCentre(3), "linear": nn.Linear(2, 2)})
     value = torch.tensor([1 / 3, 1e-6, -7.77777])
