@@ -71,6 +71,7 @@ KINDS = {
     "provabgs": Kind("provabgs:Provabgs", "PROVABGS stellar masses and star-formation histories"),
     "gz-decals": Kind("galaxyzoo:GalaxyZooDecals", "Galaxy Zoo DECaLS votes"),
     "gz2": Kind("galaxyzoo:GalaxyZoo2", "Galaxy Zoo 2 votes"),
+    "bricks": Kind("bricks:open_bricks", "cutouts from Legacy Survey bricks around the positions of a table"),
     "packed": Kind("packed:PackedSurvey", "a packed survey: a folder with survey.json"),
 }
 """Name: kind. Of several that fit a file, the first is meant."""

@@ -7,6 +7,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from armillary.engine.data.build import build
+from armillary.engine.data.sources import open_source
 from armillary.engine.data.surveys.bricks import BrickCutouts
 from armillary.engine.data.surveys.packed import PackedSurvey
 from armillary.engine.data.surveys.sample import BadSample
@@ -179,6 +180,16 @@ def test_around_a_catalogue_packed_and_read_back(bricks, tmp_path):
         np.testing.assert_allclose(sample.image, own.image, rtol=1e-3, atol=1e-3)
         assert sample.labels == own.labels and sample.labels["redshift"] == int(sample.key[1:]) / 10
         np.testing.assert_array_equal(sample.vectors["photometry"], own.vectors["photometry"])
+
+
+def test_from_files_alone(bricks, tmp_path):
+    ra, dec = sky("0001m002", [30.0], [31.0])
+    (tmp_path / "a.csv").write_text(f"ra,dec,z\n{float(ra[0])!r},{float(dec[0])!r},0.25\n")
+    options = {"positions": tmp_path / "a.csv", "size": 9, "bands": ("z", "g")}
+    sample = open_source(bricks[0], "bricks", **options).read(0)
+    own = BrickCutouts(bricks[0], (ra, dec), size=9, bands=("z", "g")).read(0)
+    np.testing.assert_array_equal(sample.image, own.image)
+    assert sample.labels["z"] == 0.25
 
 
 def test_many_bricks_share_few_open_files(bricks, monkeypatch):

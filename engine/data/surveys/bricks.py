@@ -24,8 +24,9 @@ from armillary.engine.data.match import unit_vectors
 from armillary.engine.data.survey import VectorRecord
 from armillary.engine.data.surveys.brickfiles import DAMAGED, find_bricks, open_brick_image, picture
 from armillary.engine.data.surveys.sample import BadSample, Rows, Sample, Source, describe, inputs, vectors_of
+from armillary.engine.data.surveys.tables import TableRows
 
-__all__ = ["BrickCutouts"]
+__all__ = ["BrickCutouts", "open_bricks"]
 
 LABELS = {
     "cutout_brick": "brick that the pixels come from",
@@ -268,3 +269,18 @@ class _Positions:
         return Sample(
             self.keys[index], None, None, float(self.ra[index]), float(self.dec[index]), {}, f"position {index}"
         )
+
+
+def open_bricks(
+    bricks: Path | str, *, positions: Path | str, size: int, bands: Sequence[str] = ("g", "r", "z"), mask_bits: int = 0
+) -> BrickCutouts:
+    """Cutouts around the positions of a table in a file (Parquet, CSV, FITS or HDF5 with columns ra and dec).
+
+    Args:
+        bricks: Folder of brick images.
+        positions: The table, see `tables.TableRows`; its columns become labels.
+        size: Pixels a side.
+        bands: Bands in the order of the image's channels.
+        mask_bits: As for `BrickCutouts`.
+    """
+    return BrickCutouts(bricks, TableRows(positions), size=size, bands=tuple(bands), mask_bits=mask_bits)
