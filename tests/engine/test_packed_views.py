@@ -48,7 +48,7 @@ def pack(folder: Path, name: str, broken: bool = False) -> Path:
                 blob = bytearray(codec.encode(image, [0.002] * 3 if name == "bitplane" else None, valid))
                 if broken and row == BROKEN:
                     blob[-7] ^= 0x40
-                writer.add(f"g{row:03d}", bytes(blob))
+                writer.add(f"g{row:03d}", {"img": bytes(blob)})
                 row += 1
         write_index(writer.path, writer.members)
         records.append(writer.record)
