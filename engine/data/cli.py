@@ -79,10 +79,10 @@ def build(
         step_fraction: Quantisation step in units of the sky noise; 1/8 by default, one count for 8-bit pictures.
         sky_sigma: Sky noise of each band, where it should not be measured.
         samples_per_shard: Samples of a tar.
-        split: key or sky (a share of keys or of cells of the sky is the test split), auto (sky for samples that
-            have a position, key for the others), source (the column split of the labels), or COLUMN:LOW:HIGH (that range is the test
-            split, such as ra:120:150).
-        test_fraction: Share of the test split, for auto, key and sky; 0.1 by default.
+        split: key, random:SEED, sky or healpix[:NSIDE] (a share of keys, of samples, or of cells of the sky is the test
+            split), auto (sky for samples that have a position, key for the others), source (the column split of the
+            labels), or COLUMN:LOW:HIGH (that range is the test split, such as ra:120:150).
+        test_fraction: Share of the test split, where it is one; 0.1 by default.
         seed: Keys the shuffle.
         processes: Worker processes.
         dask: Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers do the work instead.

@@ -11,7 +11,18 @@ import numpy as np
 
 from armillary.engine.data.surveys.sample import Rows
 
-__all__ = ["ByHealpix", "ByKey", "ByRange", "BySky", "BySkyOrKey", "BySource", "SplitRule", "hash_keys", "parse_split"]
+__all__ = [
+    "ByHealpix",
+    "ByKey",
+    "ByRandom",
+    "ByRange",
+    "BySky",
+    "BySkyOrKey",
+    "BySource",
+    "SplitRule",
+    "hash_keys",
+    "parse_split",
+]
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
@@ -42,6 +53,28 @@ class ByKey:
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row; `hashes` are those of `hash_keys`."""
         return ["test" if t else "train" for t in _chosen(hashes[:, 0], self.test_fraction)]
+
+
+@dataclass(frozen=True)
+class ByRandom:
+    """A random fraction of samples is the test split; another seed draws another one.
+
+    Attributes:
+        test_fraction: Share of the samples.
+        seed: Of the draw.
+    """
+
+    test_fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _check_fraction(self.test_fraction)
+
+    def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
+        """Split of each row."""
+        drawn = hash_keys([f"random/{self.seed}/{key}" for key in rows.keys])[:, 0]
+        return ["test" if t else "train" for t in _chosen(drawn, self.test_fraction)]
 
 
 @dataclass(frozen=True)
@@ -191,7 +224,7 @@ class BySource:
         return out
 
 
-SplitRule = ByKey | BySky | ByHealpix | BySkyOrKey | ByRange | BySource
+SplitRule = ByKey | ByRandom | BySky | ByHealpix | BySkyOrKey | ByRange | BySource
 
 
 def _column(rows: Rows, name: str) -> np.ndarray:
@@ -210,7 +243,7 @@ def _column(rows: Rows, name: str) -> np.ndarray:
 
 
 def parse_split(text: str, test_fraction: float | None) -> SplitRule:
-    """A rule from its command-line form: `auto`, `key`, `sky`, `healpix[:NSIDE]`, `source` or `COLUMN:LOW:HIGH`.
+    """A rule from its command-line form: `auto`, `key`, `random:SEED`, `sky`, `healpix[:NSIDE]`, `source` or `COLUMN:LOW:HIGH`.
 
     Raises:
         ValueError: It is none of these, or a test fraction is given with a rule that has none.
@@ -223,13 +256,15 @@ def parse_split(text: str, test_fraction: float | None) -> SplitRule:
     if text == "sky":
         return BySky(**fraction)
     parts = text.split(":")
+    if parts[0] == "random" and len(parts) == 2 and parts[1].isdecimal():
+        return ByRandom(**fraction, seed=int(parts[1]))
     if parts[0] == "healpix" and len(parts) <= 2:
         if len(parts) == 2 and not parts[1].isdecimal():
             raise ValueError(f"split: healpix takes a whole number, such as healpix:64, got {text!r}")
         return ByHealpix(**fraction, **({"nside": int(parts[1])} if len(parts) == 2 else {}))  # type: ignore[arg-type]
     if text != "source" and len(parts) != 3:
         raise ValueError(
-            f"split: must be auto, key, sky, healpix[:NSIDE], source or COLUMN:LOW:HIGH (such as ra:120:150), got {text!r}"
+            f"split: must be auto, key, random:SEED, sky, healpix[:NSIDE], source or COLUMN:LOW:HIGH (such as ra:120:150), got {text!r}"
         )
     if fraction:
         raise ValueError(f"test_fraction: has no effect with split {text!r}; leave it out")

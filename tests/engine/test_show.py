@@ -149,6 +149,6 @@ def test_build_command_takes_every_option(folder, tmp_path):
 
 
 def test_unknown_split_is_refused_before_anything_is_made(folder, tmp_path):
-    with pytest.raises(ValueError, match="split: must be auto, key, sky, healpix"):
+    with pytest.raises(ValueError, match="split: must be auto, key, random:SEED, sky, healpix"):
         command(cli.build, folder / "in", "--out", tmp_path / "o", "--split", "half")
     assert not (tmp_path / "o").exists()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from armillary.engine.data.splits import ByKey, ByRange, BySky, BySkyOrKey, BySource, hash_keys, parse_split
+from armillary.engine.data.splits import ByKey, ByRandom, ByRange, BySky, BySkyOrKey, BySource, hash_keys, parse_split
 from armillary.engine.data.surveys.sample import Rows
 
 
@@ -96,7 +96,7 @@ def test_rules_from_text():
     assert parse_split("sky", 0.2) == BySky(0.2) and parse_split("source", None) == BySource()
     assert parse_split("ra:350:10", None) == ByRange("ra", 350, 10)
     for text, fraction, match in [
-        ("half", None, "must be auto, key, sky, healpix.*source or COLUMN:LOW:HIGH"),
+        ("half", None, "must be auto, key, random:SEED, sky, healpix.*source or COLUMN:LOW:HIGH"),
         ("z:a:b", None, "split 'z:a:b': could not convert"),
         ("z:2:1", None, "2.0 is not below 1.0"),
         ("source", 0.1, "test_fraction: has no effect with split 'source'"),
@@ -116,3 +116,17 @@ def test_by_sky_or_key_uses_the_position_where_there_is_one():
     assert [got[i] for i in placed] == BySky(0.3).assign(table.take(placed), hashes[placed])
     assert got[1::2] == ByKey(0.3).assign(table, hashes)[1::2]
     assert parse_split("auto", None) == BySkyOrKey()
+
+
+def test_random_splits_differ_by_seed_and_not_by_order():
+    keys = [f"g{i}" for i in range(4000)]
+    rows = Rows(keys, {})
+    first, second = (ByRandom(0.25, seed).assign(rows, np.zeros((4000, 2), np.uint64)) for seed in (0, 1))
+    share = np.mean([s == "test" for s in first])
+    both = np.mean([a == b == "test" for a, b in zip(first, second, strict=True)])
+    assert abs(share - 0.25) < 0.03 and abs(both - 0.0625) < 0.02
+    turned = Rows(keys[::-1], {})
+    assert ByRandom(0.25, 0).assign(turned, np.zeros((4000, 2), np.uint64)) == first[::-1]
+    assert parse_split("random:7", 0.3) == ByRandom(0.3, 7)
+    with pytest.raises(ValueError, match="split: must be auto"):
+        parse_split("random", None)
