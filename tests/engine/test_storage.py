@@ -128,7 +128,7 @@ def test_a_slow_disk_shows_as_waiting(survey, monkeypatch):
         waited, start = loader.wait_seconds, time.perf_counter()
         list(islice(loader, 5))
         share = (loader.wait_seconds - waited) / (time.perf_counter() - start)
-    assert share > 0.8
+    assert share > 0.5
 
 
 def test_depth_grows_only_where_the_consumer_waits():
