@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Part:
     split: str | None = None
 
 
-class PartSource:
+class PartSource(ABC):
     """A `Source` of the rows of several parts, one part behind the other; the base of readers.
 
     Args:
@@ -85,21 +86,21 @@ class PartSource:
         self._block: tuple[int, Rows] | None = None
 
     @property
+    @abstractmethod
     def labels(self) -> dict[str, str]:
         """Label columns with their unit or meaning."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _columns(self, part: Part, low: int, high: int) -> Rows:
         """Rows [low, high) of a part's file; `bad` counts from `low` and names no file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _payload(self, part: Part, row: int) -> dict[str, Any]:
         """Image, spectrum and vectors of a row of a part's file, as keyword arguments of `Sample`.
 
         Raises:
             ValueError: The row is unusable; the message names the column, not the file.
         """
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """Number of rows."""

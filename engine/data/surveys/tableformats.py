@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ class Values:
     null: int | None = None
 
 
-class Table:
+class Table(ABC):
     """One file. `_load` gives a column as it is on disk."""
 
     count: int
@@ -78,8 +79,9 @@ class Table:
         other.__dict__ |= self.__dict__ | {"_read": {}, "_file": None}
         return other
 
+    @abstractmethod
     def _load(self, name: str) -> Values:
-        raise NotImplementedError
+        """Read a column."""
 
 
 class _ArrowTable(Table):
