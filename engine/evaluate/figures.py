@@ -21,7 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["interval_chart", "line_chart", "point_map", "prediction_chart"]
+__all__ = [
+    "GRID",
+    "INK",
+    "MUTED",
+    "PAPER",
+    "SERIES",
+    "canvas",
+    "interval_chart",
+    "line_chart",
+    "point_map",
+    "prediction_chart",
+    "sequence",
+    "style",
+    "svg",
+]
 
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
 SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
@@ -49,7 +63,7 @@ def line_chart(
         log: Logarithmic ordinate.
         limits: Dashed horizontal lines by name.
     """
-    figure, axes = _canvas(4.8, 3.0)
+    figure, axes = canvas(4.8, 3.0)
     for colour, (name, (at, value)) in zip(itertools.cycle(SERIES), series.items(), strict=False):
         noisy = len(value) > 400
         axes.plot(
@@ -68,7 +82,7 @@ def line_chart(
     axes.set_ylabel(y)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=10.5, labelcolor=INK, ncols=2 if len(series) > 3 else 1)
-    return _svg(figure)
+    return svg(figure)
 
 
 def interval_chart(values: Sequence[float], errors: Sequence[float], colours: Sequence[int]) -> list[str]:
@@ -106,13 +120,13 @@ def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *,
         label: Name of the label.
         redshift: Residuals are divided by 1 + true.
     """
-    figure, (top, bottom) = _canvas(4.8, 5.8, rows=(3, 1.25))
+    figure, (top, bottom) = canvas(4.8, 5.8, rows=(3, 1.25))
     shade = _density(true, predicted)
     order = np.argsort(shade)
     low, high = float(min(true.min(), predicted.min())), float(max(true.max(), predicted.max()))
     pad = 0.03 * (high - low or 1)
     top.plot([low - pad, high + pad], [low - pad, high + pad], color=MUTED, lw=1)
-    style: dict[str, Any] = {"s": 9, "linewidths": 0, "cmap": _sequence(), "rasterized": True}
+    style: dict[str, Any] = {"s": 9, "linewidths": 0, "cmap": sequence(), "rasterized": True}
     top.scatter(true[order], predicted[order], c=shade[order], **style)
     top.set_xlim(low - pad, high + pad)
     top.set_ylim(low - pad, high + pad)
@@ -137,7 +151,7 @@ def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *,
     bottom.set_xlim(low - pad, high + pad)
     bottom.set_xlabel(f"true {label}")
     bottom.set_ylabel("\u0394z / (1 + z)" if redshift else "residual")
-    return _svg(figure)
+    return svg(figure)
 
 
 def point_map(points: np.ndarray, value: np.ndarray | None, *, label: str = "") -> str:
@@ -148,11 +162,11 @@ def point_map(points: np.ndarray, value: np.ndarray | None, *, label: str = "") 
         value: [M] label, NaN where unknown; None for no colour.
         label: Its name.
     """
-    figure, axes = _canvas(5.2, 4.8)
+    figure, axes = canvas(5.2, 4.8)
     known = np.zeros(len(points), bool) if value is None else np.isfinite(value)
     axes.scatter(*points[~known].T, s=7, color=MUTED, linewidths=0, alpha=0.6, rasterized=True)
     if value is not None and known.any():
-        drawn = axes.scatter(*points[known].T, s=9, c=value[known], cmap=_sequence(), linewidths=0, rasterized=True)
+        drawn = axes.scatter(*points[known].T, s=9, c=value[known], cmap=sequence(), linewidths=0, rasterized=True)
         bar = figure.colorbar(drawn, ax=axes, pad=0.02, fraction=0.05)
         bar.set_label(label, color=INK, fontsize=11.5)
         bar.outline.set_visible(False)
@@ -163,23 +177,32 @@ def point_map(points: np.ndarray, value: np.ndarray | None, *, label: str = "") 
     axes.set_yticks([])
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
-def _canvas(width: float, height: float, rows: tuple[float, ...] = ()) -> tuple[Figure, Any]:
+def canvas(width: float, height: float, rows: tuple[float, ...] = (), columns: int = 1) -> tuple[Figure, Any]:
+    """A styled figure for `svg`.
+
+    Args:
+        width: In inches; a card of the page is 4.8 wide, a full row 10.
+        height: In inches.
+        rows: Relative heights of rows of axes; one row if empty.
+        columns: Columns of axes.
+
+    Returns:
+        The figure, and its axes: one, or an array [rows, columns] without the dimensions of length one.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
-    if rows:
-        axes = figure.subplots(len(rows), 1, gridspec_kw={"height_ratios": rows})
-    else:
-        axes = figure.subplots()
-    for one in np.atleast_1d(axes):
-        _style(one)
+    axes = figure.subplots(max(len(rows), 1), columns, gridspec_kw={"height_ratios": rows or (1.0,)})
+    for one in np.ravel(axes):
+        style(one)
     return figure, axes
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """Give axes the page's look."""
     axes.set_facecolor("none")
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
@@ -192,7 +215,7 @@ def _style(axes: Axes) -> None:
         axis.label.set_fontsize(11.5)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """Serialise, drop what a page does not need, make ids unique on it, put theme colours in."""
     from matplotlib import rc_context
 
@@ -212,8 +235,8 @@ def _svg(figure: Figure) -> str:
     return text
 
 
-def _sequence() -> Any:
-    """Colours for ordered values that show on light and dark paper alike: blue through violet to amber."""
+def sequence() -> Any:
+    """A matplotlib colour map: colours for ordered values that show on light and dark paper alike: blue through violet to amber."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("dusk", ["#2f6fb0", "#6b5fb5", "#a9509c", "#d9566b", "#ee7f3c", "#f2b632"])
