@@ -237,7 +237,7 @@ def test_an_encoder_is_shown_what_it_was_trained_on(vit_run, tmp_path, monkeypat
     fill(vit_run.folder, Seen(ZScore()), survey)
     with pytest.raises(ValueError, match="stretch: must be that of its training, ZScore.*, got ToRGB"):
         fill(vit_run.folder, Seen(ToRGB()), survey)
-    other = replace(survey, statistics=replace(survey.statistics, std=tuple(2 * s for s in survey.statistics.std)))
+    other = replace(survey, statistics=replace(survey.statistics, std=(*survey.statistics.std, 2.0)))
     with pytest.raises(ValueError, match="gives other numbers on this survey"):
         fill(vit_run.folder, Seen(ZScore()), other)
 
