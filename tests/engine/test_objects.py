@@ -156,7 +156,7 @@ def test_a_label_must_vary_and_be_known(folder, tmp_path):
 
 def test_a_survey_without_spectra_is_refused(tmp_path):
     build(
-        Mixed(10, spectra=False, with_vectors=False), tmp_path / "s", name="pictures", test_fraction=0.2, progress=False
+        Whole(10, spectra=False, with_vectors=False), tmp_path / "s", name="pictures", test_fraction=0.2, progress=False
     )
     survey = Survey.load(tmp_path / "s")
     assert Objects(spectrum=True).problems(survey) == [
