@@ -289,6 +289,7 @@ def load_pipeline(
         The pipeline, the metadata that its embeddings should carry, and the run's record (`engine.run.Run`).
     """
     from armillary.engine.export import input_mismatch, load_encoder, trained_inputs, trained_pixels
+    from armillary.engine.provenance import survey_fingerprint
     from armillary.engine.run import Run
 
     pixels, inputs = trained_pixels(run_dir), trained_inputs(run_dir)
@@ -312,6 +313,7 @@ def load_pipeline(
         "trained": str(trained).lower(),
         "encoder": encoder_digest(method),
         "survey": survey.name,
+        "fingerprint": survey_fingerprint(survey),
         "readout": readout or "default",
     }
     fitted = replace(
