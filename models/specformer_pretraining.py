@@ -132,6 +132,10 @@ class SpecFormerMethod(Method):
         """One group: the released code decays every parameter, biases and norms too."""
         return [ParameterGroup(dict(self.named_parameters()))]
 
+    def encoders(self) -> dict[str, str]:
+        """The spectrum encoder, with its head."""
+        return {"spectrum": "encoder."}
+
     def flops_per_sample(self) -> float:
         """Matrix-product FLOPs of one training sample, forward and backward."""
         shape, pixels = self.config.encoder, self.inputs.pixels
@@ -155,7 +159,12 @@ class SpecFormerMethod(Method):
 
         Returns:
             "mean" [B, D] float32: mean of all tokens, that of mean and deviation included.
+
+        Raises:
+            ValueError: There are no spectra, or of another length than the method was built for.
         """
+        if "spectrum" not in batch:
+            raise ValueError("SpecFormer: embeds spectra, but the batch has no `spectrum`")
         return {"mean": self.tokens(batch).float().mean(1)}
 
     @torch.no_grad()
