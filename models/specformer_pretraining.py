@@ -175,7 +175,6 @@ class SpecFormerMethod(Method):
             batch: As for `tokens`.
             mask: [B, N] bool: True where a token is hidden.
         """
-        shape = self.config.encoder
         spectrum, _ = self._whole(batch)
         windows = self.encoder.head(self.encoder(spectrum, mask=mask)).float()[:, 1:, 2:]
         predicted = self._fold(windows * mask[:, 1:, None])
