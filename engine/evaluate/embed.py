@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from armillary.engine.data.eval_view import EvalView
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.baselines import View
+from armillary.engine.tensors import state_digest
 from armillary.models.method import Batch, Method
 
 __all__ = [
@@ -265,13 +266,7 @@ def _checked(embedding: Tensor, rows: np.ndarray, encoder: str, name: str) -> np
 
 def encoder_digest(module: nn.Module) -> str:
     """First 16 hex digits of the SHA-256 of an encoder's parameters and buffers, by name and value."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return state_digest(module.state_dict())
 
 
 @dataclass(frozen=True)
