@@ -1,5 +1,7 @@
 """A perceptron on magnitudes: the simplest of the models that are trained on labels for comparison.
 
+A magnitude that is unknown (of a flux below 0, say) counts as its mean over the training split.
+
 Shape legend: B samples, m columns, n outputs.
 
 Source: the photometry baseline of AstroCLIP (Parker et al. 2024, arXiv:2310.03024): 3-64-64-n with ReLU. There one mean
@@ -65,10 +67,10 @@ class Perceptron(nn.Module):
         """Run the network.
 
         Args:
-            columns: [B, m] standardised columns in the dtype of the weights.
+            columns: [B, m] standardised columns in the dtype of the weights, NaN where unknown.
 
         Returns:
             Outputs [B, n], and the features [B, hidden] that they are linear in.
         """
-        features = self.mlp(columns)
+        features = self.mlp(columns.masked_fill(columns.isnan(), 0.0))
         return self.fc(features), features

@@ -21,6 +21,16 @@ def test_forward_against_products():
     assert network(x[:0])[0].shape == (0, 2)
 
 
+def test_unknown_columns_count_as_their_mean():
+    torch.manual_seed(0)
+    network = PhotometryMLP().build(MAGNITUDES)
+    known = torch.tensor([[0.5, 0.0, -1.0]])
+    unknown = torch.tensor([[0.5, float("nan"), -1.0]])
+    torch.testing.assert_close(network(unknown), network(known), rtol=0, atol=0)
+    network(unknown)[0].sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
 def test_flops_are_those_of_the_products():
     with torch.device("meta"):
         network = PhotometryMLP((7, 5)).build(MAGNITUDES)

@@ -24,7 +24,7 @@ SPEC = InputSpec(
 NETWORKS = {
     "resnet18": ResNet18(width=2),
     "conv-attention": ConvAttention(),
-    "photometry": PhotometryMLP((8, 8)),
+    "photometry": PhotometryMLP((16, 16)),
 }
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
@@ -50,7 +50,7 @@ def test_known_squares_leave_out_unknown_targets():
     squares = known_squares(prediction, targets)
     assert squares.tolist() == [[1 / 3, 0], [4 / 3, 1 / 3]]
     squares.sum().backward()
-    assert prediction.grad.tolist() == pytest.approx([[2 / 3, 0], [-4 / 3, 2 / 3]])
+    torch.testing.assert_close(prediction.grad, torch.tensor([[2, 0], [-4, 2]]).double() / 3)
     known = torch.where(targets.isnan(), 0, targets).double()
     assert torch.autograd.gradcheck(lambda p: known_squares(p, targets), (prediction,))
     torch.testing.assert_close(known_squares(prediction, known).sum(), torch.nn.functional.mse_loss(prediction, known))
@@ -143,7 +143,7 @@ def test_learns_and_its_state_is_whole(network):
     m, b = method(network), batch(16)
     optimizer = AdamW(build_groups(m))
     first = m(b, {}).total.item()
-    for step in range(30):
+    for step in range(60):
         optimizer.set_step(step, {"learning_rate": 5e-3, "weight_decay": 0.0})
         losses = m(b, {})
         losses.total.backward()

@@ -141,7 +141,7 @@ def test_bfloat16_weights_keep_float32_statistics():
     assert outputs.dtype == features.dtype == torch.bfloat16
     assert half.bn1.running_mean.dtype == torch.float32 and half.bn1.num_batches_tracked.dtype == torch.int64
     expected = exact(x)[0]
-    assert (outputs.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (outputs.float() - expected).norm() < 0.1 * expected.norm()  # 20 roundings of 2**-9, amplified by the norms
     outputs.sum().backward()
     assert all(p.grad.isfinite().all() for p in half.parameters())
 

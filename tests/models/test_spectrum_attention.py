@@ -66,7 +66,6 @@ def test_forward_and_gradients_against_windows(pixels):
     network = SpectrumAttention(SMALL, 3).double()
     state = {k: v.detach().clone().requires_grad_() for k, v in network.state_dict().items()}
     x = torch.randn(4, pixels, dtype=torch.float64)
-    x[:, 10:15] = 0  # pixels without data
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     found, expected = network(mine), reference(state, SMALL, other)
     torch.testing.assert_close(found, expected)
@@ -76,6 +75,14 @@ def test_forward_and_gradients_against_windows(pixels):
     torch.testing.assert_close(mine.grad, other.grad)
     for name, p in network.named_parameters():
         torch.testing.assert_close(p.grad, state[name].grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_pixels_without_data_are_zeros_like_any():
+    torch.manual_seed(0)
+    network = SpectrumAttention(SMALL, 3).double()
+    x = torch.randn(2, 50, dtype=torch.float64)
+    x[:, 10:20] = 0
+    torch.testing.assert_close(network(x), reference(network.state_dict(), SMALL, x))
 
 
 def test_gradients_against_differences():
@@ -122,7 +129,7 @@ def test_flops_are_those_of_the_products(pixels):
         (ConvAttention(kernels=(5, 10)), 7781, "kernels: must be 4, one a convolution, got 2"),
         (ConvAttention(pools=(5,)), 7781, "pools: must be 3, one after each convolution but the last, got 1"),
         (
-            ConvAttention(pools=(5, 10, 400)), 997,
+            ConvAttention(kernels=(5, 10, 20, 39), pools=(5, 10, 400)), 997,
             "views.spectrum: enough pixels for 2 positions after every convolution, got 997 pixels, which leave 1",
         ),
     ],
