@@ -209,13 +209,14 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
     Args:
         folder: The survey.
         split: The split.
-        view: The view of `load_pipeline`'s result.
+        view: An `EvalView`, or a function that reads images.
         batch: Samples a batch.
         device: Where batches are delivered.
     """
     from armillary.engine.data.loader import SequentialLoader
 
-    assert isinstance(view, EvalView), "a run's view"
+    if not isinstance(view, EvalView):
+        return SequentialLoader(folder, split=split, batch=batch, device=device, modalities=("image",))
     if view.modalities:
         return SequentialLoader(
             folder, split=split, batch=batch, device=device, modalities=view.modalities, packed=view.packed
@@ -288,6 +289,7 @@ def load_pipeline(
         The pipeline, the metadata that its embeddings should carry, and the run's record (`engine.run.Run`).
     """
     from armillary.engine.export import input_mismatch, load_encoder, trained_inputs, trained_pixels
+    from armillary.engine.provenance import survey_fingerprint
     from armillary.engine.run import Run
 
     pixels, inputs = trained_pixels(run_dir), trained_inputs(run_dir)
@@ -311,6 +313,7 @@ def load_pipeline(
         "trained": str(trained).lower(),
         "encoder": encoder_digest(method),
         "survey": survey.name,
+        "fingerprint": survey_fingerprint(survey),
         "readout": readout or "default",
     }
     fitted = replace(
