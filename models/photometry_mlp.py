@@ -31,6 +31,7 @@ class PhotometryMLP:
 
     hidden: tuple[int, ...] = (64, 64)
     reads: ClassVar[str] = "columns"
+    title: ClassVar[str] = "photometry MLP"
 
     def problems(self, inputs: InputSpec) -> list[str]:
         """Every rule that is broken for these inputs, as `field: rule, got value`; empty if none."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup
+from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.photometry_mlp import PhotometryMLP
 from armillary.models.resnet import ResNet18
 from armillary.models.spectrum_attention import ConvAttention
@@ -139,6 +140,16 @@ class RegressionMethod(Method):
     def flops_per_sample(self) -> float:
         """Matrix-product FLOPs of one training sample: the backward pass costs two forward ones."""
         return 3.0 * self.config.network.flops(self.inputs)
+
+    def readouts(self) -> dict[str, Readout]:
+        """The predictions."""
+        network = self.config.network
+        modality: dict[str, Literal["image", "spectrum", "columns"]] = {
+            "crop": "image",
+            "spectrum": "spectrum",
+            "columns": "columns",
+        }
+        return {"prediction": Readout(network.title, modality[network.reads], targets=self.inputs.targets)}
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Tensor]:

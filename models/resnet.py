@@ -42,6 +42,7 @@ class ResNet18:
 
     width: int = 64
     reads: ClassVar[str] = "crop"
+    title: ClassVar[str] = "ResNet18"
 
     @property
     def widths(self) -> tuple[int, int, int, int]:

@@ -43,6 +43,7 @@ class ConvAttention:
     pools: tuple[int, ...] = (5, 10, 20)
     hidden: tuple[int, ...] = (32, 32)
     reads: ClassVar[str] = "spectrum"
+    title: ClassVar[str] = "Conv+Att"
 
     def lengths(self, pixels: int) -> list[int]:
         """Positions after each convolution of a spectrum of so many pixels."""

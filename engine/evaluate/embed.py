@@ -31,6 +31,7 @@ __all__ = [
     "embed",
     "embed_readouts",
     "encoder_digest",
+    "first_samples",
     "load_pipeline",
     "open_batches",
     "stack_splits",
@@ -226,6 +227,26 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
     table: Any = pq.read_table(folder / "catalog.parquet", columns=["split"])
     rows = np.flatnonzero(np.array(table["split"].to_pylist()) == split)
     return [Batch(row=torch.from_numpy(part).to(device)) for part in np.split(rows, range(batch, len(rows), batch))]
+
+
+def first_samples(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
+    """Batches of the first samples only.
+
+    Args:
+        batches: Batches.
+        samples: How many samples; the last batch is cut.
+    """
+    left = samples
+    for batch in batches:
+        count = len(batch["row"])
+        if count > left:
+            cut: dict[str, torch.Tensor] = {k: v[:left] for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            yield Batch(**cut)  # type: ignore[typeddict-item]
+            return
+        yield batch
+        left -= count
+        if not left:
+            return
 
 
 def _by_modality(batch: Batch) -> Iterator[Batch]:

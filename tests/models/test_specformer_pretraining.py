@@ -137,7 +137,7 @@ def test_bfloat16_loss_is_float32():
 def test_embeddings_are_the_mean_of_all_tokens_and_repeat():
     method = TINY.build(INPUTS)
     batch = batch_for(method, missing=0.2)
-    tokens = method.tokens(batch)
+    tokens = method.encoder(batch["spectrum"], batch["spectrum_ivar"])
     assert tokens.shape == (4, 41, 24) and tokens.requires_grad
     found = method.encode(batch)
     assert list(found) == ["mean"] and not found["mean"].requires_grad
