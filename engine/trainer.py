@@ -22,7 +22,7 @@ import torch.distributed as dist
 from armillary.engine import checkpoint, portable
 from armillary.engine.checks import method_problems, space_problems
 from armillary.engine.data.survey import Survey
-from armillary.engine.export import export_encoder, init_from_file
+from armillary.engine.export import export_encoder, fill_encoder, init_from_file
 from armillary.engine.provenance import facts
 from armillary.engine.randomness import seed_everything
 from armillary.engine.record import packages_of, to_json
@@ -80,7 +80,7 @@ def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, 
         device=device,
         views=run.views.build(survey, device),
         prepare=method.prepare,
-        modalities=("image",),  # what the views crop
+        modalities=run.views.modalities,
         reader=data.reader,
         on_corrupt=data.on_corrupt,
         threads=data.threads,
@@ -136,11 +136,8 @@ def train(
     method = run.method.build(inputs)
     known = facts(survey) | {"inputs": asdict(inputs)}
     newest = _startable(run, method, known, me.world)
-    if init_from is not None and newest is None and restore is None:
-        try:
-            init_from_file(method, init_from)
-        except ValueError as error:
-            raise BadInput(f"--init-from: {error}") from error
+    if newest is None and restore is None:
+        _take_weights(run, method, survey, init_from)
 
     stop = _StopRequest()
     device = start_processes(run.resolved_device)
@@ -187,6 +184,20 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> P
     if found:
         raise BadInput("\n".join(found))
     return newest
+
+
+def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | None) -> None:
+    """Fill what a new run takes from earlier ones."""
+    for modality, source in method.starts_from().items():
+        try:
+            fill_encoder(method, modality, source, run.views, survey)
+        except (ValueError, OSError) as error:
+            raise BadInput(f"method.{modality}_from: {error}") from error
+    if init_from is not None:
+        try:
+            init_from_file(method, init_from)
+        except ValueError as error:
+            raise BadInput(f"--init-from: {error}") from error
 
 
 def _begin(

@@ -13,8 +13,7 @@ import torch
 import tyro
 
 from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate.embed import Embeddings, load_pipeline, stack_splits
-from armillary.engine.evaluate.embed import embed as embed_batches
+from armillary.engine.evaluate.embed import Embeddings, embed_readouts, load_pipeline, open_batches, stack_splits
 from armillary.engine.evaluate.evaluate import DEFAULTS, Options, evaluate_embeddings, evaluate_run
 from armillary.engine.evaluate.evaluation import TRAINED, UNTRAINED, Verdict
 from armillary.engine.evaluate.logbook import Logbook
@@ -49,9 +48,6 @@ def embed(
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
     """
-    from armillary.engine.data.augment import EvalInput
-    from armillary.engine.data.loader import SequentialLoader
-
     data = data or Run.load(run).data.path
     survey, where = Survey.load(data), choose_device(device)
     have = tuple(dict.fromkeys(s.split for s in survey.shards))
@@ -59,12 +55,10 @@ def embed(
         if name not in have:
             raise ValueError(f"split: no samples in {name!r}; the survey has {', '.join(have)}")
     pipeline, metadata, _ = load_pipeline(run, survey, where, trained=not untrained, readout=readout)
-    packed = isinstance(pipeline.view, EvalInput) and pipeline.view.packed
     parts = {}
     for name in split or have:
-        batches = SequentialLoader(data, split=name, batch=batch, device=where, modalities=("image",), packed=packed)
-        rows, vectors = embed_batches({"": pipeline}, batches)
-        parts[name] = rows, vectors[""]
+        batches = open_batches(data, name, pipeline.view, batch, where)
+        parts[name] = next(iter(embed_readouts(pipeline, batches).values()))
     embeddings = stack_splits(data, parts, {"features": UNTRAINED if untrained else TRAINED, **metadata})
     embeddings.save(out)
     print(f"{out}: {len(embeddings):,} embeddings of {embeddings.vector.shape[1]} dimensions")

@@ -320,18 +320,18 @@ def _inputs(
 ) -> dict[str, list[np.ndarray]]:
     """Pictures of evaluation inputs and of training crops; a galaxy has the same column in each."""
     image = torch.from_numpy(np.stack([i for i, _ in cutouts])).to(device)
+    place = torch.arange(len(image))
     masks = [v if v is not None else np.ones(i.shape, bool) for i, v in cutouts]
     valid = torch.from_numpy(np.stack(masks)).to(device)
     masked = not bool(valid.all())
     shown: dict[str, list[np.ndarray]] = {}
+    batch = Batch(row=place, position=place, image=image)
+    if masked:
+        batch["valid"] = valid
     if view is not None:
-        shown["For evaluation: centre crop"] = _as_pictures(view(image, valid if masked else None))
+        shown["For evaluation: centre crop"] = _as_pictures(view(batch)["crop"])
     if augment is not None:
         count = len(image)
-        place = torch.arange(count)
-        batch = Batch(row=place, position=place, image=image)
-        if masked:
-            batch["valid"] = valid
         crops = augment(batch, BatchKey(seed=0, epoch=0, first_position=0, global_batch=count))
         for name, title in (("global_crops", "global crops"), ("local_crops", "local crops")):
             if name in crops:
