@@ -283,7 +283,9 @@ def init_from_file(method: Method, file: Path) -> None:
 
 
 @torch.no_grad()
-def fill_encoder(method: Method, modality: str, source: Path, views: Any, survey: Survey) -> None:
+def fill_encoder(
+    method: Method, modality: str, source: Path, views: Any, survey: Survey, packages: Sequence[str] = PACKAGES
+) -> None:
     """Give one modality's encoder of a new method the weights of an earlier run, or published ones.
 
     Args:
@@ -292,6 +294,7 @@ def fill_encoder(method: Method, modality: str, source: Path, views: Any, survey
         source: A run's folder, an encoder exported by armillary, or a published file.
         views: The new run's views: an encoder must be shown what it was trained on.
         survey: The new run's survey.
+        packages: As for `load_encoder`.
 
     Raises:
         FileNotFoundError: There is no such run or file.
@@ -303,7 +306,7 @@ def fill_encoder(method: Method, modality: str, source: Path, views: Any, survey
     if not source.exists():
         raise FileNotFoundError(f"{modality} encoder: {source}: no such run or file; train it first")
     if source.is_dir() or _is_ours(source):
-        earlier, run = load_encoder(source)
+        earlier, run = load_encoder(source, packages)
         theirs = earlier.encoders().get(modality)
         if theirs is None:
             raise ValueError(f"{modality} encoder: {source} is a run of {type(earlier).__name__}, which has none")

@@ -209,13 +209,14 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
     Args:
         folder: The survey.
         split: The split.
-        view: The view of `load_pipeline`'s result.
+        view: An `EvalView`, or a function that reads images.
         batch: Samples a batch.
         device: Where batches are delivered.
     """
     from armillary.engine.data.loader import SequentialLoader
 
-    assert isinstance(view, EvalView), "a run's view"
+    if not isinstance(view, EvalView):
+        return SequentialLoader(folder, split=split, batch=batch, device=device, modalities=("image",))
     if view.modalities:
         return SequentialLoader(
             folder, split=split, batch=batch, device=device, modalities=view.modalities, packed=view.packed
