@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup
+from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.photometry_mlp import PhotometryMLP
 from armillary.models.resnet import ResNet18
 from armillary.models.spectrum_attention import ConvAttention
@@ -139,6 +139,10 @@ class RegressionMethod(Method):
     def flops_per_sample(self) -> float:
         """Matrix-product FLOPs of one training sample: the backward pass costs two forward ones."""
         return 3.0 * self.config.network.flops(self.inputs)
+
+    def readouts(self) -> dict[str, Readout]:
+        """The predictions."""
+        return {"prediction": replace(self.config.network.readout, targets=self.inputs.targets)}
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Tensor]:
