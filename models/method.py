@@ -214,6 +214,17 @@ class Method(nn.Module, ABC):
         """What the embeddings of `encode` are, by name; those that a comparison should show, the default one first."""
         return {}
 
+    def tokens(self, batch: Batch) -> dict[str, Tensor]:
+        """What frozen encoders make of a batch, for a cache; `training_step` takes it from a batch in place of its inputs.
+
+        Args:
+            batch: As for `training_step`.
+
+        Returns:
+            `image_tokens` and `spectrum_tokens`, or one of them, [B, T, D]; nothing where no encoder is frozen.
+        """
+        return {}
+
     def encoders(self) -> dict[str, str]:
         """Prefix of the parameters of each modality's encoder, by modality: what other methods may start from."""
         return {}
