@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from armillary.models.method import InputSpec
+from armillary.models.method import InputSpec, Readout
 
 __all__ = ["Perceptron", "PhotometryMLP"]
 
@@ -30,8 +30,8 @@ class PhotometryMLP:
     """
 
     hidden: tuple[int, ...] = (64, 64)
-    reads: ClassVar[str] = "columns"
-    title: ClassVar[str] = "photometry MLP"
+    readout: ClassVar[Readout] = Readout("photometry MLP", "columns")
+    reads: ClassVar[str] = "columns"  # of a batch
 
     def problems(self, inputs: InputSpec) -> list[str]:
         """Every rule that is broken for these inputs, as `field: rule, got value`; empty if none."""

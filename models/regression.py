@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -143,13 +142,7 @@ class RegressionMethod(Method):
 
     def readouts(self) -> dict[str, Readout]:
         """The predictions."""
-        network = self.config.network
-        modality: dict[str, Literal["image", "spectrum", "columns"]] = {
-            "crop": "image",
-            "spectrum": "spectrum",
-            "columns": "columns",
-        }
-        return {"prediction": Readout(network.title, modality[network.reads], targets=self.inputs.targets)}
+        return {"prediction": replace(self.config.network.readout, targets=self.inputs.targets)}
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Tensor]:

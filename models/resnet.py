@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armillary.models.method import InputSpec
+from armillary.models.method import InputSpec, Readout
 
 __all__ = ["ResNet", "ResNet18"]
 
@@ -41,8 +41,8 @@ class ResNet18:
     """
 
     width: int = 64
-    reads: ClassVar[str] = "crop"
-    title: ClassVar[str] = "ResNet18"
+    readout: ClassVar[Readout] = Readout("ResNet18", "image")
+    reads: ClassVar[str] = "crop"  # of a batch
 
     @property
     def widths(self) -> tuple[int, int, int, int]:

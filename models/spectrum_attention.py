@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from armillary.models.method import InputSpec
+from armillary.models.method import InputSpec, Readout
 
 __all__ = ["ConvAttention", "SpectrumAttention"]
 
@@ -42,8 +42,8 @@ class ConvAttention:
     kernels: tuple[int, ...] = (5, 10, 20, 40)
     pools: tuple[int, ...] = (5, 10, 20)
     hidden: tuple[int, ...] = (32, 32)
-    reads: ClassVar[str] = "spectrum"
-    title: ClassVar[str] = "Conv+Att"
+    readout: ClassVar[Readout] = Readout("Conv+Att", "spectrum")
+    reads: ClassVar[str] = "spectrum"  # of a batch
 
     def lengths(self, pixels: int) -> list[int]:
         """Positions after each convolution of a spectrum of so many pixels."""

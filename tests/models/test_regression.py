@@ -107,6 +107,7 @@ def test_encode_predicts_in_the_labels_units(network):
     m, b = method(network).eval(), batch()
     found = m.encode(b)
     assert list(found) == ["prediction", "features"]
+    assert m.readouts() == {"prediction": replace(network.readout, targets=SPEC.targets)}
     assert found["prediction"].shape == (6, 3) and found["prediction"].dtype == torch.float32
     assert not found["prediction"].requires_grad and len(found["features"]) == 6
     standardised = m.network.fc(found["features"])

@@ -179,7 +179,7 @@ def test_resnet_resumes_to_the_same_bits_and_exports_rank_0s_statistics(survey, 
 def test_other_networks_learn_the_toy(survey, tmp_path, preset, steps, lr):
     options = ("--preset", preset, "--data.path", survey, "--out", tmp_path, "--name", "toy", "--optim.lr", lr)
     run(supervised(*options, "--train.steps", steps, "--train.global-batch", "16", "--train.micro-batch", "8"))
-    pipeline = load_pipeline(tmp_path / "toy", Survey.load(survey), device=torch.device("cpu"))
+    pipeline, _, _ = load_pipeline(tmp_path / "toy", Survey.load(survey), torch.device("cpu"))
     batches = open_batches(survey, "test", pipeline.view, 8, torch.device("cpu"))
     rows, found = embed({"": pipeline}, batches)
     table = pq.read_table(survey / "catalog.parquet")
