@@ -22,9 +22,10 @@ from armillary.engine.evaluate.embed import (
     stack_splits,
 )
 from armillary.engine.evaluate.logbook import Logbook
+from armillary.engine.evaluate.options import StudyOptions
 from armillary.engine.evaluate.study import FeatureSet, Outcome, Study
 from armillary.engine.evaluate.study_report import save_measures, write_study_report
-from armillary.engine.evaluate.study_tasks import TASKS, StudyOptions, left_out
+from armillary.engine.evaluate.study_tasks import TASKS, left_out
 from armillary.models.method import Readout
 
 __all__ = ["evaluate_study", "feature_sets", "run_tasks"]
@@ -74,7 +75,11 @@ def evaluate_study(
     out.mkdir(parents=True, exist_ok=True)
     sets = _embed(wanted, survey_dir, out, options, where, batch)
     study = Study.open(
-        survey_dir, sets, train_split=options.train_split, test_split=options.test_split, seed=options.seed
+        survey_dir,
+        sets,
+        train_split=options.common.train_split,
+        test_split=options.common.test_split,
+        seed=options.seed,
     )
     outcomes = run_tasks(study, chosen, options, encoders)
     save_measures(out, study, outcomes)
@@ -160,10 +165,10 @@ def _embed(
         if not missing:
             continue
         splits: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {w.name: {} for w in missing}
-        for split in (options.train_split, options.test_split):
+        for split in (options.common.train_split, options.common.test_split):
             batches = open_batches(survey_dir, split, encoder.view, batch, device)
             pipeline = Pipeline(encoder.view, encoder.method.encode)
-            vectors = embed_readouts(pipeline, first_samples(batches, options.samples))
+            vectors = embed_readouts(pipeline, first_samples(batches, options.common.samples))
             for w in missing:
                 if w.readout in vectors:
                     splits[w.name][split] = vectors[w.readout]
@@ -185,8 +190,14 @@ def _embed(
 
 
 def _metadata(w: _Wanted, options: StudyOptions) -> dict[str, str]:
-    splits = f"{options.train_split}+{options.test_split}"
-    return {"features": w.name, **w.encoder.metadata, "readout": w.readout, "splits": splits, "samples": str(options.samples)}
+    splits = f"{options.common.train_split}+{options.common.test_split}"
+    return {
+        "features": w.name,
+        **w.encoder.metadata,
+        "readout": w.readout,
+        "splits": splits,
+        "samples": str(options.common.samples),
+    }
 
 
 def _file(out: Path, name: str) -> Path:
