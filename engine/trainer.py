@@ -200,9 +200,10 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> P
 
 def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | None) -> None:
     """Fill what a new run takes from earlier ones."""
+    own = packages_of(to_json(run))
     for modality, source in method.starts_from().items():
         try:
-            fill_encoder(method, modality, source, run.views, survey)
+            fill_encoder(method, modality, source, run.views, survey, own)
         except (ValueError, OSError) as error:
             raise BadInput(f"method.{modality}_from: {error}") from error
     if init_from is not None:

@@ -18,7 +18,7 @@ from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.baselines import PixelPCA, View, asinh_pixels
 from armillary.engine.evaluate.collapse import assess
 from armillary.engine.evaluate.cutouts import read_cutouts
-from armillary.engine.evaluate.embed import Embeddings, Pipeline, embed, load_pipeline, stack_splits
+from armillary.engine.evaluate.embed import Embeddings, Pipeline, embed, first_samples, load_pipeline, stack_splits
 from armillary.engine.evaluate.evaluation import (
     PCA_ASINH,
     PCA_FEW,
@@ -179,7 +179,7 @@ def embed_features(
         pipelines[name] = Pipeline(one, fitted)
     parts: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {name: {} for name in pipelines}
     for split in splits:
-        rows, vectors = embed(pipelines, _first(batches(split), options.samples))
+        rows, vectors = embed(pipelines, first_samples(batches(split), options.samples))
         for name, vector in vectors.items():
             parts[name][split] = rows, vector
     common = {"survey": survey.name}
@@ -285,20 +285,6 @@ def evaluate_embeddings(
     verdict.save(report.with_name("metrics.json"))
     write_report(report, verdict, survey, logbook, gallery)
     return verdict
-
-
-def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
-    left = samples
-    for batch in batches:
-        count = len(batch["row"])
-        if count > left:
-            cut: dict[str, torch.Tensor] = {k: v[:left] for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            yield Batch(**cut)  # type: ignore[typeddict-item]
-            return
-        yield batch
-        left -= count
-        if not left:
-            return
 
 
 def _label(survey: Survey, catalogue: object, label: str) -> tuple[np.ndarray | None, str]:
