@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,20 +188,21 @@ def _fill_chunks(
         prefetch=run.data.prefetch,
         parts=[fill.chunks[number] for number in mine],
     )
-    batches = iter(loader)
     total, left = fill.layout.samples, sum(len(fill.chunks[n]) for n in pending)
     begin, said, first_left = time.monotonic(), -SAY_EVERY_S, left
-    for start in range(0, len(pending), world):
-        if time.monotonic() - said > SAY_EVERY_S:
-            said = time.monotonic()
-            rate = (first_left - left) / max(said - begin, 1e-9)
-            ahead = f", {left / rate / 60:.0f} min to go" if rate else ""
-            say(f"features: {total - left} of {total} samples{ahead}")
-        number = mine[start // world] if start // world < len(mine) else None
-        asked = _together(partial(_fill_one, fill, number, batches, method, stop))
-        left -= sum(len(fill.chunks[n]) for n in pending[start : start + world])
-        if any(asked) and left:
-            raise Interrupted
+    batches: Any = iter(loader)
+    with closing(batches):
+        for start in range(0, len(pending), world):
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                rate = (first_left - left) / max(said - begin, 1e-9)
+                ahead = f", {left / rate / 60:.0f} min to go" if rate else ""
+                say(f"features: {total - left} of {total} samples{ahead}")
+            number = mine[start // world] if start // world < len(mine) else None
+            asked = _together(partial(_fill_one, fill, number, batches, method, stop))
+            left -= sum(len(fill.chunks[n]) for n in pending[start : start + world])
+            if any(asked) and left:
+                raise Interrupted
 
 
 def _fill_one(

@@ -88,7 +88,7 @@ class FeatureFill:
 
     def _continue_or_begin(self, usage: Callable[[Path], Any]) -> None:
         plan = self.work / "plan.json"
-        mine = {"format": FORMAT, **self.layout.to_json(), "chunk": self.chunk, "made_of": self.made_of}
+        mine = {"format": FORMAT, **self.layout.to_json(), "chunk": self.chunk, **self.made_of}
         mine = json.loads(json.dumps(mine))
         if plan.exists():
             refuse_difference(self.folder, json.loads(plan.read_text()), mine)

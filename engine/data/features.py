@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -146,7 +147,8 @@ class FeatureCache:
         self._counts = np.asarray(plan.counts, np.int64)
         self._begins = np.concatenate([[0], np.cumsum(self._counts)])[:-1]
         self._retry = Retry()
-        self._files = {name: open(folder / f"{name}.bin", "rb", buffering=0) for name in self.layout.names}
+        self._files = {n: os.open(folder / f"{n}.bin", os.O_RDONLY | os.O_CLOEXEC) for n in self.layout.names}
+        self._close = weakref.finalize(self, _close_all, list(self._files.values()))
 
     def places(self, row: np.ndarray) -> np.ndarray:
         """Places in the split of rows of the catalogue, [B] int64.
@@ -175,7 +177,7 @@ class FeatureCache:
         size = self.layout.row_bytes(name)
         view = out.reshape(-1).view(np.uint8).data
         path = self.folder / f"{name}.bin"
-        self._retry.call(lambda: self._fill(self._files[name].fileno(), view, place * size, path), str(path))
+        self._retry.call(lambda: self._fill(self._files[name], view, place * size, path), str(path))
         if zlib.crc32(view) != self._crc[place, self.layout.names.index(name)]:
             raise FeatureError(
                 f"data.features: {path} is corrupt at sample {place} (bytes {place * size} ... {(place + 1) * size}); delete "
@@ -192,8 +194,12 @@ class FeatureCache:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
-            file.close()
+        self._close()
+
+
+def _close_all(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 class CachedTokens:
