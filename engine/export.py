@@ -30,6 +30,7 @@ from armillary.models.state_names import from_public, to_public
 __all__ = [
     "export_dinov2",
     "export_encoder",
+    "export_specformer",
     "fill_encoder",
     "init_from_file",
     "input_mismatch",
@@ -239,6 +240,36 @@ def export_dinov2(source: Path, file: Path, block_chunks: int = 0, packages: Seq
     if block_chunks:
         heads = {k.removeprefix("teacher."): v for k, v in state.items() if not k.startswith(prefix)}
         content = {"teacher": {f"backbone.{k}": v for k, v in backbone.items()} | heads}
+    _save(content, file)
+
+
+def export_specformer(source: Path, file: Path, packages: Sequence[str] = PACKAGES) -> None:
+    """Write a spectrum encoder under the names of AstroCLIP's SpecFormer.
+
+    Args:
+        source: A run's folder or an exported encoder, of SpecFormer or of a method that holds one.
+        file: File to write: .safetensors, or .ckpt with the weights under "state_dict", where Lightning has them; it
+            appears when it is complete.
+        packages: As for `load_encoder`.
+
+    Raises:
+        ValueError: The method has no spectrum encoder.
+        OSError: The file cannot be written.
+    """
+    if file.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{file}: a file name ending in .safetensors or .ckpt")
+    method, _ = load_encoder(source, packages)
+    prefix = method.encoders().get("spectrum")
+    if prefix is None:
+        raise ValueError(f"{source}: {type(method).__name__} has no spectrum encoder")
+    state = {k.removeprefix(prefix): v for k, v in method.state_dict().items() if k.startswith(prefix)}
+    if file.suffix == ".safetensors":
+        _write([Entry.of(k, v) for k, v in state.items()], file, {"format": "pt"})
+    else:
+        _save({"state_dict": state}, file)
+
+
+def _save(content: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     try:
@@ -283,7 +314,9 @@ def init_from_file(method: Method, file: Path) -> None:
 
 
 @torch.no_grad()
-def fill_encoder(method: Method, modality: str, source: Path, views: Any, survey: Survey) -> None:
+def fill_encoder(
+    method: Method, modality: str, source: Path, views: Any, survey: Survey, packages: Sequence[str] = PACKAGES
+) -> None:
     """Give one modality's encoder of a new method the weights of an earlier run, or published ones.
 
     Args:
@@ -292,6 +325,7 @@ def fill_encoder(method: Method, modality: str, source: Path, views: Any, survey
         source: A run's folder, an encoder exported by armillary, or a published file.
         views: The new run's views: an encoder must be shown what it was trained on.
         survey: The new run's survey.
+        packages: As for `load_encoder`.
 
     Raises:
         FileNotFoundError: There is no such run or file.
@@ -303,7 +337,7 @@ def fill_encoder(method: Method, modality: str, source: Path, views: Any, survey
     if not source.exists():
         raise FileNotFoundError(f"{modality} encoder: {source}: no such run or file; train it first")
     if source.is_dir() or _is_ours(source):
-        earlier, run = load_encoder(source)
+        earlier, run = load_encoder(source, packages)
         theirs = earlier.encoders().get(modality)
         if theirs is None:
             raise ValueError(f"{modality} encoder: {source} is a run of {type(earlier).__name__}, which has none")

@@ -29,13 +29,14 @@ from armillary.kernels.attention import BACKENDS
 from armillary.kernels.launch import IMPLS, Impl
 from armillary.models.cross_attention import MLP, AlignmentHead, CrossAttention
 from armillary.models.info_nce import Contrast, info_nce
-from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup
+from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.specformer import SpecFormer, SpectrumTransformer
 from armillary.models.vit import VisionTransformer, ViT
 
 __all__ = ["AstroCLIP", "AstroCLIPMethod"]
 
 TOKENS = ("patches", "positioned", "all")
+MODALITIES: tuple[Literal["image", "spectrum"], ...] = ("image", "spectrum")
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,13 @@ class AstroCLIPMethod(Method):
     def parameter_groups(self) -> list[ParameterGroup]:
         """One group: the released optimizer decays every trained parameter alike, and clips them together."""
         return [ParameterGroup({n: p for n, p in self.named_parameters() if p.requires_grad})]
+
+    def readouts(self) -> dict[str, Readout]:
+        """Both aligned embeddings; beside them those of the encoders themselves, where they are as they were pre-trained."""
+        found = {m: Readout(f"AstroCLIP {m}", m, aligned=True) for m in MODALITIES}
+        if self.config.freeze:
+            found |= {f"{m}_backbone": Readout(f"unaligned {m}", m) for m in MODALITIES}
+        return found
 
     def encoders(self) -> dict[str, str]:
         """Prefixes of both encoders, without their heads."""

@@ -136,8 +136,16 @@ class _Embedding(nn.Linear):
     def forward(  # type: ignore[override]
         self, spectrum: Tensor, position: Tensor, mask: Tensor | None, shape: SpecFormer, impl: Impl
     ) -> Tensor:
-        options = {"step": shape.step, "drop_last_window": shape.drop_last_window}
-        return window_embed(spectrum, self.weight, self.bias, position, mask, **options, impl=impl)
+        return window_embed(
+            spectrum,
+            self.weight,
+            self.bias,
+            position,
+            mask,
+            step=shape.step,
+            drop_last_window=shape.drop_last_window,
+            impl=impl,
+        )
 
 
 class _Positions(nn.Embedding):

@@ -21,7 +21,7 @@ from torch import Tensor
 from armillary.kernels.attention import BACKENDS
 from armillary.kernels.launch import IMPLS, Impl
 from armillary.kernels.window_embed import MIN_STD, window_features
-from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup
+from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.specformer import SpecFormer, SpectrumTransformer, fill_missing
 from armillary.models.spectrum_masking import chunk_masks, chunk_problems
 
@@ -142,20 +142,16 @@ class SpecFormerMethod(Method):
         head = 2 * shape.tokens(pixels) * shape.dim * shape.features
         return 3 * (shape.flops(pixels) + head)
 
-    def tokens(self, batch: Batch) -> Tensor:
-        """Tokens [B, N, D] of whole spectra after the final norm, in the parameters' dtype, with their gradients.
-
-        Args:
-            batch: `spectrum` and, unless every pixel carries data, `spectrum_ivar` [B, L].
-        """
-        return self.encoder(self._whole(batch)[0])
+    def readouts(self) -> dict[str, Readout]:
+        """The mean token."""
+        return {"mean": Readout("SpecFormer", "spectrum")}
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Tensor]:
         """Embeddings of whole spectra.
 
         Args:
-            batch: As for `tokens`.
+            batch: `spectrum` and, unless every pixel carries data, `spectrum_ivar` [B, L].
 
         Returns:
             "mean" [B, D] float32: mean of all tokens, that of mean and deviation included.
@@ -165,17 +161,16 @@ class SpecFormerMethod(Method):
         """
         if "spectrum" not in batch:
             raise ValueError("SpecFormer: embeds spectra, but the batch has no `spectrum`")
-        return {"mean": self.tokens(batch).float().mean(1)}
+        return {"mean": self.encoder(self._whole(batch)[0]).float().mean(1)}
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, mask: Tensor) -> Filled:
         """Hide parts of spectra and fill them in.
 
         Args:
-            batch: As for `tokens`.
+            batch: As for `encode`.
             mask: [B, N] bool: True where a token is hidden.
         """
-        shape = self.config.encoder
         spectrum, _ = self._whole(batch)
         windows = self.encoder.head(self.encoder(spectrum, mask=mask)).float()[:, 1:, 2:]
         predicted = self._fold(windows * mask[:, 1:, None])

@@ -9,8 +9,9 @@ galsim = pytest.importorskip("galsim", reason="the simulation needs GalSim")
 pytest.importorskip("speclite", reason="the simulation needs filter curves")
 
 from armillary.engine.data.population import draw_population, half_light_radius, keyed_generator  # noqa: E402
+from armillary.engine.data.scene import Scene  # noqa: E402
 from armillary.engine.data.seds import TYPES, attenuation, colour_table  # noqa: E402
-from armillary.engine.data.simulate import LEGACY, Band, Scene, SimulatedSurvey, simulate  # noqa: E402
+from armillary.engine.data.simulate import LEGACY, Band, SimulatedSurvey, simulate  # noqa: E402
 from armillary.engine.data.survey import Survey  # noqa: E402
 from armillary.engine.data.surveys.sample import Described  # noqa: E402
 from armillary.engine.evaluate.cutouts import read_cutouts  # noqa: E402

@@ -83,7 +83,9 @@ def plain(state, shape, spectrum, mask=None):
                 heads.append(scores.softmax(1) @ v[:, at])
             y = y + layer("attention.projection", torch.cat(heads, 1))
             y = y + layer("mlp.decoder", F.gelu(layer("mlp.encoder", norm("layernorm2", y))))
-        tokens.append(F.layer_norm(y, (shape.dim,), state["final_layernorm.weight"], state["final_layernorm.bias"], 1e-5))
+        tokens.append(
+            F.layer_norm(y, (shape.dim,), state["final_layernorm.weight"], state["final_layernorm.bias"], 1e-5)
+        )
     out = torch.stack(tokens)
     return out, F.linear(out, state["head.weight"], state["head.bias"])
 
@@ -262,7 +264,9 @@ def test_bad_inputs():
         model(torch.randn(1, 63))
     with pytest.raises(ValueError, match=r"mask must have shape \[3, 14\]"):
         model(spectra(), mask=torch.zeros(3, 13, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"SpecFormer: backend: must be one of .* got 'fast'; impl: must be .* got 'c'"):
+    with pytest.raises(
+        ValueError, match=r"SpecFormer: backend: must be one of .* got 'fast'; impl: must be .* got 'c'"
+    ):
         SpectrumTransformer(TINY, "fast", "c")
 
 
