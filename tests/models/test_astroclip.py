@@ -319,6 +319,7 @@ def _gathers_under_every_stage(rank):
                 "train_micro_batch_size_per_gpu": 4,
                 "zero_allow_untested_optimizer": True,
                 "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "gradient_clipping": 0.0,  # the default is 1
                 "steps_per_print": 10**9,
             },
         )
