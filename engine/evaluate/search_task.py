@@ -68,7 +68,7 @@ class _Pair:
     rows: np.ndarray  # [M] of the catalogue
     queries: np.ndarray  # [M, D]
     answers: np.ndarray  # [M, D]
-    prefix: str = ""  # of the title, where several spaces are searched
+    named: bool  # by the sets' names in full, where modalities do not tell pairs apart
 
     @property
     def features(self) -> str:
@@ -78,9 +78,8 @@ class _Pair:
     def title(self) -> str:
         if not self.query.space:
             return f"{self.query.name}, within"
-        if self.crosses and self.query.modality == self.answer.modality:
-            return f"{self.prefix}{self.query.name} \u2192 {self.answer.name}"
-        return f"{self.prefix}{self.query.modality} \u2192 {self.answer.modality}"
+        one, other = (f.name if self.named else f.modality for f in (self.query, self.answer))
+        return f"{one} \u2192 {other}"
 
     @property
     def crosses(self) -> bool:
@@ -131,7 +130,8 @@ def search(study: Study, options: SearchOptions | None = None) -> Outcome:
 
 def _pairs(study: Study) -> list[_Pair]:
     sets = [f for f in study.features.values() if not f.targets]
-    several = len({f.space for f in sets if f.space}) > 1
+    modalities = [f.modality for f in sets if f.space]
+    named = len(set(modalities)) < len(modalities)
     pairs = []
     for query in sets:
         for answer in sets:
@@ -148,9 +148,8 @@ def _pairs(study: Study) -> list[_Pair]:
                 raise ValueError(
                     f"search: need {LEAST} test samples or more with {query.name} and {answer.name}, got {len(rows)}"
                 )
-            prefix = f"{query.space}: " if several else ""
             vectors = [study.vectors(f.name, rows) for f in (query, answer)]
-            pairs.append(_Pair(query, answer, rows, vectors[0], vectors[1], prefix))
+            pairs.append(_Pair(query, answer, rows, vectors[0], vectors[1], named))
     return pairs
 
 
