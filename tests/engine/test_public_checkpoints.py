@@ -16,6 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from armillary.engine.public_checkpoints import read_state_dict
+from armillary.models.astroclip import AstroCLIP
+from armillary.models.method import Batch, InputSpec
+from armillary.models.specformer import SpecFormer
+from armillary.models.state_names import from_public, to_public
+from armillary.models.vit import ViT
 
 
 def weights():
@@ -146,6 +151,38 @@ def test_checkpoint_with_pickled_modules(tmp_path, program):
     before = set(sys.modules)
     same(read_state_dict(tmp_path / "last.ckpt"), want)
     assert set(sys.modules) == before
+
+
+def test_checkpoint_of_astroclip_fits_the_method(tmp_path, program):
+    """As published: Lightning's layout, the image encoder's blocks in chunks, both encoders pickled beside the tensors."""
+    config = AstroCLIP(
+        image=ViT(3, 8, 4, dim=16, depth=4, heads=2, layer_scale=0.5, drop_path=0.0),
+        spectrum=SpecFormer(dim=12, depth=2, heads=2, window=9, step=6, positions=12),
+        freeze=False,
+        embedding=16,
+        heads=2,
+    )
+    inputs = InputSpec(channels=3, global_size=8, n_global=1, pixels=63)
+    torch.manual_seed(1)
+    theirs, ours = config.build(inputs).eval(), config.build(inputs).eval()
+    prefix = theirs.encoders()["image"]
+    state = theirs.state_dict()
+    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    published = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    published |= {prefix + k: v for k, v in to_public(backbone, chunks=2).items()}
+    assert f"{prefix}blocks.1.3.attn.qkv.weight" in published
+    modules = program.Settings(image_encoder=program.Encoder(), spectrum_encoder=program.Encoder(), logit_scale=15.5)
+    torch.save({"state_dict": OrderedDict(published), "hyper_parameters": modules}, tmp_path / "astroclip.ckpt")
+    program.forget()
+
+    read = read_state_dict(tmp_path / "astroclip.ckpt")
+    part = {k.removeprefix(prefix): v for k, v in read.items() if k.startswith(prefix)}
+    part = from_public(part, {k: v.shape for k, v in backbone.items()})
+    renamed = {k: v for k, v in read.items() if not k.startswith(prefix)} | {prefix + k: v for k, v in part.items()}
+    ours.load_state_dict(renamed, strict=True)
+    batch = Batch(crop=torch.randn(2, 3, 8, 8), spectrum=torch.randn(2, 63))
+    expected = theirs.encode(batch)
+    assert all(torch.equal(value, expected[name]) for name, value in ours.encode(batch).items())
 
 
 def test_a_pickled_module_in_place_of_tensors_is_refused(tmp_path, program):

@@ -22,7 +22,9 @@ def clusters(count=COUNT, width=WIDTH, seed=0):
 
 def brute(vectors, queries, k):
     """Exact neighbours in float64, and their cosines."""
-    left, right = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries.astype(np.float64), vectors.astype(np.float64)))
+    left, right = (
+        v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries.astype(np.float64), vectors.astype(np.float64))
+    )
     similarity = left @ right.T
     row = np.argsort(-similarity, 1)[:, :k]
     return row, np.take_along_axis(similarity, row, 1)
@@ -135,7 +137,12 @@ def test_index_comes_back_from_its_folder(coded, small, tmp_path):
     for one, other in zip(loaded.search(queries, 5), index.search(queries, 5), strict=True):
         np.testing.assert_array_equal(one, other)
     assert loaded.metadata == ABOUT and loaded.plan == index.plan
-    assert sorted(p.name for p in (folder / "ranked").iterdir()) == ["index.faiss", "index.json", "keys.parquet", "vectors.npy"]
+    assert sorted(p.name for p in (folder / "ranked").iterdir()) == [
+        "index.faiss",
+        "index.json",
+        "keys.parquet",
+        "vectors.npy",
+    ]
     np.testing.assert_allclose(loaded.vectors([7, 9000]), unit(vectors[[7, 9000]]), atol=1e-3)
     small[1].save(tmp_path / "deep" / "exact")
     again = Index.load(tmp_path / "deep" / "exact")
@@ -171,7 +178,9 @@ def test_bytes_of_a_code_divide_the_dimensions(width, code):
 def test_files_are_read_in_order(tmp_path, small):
     vectors, index = small
     for i, part in enumerate((slice(0, 100), slice(100, 300))):
-        Embeddings(keys_of(300)[part], np.full(300, "x", object)[part], vectors[part], ABOUT).save(tmp_path / f"{i}.parquet")
+        Embeddings(keys_of(300)[part], np.full(300, "x", object)[part], vectors[part], ABOUT).save(
+            tmp_path / f"{i}.parquet"
+        )
     read = Index.read_files([tmp_path / "0.parquet", tmp_path / "1.parquet"])
     queries = clusters(10, seed=6)
     np.testing.assert_array_equal(read.search(queries, 4).key, index.search(queries, 4).key)
@@ -263,7 +272,9 @@ def test_bad_folders(coded, small, tmp_path):
         Index.load(tmp_path)
     with pytest.raises(FileExistsError, match="exists already"):
         small[1].save(folder / "codes")
-    with pytest.raises(ValueError, match="embeddings from another encoder: the index holds those of '0123', these are of '45'"):
+    with pytest.raises(
+        ValueError, match="embeddings from another encoder: the index holds those of '0123', these are of '45'"
+    ):
         Index.load(folder / "codes", ABOUT | {"encoder": "45"})
 
     def damaged(name, change):
