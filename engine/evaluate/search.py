@@ -299,7 +299,7 @@ class Index:
         faiss.write_index(self._engine, str(temporary / "index.faiss"))
         pq.write_table(pa.table({"key": self.keys}), temporary / "keys.parquet")
         if self._kept is not None:
-            shutil.copyfile(str(self._kept.filename), temporary / "vectors.npy")
+            _share(Path(str(self._kept.filename)), temporary / "vectors.npy")
         about = {"version": VERSION, "count": len(self), "plan": asdict(self.plan), "metadata": self.metadata}
         (temporary / "index.json").write_text(json.dumps(about, indent=1) + "\n")
         temporary.rename(folder)
@@ -337,6 +337,14 @@ class Index:
             raise ValueError(f"{folder}: not a readable index: {error}") from error
         index.check(metadata or {})
         return index
+
+
+def _share(source: Path, target: Path) -> None:
+    """A second name for a file that may be hundreds of GiB; a copy where the file system has no such thing."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
