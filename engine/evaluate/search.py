@@ -72,6 +72,15 @@ class Index:
         """Number of vectors."""
         return len(self.keys)
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a vector has this key."""
+        return int(pc.index(self.keys, pa.scalar(key, pa.large_string())).as_py()) >= 0
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether `vectors` can give them back."""
+        return self._kept is not None or self.plan.kind == "exact"
+
     @property
     def dimensions(self) -> int:
         """D."""
@@ -96,7 +105,8 @@ class Index:
             kind: "exact", "ivfpq", or "auto" (see `Plan.choose`).
             plan: In place of `kind`, every setting.
             metadata: Where the vectors come from.
-            keep: File for the vectors in half precision, with which the candidates of an IVF-PQ index are re-ranked.
+            keep: File for the vectors in half precision, with which the candidates of an IVF-PQ index are re-ranked; an
+                exact index has no use for it.
 
         Raises:
             ValueError: There is nothing to index, shapes disagree, keys repeat, a number is not finite, a vector has no
@@ -183,8 +193,9 @@ class Index:
                 at += len(chunk)
             engine.train(unit(np.concatenate(parts)))
         kept = None
-        if keep is not None:
+        if keep is not None and plan.kind == "ivfpq":
             keep.parent.mkdir(parents=True, exist_ok=True)
+            keep.unlink(missing_ok=True)  # it may be a saved index's file under another name
             kept = np.lib.format.open_memmap(keep, "w+", np.float16, (len(keys), plan.dimensions))
         at = 0
         for chunk in chunks():

@@ -16,7 +16,7 @@ from armillary.engine.data.colour import galaxy_picture
 from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.sample import Spectrum
 from armillary.engine.evaluate import pictures
-from armillary.engine.evaluate.cutouts import read_cutouts, read_spectra
+from armillary.engine.evaluate.cutouts import having, read_cutouts, read_spectra
 
 __all__ = ["Tile", "draw_objects", "spectrum_tile", "tile_row"]
 
@@ -59,12 +59,12 @@ def draw_objects(folder: Path, survey: Survey, modality: str, rows: Sequence[int
         rows: Catalogue rows; they may repeat.
 
     Returns:
-        HTML by row.
+        HTML by row; of objects that have the modality.
 
     Raises:
-        ValueError: An object lacks the modality.
+        ValueError: The survey has no spectra.
     """
-    wanted = sorted({int(row) for row in rows})
+    wanted = having(folder, sorted({int(row) for row in rows}), modality)
     if modality == "spectrum":
         if survey.spectrum is None:
             raise ValueError(f"{folder}: survey {survey.name!r} has no spectra")

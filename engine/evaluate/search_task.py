@@ -333,7 +333,7 @@ def _panels(study: Study, pairs: list[_Pair], options: SearchOptions) -> str:
         value = ""
         if label is not None and np.isfinite(label[row]):
             value = f"{'z' if options.label == 'redshift' else options.label} {label[row]:.3f}"
-        return Tile(drawn[modality][row], (value, note), outlined)
+        return Tile(drawn[modality].get(row, ""), (value, note), outlined)
 
     cards = ""
     for number, query in enumerate(chosen.tolist()):
