@@ -22,10 +22,11 @@ from armillary.engine.evaluate.embed import (
     stack_splits,
 )
 from armillary.engine.evaluate.logbook import Logbook
+from armillary.engine.evaluate.options import StudyOptions
 from armillary.engine.evaluate.study import FeatureSet, Outcome, Study
 from armillary.engine.evaluate.study_report import save_measures, write_study_report
-from armillary.engine.evaluate.study_tasks import TASKS, StudyOptions, left_out
-from armillary.models.method import Readout
+from armillary.engine.evaluate.study_tasks import TASKS, left_out
+from armillary.models.method import Method, Readout
 
 __all__ = ["evaluate_study", "feature_sets", "run_tasks"]
 
@@ -70,11 +71,15 @@ def evaluate_study(
     encoders = [Encoder.load(run, survey, where) for run in runs]
     logbooks = {e.run.name: Logbook.read(run) for e, run in zip(encoders, runs, strict=True)}
     wanted = _wanted(encoders, survey)
-    chosen = _chosen(options, survey, [w.about for w in wanted])
+    chosen = _chosen(options, survey, [e.method for e in encoders])
     out.mkdir(parents=True, exist_ok=True)
     sets = _embed(wanted, survey_dir, out, options, where, batch)
     study = Study.open(
-        survey_dir, sets, train_split=options.train_split, test_split=options.test_split, seed=options.seed
+        survey_dir,
+        sets,
+        train_split=options.common.train_split,
+        test_split=options.common.test_split,
+        seed=options.seed,
     )
     outcomes = run_tasks(study, chosen, options, encoders)
     save_measures(out, study, outcomes)
@@ -116,12 +121,12 @@ def run_tasks(
     return [task.run(study, options, encoders) for name, task in TASKS.items() if name in tasks]
 
 
-def _chosen(options: StudyOptions, survey: Survey, readouts: Sequence[Readout]) -> list[str]:
+def _chosen(options: StudyOptions, survey: Survey, methods: Sequence[Method]) -> list[str]:
     """The tasks to run: those asked for, which must be possible; else all that are."""
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise ValueError(f"tasks: must be of {', '.join(TASKS)}, got {', '.join(unknown)}")
-    reasons = {name: left_out(name, survey, readouts, options) for name in options.tasks or TASKS}
+    reasons = {name: left_out(name, survey, methods, options) for name in options.tasks or TASKS}
     if options.tasks and (problems := [f"{name}: {why}" for name, why in reasons.items() if why]):
         raise ValueError("tasks: " + "; ".join(problems))
     for name, why in reasons.items():
@@ -160,10 +165,10 @@ def _embed(
         if not missing:
             continue
         splits: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {w.name: {} for w in missing}
-        for split in (options.train_split, options.test_split):
+        for split in (options.common.train_split, options.common.test_split):
             batches = open_batches(survey_dir, split, encoder.view, batch, device)
             pipeline = Pipeline(encoder.view, encoder.method.encode)
-            vectors = embed_readouts(pipeline, first_samples(batches, options.samples))
+            vectors = embed_readouts(pipeline, first_samples(batches, options.common.samples))
             for w in missing:
                 if w.readout in vectors:
                     splits[w.name][split] = vectors[w.readout]
@@ -185,8 +190,14 @@ def _embed(
 
 
 def _metadata(w: _Wanted, options: StudyOptions) -> dict[str, str]:
-    splits = f"{options.train_split}+{options.test_split}"
-    return {"features": w.name, **w.encoder.metadata, "readout": w.readout, "splits": splits, "samples": str(options.samples)}
+    splits = f"{options.common.train_split}+{options.common.test_split}"
+    return {
+        "features": w.name,
+        **w.encoder.metadata,
+        "readout": w.readout,
+        "splits": splits,
+        "samples": str(options.common.samples),
+    }
 
 
 def _file(out: Path, name: str) -> Path:
