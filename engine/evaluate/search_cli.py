@@ -1,8 +1,8 @@
 """Command `armillary search`: the objects whose embeddings are most similar to that of a query.
 
-    armillary search images.parquet --query 39627788403084375
-    armillary search images.parquet --query cutout.fits --run runs/astroclip --data survey --out answers.html
-    armillary search images.parquet --query 39627788403084375 --query-embeddings spectra.parquet    # across modalities
+armillary search images.parquet --query 39627788403084375
+armillary search images.parquet --query cutout.fits --run runs/astroclip --data survey --out answers.html
+armillary search images.parquet --query 39627788403084375 --query-embeddings spectra.parquet    # across modalities
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def _catalogue_rows(data: Path, keys: Sequence[str]) -> dict[str, int]:
     return {key: row for row, key in enumerate(column.to_pylist()) if key in wanted}
 
 
-def _table(one: Query, answers: Answers, data: Path | None, survey: Survey | None, rows: dict[str, int] | None) -> pa.Table:
+def _table(
+    one: Query, answers: Answers, data: Path | None, survey: Survey | None, rows: dict[str, int] | None
+) -> pa.Table:
     """Query, rank, key and similarity of the answers, with the survey's labels where it is given."""
     keys = answers.key[0].tolist()
     table = pa.table(
@@ -175,7 +177,7 @@ def _write_page(out: Path, one: Query, table: pa.Table, data: Path, survey: Surv
     places = [rows[a["key"]] for a in answers]
     own = rows.get(one.name) if one.sample is None else None
     sections = ""
-    for modality in ("image", "spectrum"):
+    for modality, heading in (("image", "Images"), ("spectrum", "Spectra")):
         if modality not in survey.modalities:
             continue
         drawn = draw_objects(data, survey, modality, [*places, *([] if own is None else [own])])
@@ -187,13 +189,13 @@ def _write_page(out: Path, one: Query, table: pa.Table, data: Path, survey: Surv
             tiles.append(Tile(drawn.get(row, ""), (redshift, f"{answer['similarity']:.3f}"), answer["key"] == one.name))
         width = min(len(tiles), A_ROW)
         body = "".join(tile_row(tiles[i : i + width], width) for i in range(0, len(tiles), width))
-        sections += f'<h2>{modality.capitalize()}s</h2><div class="sky">{body}</div>'
+        sections += f'<h2>{heading}</h2><div class="sky">{body}</div>'
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in table.column_names[1:])
     cells = ""
     for answer in answers:
         values = list(answer.values())[1:]
         cells += "<tr>" + "".join(f"<td>{html.escape(_text(v))}</td>" for v in values) + "</tr>"
-    listing = f'<table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table>'
+    listing = f"<table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table>"
     sections += f'<h2>Answers</h2><section class="card"><div class="scroll">{listing}</div></section>'
     header = (
         f'<header><div class="brand">Armillary</div><h1>Most similar to {html.escape(one.name)}</h1>'

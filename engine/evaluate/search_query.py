@@ -67,7 +67,7 @@ def query_by_key(index: Index, key: str, files: tuple[Path, ...] = ()) -> Query:
             schema = pq.read_schema(path)
             metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
             found = pq.read_table(path, columns=["vector"], filters=[("key", "==", key)])["vector"]
-            vector = found.combine_chunks().flatten().to_numpy().reshape(len(found), -1)
+            vector = found.combine_chunks().flatten().to_numpy().reshape(-1, schema.field("vector").type.list_size)
         except (pa.ArrowException, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not a file of embeddings (key, split, vector): {error}") from error
         index.check(metadata, ("survey", "fingerprint", "encoder"))
@@ -135,13 +135,13 @@ def _read_one(path: Path) -> tuple[Sample, Source]:
     with tempfile.TemporaryDirectory(prefix="armillary-query-") as place:
         # Alone in a folder: some readers take folders only, and labels that lie beside the file are for others.
         (Path(place) / path.name).symlink_to(path.resolve())
-        source = open_source(Path(place))
-        if len(source) != 1:
-            raise ValueError(f"{path}: holds {len(source)} objects; a query is a file with one")
         try:
-            return source.read(0), source
+            source = open_source(Path(place))
+            if len(source) == 1:
+                return source.read(0), source
         except ValueError as error:
             raise ValueError(str(error).replace(place, str(path.parent))) from error
+    raise ValueError(f"{path}: holds {len(source)} objects; a query is a file with one")
 
 
 def _batch(sample: Sample, device: torch.device) -> Batch:
