@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from armillary.engine.checkpoint import CheckpointError, latest, open_archive
-from armillary.engine.data.survey import Survey
+from armillary.engine.data.survey import Survey, WaveGrid
 from armillary.engine.layout import persistent_buffers
 from armillary.engine.record import PACKAGES, from_json, to_json
 from armillary.engine.run import Run
@@ -27,7 +27,17 @@ from armillary.engine.tensors import Archive, Entry, write_tensors
 from armillary.models.method import InputSpec, Method
 from armillary.models.state_names import from_public, to_public
 
-__all__ = ["export_dinov2", "export_encoder", "init_from_file", "load_encoder", "trained_pixels"]
+__all__ = [
+    "export_dinov2",
+    "export_encoder",
+    "export_specformer",
+    "fill_encoder",
+    "init_from_file",
+    "input_mismatch",
+    "load_encoder",
+    "trained_inputs",
+    "trained_pixels",
+]
 
 
 def load_encoder(source: Path | str, packages: Sequence[str] = PACKAGES) -> tuple[Method, Run]:
@@ -71,6 +81,19 @@ def load_encoder(source: Path | str, packages: Sequence[str] = PACKAGES) -> tupl
     return method, run
 
 
+def trained_inputs(source: Path | str) -> InputSpec:
+    """The inputs that a run's method was built for.
+
+    Args:
+        source: As for `load_encoder`.
+
+    Raises:
+        FileNotFoundError: There is neither a checkpoint nor an exported encoder.
+        ValueError: The file says nothing of it.
+    """
+    return InputSpec.from_json(_said(source, "inputs"))
+
+
 def trained_pixels(source: Path | str) -> Survey:
     """What the stretch of a run was fitted to: the pixels of the survey that it was trained on, without the samples.
 
@@ -83,22 +106,32 @@ def trained_pixels(source: Path | str) -> Survey:
         FileNotFoundError: There is neither a checkpoint nor an exported encoder.
         ValueError: The file says nothing of it.
     """
-    source = Path(source)
-    newest = latest(source / "checkpoints") if source.is_dir() else None
     try:
-        if newest is not None:
-            return Survey.from_json(open_archive(newest)[1]["pixels"])
-        file = source / "export" / "teacher.safetensors" if source.is_dir() else source
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no checkpoint and no exported encoder here")
-        return Survey.from_json(json.loads(Archive([file]).metadata[0]["pixels"]))
+        return Survey.from_json(_said(source, "pixels"))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{source}: does not say what survey it was trained on: {error!r}") from error
 
 
+def _said(source: Path | str, what: str) -> dict[str, Any]:
+    """What a run's newest checkpoint, else its exported encoder, says of the training."""
+    source = Path(source)
+    newest = latest(source / "checkpoints") if source.is_dir() else None
+    if newest is not None:
+        state: dict[str, Any] = open_archive(newest)[1]
+        return state.get(what, {})
+    file = source / "export" / "teacher.safetensors" if source.is_dir() else source
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no checkpoint and no exported encoder here")
+    try:
+        described: dict[str, Any] = json.loads(Archive([file]).metadata[0][what])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}: does not say what {what} it was trained on: {error!r}") from error
+    return described
+
+
 def _build(run: Run, inputs: dict[str, Any]) -> Method:
     with torch.random.fork_rng(devices=[]):
-        return run.method.build(InputSpec(**inputs))
+        return run.method.build(InputSpec.from_json(inputs))
 
 
 def _encoder_keys(method: Method) -> list[str]:
@@ -175,10 +208,6 @@ def _write(entries: list[Entry], file: Path, metadata: dict[str, str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-BACKBONE = "teacher.backbone."
-"""Prefix of the parameters that a public DINOv2 file holds."""
-
-
 def export_dinov2(source: Path, file: Path, block_chunks: int = 0, packages: Sequence[str] = PACKAGES) -> None:
     """Write an encoder under the names of published DINOv2 files.
 
@@ -198,18 +227,49 @@ def export_dinov2(source: Path, file: Path, block_chunks: int = 0, packages: Seq
     if file.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"{file}: a file name ending in .safetensors or .pth")
     method, _ = load_encoder(source, packages)
+    prefix = method.encoders().get("image")
+    if prefix is None:
+        raise ValueError(f"{source}: {type(method).__name__} has no image encoder, so no DINOv2 names")
     state = {k: v for k, v in method.state_dict().items() if k.startswith("teacher.")}
-    backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
-    if not backbone:
-        raise ValueError(f"{source}: {type(method).__name__} has no {BACKBONE.rstrip('.')}, so no DINOv2 names")
+    backbone = {k.removeprefix(prefix): v for k, v in method.state_dict().items() if k.startswith(prefix)}
     backbone = to_public(backbone, block_chunks)
     if file.suffix == ".safetensors":
         _write([Entry.of(k, v) for k, v in backbone.items()], file, {"format": "pt"})
         return
     content: dict[str, Any] = backbone
     if block_chunks:
-        heads = {k.removeprefix("teacher."): v for k, v in state.items() if not k.startswith(BACKBONE)}
+        heads = {k.removeprefix("teacher."): v for k, v in state.items() if not k.startswith(prefix)}
         content = {"teacher": {f"backbone.{k}": v for k, v in backbone.items()} | heads}
+    _save(content, file)
+
+
+def export_specformer(source: Path, file: Path, packages: Sequence[str] = PACKAGES) -> None:
+    """Write a spectrum encoder under the names of AstroCLIP's SpecFormer.
+
+    Args:
+        source: A run's folder or an exported encoder, of SpecFormer or of a method that holds one.
+        file: File to write: .safetensors, or .ckpt with the weights under "state_dict", where Lightning has them; it
+            appears when it is complete.
+        packages: As for `load_encoder`.
+
+    Raises:
+        ValueError: The method has no spectrum encoder.
+        OSError: The file cannot be written.
+    """
+    if file.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{file}: a file name ending in .safetensors or .ckpt")
+    method, _ = load_encoder(source, packages)
+    prefix = method.encoders().get("spectrum")
+    if prefix is None:
+        raise ValueError(f"{source}: {type(method).__name__} has no spectrum encoder")
+    state = {k.removeprefix(prefix): v for k, v in method.state_dict().items() if k.startswith(prefix)}
+    if file.suffix == ".safetensors":
+        _write([Entry.of(k, v) for k, v in state.items()], file, {"format": "pt"})
+    else:
+        _save({"state_dict": state}, file)
+
+
+def _save(content: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     try:
@@ -225,49 +285,168 @@ def init_from_file(method: Method, file: Path) -> None:
 
     Args:
         method: Freshly built.
-        file: Encoder exported by armillary, all of which is taken; or a published DINOv2 backbone or teacher
-            (.safetensors, or a pickle that holds tensors only), of which the backbone is.
+        file: Encoder exported by armillary, all of which is taken; or published weights (see `public_checkpoints`):
+            those of the whole method, or of the encoder of its one modality.
 
     Raises:
         ValueError: The file is not readable or does not fit the method; every name is listed.
     """
     tensors: dict[str, Tensor] = dict(method.named_parameters()) | persistent_buffers(method)
-    stored, ours = _read_encoder(file)
-    if ours:
-        wanted = _encoder_keys(method)
+    stored, ours = _read_weights(file)
+    wanted = _encoder_keys(method)
+    encoders = method.encoders()
+    if not ours and not set(stored) & set(wanted):
+        if len(encoders) != 1:
+            have = ", ".join(encoders) or "no"
+            raise ValueError(f"{file}: {type(method).__name__} has {have} encoders and none of the file's names")
+        ((modality, prefix),) = encoders.items()
+        wanted = [key for key in tensors if key.startswith(prefix)]
+        stored = _published(stored, modality, prefix, tensors, file)
+    elif not ours:
+        image = encoders.get("image", "")
+        part = {k: v for k, v in stored.items() if image and k.startswith(image)}
+        rest = {k: v for k, v in stored.items() if k not in part}
+        bare = {k.removeprefix(image): v for k, v in part.items()}
+        stored = rest | (_published(bare, "image", image, tensors, file) if part else {})
+    _copy(tensors, stored, wanted, file)
+    for student, teacher in method.teacher_pairs():
+        student.copy_(teacher)
+
+
+@torch.no_grad()
+def fill_encoder(
+    method: Method, modality: str, source: Path, views: Any, survey: Survey, packages: Sequence[str] = PACKAGES
+) -> None:
+    """Give one modality's encoder of a new method the weights of an earlier run, or published ones.
+
+    Args:
+        method: Freshly built.
+        modality: One of `method.encoders()`.
+        source: A run's folder, an encoder exported by armillary, or a published file.
+        views: The new run's views: an encoder must be shown what it was trained on.
+        survey: The new run's survey.
+        packages: As for `load_encoder`.
+
+    Raises:
+        FileNotFoundError: There is no such run or file.
+        ValueError: It holds no encoder of this modality, or one of another shape, or one that was trained on other inputs.
+    """
+    tensors: dict[str, Tensor] = dict(method.named_parameters()) | persistent_buffers(method)
+    prefix = method.encoders()[modality]
+    wanted = [key for key in tensors if key.startswith(prefix)]
+    if not source.exists():
+        raise FileNotFoundError(f"{modality} encoder: {source}: no such run or file; train it first")
+    if source.is_dir() or _is_ours(source):
+        earlier, run = load_encoder(source, packages)
+        theirs = earlier.encoders().get(modality)
+        if theirs is None:
+            raise ValueError(f"{modality} encoder: {source} is a run of {type(earlier).__name__}, which has none")
+        state = earlier.state_dict()
+        stored = {prefix + k.removeprefix(theirs): v for k, v in state.items() if k.startswith(theirs)}
+        pixels = trained_pixels(source)
+        problem = input_mismatch(pixels, survey, (modality,))
+        if not problem and modality == "image":
+            problem = _stretch_mismatch(run.views, pixels, views, survey)
+        if problem:
+            raise ValueError(f"{modality} encoder: {source}: {problem}")
     else:
-        wanted = [key for key in tensors if key.startswith(BACKBONE)]
-        if not wanted:
-            raise ValueError(f"{file}: {type(method).__name__} has no {BACKBONE.rstrip('.')} to take it")
-        shapes = {key.removeprefix(BACKBONE): tuple(tensors[key].shape) for key in wanted}
-        try:
-            stored = {BACKBONE + key: value for key, value in from_public(stored, shapes).items()}
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-    problems = [f"{key}: not in the method" for key in stored if key not in wanted]
+        stored = _published(_read_weights(source)[0], modality, prefix, tensors, source)
+    _copy(tensors, stored, wanted, source)
+
+
+def input_mismatch(trained: Survey, survey: Survey, modalities: Sequence[str]) -> str:
+    """Why an encoder trained on one survey cannot read another; empty if it can.
+
+    Args:
+        trained: What it was trained on; see `trained_pixels`.
+        survey: What it shall read.
+        modalities: What it reads of it.
+    """
+    if "image" in modalities:
+        for name in ("bands", "unit"):
+            wanted, got = getattr(trained, name), getattr(survey, name)
+            if wanted != got:
+                return f"{name}: the encoder was trained on {wanted}, this survey has {got}"
+        scales = trained.pixel_scale_arcsec, survey.pixel_scale_arcsec
+        if scales[0] and scales[1] and abs(scales[1] / scales[0] - 1) > 0.02:
+            return (
+                f"pixel_scale_arcsec: the encoder was trained at {scales[0]}, this survey has {scales[1]}; resample it"
+            )
+    if "spectrum" in modalities and trained.spectrum is not None and survey.spectrum is not None:
+        for name in ("unit", "grid"):
+            wanted, got = getattr(trained.spectrum, name), getattr(survey.spectrum, name)
+            if wanted != got:
+                return f"spectrum.{name}: the encoder was trained on {_short(wanted)}, this survey has {_short(got)}"
+    return ""
+
+
+def _short(grid: Any) -> str:
+    if not isinstance(grid, WaveGrid):
+        return repr(grid)
+    wave = grid.angstrom()
+    return f"{grid.count} pixels from {wave[0]:.1f} to {wave[-1]:.1f} angstrom ({grid.kind})"
+
+
+def _stretch_mismatch(before: Any, pixels: Survey, now: Any, survey: Survey) -> str:
+    """Why the image reaches the encoder in another form than in its own training; empty if it does not."""
+    old, new = (getattr(v, "image", v) for v in (before, now))
+    if not hasattr(old, "stretch") or not hasattr(new, "stretch"):
+        return ""
+    if type(old.stretch) is not type(new.stretch):
+        return f"views.image.stretch: must be that of its training, {old.stretch}, got {new.stretch}"
+    if old.stretch.numbers(pixels) != new.stretch.numbers(survey):
+        return (
+            f"views.image.stretch: {new.stretch} gives other numbers on this survey than {old.stretch} on the one it was "
+            "trained on; align on that survey, or train with a stretch that does not depend on the survey"
+        )
+    return ""
+
+
+def _published(
+    stored: dict[str, Tensor], modality: str, prefix: str, tensors: dict[str, Tensor], file: Path
+) -> dict[str, Tensor]:
+    """Published weights of an encoder under the method's names."""
+    if modality != "image":
+        return {prefix + k: v for k, v in stored.items()}
+    shapes = {k.removeprefix(prefix): tuple(v.shape) for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        return {prefix + k: v for k, v in from_public(stored, shapes).items()}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _copy(tensors: dict[str, Tensor], stored: dict[str, Tensor], wanted: list[str], file: Path) -> None:
+    """Copy by name, all or nothing."""
+    keys = set(wanted)
+    problems = [f"{key}: not in the method" for key in stored if key not in keys]
     problems += [f"{key}: not in the file" for key in wanted if key not in stored]
     problems += [
         f"{key}: {tuple(value.shape)} in the file, {tuple(tensors[key].shape)} in the method"
         for key, value in stored.items()
-        if key in wanted and value.shape != tensors[key].shape
+        if key in keys and value.shape != tensors[key].shape
     ]
     if problems:
         raise ValueError(f"{file}: does not fit the method: " + "; ".join(problems))
     for key, value in stored.items():
         tensors[key].copy_(value)
-    for student, teacher in method.teacher_pairs():
-        student.copy_(teacher)
 
 
-def _read_encoder(file: Path) -> tuple[dict[str, Any], bool]:
+def _is_ours(file: Path) -> bool:
+    """Whether armillary exported this file."""
+    if file.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == "armillary-encoder"
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file: {error}") from error
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Any], bool]:
     """Contents of a file, and whether armillary exported it."""
     if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as opened:
-                ours = (opened.metadata() or {}).get("format") == "armillary-encoder"
-            return load_file(file), ours
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a safetensors file: {error}") from error
+        ours = _is_ours(file)
+        return load_file(file), ours
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no pickle at all fails in any way

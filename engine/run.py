@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from armillary.engine.data.eval_view import EvalView
 from armillary.engine.record import PACKAGES, from_json, to_json
 from armillary.engine.schedule import Schedules
 from armillary.kernels.launch import Impl
@@ -59,8 +60,15 @@ class Views(Protocol):
     def input_spec(self, survey: Any) -> InputSpec:
         """What the views hand to the method."""
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the loader has to read, of "image", "spectrum" and "vectors"."""
+
     def build(self, survey: Any, device: torch.device) -> Callable[[Batch, BatchKey], Batch]:
-        """The function that adds crops to a batch."""
+        """The function that adds model inputs to a batch."""
+
+    def eval_view(self, survey: Any, device: torch.device) -> EvalView:
+        """What makes the inputs of the frozen encoder."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,9 @@ class Data:
         on_corrupt: What a corrupt sample does: end the run, or be replaced.
         threads: CPU threads a rank for decoding and augmentation.
         prefetch: Micro-batches made ahead.
+        features: Folder of cached token features of frozen encoders: filled by the first run, read by later ones. None:
+            the encoders run in every step.
+        features_dtype: How they are stored; float16 takes half the space and rounds to 2^-11 of a value.
     """
 
     path: Path
@@ -82,6 +93,8 @@ class Data:
     on_corrupt: Literal["error", "skip"] = "error"
     threads: int = 2
     prefetch: int = 2
+    features: Path | None = None
+    features_dtype: Literal["float16", "float32"] = "float16"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from armillary.models.collapse import CollapseMonitor
 from armillary.models.dino_head import DINOHead, Head
 from armillary.models.koleo import koleo_loss
 from armillary.models.masking import masks
-from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup
+from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.vit import VisionTransformer, ViT
 
 __all__ = ["DINOv2", "DINOv2Method"]
@@ -354,6 +354,16 @@ class DINOv2Method(Method):
         pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
         return [(s, t) for s, t in pairs if s.requires_grad]
 
+    def readouts(self) -> dict[str, Readout]:
+        """Class token and mean patch token, the configured readout first."""
+        titles = {"cls": "DINOv2", "mean": "DINOv2, mean patch"}
+        first = self.config.readout
+        return {name: Readout(titles[name], "image") for name in (first, *(titles.keys() - {first}))}
+
+    def encoders(self) -> dict[str, str]:
+        """The image encoder is the teacher's."""
+        return {"image": "teacher.backbone."}
+
     def flops_per_sample(self) -> float:
         """Matrix-product FLOPs of one training sample, forward and backward, recomputation not counted.
 
@@ -375,16 +385,18 @@ class DINOv2Method(Method):
         return total + 4 * g * masked * patch_head.flops(vit.dim)
 
     @torch.no_grad()
-    def encode(self, image: Tensor) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
         """Embeddings by the teacher's encoder, after the final norm.
 
         Args:
-            image: [B, C, S, S] float32, stretched as in training; any side that is a multiple of the patch size.
+            batch: `crop` [B, C, S, S] float32, stretched as in training; any side that is a multiple of the patch size.
 
         Returns:
             "cls" [B, D] class token and "mean" [B, D] mean of the patch tokens, float32; the configured readout first.
         """
-        tokens = self.teacher.backbone([image])
+        if "crop" not in batch:
+            raise ValueError("DINOv2: embeds images, but the batch has no `crop`")
+        tokens = self.teacher.backbone([batch["crop"]])
         found = {"cls": tokens.cls[0].float(), "mean": tokens.patches[0].float().mean(1)}
         first = self.config.readout
         return {first: found.pop(first), **found}

@@ -11,11 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "BatchKey", "InputSpec", "Losses", "Method", "MethodConfig", "ParameterGroup"]
+__all__ = ["Batch", "BatchKey", "InputSpec", "Losses", "Method", "MethodConfig", "ParameterGroup", "Readout"]
 
 
 class Batch(TypedDict, total=False):
@@ -38,9 +39,15 @@ class Batch(TypedDict, total=False):
 
     global_crops: Tensor  # [G*B, C, S, S] float32, model input; crop-major: all first crops, then all second ones
     local_crops: Tensor  # [L*B, C, s, s] float32, model input; crop-major; absent where L = 0
+    crop: Tensor  # [B, C, S, S] float32, model input: the one crop of views of whole objects, and of every evaluation
+    columns: Tensor  # [B, m] float32, columns of the catalogue that are inputs, standardised, NaN where unknown
+    targets: Tensor  # [B, n] float32, labels to predict, standardised, NaN where unknown
+    image_tokens: Tensor  # [B, T, D] of a frozen image encoder, from a cache: in place of `crop`
+    spectrum_tokens: Tensor  # [B, N, D] of a frozen spectrum encoder, likewise in place of `spectrum`
 
     mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
     mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
+    token_mask: Tensor  # [B, N] bool: True where a token of the spectrum is hidden
 
 
 @dataclass(frozen=True)
@@ -65,18 +72,55 @@ class InputSpec:
     """What the views hand to the method; a method is built for it and refuses anything else.
 
     Attributes:
-        channels: Channels C of a crop after the stretch.
-        global_size: Side of a global crop in pixels.
-        n_global: Global crops a sample.
+        channels: Channels C of a crop after the stretch; 0 without images.
+        global_size: Side of a global crop, or of the one crop, in pixels; 0 without images.
+        n_global: Global crops a sample; 1 with views of whole objects.
         local_size: Side of a local crop in pixels; 0 where there are none.
         n_local: Local crops a sample.
+        pixels: Pixels L of a spectrum; 0 without spectra.
+        columns: Columns of the catalogue that are inputs.
+        column_mean: Mean of each of them over the training split, in the column's unit.
+        column_std: Its standard deviation.
+        targets: Labels to predict.
+        target_mean: Mean of each of them over the training split, in the label's unit.
+        target_std: Its standard deviation.
     """
 
-    channels: int
-    global_size: int
+    channels: int = 0
+    global_size: int = 0
     n_global: int = 2
     local_size: int = 0
     n_local: int = 0
+    pixels: int = 0
+    columns: tuple[str, ...] = ()
+    column_mean: tuple[float, ...] = ()
+    column_std: tuple[float, ...] = ()
+    targets: tuple[str, ...] = ()
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any]) -> InputSpec:
+        """Rebuild from `dataclasses.asdict` after a way through JSON, which has no tuples."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What one of the embeddings of `Method.encode` is, for tables and comparisons.
+
+    Attributes:
+        title: What a table calls it.
+        modality: What it is made of.
+        aligned: Whether it lies in one space with the method's other aligned embeddings.
+        targets: Labels that its dimensions predict, in order and in the labels' units; empty for embeddings.
+    """
+
+    title: str
+    modality: Literal["image", "spectrum", "columns"]
+    aligned: bool = False
+    targets: tuple[str, ...] = ()
 
 
 @dataclass
@@ -152,15 +196,45 @@ class Method(nn.Module, ABC):
         """Matrix-product FLOPs of one training sample, forward and backward, recomputation not counted."""
 
     @abstractmethod
-    def encode(self, image: Tensor) -> dict[str, Tensor]:
-        """Frozen embeddings of model inputs.
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        """Frozen embeddings of the modalities that a batch holds.
 
         Args:
-            image: [B, C, S, S] float32, stretched as in training.
+            batch: Model inputs as the views' `eval_view` makes them: `crop`, stretched as in training, `spectrum` and
+                `spectrum_ivar`, `columns`.
 
         Returns:
             Named embeddings, each [B, D] float32; the first is the default one.
+
+        Raises:
+            ValueError: The batch holds nothing that this method embeds.
         """
+
+    def readouts(self) -> dict[str, Readout]:
+        """What the embeddings of `encode` are, by name; those that a comparison should show, the default one first."""
+        return {}
+
+    def tokens(self, batch: Batch) -> dict[str, Tensor]:
+        """What frozen encoders make of a batch, for a cache; `training_step` takes it from a batch in place of its inputs.
+
+        Args:
+            batch: As for `training_step`.
+
+        Returns:
+            `image_tokens` and `spectrum_tokens`, or one of them, [B, T, D]; nothing where no encoder is frozen.
+        """
+        return {}
+
+    def encoders(self) -> dict[str, str]:
+        """Prefix of the parameters of each modality's encoder, by modality: what other methods may start from."""
+        return {}
+
+    def starts_from(self) -> dict[str, Path]:
+        """Where encoders of a new run come from, by modality: a run's folder or a file of weights.
+
+        The engine fills them before the first step; where a checkpoint is continued they are not read again.
+        """
+        return {}
 
     def monitor(self) -> dict[str, float]:
         """Health measures since the last call, for the log (collapse measures of self-distillation)."""

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from armillary.engine.data.draws import CropDraws, LogNormal, origins
+from armillary.engine.data.eval_view import EvalView
 from armillary.engine.data.stretch import Stretch, ToRGB
 from armillary.engine.data.survey import Survey
 from armillary.kernels.blur import blur_
@@ -86,6 +87,18 @@ class MultiCrop:
     sky_noise_max: float = 0.0
     stretch: Stretch
     impl: Impl = "auto"
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the loader has to read."""
+        return ("image",)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether any crop depends on a random draw."""
+        still = self.placement == "centre" and self.jitter_px == 0 and self.rotation == "none"
+        still = still and not (self.quarter_turns or self.psf or self.noise)
+        return not (still and self.hflip == self.vflip == self.flux_jitter == self.sky_noise_max == 0)
 
     def input_spec(self, survey: Survey | int) -> InputSpec:
         """What the views hand to a method, for a survey or a number of model channels."""
@@ -175,6 +188,10 @@ class MultiCrop:
                 f"cutouts, got {side}"
             )
         return EvalInput(self, survey, torch.device(device), side)
+
+    def eval_view(self, survey: Survey, device: torch.device | str) -> EvalView:
+        """What gives batches their `crop` for embedding; see `eval_input`."""
+        return EvalView(self.eval_input(survey, device))
 
     def _fused(self, survey: Survey, device: torch.device, size: int) -> bool:
         """Whether crops of a size that are only cut, turned and stretched are made straight from blobs."""

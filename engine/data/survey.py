@@ -206,6 +206,7 @@ class Survey:
         spectrum: The spectra; None where there are none.
         vectors: Every vector, in stored order.
         format_version: Version of this layout.
+        folder: Where it was loaded from; no part of the description.
 
     A survey without images has no bands, and height and width 0.
     """
@@ -226,6 +227,7 @@ class Survey:
     spectrum: SpectrumRecord | None = None
     vectors: tuple[VectorRecord, ...] = ()
     format_version: int = FORMAT_VERSION
+    folder: Path | None = field(default=None, compare=False)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -243,7 +245,9 @@ class Survey:
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON types."""
-        return asdict(self)
+        described = asdict(self)
+        del described["folder"]
+        return described
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> Survey:
@@ -295,6 +299,6 @@ class Survey:
                 f"{folder}: no survey here (survey.json is missing); make one with `armillary data build`"
             )
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            return replace(cls.from_json(json.loads(path.read_text())), folder=path.parent)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not a readable survey description: {error}") from error

@@ -1,6 +1,6 @@
 """What an encoder has to beat: principal components of the pixels. (The other baseline, the untrained twin, is `embed`'s.)
 
-A baseline is an encoder like any other, a function from a stretched image to named embeddings, so `embed` treats all
+A baseline is an encoder like any other, a function from model inputs to named embeddings, so `embed` treats all
 alike.
 
 Shape legend: B samples, C bands, S pixels, K components.
@@ -20,8 +20,8 @@ from armillary.models.method import Batch
 
 __all__ = ["PixelPCA", "View", "asinh_pixels"]
 
-View = Callable[[Tensor, Tensor | None], Tensor]
-"""(image [B, C, H, W] in the flux unit, valid or None) -> model input [B, C, S, S]."""
+View = Callable[[Batch], Batch]
+"""From what the loader reads to a model's inputs: `crop` [B, C, S, S] of `image` and `valid`, for example."""
 
 
 def asinh_pixels(survey: Survey) -> View:
@@ -33,9 +33,10 @@ def asinh_pixels(survey: Survey) -> View:
         3 * sky if sky > 0 else std or 1.0 for sky, std in zip(survey.sky_sigma, survey.statistics.std, strict=True)
     ]
 
-    def view(image: Tensor, valid: Tensor | None) -> Tensor:
+    def view(batch: Batch) -> Batch:
+        image, valid = batch["image"], batch.get("valid")
         out = torch.asinh(image / image.new_tensor(scale)[:, None, None])
-        return out if valid is None else out.masked_fill(~valid, 0)
+        return Batch(row=batch["row"], crop=out if valid is None else out.masked_fill(~valid, 0))
 
     return view
 
@@ -60,7 +61,7 @@ class PixelPCA:
 
         Args:
             batches: Batches with `image` and, where needed, `valid`.
-            view: Makes the model input.
+            view: Makes `crop`.
             components: K; fewer where there are fewer samples or pixels.
             samples: Samples to fit on, at most; they are held in memory.
             seed: Of the randomised decomposition.
@@ -75,7 +76,7 @@ class PixelPCA:
         parts: list[np.ndarray] = []
         held = 0
         for batch in batches:
-            parts.append(view(batch["image"], batch.get("valid"))[: samples - held].flatten(1).cpu().numpy())
+            parts.append(view(batch)["crop"][: samples - held].flatten(1).cpu().numpy())
             held += len(parts[-1])
             if held >= samples:
                 break
@@ -92,7 +93,8 @@ class PixelPCA:
             float(model.explained_variance_ratio_.sum()),
         )
 
-    def __call__(self, image: Tensor) -> dict[str, Tensor]:
-        """Project model inputs [B, C, S, S]; returns {"pca": [B, K] float32}."""
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Project model inputs `crop` [B, C, S, S]; returns {"pca": [B, K] float32}."""
+        image = batch["crop"]
         mean, components = (torch.from_numpy(a).to(image.device) for a in (self.mean, self.components))
         return {"pca": (image.flatten(1).float() - mean) @ components.T}

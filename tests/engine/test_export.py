@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from armillary.engine import checkpoint
+from armillary.engine import export as export_module
 from armillary.engine.checkpoint import CheckpointError
-from armillary.engine.export import export_dinov2, export_encoder, init_from_file, load_encoder, trained_pixels
+from armillary.engine.data.stretch import ToRGB, ZScore
+from armillary.engine.data.survey import SpectrumRecord, WaveGrid
+from armillary.engine.export import (
+    export_dinov2,
+    export_encoder,
+    fill_encoder,
+    init_from_file,
+    input_mismatch,
+    load_encoder,
+    trained_inputs,
+    trained_pixels,
+)
 from armillary.models.method import InputSpec, ParameterGroup
 
 PACKAGES = ("armillary", "toy", "tests")
@@ -44,6 +58,9 @@ class Vit(toy.Toy):
 
     def parameter_groups(self):
         return [ParameterGroup({n: p for n, p in self.named_parameters() if p.requires_grad})]
+
+    def encoders(self):
+        return {"image": "teacher.backbone."}
 
 
 def save(run):
@@ -83,8 +100,9 @@ def test_exported_file_is_enough(run, saved, tmp_path):
     method, loaded = load_encoder(file, PACKAGES)
     expected, _ = load_encoder(run.folder, PACKAGES)
     x = torch.randn(3, 10, 1, 1)
-    assert torch.equal(method.encode(x)["features"], expected.encode(x)["features"])
+    assert torch.equal(method.encode({"crop": x})["features"], expected.encode({"crop": x})["features"])
     assert trained_pixels(file) == trained_pixels(run.folder) == toy.described_survey().pixels()
+    assert trained_inputs(file) == trained_inputs(run.folder) == INPUTS
     assert loaded.name == run.name and not list(file.parent.glob("*.tmp"))
     assert set(load_file(file)) == {n for n in expected.state_dict() if not n.startswith("student")}
 
@@ -151,10 +169,10 @@ def test_dinov2_names_need_a_backbone(run, vit_run, tmp_path):
         export_dinov2(vit_run.folder, tmp_path / "x.pth", 3, PACKAGES)
     plain = replace(run, name="plain")
     save(plain)
-    with pytest.raises(ValueError, match="Toy has no teacher.backbone"):
+    with pytest.raises(ValueError, match="Toy has no image encoder, so no DINOv2 names"):
         export_dinov2(plain.folder, tmp_path / "x.pth", 0, PACKAGES)
     torch.save({"norm.weight": torch.zeros(2)}, tmp_path / "y.pth")
-    with pytest.raises(ValueError, match="Toy has no teacher.backbone to take it"):
+    with pytest.raises(ValueError, match="Toy has no encoders and none of the file's names"):
         init_from_file(toy.ToyConfig().build(INPUTS), tmp_path / "y.pth")
 
 
@@ -179,6 +197,68 @@ def test_init_refuses_by_name(run, one_process, tmp_path):
     torch.save({"backbone.norm.weight": torch.zeros(3), "backbone.extra": torch.zeros(1)}, tmp_path / "p.pth")
     with pytest.raises(ValueError, match="p.pth: state dict does not fit the encoder: norm.weight: shape"):
         init_from_file(fresh, tmp_path / "p.pth")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What `fill_encoder` asks of a run's views."""
+
+    stretch: object
+    modalities: tuple[str, ...] = ("image",)
+
+
+def test_an_encoder_starts_from_an_earlier_run(vit_run, tmp_path):
+    expected, _ = load_encoder(vit_run.folder, PACKAGES)
+    survey, views = toy.described_survey(), Seen(ToRGB())
+    for name in ("run", "export", "published"):
+        source = vit_run.folder if name == "run" else tmp_path / f"{name}.safetensors"
+        if name == "export":
+            export_encoder(vit_run.folder, source, PACKAGES)
+        elif name == "published":
+            export_dinov2(vit_run.folder, source, 2, PACKAGES)
+        fresh = VitConfig().build(INPUTS)
+        kept = fresh.teacher.dino_head.weight.clone()
+        fill_encoder(fresh, "image", source, views, survey, PACKAGES)
+        for p, q in zip(fresh.teacher.backbone.parameters(), expected.teacher.backbone.parameters(), strict=True):
+            assert torch.equal(p, q), name
+        assert torch.equal(fresh.teacher.dino_head.weight, kept)
+
+
+def test_an_encoder_is_shown_what_it_was_trained_on(vit_run, tmp_path, monkeypatch):
+    survey, fresh = toy.described_survey(), VitConfig().build(INPUTS)
+    fill = partial(fill_encoder, fresh, "image", packages=PACKAGES)
+    with pytest.raises(FileNotFoundError, match="image encoder: .*nowhere: no such run or file; train it first"):
+        fill(tmp_path / "nowhere", Seen(ToRGB()), survey)
+    with pytest.raises(ValueError, match="image encoder: .*: unit: the encoder was trained on "):
+        fill(vit_run.folder, Seen(ToRGB()), replace(survey, unit="jansky"))
+    real = load_encoder
+    views = Seen(ZScore())
+    monkeypatch.setattr(export_module, "load_encoder", lambda *a: (real(*a)[0], SimpleNamespace(views=views)))
+    fill(vit_run.folder, Seen(ZScore()), survey)
+    with pytest.raises(ValueError, match="stretch: must be that of its training, ZScore.*, got ToRGB"):
+        fill(vit_run.folder, Seen(ToRGB()), survey)
+    other = replace(survey, statistics=replace(survey.statistics, std=(*survey.statistics.std, 2.0)))
+    with pytest.raises(ValueError, match="gives other numbers on this survey"):
+        fill(vit_run.folder, Seen(ZScore()), other)
+
+
+def test_spectra_on_another_grid_are_refused():
+    def survey(**grid):
+        record = SpectrumRecord(WaveGrid(**{"kind": "linear", "start": 3600.0, "step": 0.8, "count": 7781} | grid), "f")
+        return replace(toy.described_survey(), spectrum=record)
+
+    assert input_mismatch(survey(), survey(), ("spectrum",)) == ""
+    assert input_mismatch(survey(), survey(count=9), ("image",)) == ""
+    assert (
+        input_mismatch(survey(), survey(count=9), ("spectrum",))
+        == "spectrum.grid: the encoder was trained on 7781 pixels from 3600.0 to 9824.0 angstrom (linear), this survey has 9 "
+        "pixels from 3600.0 to 3606.4 angstrom (linear)"
+    )
+
+
+def test_an_earlier_run_without_the_encoder_is_refused(run, saved):
+    with pytest.raises(ValueError, match="is a run of Toy, which has none"):
+        fill_encoder(VitConfig().build(INPUTS), "image", run.folder, Seen(ToRGB()), toy.described_survey(), PACKAGES)
 
 
 def export_encoder_without(run, tmp_path):

@@ -68,8 +68,8 @@ def folder(request, tmp_path_factory) -> Path:
     return pack(tmp_path_factory.mktemp("survey") / request.param, request.param)
 
 
-def flat(x):
-    return {"pixels": x.flatten(1)}
+def flat(batch):
+    return {"pixels": batch["crop"].flatten(1)}
 
 
 def embedded(folder, view, split="test", **options):
@@ -80,8 +80,8 @@ def embedded(folder, view, split="test", **options):
 @pytest.mark.parametrize("stretch", [ToRGB(), AsinhWhiten(), ZScore(), Identity(255.0)], ids=lambda s: type(s).__name__)
 def test_an_embedding_run_gives_the_same_from_blobs(folder, stretch):
     survey = Survey.load(folder)
-    view = replace(EVAL, stretch=stretch).eval_input(survey, "cpu")
-    plain = replace(EVAL, stretch=stretch, impl="auto").eval_input(survey, "cpu")
+    view = replace(EVAL, stretch=stretch).eval_view(survey, "cpu")
+    plain = replace(EVAL, stretch=stretch, impl="auto").eval_view(survey, "cpu")
     assert view.packed and not plain.packed
     rows, fused = embedded(folder, view, packed=True)
     expected_rows, expected = embedded(folder, plain)
@@ -90,20 +90,15 @@ def test_an_embedding_run_gives_the_same_from_blobs(folder, stretch):
 
 
 def test_the_view_takes_images_too(folder):
-    _, fused = embedded(folder, EVAL.eval_input(Survey.load(folder), "cpu"))
-    _, expected = embedded(folder, replace(EVAL, impl="reference").eval_input(Survey.load(folder), "cpu"))
+    _, fused = embedded(folder, EVAL.eval_view(Survey.load(folder), "cpu"))
+    _, expected = embedded(folder, replace(EVAL, impl="reference").eval_view(Survey.load(folder), "cpu"))
     np.testing.assert_array_equal(fused[""], expected[""])
-
-
-def test_a_view_that_cannot_read_blobs_says_so(folder):
-    with pytest.raises(ValueError, match="hold undecoded blobs, which the view"):
-        embedded(folder, lambda image, valid: image, packed=True)
 
 
 def test_corrupt_samples_are_left_out_of_packed_batches(tmp_path):
     folder = pack(tmp_path / "s", "bitplane", broken=True)
     survey = Survey.load(folder)
-    view, plain = EVAL.eval_input(survey, "cpu"), replace(EVAL, impl="auto").eval_input(survey, "cpu")
+    view, plain = EVAL.eval_view(survey, "cpu"), replace(EVAL, impl="auto").eval_view(survey, "cpu")
     with pytest.raises(codec.CorruptBlob, match="g002"):
         embedded(folder, view, "train", packed=True)
     rows, fused = embedded(folder, view, "train", packed=True, on_corrupt="skip")
@@ -161,7 +156,7 @@ def test_the_command_hands_blobs_to_a_view_that_wants_them(folder, tmp_path, mon
     real, decoded, vectors = EvalInput.decode, [], {}
     monkeypatch.setattr(EvalInput, "decode", lambda self, *blobs: decoded.append(self.side) or real(self, *blobs))
     for impl, calls in (("reference", 0), ("triton", 4)):  # two batches of each split
-        view = replace(EVAL, impl=impl).eval_input(survey, "cpu")
+        view = replace(EVAL, impl=impl).eval_view(survey, "cpu")
         monkeypatch.setattr(cli, "load_pipeline", lambda *_, view=view, **__: (Pipeline(view, flat), {}, None))
         assert cli.embed(tmp_path, tmp_path / f"{impl}.parquet", data=folder, batch=4, device="cpu") == 0
         assert len(decoded) == calls

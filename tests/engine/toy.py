@@ -117,8 +117,8 @@ class Toy(Method):
     def flops_per_sample(self) -> float:
         return 1e4
 
-    def encode(self, image: Tensor) -> dict[str, Tensor]:
-        return {"features": self.teacher(image.flatten(1)).value}
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        return {"features": self.teacher(batch["crop"].flatten(1)).value}
 
     def monitor(self) -> dict[str, float]:
         return {"center": float(self.center.abs().max())}
@@ -136,6 +136,7 @@ class ToyViews:
     """
 
     channels: int = 10
+    modalities = ("image",)
 
     def problems(self, survey: Any) -> list[str]:
         return [] if self.channels == 10 else [f"channels: 10, got {self.channels}"]

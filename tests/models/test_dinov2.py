@@ -284,12 +284,19 @@ def test_masks_are_prepared():
 def test_encode(readout, side):
     method = stirred(replace(TINY, readout=readout))
     image = torch.randn(3, 3, side, side)
-    found = method.encode(image)
+    found = method.encode(Batch(crop=image))
     assert next(iter(found)) == readout and set(found) == {"cls", "mean"}
     tokens = method.teacher.backbone([image])
     torch.testing.assert_close(found["cls"], tokens.cls[0].detach())
     torch.testing.assert_close(found["mean"], tokens.patches[0].mean(1).detach())
-    assert all(x.dtype == torch.float32 and not x.requires_grad for x in method.bfloat16().encode(image).values())
+    assert all(
+        x.dtype == torch.float32 and not x.requires_grad for x in method.bfloat16().encode(Batch(crop=image)).values()
+    )
+
+
+def test_encode_needs_a_crop():
+    with pytest.raises(ValueError, match="embeds images, but the batch has no `crop`"):
+        stirred(TINY).encode(Batch(spectrum=torch.zeros(1, 5)))
 
 
 def test_state_dict_round_trip():

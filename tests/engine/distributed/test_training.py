@@ -42,7 +42,7 @@ def test_launcher_runs_to_the_end(site, reference):
     assert run.train.steps == 8
     torch.testing.assert_close(exported["teacher.stem.weight"], method.teacher.stem.weight, rtol=0, atol=0)
     assert not any(key.startswith("student") for key in exported) and "center" in exported and "extra" in exported
-    assert method.encode(torch.zeros(2, 10, 1, 1))["features"].shape == (2, 7)
+    assert method.encode({"crop": torch.zeros(2, 10, 1, 1)})["features"].shape == (2, 7)
 
 
 @pytest.mark.parametrize(("stage", "impl"), [(1, "auto"), (3, "auto"), (2, "triton"), (3, "triton")])

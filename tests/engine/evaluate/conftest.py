@@ -4,11 +4,16 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from armillary.engine.data.build import build
+from armillary.engine.data.survey import Statistics, Survey
 from armillary.engine.data.surveys.sample import Sample
+from armillary.engine.evaluate.embed import Embeddings
+from armillary.engine.evaluate.study import FeatureSet, Study
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,43 @@ def run_dir(tmp_path):
         lines.append(json.dumps(entry))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "lo')
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_study(tmp_path_factory):
+    """Studies without shards: labels by name, and by name (modality, [N, D] vectors, space, targets).
+
+    The first `train` rows are the training split; a row of NaN has no vector.
+    """
+
+    def make(labels, features, *, train, seed=0):
+        folder = tmp_path_factory.mktemp("study")
+        count = len(next(iter(labels.values())))
+        key = np.array([f"g{i:05d}" for i in range(count)], dtype=object)
+        split = np.array(["train"] * train + ["test"] * (count - train), dtype=object)
+        nothing = Statistics((0.0,), (1.0,), (0.0,), ((1.0,),), train)
+        Survey(
+            name="toy sky",
+            bands=("r",),
+            height=8,
+            width=8,
+            pixel_scale_arcsec=0.262,
+            unit="nanomaggy",
+            codec="float16",
+            sky_sigma=(1.0,),
+            step=(),
+            shards=(),
+            statistics=nothing,
+            labels=dict.fromkeys(labels, "a label"),
+        ).save(folder)
+        columns = {"key": pa.array(key, pa.string()), "split": pa.array(split, pa.string())}
+        columns |= {name: pa.array(values) for name, values in labels.items()}
+        pq.write_table(pa.table(columns), folder / "catalog.parquet")
+        sets = []
+        for name, (modality, vectors, space, targets) in features.items():
+            have = ~np.isnan(vectors).all(1)
+            embeddings = Embeddings(key[have], split[have], np.asarray(vectors[have], np.float32))
+            sets.append(FeatureSet(name, modality, embeddings, space, targets))
+        return Study.open(folder, sets, seed=seed)
+
+    return make

@@ -10,17 +10,28 @@ import pytest
 import torch
 from torch import nn
 
+from armillary.engine.data.eval_view import EvalView
 from armillary.engine.data.survey import Statistics, Survey
 from armillary.engine.evaluate.baselines import PixelPCA, asinh_pixels
-from armillary.engine.evaluate.embed import Embeddings, Pipeline, embed, encoder_digest, load_pipeline, stack_splits
-from armillary.models.method import Batch
+from armillary.engine.evaluate.embed import (
+    Embeddings,
+    Pipeline,
+    embed,
+    embed_readouts,
+    encoder_digest,
+    load_pipeline,
+    stack_splits,
+)
+from armillary.engine.export import input_mismatch
+from armillary.models.method import Batch, InputSpec
 
 
-def plain(image, valid):
-    return image
+def plain(batch):
+    return Batch(row=batch["row"], crop=batch["image"])
 
 
-def mean_encoder(x):
+def mean_encoder(batch):
+    x = batch["crop"]
     return {"mean": x.mean((2, 3)), "top": x.amax((2, 3))}
 
 
@@ -106,8 +117,8 @@ def test_mask_reaches_the_view():
     images, batches = make_batches(4)
     batches[0]["valid"] = images > 0
 
-    def masked(image, valid):
-        return image.masked_fill(~valid, 0)
+    def masked(batch):
+        return Batch(row=batch["row"], crop=batch["image"].masked_fill(~batch["valid"], 0))
 
     _, vectors = embed({"a": Pipeline(masked, mean_encoder)}, batches)
     np.testing.assert_allclose(vectors["a"], images.clamp(min=0).mean((2, 3)), rtol=1e-5)
@@ -117,14 +128,49 @@ def test_mask_reaches_the_view():
     ("encode", "readout", "message"),
     [
         (mean_encoder, "cls", "'cls' is none of this encoder's embeddings"),
-        (lambda x: {"e": x}, None, r"must be \[4, D\]"),
-        (lambda x: {"e": x.mean((2, 3))[:2]}, None, r"must be \[4, D\], got \(2, 3\)"),
-        (lambda x: {"e": x.mean((2, 3)).index_fill(0, torch.tensor([1]), float("nan"))}, None, "catalogue row 1"),
+        (lambda x: {"e": x["crop"]}, None, r"must be \[4, D\]"),
+        (lambda x: {"e": x["crop"].mean((2, 3))[:2]}, None, r"must be \[4, D\], got \(2, 3\)"),
+        (
+            lambda x: {"e": x["crop"].mean((2, 3)).index_fill(0, torch.tensor([1]), float("nan"))},
+            None,
+            "catalogue row 1",
+        ),
     ],
 )
 def test_unusable_embeddings(encode, readout, message):
     with pytest.raises(ValueError, match=message):
         embed({"a": Pipeline(plain, encode, readout)}, make_batches(4)[1])
+
+
+def test_objects_that_lack_a_modality():
+    """Every embedding covers the objects that have what it needs, and no others."""
+
+    def encode(batch):
+        return {m: batch[k].flatten(1)[:, :2] for m, k in (("image", "crop"), ("spectrum", "spectrum")) if k in batch}
+
+    images, spectra = torch.randn(6, 1, 2, 2), torch.randn(6, 5)
+    has_image = torch.tensor([True, True, False, True, False, True])
+    has_spectrum = torch.tensor([True, False, True, True, True, False])
+    batch = Batch(
+        row=torch.arange(10, 16),
+        image=images,
+        spectrum=spectra,
+        spectrum_ivar=torch.ones(6, 5),
+        has_image=has_image,
+        has_spectrum=has_spectrum,
+    )
+    pipeline = Pipeline(EvalView(lambda image, valid: image, spectrum=True), encode)
+    found = embed_readouts(pipeline, [batch])
+    for name, flags, of in (("image", has_image, images), ("spectrum", has_spectrum, spectra)):
+        rows, vectors = found[name]
+        order = np.argsort(rows)
+        np.testing.assert_array_equal(rows[order], 10 + np.flatnonzero(flags))
+        np.testing.assert_array_equal(vectors[order], of[flags].flatten(1)[:, :2])
+    assert list(embed_readouts(pipeline._replace(readout="spectrum"), [batch])) == ["spectrum"]
+    with pytest.raises(ValueError, match=r"'cls' is none of this encoder's embeddings, \['image', 'spectrum'\]"):
+        embed_readouts(pipeline._replace(readout="cls"), [batch])
+    with pytest.raises(ValueError, match="nothing to embed"):
+        embed_readouts(pipeline, [])
 
 
 def test_nothing_to_embed():
@@ -168,7 +214,7 @@ def test_pca_is_scikit_learns_on_flattened_inputs():
     model = PixelPCA.fit(batches, plain, components=5)
     expected = PCA(5, svd_solver="full").fit(pixels)
     np.testing.assert_allclose(
-        np.abs(model(images)["pca"].numpy()), np.abs(expected.transform(pixels)), rtol=2e-2, atol=2e-2
+        np.abs(model(Batch(crop=images))["pca"].numpy()), np.abs(expected.transform(pixels)), rtol=2e-2, atol=2e-2
     )
     assert model.explained == pytest.approx(expected.explained_variance_ratio_.sum(), rel=1e-2)
 
@@ -181,9 +227,9 @@ def test_pca_is_fitted_on_the_first_samples_only():
 
 def test_pca_of_few_or_equal_samples():
     images, batches = make_batches(3, 2)
-    assert PixelPCA.fit(batches, plain)(images)["pca"].shape == (3, 2)
+    assert PixelPCA.fit(batches, plain)(Batch(crop=images))["pca"].shape == (3, 2)
     same = [Batch(row=torch.arange(4), image=torch.ones(4, 3, 6, 6))]
-    assert torch.isfinite(PixelPCA.fit(same, plain)(torch.ones(4, 3, 6, 6))["pca"]).all()
+    assert torch.isfinite(PixelPCA.fit(same, plain)(Batch(crop=torch.ones(4, 3, 6, 6)))["pca"]).all()
     with pytest.raises(ValueError, match="two training samples or more, got 1"):
         PixelPCA.fit(make_batches(1)[1], plain)
     with pytest.raises(ValueError, match="components: must be at least 1"):
@@ -194,11 +240,12 @@ def test_asinh_pixels_scale_by_noise_or_spread():
     statistics = Statistics((0, 0), (2.0, 4.0), (0, 0), ((1, 0), (0, 1)), 1)
     survey = Survey("s", ("a", "b"), 2, 2, None, "nanomaggy", "float16", (0.5, 0.0), (), (), statistics)
     image = torch.full((1, 2, 2, 2), 6.0)
-    out = asinh_pixels(survey)(image, None)
+    row = torch.arange(1)
+    out = asinh_pixels(survey)(Batch(row=row, image=image))["crop"]
     np.testing.assert_allclose(out[0, :, 0, 0], np.arcsinh([6 / 1.5, 6 / 4]), rtol=1e-6)
     valid = torch.ones_like(image, dtype=torch.bool)
     valid[0, 0, 0, 0] = False
-    assert asinh_pixels(survey)(image, valid)[0, 0, 0, 0] == 0
+    assert asinh_pixels(survey)(Batch(row=row, image=image, valid=valid))["crop"][0, 0, 0, 0] == 0
 
 
 def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
@@ -210,19 +257,20 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
             self.layer = nn.Linear(3, 4)
 
         def encode(self, x):
-            return {"e": self.layer(x.mean((2, 3)))}
+            return {"e": self.layer(x["crop"].mean((2, 3)))}
 
-    spec = []
-    views = types.SimpleNamespace(
-        input_spec=lambda survey: spec.append(survey) or "spec", eval_input=lambda survey, device: plain
-    )
-    run = types.SimpleNamespace(name="r", seed=3, views=views, method=types.SimpleNamespace(build=lambda s: Net()))
+    spec, view = [], EvalView(lambda image, valid: image)
+    views = types.SimpleNamespace(modalities=("image",), eval_view=lambda survey, device: view)
+    build = types.SimpleNamespace(build=lambda s: spec.append(s) or Net())
+    run = types.SimpleNamespace(name="r", seed=3, views=views, method=build)
     trained = Net()
     nn.init.zeros_(trained.layer.weight)
     export = types.ModuleType("armillary.engine.export")
     export.load_encoder = lambda folder: (trained, run)
     survey, device = Survey.load(survey_dir), torch.device("cpu")
     export.trained_pixels = lambda folder: survey.pixels()
+    export.trained_inputs = lambda folder: InputSpec(3, 6)
+    export.input_mismatch = input_mismatch
     module = types.ModuleType("armillary.engine.run")
     module.Run = types.SimpleNamespace(load=lambda folder: run)
     monkeypatch.setitem(sys.modules, "armillary.engine.export", export)
@@ -230,10 +278,10 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
 
     before = torch.get_rng_state()
     pipeline, about, _ = load_pipeline(survey_dir, survey, device)
-    assert pipeline.encode(torch.ones(1, 3, 2, 2))["e"].equal(trained.layer.bias[None])
+    assert pipeline.encode(Batch(crop=torch.ones(1, 3, 2, 2)))["e"].equal(trained.layer.bias[None])
     assert about["trained"] == "true"
     twins = [load_pipeline(survey_dir, survey, device, trained=False) for _ in range(2)]
-    assert spec == [survey.pixels()] * 2
+    assert spec == [InputSpec(3, 6)] * 2
     assert twins[0][1] == twins[1][1]
     assert twins[0][1]["encoder"] != about["encoder"]
     assert torch.equal(before, torch.get_rng_state())
@@ -241,11 +289,12 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
 
     # another survey is stretched as the training one was, and refused where that has no meaning
     fitted = []
-    views.eval_input = lambda survey, device: fitted.append(survey) or plain
+    views.eval_view = lambda survey, device: fitted.append(survey) or view
     other = replace(survey, name="other", sky_sigma=tuple(9 * s for s in survey.sky_sigma), height=99)
     load_pipeline(survey_dir, other, device)
     assert fitted[0].sky_sigma == survey.sky_sigma and fitted[0].height == 99
     for change, match in [
+        ({"bands": ()}, "other: has , but r embeds image"),
         ({"bands": survey.bands[::-1]}, "other: bands: the encoder was trained on"),
         ({"unit": "count"}, "other: unit: the encoder was trained on"),
         ({"pixel_scale_arcsec": 99.0}, "other: pixel_scale_arcsec: the encoder was trained at"),

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
-from armillary.engine.evaluate.photoz import paired_difference, r2, residuals, score
+from armillary.engine.evaluate import photoz
+from armillary.engine.evaluate.photoz import (
+    paired_difference,
+    r2,
+    r2_with_error,
+    residuals,
+    score,
+    tomographic_bias,
+)
 
 TRUE = np.array([0.0, 0.1, 0.2, 0.3, 0.4])
 PREDICTED = np.array([0.0, 0.1, 0.2, 0.3, 0.54])
@@ -50,9 +58,9 @@ def test_bootstrap_error_of_the_outlier_fraction_is_binomial():
 
 def test_same_seed_same_errors():
     rng = np.random.default_rng(0)
-    true, predicted = rng.normal(size=(2, 50))
-    assert score(true, predicted, redshift=False, seed=1) == score(true, predicted, redshift=False, seed=1)
-    assert score(true, predicted, redshift=False, seed=1).r2_se != score(true, predicted, redshift=False, seed=2).r2_se
+    true, predicted = rng.uniform(0, 1, size=(2, 50))
+    assert score(true, predicted, seed=1) == score(true, predicted, seed=1)
+    assert score(true, predicted, seed=1).r2_se != score(true, predicted, seed=2).r2_se
 
 
 def test_constant_label_leaves_r2_undefined_and_says_so():
@@ -90,6 +98,90 @@ def test_pairing_removes_what_both_methods_share():
     assert d.value == pytest.approx(r2(true, first) - r2(true, second))
     assert d.se < 0.4 * apart
     assert d.low <= d.value <= d.high
+
+
+def test_mean_bias_and_catastrophic_rate_by_hand():
+    true = np.array([0.0, 0.0, 1.0, 1.0])
+    predicted = np.array([0.15, 0.16, 1.0, 0.6])  # dz = 0.15, 0.16, 0, -0.2
+    s = score(true, predicted)
+    assert s.mean_bias == pytest.approx((0.15 + 0.16 - 0.2) / 4)
+    assert s.bias == pytest.approx(0.075)
+    assert s.catastrophic == 0.5  # |dz| > 0.15, and 0.15 is not
+    assert s.outliers == 0.75
+
+
+def test_bootstrap_error_of_the_mean_bias_is_the_standard_error():
+    rng = np.random.default_rng(0)
+    true = np.linspace(0, 1, 400)
+    s = score(true, true + 0.02 * rng.normal(size=400) * (1 + true), resamples=2000)
+    assert s.mean_bias_se == pytest.approx(0.02 / 20, rel=0.1)
+
+
+def test_only_redshifts_have_catastrophic_errors():
+    s = score(TRUE, PREDICTED + 1, redshift=False)
+    assert np.isnan(s.catastrophic)
+    assert np.isnan(s.catastrophic_se)
+    assert score(TRUE, PREDICTED + 1).catastrophic == 1
+
+
+def test_tomographic_bins_are_of_predicted_redshift():
+    true = np.array([0.1, 0.1, 0.1, 0.3, 0.1, 0.3])
+    predicted = np.array([0.3, 0.12, 0.1, 0.31, 0.14, 0.29])
+    low, high = tomographic_bias(true, predicted, bins=2)
+    assert (low.low, low.high, low.samples) == (0.1, 0.14, 3)
+    assert (high.low, high.high, high.samples) == (0.29, 0.31, 3)
+    assert low.predicted == pytest.approx(0.12)
+    assert low.bias == pytest.approx((0.02 + 0 + 0.04) / 3 / 1.1)
+    assert low.error == pytest.approx(0.02 / 1.1 / np.sqrt(3))  # 0, 0.02, 0.04 spread by 0.02
+    assert high.bias == pytest.approx((0.2 / 1.1 + 0.01 / 1.3 - 0.01 / 1.3) / 3)
+
+
+def test_a_predictor_that_gives_the_mean_has_no_bias_of_predicted_but_one_bin():
+    true = np.random.default_rng(0).uniform(0.1, 0.5, 1000)
+    (only,) = tomographic_bias(true, np.full(1000, 0.3))
+    assert only.samples == 1000
+    assert only.bias == pytest.approx(np.mean((0.3 - true) / (1 + true)))
+
+
+def test_regression_to_the_mean_is_no_bias_in_bins_of_predicted_redshift():
+    rng = np.random.default_rng(0)
+    true = rng.normal(1, 0.1, 200_000)
+    best = 1 + 0.5 * (true + 0.1 * rng.normal(size=200_000) - 1)  # mean of the posterior
+    assert all(abs((1 + b.predicted) * b.bias) < 0.01 for b in tomographic_bias(true, best))
+    below = true < 0.9
+    assert residuals(true[below], best[below], redshift=True).mean() > 0.03  # as it is in bins of true redshift
+
+
+@pytest.mark.parametrize(
+    ("true", "predicted", "bins", "message"),
+    [
+        ([0.1, 0.2], [0.1, 0.2], 0, "bins: must lie between 1 and the 2 samples, got 0"),
+        ([0.1, 0.2], [0.1, 0.2], 3, "got 3"),
+        ([0.1, -1.0], [0.1, 0.2], 1, "greater than -1"),
+        ([0.1, 0.2], [0.1, np.nan], 1, "predictions: 1 of 2"),
+    ],
+    ids=["no-bins", "too-many-bins", "below-minus-one", "not-finite"],
+)
+def test_bad_tomography(true, predicted, bins, message):
+    with pytest.raises(ValueError, match=message):
+        tomographic_bias(np.array(true), np.array(predicted), bins=bins)
+
+
+def test_r2_with_error_is_that_of_score():
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=100)
+    predicted = true + 0.5 * rng.normal(size=100)
+    s = score(true, predicted, redshift=False, resamples=200, seed=3)
+    assert r2_with_error(true, predicted, resamples=200, seed=3) == (s.r2, pytest.approx(s.r2_se))
+    assert np.isnan(r2_with_error(np.ones(3), np.zeros(3))).all()
+
+
+def test_bootstrap_in_blocks_is_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    true, predicted = rng.uniform(0, 1, size=(2, 50))
+    whole = score(true, predicted, resamples=100)
+    monkeypatch.setattr(photoz, "BLOCK", 350)  # 7 resamples at a time
+    assert score(true, predicted, resamples=100) == whole
 
 
 @pytest.mark.parametrize(

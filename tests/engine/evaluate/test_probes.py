@@ -4,7 +4,8 @@ from sklearn.linear_model import Ridge as SkRidge
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
-from armillary.engine.evaluate.probes import KNN, MLP, Ridge, labelled, nearest
+from armillary.engine.evaluate.perceptron import Training
+from armillary.engine.evaluate.probes import KNN, MLP, JointMLP, Ridge, labelled, nearest
 
 
 @pytest.fixture
@@ -79,10 +80,80 @@ def test_mlp_learns_and_repeats(data):
     np.testing.assert_array_equal(predicted, MLP((32,), epochs=200).predict(train, 100 + 50 * label, test))
 
 
-@pytest.mark.parametrize("probe", [KNN(3), Ridge(), MLP()], ids=lambda p: p.name)
+@pytest.mark.parametrize("probe", [KNN(3), Ridge(), MLP(), JointMLP()], ids=lambda p: p.name)
 def test_constant_label(probe, data):
     train, _, test, _ = data
     np.testing.assert_allclose(probe.predict(train, np.full(200, 2.5), test), 2.5, atol=0.3)
+
+
+def test_knn_of_64_weighted_by_distance_on_standardised_embeddings(data):
+    train, label, test, _ = data
+    scale = StandardScaler().fit(train.astype(np.float64))
+    expected = KNeighborsRegressor(64, weights="distance").fit(scale.transform(train), label)
+    np.testing.assert_allclose(
+        KNN(64, "euclidean", "distance", standardise=True).predict(train, label, test),
+        expected.predict(scale.transform(test)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def some_unknown(label):
+    labels = np.stack([label, label**2, -label, np.abs(label)], 1)
+    labels[::3, 1] = np.nan
+    labels[1::3, 2] = np.nan
+    labels[::3, 3] = np.nan
+    return labels
+
+
+@pytest.mark.parametrize("probe", [KNN(5, "euclidean", "distance"), Ridge()], ids=lambda p: p.name)
+def test_several_labels_are_predicted_as_each_alone(data, probe):
+    train, label, test, _ = data
+    labels = some_unknown(label)
+    together = probe.predict_jointly(train, labels, test)
+    for number in range(4):
+        kept, known, _ = labelled(train, labels[:, number])
+        np.testing.assert_allclose(together[:, number], probe.predict(kept, known, test), rtol=1e-6)
+
+
+def test_joint_mlp_learns_labels_of_any_unit_some_unknown(data):
+    train, label, test, true = data
+    labels = np.stack([1e6 + 1e5 * label, 1e-3 * label, np.full(200, 4.0)], 1)
+    labels[::2, 0] = np.nan
+    probe = JointMLP((64, 64), Training(epochs=60, batch=16))
+    predicted = probe.predict_jointly(train, labels, test)
+    assert np.corrcoef(predicted[:, 0], true)[0, 1] > 0.9
+    assert np.corrcoef(predicted[:, 1], true)[0, 1] > 0.9
+    assert abs(predicted[:, 0].mean() - 1e6 - 1e5 * true.mean()) < 5e4
+    np.testing.assert_allclose(predicted[:, 2], 4, atol=1)  # constant: its spread is taken for 1
+    np.testing.assert_array_equal(predicted, probe.predict_jointly(train, labels, test))
+
+
+def test_joint_mlp_ignores_what_stands_for_unknown(data):
+    train, label, test, _ = data
+    labels = some_unknown(label)
+    infinite = np.where(np.isnan(labels), np.inf, labels)
+    np.testing.assert_array_equal(
+        JointMLP().predict_jointly(train, labels, test), JointMLP().predict_jointly(train, infinite, test)
+    )
+
+
+def test_joint_mlp_names_and_defaults():
+    assert JointMLP().name == "MLP 32"
+    assert JointMLP((64, 64)).name == "MLP 64-64"
+    t = JointMLP().training
+    assert (t.epochs, t.batch, t.learning_rate, t.dropout, t.held_out) == (10, 64, 1e-3, 0.1, 0.0)
+
+
+def test_joint_prediction_of_what_is_known_of_too_few(data):
+    train, label, test, _ = data
+    labels = np.stack([label, label], 1)
+    labels[4:, 1] = np.nan
+    with pytest.raises(ValueError, match="between 1 and the 4 training samples, got 5"):
+        KNN(5).predict_jointly(train, labels, test)
+    labels[:, 1] = np.nan
+    with pytest.raises(ValueError, match="labels: number 1 is known for none of 200 samples"):
+        JointMLP().predict_jointly(train, labels, test)
 
 
 def test_labelled_drops_what_is_unknown():

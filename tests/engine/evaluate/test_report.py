@@ -15,9 +15,10 @@ from armillary.engine.evaluate import evaluate as evaluate_module
 from armillary.engine.evaluate.baselines import asinh_pixels
 from armillary.engine.evaluate.cutouts import read_cutouts
 from armillary.engine.evaluate.embed import Embeddings, Pipeline
-from armillary.engine.evaluate.evaluate import Options, embed_features, evaluate_embeddings
+from armillary.engine.evaluate.evaluate import embed_features, evaluate_embeddings
 from armillary.engine.evaluate.evaluation import PCA_ASINH, PCA_INPUT, TRAINED, UNTRAINED, judge_label
 from armillary.engine.evaluate.logbook import Logbook, flatten
+from armillary.engine.evaluate.options import Options
 from armillary.engine.evaluate.probes import KNN
 from armillary.engine.evaluate.report import Gallery, layout_map
 from armillary.models.method import Batch
@@ -81,8 +82,9 @@ def batches_of(folder):
     return batches
 
 
-def good_encoder(x):
+def good_encoder(batch):
     """Colours: what tells the redshift."""
+    x = batch["crop"]
     flux = x.clamp(-1, 20).sum((2, 3))
     ratio = flux / flux.norm(dim=1, keepdim=True)
     corners = torch.cat([x[:, :, :3, :3], x[:, :, -3:, -3:]], 1)  # noise, so that the rank is not that of two colours
@@ -94,8 +96,8 @@ def encoders():
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(3, 8, 5)
 
-    def untrained(x):
-        return {"e": layer(x).flatten(1)[:, ::7]}
+    def untrained(batch):
+        return {"e": layer(batch["crop"]).flatten(1)[:, ::7]}
 
     return good_encoder, untrained
 
@@ -192,7 +194,7 @@ def test_report_without_labels(make_survey, encoders, tmp_path):
     folder = make_survey(count=30, labelled=False, bands=("r",))
     view = asinh_pixels(Survey.load(folder))
     features = embed_features(
-        folder, {TRAINED: Pipeline(view, lambda x: {"e": x.flatten(1)})}, batches_of(folder), QUICK
+        folder, {TRAINED: Pipeline(view, lambda x: {"e": x["crop"].flatten(1)})}, batches_of(folder), QUICK
     )
     (tmp_path / "run.json").write_text("{}")
     verdict = evaluate_embeddings(folder, features, Logbook.read(tmp_path), tmp_path / "r.html", QUICK)
