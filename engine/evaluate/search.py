@@ -112,9 +112,7 @@ class Index:
             for start in range(0, len(vectors), CHUNK):
                 yield vectors[start : start + CHUNK]
 
-        return cls._fill(
-            names, chunks, plan or Plan.choose(len(vectors), vectors.shape[1], kind), metadata or {}, keep
-        )
+        return cls._fill(names, chunks, plan or Plan.choose(len(vectors), vectors.shape[1], kind), metadata or {}, keep)
 
     @classmethod
     def read_files(
@@ -159,9 +157,7 @@ class Index:
                         yield batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
 
         names = pa.chunked_array([c for column in keys for c in column.chunks], pa.large_string()).combine_chunks()
-        return cls._fill(
-            names, chunks, plan or Plan.choose(len(names), sizes.pop(), kind), metadata or {}, keep
-        )
+        return cls._fill(names, chunks, plan or Plan.choose(len(names), sizes.pop(), kind), metadata or {}, keep)
 
     @classmethod
     def _fill(
