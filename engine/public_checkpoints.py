@@ -53,11 +53,22 @@ _HOSTILE_MODULES = frozenset(
     "os posix nt sys subprocess importlib runpy pty shutil socket ctypes code codeop pickle _pickle marshal webbrowser "
     "multiprocessing asyncio threading signal atexit commands platform pip pdb bdb timeit".split()
 )
-_BUILTINS = ("builtins", "__builtin__", "__builtins__")
 _HOSTILE_BUILTINS = frozenset(
     "eval exec execfile compile open file input __import__ breakpoint exit quit globals locals vars setattr delattr "
     "memoryview apply".split()
 )
+_HOSTILE = frozenset(
+    "io.open _io.open io.FileIO _io.FileIO codecs.open torch.load torch.hub.load numpy.load types.CodeType "
+    "types.FunctionType".split()
+)
+"""Names with no business in a checkpoint. Whether a name is here decides what the user is told, and nothing else: those that
+are not here are not run either."""
+
+
+def _is_hostile(module: str, name: str) -> bool:
+    if module in ("builtins", "__builtin__"):
+        return name.partition(".")[0] in _HOSTILE_BUILTINS
+    return module.partition(".")[0] in _HOSTILE_MODULES or f"{module}.{name}" in _HOSTILE
 
 
 class _Inert:
@@ -130,7 +141,7 @@ class _Parameter:
 
 
 class _FromType:
-    """Stands for `torch._utils._rebuild_from_type_v2`, of tensors that carry attributes: the tensor."""
+    """Stands for `torch._tensor._rebuild_from_type_v2`, of tensors that carry attributes: the tensor."""
 
     __slots__ = ()
 
@@ -146,7 +157,7 @@ _KNOWN: dict[str, type] = {
     "torch._utils._rebuild_tensor_v2": _Tensor,
     "torch._utils._rebuild_parameter": _Parameter,
     "torch._utils._rebuild_parameter_with_state": _Parameter,
-    "torch._utils._rebuild_from_type_v2": _FromType,
+    "torch._tensor._rebuild_from_type_v2": _FromType,
 }
 
 
@@ -159,8 +170,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str, /) -> type:
         origin = f"{module}.{name}"
-        hostile = name.partition(".")[0] in _HOSTILE_BUILTINS if module in _BUILTINS else False
-        if hostile or module.partition(".")[0] in _HOSTILE_MODULES:
+        if _is_hostile(module, name):
             raise ValueError(f"it names {origin}, which a checkpoint has no use for (refused; nothing of it was run)")
         if origin in _KNOWN:
             return _KNOWN[origin]

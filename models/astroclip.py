@@ -57,7 +57,8 @@ class AstroCLIP(MethodConfig):
         image_tokens: What the image head sees: "patches" (patches without position and class token, as released),
             "positioned" (patches, encoded as in pre-training) or "all" (class token and patches, likewise).
         logit_scale: Factor of the cosines in the loss; fixed.
-        gather: Take negatives from all ranks. Otherwise each rank contrasts its own micro-batch, as released.
+        gather: Take negatives from all ranks. Otherwise each rank contrasts its own micro-batch, as released; those of other
+            micro-batches of a step never count, so that all negatives of a global batch need micro_batch * ranks of it.
         attention: Backend of the encoders, see `armillary.kernels.attention`.
         impl: Implementation of the encoders' kernels, see `armillary.kernels.launch`.
     """
@@ -74,7 +75,7 @@ class AstroCLIP(MethodConfig):
     spectrum_residual: bool = True
     image_tokens: Literal["patches", "positioned", "all"] = "patches"
     logit_scale: float = 15.5
-    gather: bool = True
+    gather: bool = False
     attention: Literal["auto", "flash_attn", "torch", "dense"] = "auto"
     impl: Impl = "auto"
 
@@ -290,7 +291,7 @@ class AstroCLIPMethod(Method):
 
     def readouts(self) -> dict[str, Readout]:
         """Both aligned embeddings; beside them those of the encoders themselves, where they are as they were pre-trained."""
-        found = {m: Readout(f"AstroCLIP {m}", m, aligned=True) for m in MODALITIES}
+        found: dict[str, Readout] = {m: Readout(f"AstroCLIP {m}", m, aligned=True) for m in MODALITIES}
         if self.config.freeze:
             found |= {f"{m}_backbone": Readout(f"unaligned {m}", m) for m in MODALITIES}
         return found
