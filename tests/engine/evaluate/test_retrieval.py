@@ -28,7 +28,10 @@ def noisy_pairs(count=60, dimensions=8, noise=1.5, seed=3):
 
 def plain_ranks(queries, candidates):
     """Rank of each partner, by sorting in float64."""
-    a, b = (v.astype(np.float64) / np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True) for v in (queries, candidates))
+    a, b = (
+        v.astype(np.float64) / np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True)
+        for v in (queries, candidates)
+    )
     return np.array([int((row > row[i]).sum()) + 1 for i, row in enumerate(a @ b.T)])
 
 
@@ -133,7 +136,9 @@ def test_label_search_leaves_the_query_out():
 
 
 def test_neighbours_found_again():
-    np.testing.assert_allclose(found_again(np.array([[1, 2, 3], [4, 5, 6]]), np.array([[3, 1, 9], [7, 8, 9]])), [2 / 3, 0])
+    np.testing.assert_allclose(
+        found_again(np.array([[1, 2, 3], [4, 5, 6]]), np.array([[3, 1, 9], [7, 8, 9]])), [2 / 3, 0]
+    )
     with pytest.raises(ValueError, match="two equal arrays"):
         found_again(np.zeros((2, 3)), np.zeros((2, 4)))
 

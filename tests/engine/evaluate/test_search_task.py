@@ -66,9 +66,7 @@ def feature_set(folder, name, modality, space="", noise=0.0, dimensions=6, kept=
     """Vectors that hold the key's number, so that partners are close, and noise of each set's own."""
     table = pq.read_table(folder / "catalog.parquet", columns=["key", "split"])
     keys, splits = (np.array(table[n].to_pylist(), object) for n in ("key", "split"))
-    vectors = np.array(
-        [np.random.default_rng([1, int(k[5:])]).normal(size=dimensions) for k in keys], np.float32
-    )
+    vectors = np.array([np.random.default_rng([1, int(k[5:])]).normal(size=dimensions) for k in keys], np.float32)
     own = np.random.default_rng([len(name), *name.encode()])
     vectors += noise * own.normal(size=vectors.shape).astype(np.float32)
     chosen = slice(None) if kept is None else kept(splits)
@@ -99,7 +97,9 @@ class Nesting(HTMLParser):
 
 
 def value_of(outcome, features, target, metric, model=""):
-    found = [m for m in outcome.measures if (m.features, m.target, m.metric, m.model) == (features, target, metric, model)]
+    found = [
+        m for m in outcome.measures if (m.features, m.target, m.metric, m.model) == (features, target, metric, model)
+    ]
     assert len(found) == 1
     return found[0]
 
@@ -208,7 +208,12 @@ def test_numbers_need_no_shards(make_study):
 def test_two_spaces_are_told_apart(folder):
     sets = aligned(folder) + [feature_set(folder, f"T {m}", m, "twin", 5.0) for m in ("image", "spectrum")]
     outcome = search(Study.open(folder, sets), QUICK)
-    assert [line.partition(" →")[0] for line in outcome.lines] == ["A: image", "A: spectrum", "twin: image", "twin: spectrum"]
+    assert [line.partition(" →")[0] for line in outcome.lines] == [
+        "A: image",
+        "A: spectrum",
+        "twin: image",
+        "twin: spectrum",
+    ]
     assert not any("A" in m.features and "T" in m.features for m in outcome.measures)
 
 
@@ -219,14 +224,21 @@ def test_bad_studies(folder):
     predictions = feature_set(folder, "P", "image", dimensions=1)
     with pytest.raises(ValueError, match="only supervised predictions"):
         search(Study.open(folder, [replace(predictions, targets=("redshift",))]), QUICK)
-    few = feature_set(folder, "F", "image", kept=lambda s: np.r_[np.flatnonzero(s == "train"), np.flatnonzero(s == "test")[:11]])
+    few = feature_set(
+        folder, "F", "image", kept=lambda s: np.r_[np.flatnonzero(s == "train"), np.flatnonzero(s == "test")[:11]]
+    )
     with pytest.raises(ValueError, match="need 12 test samples or more with F and F, got 11"):
         search(Study.open(folder, [few]), QUICK)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"tolerance": 0.0}, "tolerance"), ({"queries": -1}, "queries"), ({"answers": 0}, "answers"), ({"resamples": 1}, "resamples")],
+    [
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"queries": -1}, "queries"),
+        ({"answers": 0}, "answers"),
+        ({"resamples": 1}, "resamples"),
+    ],
     ids=["tolerance", "queries", "answers", "resamples"],
 )
 def test_bad_options(change, message):
