@@ -33,7 +33,8 @@ class ToySpectra:
     """Spectra of 400 pixels: a slope, a bump and a gap, each at a place of its own."""
 
     spectrum = SpectrumRecord(WaveGrid("linear", 4000.0, 10.0, 400), "nJy")
-    pixel_scale_arcsec, unit, bands, labels = None, "", (), {"place": "of the bump"}
+    pixel_scale_arcsec, unit, bands = None, "", ()
+    labels = {"place": "of the bump"}
 
     def __len__(self):
         return 60
