@@ -16,6 +16,7 @@ from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.embed import embed_readouts, load_pipeline, open_batches
 from armillary.engine.export import load_encoder
 from armillary.engine.run import Run
+from armillary.models.method import InputSpec
 
 PAIRS = 96
 
@@ -60,7 +61,7 @@ def test_presets_are_the_published_settings(presets):
     assert paper.accumulation(8) == 1 and paper.method.gather  # 1,024
     assert not released.views.augmented and paper.views.augmented
     with torch.device("meta"):
-        method = released.method.build(released.views.image.input_spec(3).__class__(3, 144, 1, pixels=7781))
+        method = released.method.build(InputSpec(channels=3, global_size=144, n_global=1, pixels=7781))
     trained = sum(p.numel() for g in method.parameter_groups() for p in g.params.values())
     assert (trained, sum(p.numel() for p in method.parameters())) == (24_666_112, 370_798_358)
 
