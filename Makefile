@@ -59,7 +59,8 @@ demo-astroclip: install
 	rm -rf $(addprefix $(PAIRS)/,dinov2 specformer astroclip features resnet18 conv_attention photometry)
 	$(call train,dinov2_vitl,smoke,$(PAIRS)) --name dinov2
 	$(call train,specformer,smoke,$(PAIRS)) --name specformer
-	$(call train,astroclip,smoke,$(PAIRS)) --name astroclip
+	$(call train,astroclip,smoke,$(PAIRS)) --name astroclip --data.features $(PAIRS)/features \
+	  --method.image-from $(PAIRS)/dinov2 --method.spectrum-from $(PAIRS)/specformer
 	$(call train,supervised,smoke,$(PAIRS)) --name resnet18
 	$(call train,supervised,smoke_conv_attention,$(PAIRS)) --name conv_attention
 	$(call train,supervised,smoke_photometry,$(PAIRS)) --name photometry

@@ -291,7 +291,7 @@ class AstroCLIPMethod(Method):
 
     def readouts(self) -> dict[str, Readout]:
         """Both aligned embeddings; beside them those of the encoders themselves, where they are as they were pre-trained."""
-        found = {m: Readout(f"AstroCLIP {m}", m, aligned=True) for m in MODALITIES}
+        found: dict[str, Readout] = {m: Readout(f"AstroCLIP {m}", m, aligned=True) for m in MODALITIES}
         if self.config.freeze:
             found |= {f"{m}_backbone": Readout(f"unaligned {m}", m) for m in MODALITIES}
         return found

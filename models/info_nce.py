@@ -57,13 +57,13 @@ class _Gather(torch.autograd.Function):
     """All ranks' rows, rank after rank; backward sums what all ranks' losses have to say about this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
         dist.all_gather(list(gathered.chunk(dist.get_world_size())), x.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may still need what it handed in
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from armillary.kernels.attention import BACKENDS
 from armillary.kernels.launch import IMPLS, Impl
-from armillary.kernels.window_embed import MIN_STD, window_features
+from armillary.kernels.window_embed import window_features
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.specformer import SpecFormer, SpectrumTransformer, fill_missing
 from armillary.models.spectrum_masking import chunk_masks, chunk_problems
 
-__all__ = ["Filled", "SpecFormerMethod", "SpecFormerPretraining"]
+__all__ = ["SpecFormerMethod", "SpecFormerPretraining"]
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,6 @@ class SpecFormerPretraining(MethodConfig):
         if problems:
             raise ValueError("SpecFormerPretraining: " + "; ".join(problems))
         return SpecFormerMethod(self, inputs)
-
-
-class Filled(NamedTuple):
-    """Hidden parts of spectra as the model fills them in.
-
-    Attributes:
-        flux: [B, L] float32, in the unit of the input: at each pixel the mean of the predictions of the hidden windows
-            that cover it; NaN where none does.
-        hidden: [B, L] bool: True where a hidden window covers the pixel and no visible one does, so that the model has not
-            seen it.
-    """
-
-    flux: Tensor
-    hidden: Tensor
 
 
 class SpecFormerMethod(Method):
@@ -163,22 +149,6 @@ class SpecFormerMethod(Method):
             raise ValueError("SpecFormer: embeds spectra, but the batch has no `spectrum`")
         return {"mean": self.encoder(self._whole(batch)[0]).float().mean(1)}
 
-    @torch.no_grad()
-    def reconstruct(self, batch: Batch, mask: Tensor) -> Filled:
-        """Hide parts of spectra and fill them in.
-
-        Args:
-            batch: As for `encode`.
-            mask: [B, N] bool: True where a token is hidden.
-        """
-        spectrum, _ = self._whole(batch)
-        windows = self.encoder.head(self.encoder(spectrum, mask=mask)).float()[:, 1:, 2:]
-        predicted = self._fold(windows * mask[:, 1:, None])
-        hides, shows = (self._fold(m[:, 1:, None].float().expand_as(windows)) for m in (mask, ~mask))
-        mean, std = spectrum.mean(1, keepdim=True), spectrum.std(1, keepdim=True).clamp(min=MIN_STD)
-        flux = (predicted / hides * std + mean).masked_fill(hides == 0, torch.nan)
-        return Filled(flux, (hides > 0) & (shows == 0))
-
     def _whole(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Spectra [B, L] without gaps, and which of their pixels carry data."""
         spectrum = batch["spectrum"]
@@ -201,11 +171,3 @@ class SpecFormerMethod(Method):
         windows = F.pad(seen.unfold(1, shape.window, shape.step)[:, :n], (2, 0))
         first = seen.any(1)[:, None, None].expand(-1, 1, shape.features)
         return torch.cat([first, windows], dim=1)
-
-    def _fold(self, windows: Tensor) -> Tensor:
-        """Sum of windows [B, n, W] at the pixels that they cover, [B, L]."""
-        shape, device = self.config.encoder, windows.device
-        n, w = windows.shape[1:]
-        place = shape.step * torch.arange(n, device=device)[:, None] + torch.arange(w, device=device)
-        out = windows.new_zeros(len(windows), self.inputs.pixels)
-        return out.index_add_(1, place.flatten(), windows.flatten(1))

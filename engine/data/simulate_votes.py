@@ -176,28 +176,29 @@ def probabilities(shape: Shape, structure: Structure) -> dict[str, np.ndarray]:
     """Probability of each answer to each question, among those who are asked."""
     blur = shape.fwhm / 2
     clear = _logistic(math.log(shape.radius / (1.5 * blur)) / 0.35)  # 0 unresolved, 1 well resolved
+    fine = _logistic(math.log(shape.radius / (2.5 * blur)) / 0.3)  # the same for what is finer than the disk
     flat = _seen(shape.axis_disk, shape.radius, blur)
     face = _logistic((flat - 0.40) / 0.05)
     disk = 1 - shape.bulge
-    arms = clear * face * min(structure.arm_share / 0.3, 1.3) * disk
-    bar = clear * face * structure.bar_share / 0.15 * disk
+    arms = fine * face * min(structure.arm_share / 0.3, 1.3) * disk
+    bar = fine * face * structure.bar_share / 0.12 * disk
     edge = clear * (1 - face) * disk * (not shape.early)
-    featured = _logistic(-2.6 + 1.5 * clear * disk * (not shape.early) + 3.2 * arms + 1.2 * bar + 4.5 * edge)
+    featured = _logistic(-2.6 + 2.6 * clear * disk * (not shape.early) + 3.2 * arms + 1.2 * bar + 4.5 * edge)
     if not structure.arms:
         number = 1
     else:
         number = min(structure.arms, 5) - 1
-    count = np.full(5, 0.06) + (0.2 + 0.8 * clear) * np.eye(5)[number] * 1.6
+    count = np.full(5, 0.06) + (0.2 + 0.8 * fine) * np.eye(5)[number] * 1.6
     return {
         "smooth-or-featured": _norm([1 - featured, featured, 0.03]),
         "disk-edge-on": _norm([1 - face + 0.02, face + 0.02]),
-        "has-spiral-arms": _norm([p := _logistic(-2.2 + 4.8 * arms), 1 - p]),
+        "has-spiral-arms": _norm([p := _logistic(-2.2 + 5.5 * arms), 1 - p]),
         "bar": _norm([max(bar - 0.5, 0.02), min(bar, 0.5) + 0.08, max(1.1 - bar, 0.1)]),
         "bulge-size": _near(shape.bulge, (0.85, 0.6, 0.35, 0.15, 0.0), 0.11),
         "how-rounded": _near(_seen(shape.axis, shape.radius, blur), (0.95, 0.65, 0.3), 0.11),
         "edge-on-bulge": _norm([0.07, _logistic((0.18 - shape.bulge) / 0.07), _logistic((shape.bulge - 0.18) / 0.07)]),
         "spiral-winding": _near(structure.pitch, (11.0, 19.0, 29.0), 4.5),
-        "spiral-arm-count": _norm([*count, 0.15 + 0.6 * (1 - clear)]),
+        "spiral-arm-count": _norm([*count, 0.15 + 0.6 * (1 - fine)]),
     }
 
 

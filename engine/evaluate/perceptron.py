@@ -122,7 +122,7 @@ def train_perceptron(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         model = perceptron(x.shape[1], hidden, y.shape[1], training.dropout)
-        optimiser = torch.optim.Adam(model.parameters(), training.learning_rate)
+        optimiser = torch.optim.Adam(model.parameters(), training.learning_rate, fused=True)
         order = torch.randperm(count)
         judged, used = order[:held], order[held:]
         least, best = float("inf"), None

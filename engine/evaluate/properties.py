@@ -97,9 +97,11 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
             f"{', '.join(study.survey.labels) or 'none at all'}; name what to predict"
         )
     headline = REDSHIFT if REDSHIFT in labels else labels[0]
-    neighbours = KNN(options.neighbours, "euclidean", "distance", standardise=True)
+    nearest = f"{options.neighbours}-NN"
     training = replace(options.training, seed=study.seed)
-    probes: list[Probe] = [neighbours, *(JointMLP(hidden, training) for hidden in options.hidden)]
+    perceptrons = [JointMLP(hidden, training) for hidden in options.hidden]
+    probes: dict[str, Probe] = {nearest: KNN(options.neighbours, "euclidean", "distance", standardise=True)}
+    probes |= {p.name: p for p in perceptrons}
     predictions = predict(
         study,
         labels,
@@ -108,8 +110,8 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
         outlier_threshold=options.outlier_threshold,
         resamples=options.resamples,
     )
-    comparisons = compare(study, predictions, neighbours.name, resamples=options.resamples)
-    heads = [p for p in predictions if p.label == headline and p.model in (neighbours.name, OWN)]
+    comparisons = compare(study, predictions, nearest, resamples=options.resamples)
+    heads = [p for p in predictions if p.label == headline and p.model in (nearest, OWN)]
     strata = _strata(study, heads, headline, options)
     winners = clear_winners(predictions, resamples=options.resamples, seed=study.seed)
     redshifts = [p for p in predictions if p.label == REDSHIFT]
@@ -123,7 +125,7 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
     ]
     return Outcome(
         TASK,
-        tuple(_measures(predictions, comparisons, strata, headline, neighbours.name)),
+        tuple(_measures(predictions, comparisons, strata, headline, nearest)),
         tuple(_lines(study, heads, comparisons, strata, headline, labels)),
         tuple(s for s in sections if s),
     )

@@ -15,7 +15,6 @@ from armillary.engine.evaluate.property_results import REDSHIFT, Prediction, Str
 __all__ = ["bias_chart", "bias_section", "prediction_section", "strata_chart", "strata_section"]
 
 MARKERS = "osD^vPX*"
-LOWEST_R2 = -0.5
 WORDS = {"image": "Images", "spectrum": "Spectra", "columns": "Catalogue columns"}
 
 
@@ -45,7 +44,9 @@ def bias_chart(predictions: Sequence[Prediction], order: Sequence[str]) -> str:
 
 
 def strata_chart(strata: Sequence[Strata], label: str, order: Sequence[str]) -> str:
-    """R2 and scatter in bins of magnitude and of the label itself, a line for each feature set, as themed SVG.
+    """Quality in bins, a line for each feature set, as themed SVG: R2 above scatter, or mean residual above scatter.
+
+    The mean residual stands for R2 in bins of the label itself, where R2 compares with a variance that binning removed.
 
     Args:
         strata: One column of charts each, at least one.
@@ -55,22 +56,21 @@ def strata_chart(strata: Sequence[Strata], label: str, order: Sequence[str]) -> 
     figure, grid = figures.canvas(10.0, 6.4, rows=(1, 1), columns=len(strata))
     grid = np.reshape(grid, (2, len(strata)))
     names = list(strata[0].scores)
+    residual = "\u0394z / (1 + z)" if label == REDSHIFT else f"{label} error"
     for column, one in zip(grid.T, strata, strict=True):
-        middle = [s.middle for s in one.strata]
-        for name in names:
-            scores = one.scores[name]
-            look = _look(name, order)
-            column[0].errorbar(
-                middle, [s.r2 for s in scores], _errors(scores, "r2_se"), elinewidth=1.2, label=name, **look
-            )
-            column[1].errorbar(middle, [s.nmad for s in scores], _errors(scores, "nmad_se"), elinewidth=1.2, **look)
-        low = min((s.r2 for scores in one.scores.values() for s in scores if np.isfinite(s.r2)), default=0.0)
-        column[0].set_ylim(max(min(low - 0.05, 0.0), LOWEST_R2), 1.02)
+        of_itself = one.by == label
+        for axes, metric in zip(column, ("mean_bias" if of_itself else "r2", "nmad"), strict=True):
+            for name in names:
+                values, errors = ([getattr(s, m) for s in one.scores[name]] for m in (metric, f"{metric}_se"))
+                middle = [s.middle for s in one.strata]
+                axes.errorbar(middle, values, np.nan_to_num(errors), elinewidth=1.2, label=name, **_look(name, order))
         column[0].tick_params(labelbottom=False)
-        column[1].set_xlabel(f"true {one.by}" if one.by == label else one.by)
+        if of_itself:
+            column[0].axhline(0, color=figures.MUTED, lw=1)
+        column[0].set_ylabel(f"mean {residual}" if of_itself else f"R\u00b2 of {label}")
+        column[1].set_ylabel(f"NMAD of {residual}")
+        column[1].set_xlabel(f"true {one.by}" if of_itself else one.by)
         column[1].set_ylim(bottom=0)
-    grid[0, 0].set_ylabel(f"R\u00b2 of {label}")
-    grid[1, 0].set_ylabel("NMAD of \u0394z / (1 + z)" if label == REDSHIFT else f"NMAD of {label}")
     handles, texts = grid[0, 0].get_legend_handles_labels()
     figure.legend(
         handles, texts, loc="outside upper center", ncols=4, frameon=False, fontsize=10.5, labelcolor=figures.INK
@@ -135,9 +135,9 @@ def strata_section(strata: Sequence[Strata], label: str, order: Sequence[str]) -
     by = " and ".join(f"true {html.escape(s.by)}" if s.by == label else html.escape(s.by) for s in strata)
     return (
         f"<h2>Quality by {by}</h2>"
-        '<p class="quiet">In bins of equally many test galaxies, at their median, with bootstrap standard errors. R\u00b2 compares '
-        "with the variance inside a bin, which is small in bins of the predicted label, so R\u00b2 is low there (below "
-        f"{LOWEST_R2:g} it is off the chart): scatter (NMAD) is what compares between bins.</p>"
+        '<p class="quiet">In bins of equally many test galaxies, at their median, with bootstrap standard errors. Bins of the true '
+        "label show the mean residual instead of R\u00b2, which compares with a variance that binning removed; the slope is the "
+        "pull of every regression towards the middle.</p>"
         f'<div class="card">{strata_chart(strata, label, order)}</div>'
     )
 
@@ -156,7 +156,3 @@ def _look(name: str, order: Sequence[str]) -> dict[str, Any]:
         "lw": 1.6,
         "ls": "-" if place < count else "--",
     }
-
-
-def _errors(scores: Sequence[Scores], name: str) -> list[float]:
-    return [float(np.nan_to_num(getattr(s, name))) for s in scores]

@@ -5,7 +5,7 @@ Shape legend: M test samples, m of them with a label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,7 +125,7 @@ class Strata:
 def predict(
     study: Study,
     labels: Sequence[str],
-    probes: Sequence[Probe],
+    probes: Mapping[str, Probe],
     *,
     bins: int = 5,
     outlier_threshold: float = 0.05,
@@ -138,7 +138,7 @@ def predict(
     Args:
         study: Catalogue and feature sets.
         labels: What to predict.
-        probes: By what.
+        probes: By what, with the names that tables call them.
         bins: Tomographic bins.
         outlier_threshold: Size of a redshift residual that counts as an outlier.
         resamples: Bootstrap resamples.
@@ -163,7 +163,7 @@ def predict(
             by_model = {OWN: columns}
         else:
             split = [_finite(name, study.vectors(name, rows)) for rows in (train, test)]
-            by_model = {probe.name: _fit(probe, split[0], known, split[1], labels) for probe in probes}
+            by_model = {model: _fit(probe, split[0], known, split[1], labels) for model, probe in probes.items()}
         for model, predicted in by_model.items():
             for label, values in predicted.items():
                 found.append(
@@ -172,7 +172,7 @@ def predict(
     return found
 
 
-def compare(study: Study, predictions: Sequence[Prediction], probe: str, *, resamples: int = 1000) -> list[Comparison]:
+def compare(study: Study, predictions: Sequence[Prediction], model: str, *, resamples: int = 1000) -> list[Comparison]:
     """Hold every set of aligned embeddings against the unaligned and the supervised of its modality.
 
     Aligned embeddings are those with a shared space (`FeatureSet.space`). A model of catalogue columns, such as magnitudes,
@@ -181,18 +181,18 @@ def compare(study: Study, predictions: Sequence[Prediction], probe: str, *, resa
     Args:
         study: Where the feature sets are from.
         predictions: Of `predict`.
-        probe: Whose predictions are compared.
+        model: The probe whose predictions are compared.
         resamples: Bootstrap resamples, each for both.
     """
     found = []
     for one in predictions:
         aligned = study.features[one.features]
-        if not aligned.space or aligned.targets or one.model != probe:
+        if not aligned.space or aligned.targets or one.model != model:
             continue
         for other in predictions:
             rival = study.features[other.features]
             same = rival.modality == aligned.modality
-            unaligned = same and not rival.space and not rival.targets and other.model == probe
+            unaligned = same and not rival.space and not rival.targets and other.model == model
             photometry = aligned.modality == "image" and rival.modality == "columns"
             supervised = bool(rival.targets) and (same or photometry)
             if other.label != one.label or not (unaligned or supervised):
@@ -201,7 +201,7 @@ def compare(study: Study, predictions: Sequence[Prediction], probe: str, *, resa
                 one.true, one.predicted, other.predicted, resamples=resamples, seed=study.seed
             )
             names = (aligned.modality, one.features, other.features, supervised)
-            found.append(Comparison(*names, probe, one.label, difference, len(one.true)))
+            found.append(Comparison(*names, model, one.label, difference, len(one.true)))
     return found
 
 

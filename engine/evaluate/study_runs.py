@@ -26,7 +26,7 @@ from armillary.engine.evaluate.options import StudyOptions
 from armillary.engine.evaluate.study import FeatureSet, Outcome, Study
 from armillary.engine.evaluate.study_report import save_measures, write_study_report
 from armillary.engine.evaluate.study_tasks import TASKS, left_out
-from armillary.models.method import Readout
+from armillary.models.method import Method, Readout
 
 __all__ = ["evaluate_study", "feature_sets", "run_tasks"]
 
@@ -71,7 +71,7 @@ def evaluate_study(
     encoders = [Encoder.load(run, survey, where) for run in runs]
     logbooks = {e.run.name: Logbook.read(run) for e, run in zip(encoders, runs, strict=True)}
     wanted = _wanted(encoders, survey)
-    chosen = _chosen(options, survey, [w.about for w in wanted])
+    chosen = _chosen(options, survey, [e.method for e in encoders])
     out.mkdir(parents=True, exist_ok=True)
     sets = _embed(wanted, survey_dir, out, options, where, batch)
     study = Study.open(
@@ -121,12 +121,12 @@ def run_tasks(
     return [task.run(study, options, encoders) for name, task in TASKS.items() if name in tasks]
 
 
-def _chosen(options: StudyOptions, survey: Survey, readouts: Sequence[Readout]) -> list[str]:
+def _chosen(options: StudyOptions, survey: Survey, methods: Sequence[Method]) -> list[str]:
     """The tasks to run: those asked for, which must be possible; else all that are."""
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise ValueError(f"tasks: must be of {', '.join(TASKS)}, got {', '.join(unknown)}")
-    reasons = {name: left_out(name, survey, readouts, options) for name in options.tasks or TASKS}
+    reasons = {name: left_out(name, survey, methods, options) for name in options.tasks or TASKS}
     if options.tasks and (problems := [f"{name}: {why}" for name, why in reasons.items() if why]):
         raise ValueError("tasks: " + "; ".join(problems))
     for name, why in reasons.items():

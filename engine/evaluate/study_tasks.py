@@ -10,16 +10,20 @@ from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.embed import Encoder
 from armillary.engine.evaluate.options import StudyOptions
 from armillary.engine.evaluate.study import Outcome, Study
-from armillary.models.method import Readout
+from armillary.models.method import Method
 
 __all__ = ["TASKS", "Task", "left_out"]
+
+
+NO_SPECTRA = "it needs a survey with spectra and a run with a spectrum encoder"
+NO_ALIGNMENT = "it needs a survey with spectra and a run that aligns them with images"
 
 
 class Task(ABC):
     """One task: when it can be done, and how."""
 
-    def impossible(self, survey: Survey, readouts: Sequence[Readout], options: StudyOptions) -> str:
-        """Why it cannot be done for these embeddings of this survey; empty if it can."""
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
+        """Why it cannot be done for these methods on this survey; empty if it can."""
         return ""
 
     @abstractmethod
@@ -28,8 +32,9 @@ class Task(ABC):
 
 
 class _Search(Task):
-    def impossible(self, survey: Survey, readouts: Sequence[Readout], options: StudyOptions) -> str:
-        return "" if any(not r.targets for r in readouts) else "there are no embeddings, only predictions"
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
+        embeddings = any(not r.targets for m in methods for r in m.readouts().values())
+        return "" if embeddings else "there are no embeddings, only predictions"
 
     def run(self, study: Study, options: StudyOptions, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.search_task import search
@@ -38,7 +43,7 @@ class _Search(Task):
 
 
 class _Properties(Task):
-    def impossible(self, survey: Survey, readouts: Sequence[Readout], options: StudyOptions) -> str:
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
         from armillary.engine.evaluate.properties import LABELS
 
         return _lacks_labels(survey, options.wanted, LABELS)
@@ -52,7 +57,7 @@ class _Properties(Task):
 
 
 class _Morphology(Task):
-    def impossible(self, survey: Survey, readouts: Sequence[Readout], options: StudyOptions) -> str:
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
         from armillary.engine.data.surveys.galaxyzoo import DECALS_QUESTIONS
 
         asked = [q for q in DECALS_QUESTIONS if f"{q}_votes" in survey.labels]
@@ -65,7 +70,7 @@ class _Morphology(Task):
 
 
 class _Posterior(Task):
-    def impossible(self, survey: Survey, readouts: Sequence[Readout], options: StudyOptions) -> str:
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
         from armillary.engine.evaluate.properties import LABELS
 
         return _lacks_labels(survey, options.wanted, LABELS)
@@ -75,6 +80,27 @@ class _Posterior(Task):
         from armillary.engine.evaluate.posterior import PosteriorOptions, posterior
 
         return posterior(study, PosteriorOptions(options.wanted, PRESETS[options.flows], qp_out=options.qp))
+
+
+class _Masking(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
+        return "" if survey.spectrum is not None and any("spectrum" in m.encoders() for m in methods) else NO_SPECTRA
+
+    def run(self, study: Study, options: StudyOptions, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.spectrum_tasks import masking
+
+        return masking(study, encoders)
+
+
+class _Attention(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
+        aligned = any({"image", "spectrum"} <= m.encoders().keys() for m in methods)
+        return "" if survey.spectrum is not None and aligned else NO_ALIGNMENT
+
+    def run(self, study: Study, options: StudyOptions, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.spectrum_tasks import attention
+
+        return attention(study, encoders)
 
 
 def _lacks_labels(survey: Survey, wanted: tuple[str, ...], usual: tuple[str, ...]) -> str:
@@ -92,17 +118,19 @@ TASKS: dict[str, Task] = {
     "properties": _Properties(),
     "posterior": _Posterior(),
     "morphology": _Morphology(),
+    "masking": _Masking(),
+    "attention": _Attention(),
 }
 """In the order of the report."""
 
 
-def left_out(name: str, survey: Survey, readouts: Sequence[Readout], options: StudyOptions) -> str:
+def left_out(name: str, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
     """Why a task cannot be done; empty if it can.
 
     Args:
         name: Of the task.
         survey: What would be studied.
-        readouts: What would be compared.
+        methods: What would be compared.
         options: The study's.
     """
-    return TASKS[name].impossible(survey, readouts, options)
+    return TASKS[name].impossible(survey, methods, options)

@@ -7,7 +7,6 @@ import pytest
 galsim = pytest.importorskip("galsim", reason="the simulation needs GalSim")
 pytest.importorskip("speclite", reason="the simulation needs filter curves")
 
-from armillary.engine.data.simulate_exposures import Exposure  # noqa: E402
 from armillary.engine.data.simulate_spectra import (  # noqa: E402
     EMISSION,
     Motion,
@@ -146,24 +145,3 @@ def test_disks_seen_edge_on_have_wider_lines():
 def test_grid_must_be_linear():
     with pytest.raises(ValueError, match="grid: must be linear, got log10"):
         SpectrumModel(WaveGrid("log10", 3.56, 1e-4, 4000))
-
-
-def test_exposure_is_worst_in_the_blue_between_arms_and_on_sky_lines():
-    exposure = Exposure.of(WAVE)
-    variance = exposure.sky / exposure.electrons
-    level = {name: np.median(variance[np.abs(WAVE - at) < 10]) for name, at in (("blue", 3700), ("red", 6500))}
-    assert level["blue"] > 4 * level["red"]
-    assert np.median(exposure.electrons[np.abs(WAVE - 5780) < 10]) < np.interp(5600, WAVE, exposure.electrons)
-    assert exposure.sky[np.argmin(np.abs(WAVE - 5578.89))] > 5 * np.median(exposure.sky)
-    forest = exposure.sky[WAVE > 7700]
-    assert np.percentile(forest, 90) > 1.5 * np.median(forest)
-
-
-def test_noise_of_an_empty_fibre_is_sky_and_read_noise():
-    exposure = Exposure.of(WAVE)
-    rng = np.random.default_rng(0)
-    seen = [exposure.observe(np.zeros(len(WAVE)), rng) for _ in range(40)]
-    pull = np.stack([s.flux * np.sqrt(s.ivar) for s in seen])
-    assert (pull**2).mean() == pytest.approx(1, abs=0.02)
-    bright = exposure.observe(np.full(len(WAVE), 300.0), rng)
-    assert np.median(bright.ivar) < 0.2 * np.median(seen[0].ivar)

@@ -89,14 +89,15 @@ def run_dir(tmp_path):
     return folder
 
 
-@pytest.fixture
-def make_study(tmp_path):
+@pytest.fixture(scope="session")
+def make_study(tmp_path_factory):
     """Studies without shards: labels by name, and by name (modality, [N, D] vectors, space, targets).
 
     The first `train` rows are the training split; a row of NaN has no vector.
     """
 
     def make(labels, features, *, train, seed=0):
+        folder = tmp_path_factory.mktemp("study")
         count = len(next(iter(labels.values())))
         key = np.array([f"g{i:05d}" for i in range(count)], dtype=object)
         split = np.array(["train"] * train + ["test"] * (count - train), dtype=object)
@@ -114,15 +115,15 @@ def make_study(tmp_path):
             shards=(),
             statistics=nothing,
             labels=dict.fromkeys(labels, "a label"),
-        ).save(tmp_path)
+        ).save(folder)
         columns = {"key": pa.array(key, pa.string()), "split": pa.array(split, pa.string())}
         columns |= {name: pa.array(values) for name, values in labels.items()}
-        pq.write_table(pa.table(columns), tmp_path / "catalog.parquet")
+        pq.write_table(pa.table(columns), folder / "catalog.parquet")
         sets = []
         for name, (modality, vectors, space, targets) in features.items():
             have = ~np.isnan(vectors).all(1)
             embeddings = Embeddings(key[have], split[have], np.asarray(vectors[have], np.float32))
             sets.append(FeatureSet(name, modality, embeddings, space, targets))
-        return Study.open(tmp_path, sets, seed=seed)
+        return Study.open(folder, sets, seed=seed)
 
     return make
