@@ -30,6 +30,8 @@ TASK = "search"
 RECALLS = (1, 5, 10)
 DEPTH = 10  # answers that nDCG looks at
 LEAST = 12  # test samples
+DOTS = 1000  # of a scatter; each is a mark of the SVG, so that it takes the page's colours
+NAMES = {f"ndcg@{DEPTH}": f"nDCG@{DEPTH}", "nmad@1": "NMAD@1"}
 
 
 @dataclass(frozen=True)
@@ -234,14 +236,13 @@ def _line(found: _Found) -> str:
 
 def _table(found: list[_Found], options: SearchOptions, missing: str) -> str:
     columns = [("partner", f"recall@{k}") for k in RECALLS] + [("partner", "MRR"), ("partner", "median rank")]
-    columns += [("partner", f"ndcg@{DEPTH}")]
     labelled = any(f.label is not None for f in found)
     if labelled:
         columns += [(options.label, f"ndcg@{DEPTH}"), (options.label, "nmad@1")]
     if not any(f.ranks for f in found):
         columns = [c for c in columns if c[0] != "partner"]
     name = html.escape(options.label)
-    heads = "".join(f"<th>{m if t == 'partner' else f'{m}, {name}'}</th>" for t, m in columns)
+    heads = "".join(f"<th>{NAMES.get(m, m)}{'' if t == 'partner' else f'<br>{name}'}</th>" for t, m in columns)
     rows = ""
     for one in found:
         for model in ("", "chance"):
@@ -259,7 +260,7 @@ def _table(found: list[_Found], options: SearchOptions, missing: str) -> str:
         away = "|dz| / (1 + z)" if options.label == "redshift" else "a difference"
         text += (
             f" nDCG by {name} asks for answers like the query: gains fall from 1 at an equal {name} to 0 at {away} of "
-            f"{options.tolerance:g}, the query's own object left out in every row; nmad@1 is the scatter of the best such "
+            f"{options.tolerance:g}, the query's own object left out in every row; NMAD@1 is the scatter of the best such "
             f"answer's {name} around the query's."
         )
     if missing:
@@ -285,19 +286,19 @@ def _agreement(found: list[_Found], options: SearchOptions) -> str:
     if not shown:
         return ""
     cards = ""
-    style: dict[str, Any] = {"s": 8, "linewidths": 0, "alpha": 0.55, "rasterized": True}
+    style: dict[str, Any] = {"s": 8, "linewidths": 0, "alpha": 0.6}
     for one in shown:
         assert one.label is not None and one.nearest is not None
         figure, axes = figures.canvas(4.0, 3.6)
         low, high = float(np.nanmin(one.label)), float(np.nanmax(one.label))
         axes.plot([low, high], [low, high], color=figures.MUTED, lw=1)
-        axes.scatter(one.label, one.nearest, color=figures.SERIES[0 if one.pair.crosses else 1], **style)
+        axes.scatter(one.label[:DOTS], one.nearest[:DOTS], color=figures.SERIES[0 if one.pair.crosses else 1], **style)
         axes.set_xlabel(f"{options.label} of the query")
         axes.set_ylabel(f"{options.label} of the best answer")
         cards += f'<div class="card"><h3>{html.escape(one.pair.title)}</h3>{figures.svg(figure)}</div>'
     name = html.escape(options.label)
     return (
-        f'<h2>Is the best answer at the same {name}?</h2><p class="quiet">Each dot is a query with the most similar other '
+        f'<h2>Is the best answer at the same {name}?</h2><p class="quiet">Each dot is a query (the first {DOTS:,}) with the most similar other '
         f'object; its own partner is left out.</p><div class="grid">{cards}</div>'
     )
 
