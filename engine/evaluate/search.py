@@ -27,14 +27,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from armillary.engine.evaluate.embed import METADATA_KEY
 from armillary.engine.evaluate.search_plan import Kind, Plan
+from armillary.engine.evaluate.search_vectors import CHUNK, ORIGIN, VectorFiles, difference, unit
 
-__all__ = ["Answers", "Index", "unit"]
+__all__ = ["Answers", "Index"]
 
-CHUNK = 65_536  # vectors read, normalised and added at a time
 CANDIDATES = 8  # fetched for each answer that is re-ranked
-ORIGIN = ("survey", "fingerprint", "encoder", "readout")  # what must agree for vectors to be comparable
 VERSION = 1
 
 
@@ -140,34 +138,9 @@ class Index:
             FileNotFoundError: A file is missing.
             ValueError: As for `build`, or the files are of different surveys, encoders or readouts.
         """
-        if not paths:
-            raise ValueError("paths: need at least one file of embeddings")
-        keys, sizes, metadata = [], set(), None
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no embeddings here; make them with `armillary embed`")
-            try:
-                schema = pq.read_schema(path)
-                sizes.add(schema.field("vector").type.list_size)
-                keys.append(pq.read_table(path, columns=["key"])["key"].cast(pa.large_string()))
-            except (pa.ArrowException, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}: not a file of embeddings (key, split, vector): {error}") from error
-            own = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-            metadata = own if metadata is None else metadata
-            if problem := _difference(metadata, own):
-                raise ValueError(f"{path}: {problem}")
-        if len(sizes) > 1:
-            raise ValueError(f"vectors: all files must have the same dimensions, got {sorted(sizes)}")
-
-        def chunks() -> Iterator[np.ndarray]:
-            for path in paths:
-                # A buffer reads the pages of a column one by one: whole row groups may not fit into memory.
-                with pq.ParquetFile(path, buffer_size=1 << 24) as file:
-                    for batch in file.iter_batches(CHUNK, columns=["vector"]):
-                        yield batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
-
-        names = pa.chunked_array([c for column in keys for c in column.chunks], pa.large_string()).combine_chunks()
-        return cls._fill(names, chunks, plan or Plan.choose(len(names), sizes.pop(), kind), metadata or {}, keep)
+        files = VectorFiles.open(paths)
+        plan = plan or Plan.choose(len(files.keys), files.dimensions, kind)
+        return cls._fill(files.keys, files.chunks, plan, files.metadata, keep)
 
     @classmethod
     def _fill(
@@ -291,7 +264,7 @@ class Index:
         Raises:
             ValueError: They are from another survey, encoder or readout.
         """
-        if problem := _difference(self.metadata, metadata, names):
+        if problem := difference(self.metadata, metadata, names):
             raise ValueError(problem)
 
     def save(self, folder: Path) -> None:
@@ -356,34 +329,3 @@ def _share(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors divided by their lengths, [N, D] float32 in C order.
-
-    Raises:
-        ValueError: A number is not finite, or a vector has length zero and so no direction.
-    """
-    vectors = np.asarray(vectors, np.float32)
-    wrong = ~np.isfinite(vectors).all(1)
-    if wrong.any():
-        raise ValueError(f"vectors: {int(wrong.sum())} of {len(vectors)} are not finite, first {int(wrong.argmax())}")
-    # The largest component first: squares of very long or short vectors leave the range of float32.
-    scale = np.abs(vectors).max(1, keepdims=True)
-    if not scale.all():
-        raise ValueError(
-            f"vectors: {int((scale == 0).sum())} of {len(vectors)} are all zero and have no direction, first "
-            f"{int((scale[:, 0] == 0).argmax())}"
-        )
-    scaled = vectors / scale
-    return np.ascontiguousarray(scaled / np.linalg.norm(scaled, axis=1, keepdims=True), np.float32)
-
-
-def _difference(mine: Mapping[str, str], other: Mapping[str, str], names: Sequence[str] = ORIGIN) -> str:
-    """Why two sets of embeddings cannot be compared; empty if they can."""
-    for name in names:
-        if name in mine and name in other and mine[name] != other[name]:
-            return (
-                f"embeddings from another {name}: the index holds those of {mine[name]!r}, these are of {other[name]!r}"
-            )
-    return ""

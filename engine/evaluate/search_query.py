@@ -5,21 +5,19 @@ Shape legend: D embedding dimensions, C bands, H x W pixels.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from armillary.engine.data.sources import open_source
 from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.sample import Sample, Source, spectrum_of
-from armillary.engine.evaluate.embed import METADATA_KEY, Encoder, Pipeline, embed_readouts
+from armillary.engine.evaluate.embed import Encoder, Pipeline, embed_readouts
 from armillary.engine.evaluate.search import Index
+from armillary.engine.evaluate.search_vectors import read_vector
 from armillary.models.method import Batch
 
 __all__ = ["Query", "query_by_key", "query_from_file"]
@@ -61,19 +59,11 @@ def query_by_key(index: Index, key: str, files: tuple[Path, ...] = ()) -> Query:
         row = index.find(key)
         return Query(key, index.vectors([row]), row)
     for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no embeddings here; make them with `armillary embed`")
-        try:
-            schema = pq.read_schema(path)
-            metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-            found = pq.read_table(path, columns=["vector"], filters=[("key", "==", key)])["vector"]
-            vector = found.combine_chunks().flatten().to_numpy().reshape(-1, schema.field("vector").type.list_size)
-        except (pa.ArrowException, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: not a file of embeddings (key, split, vector): {error}") from error
+        vector, metadata = read_vector(path, key)
         index.check(metadata, ("survey", "fingerprint", "encoder"))
         if len(vector):
             alike = metadata.get("readout") == index.metadata.get("readout")
-            return Query(key, vector[:1], index.find(key) if alike and key in index else None)
+            return Query(key, vector, index.find(key) if alike and key in index else None)
     raise ValueError(f"key {key!r}: no embedding of that name in {', '.join(map(str, files))}")
 
 

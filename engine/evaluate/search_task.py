@@ -275,7 +275,7 @@ def _table(found: list[_Found], options: SearchOptions, missing: str) -> str:
 def _cell(measure: Measure | None) -> str:
     if measure is None:
         return ""
-    form = ".1f" if measure.metric == "median rank" else ".4f" if measure.metric == "nmad@1" else ".3f"
+    form = ".1f" if measure.metric == "median rank" else ".3f"
     if not math.isfinite(measure.error):
         return f'<span class="se">{measure.value:{form}}</span>'
     return f'{measure.value:{form}} <span class="se">\u00b1 {measure.error:{form}}</span>'
