@@ -120,7 +120,8 @@ class Index:
             for start in range(0, len(vectors), CHUNK):
                 yield vectors[start : start + CHUNK]
 
-        return cls._fill(names, chunks, plan or Plan.choose(len(vectors), vectors.shape[1], kind), metadata or {}, keep)
+        width = vectors.shape[1]
+        return cls._fill(names, width, chunks, plan or Plan.choose(len(names), width, kind), metadata or {}, keep)
 
     @classmethod
     def read_files(
@@ -140,12 +141,13 @@ class Index:
         """
         files = VectorFiles.open(paths)
         plan = plan or Plan.choose(len(files.keys), files.dimensions, kind)
-        return cls._fill(files.keys, files.chunks, plan, files.metadata, keep)
+        return cls._fill(files.keys, files.dimensions, files.chunks, plan, files.metadata, keep)
 
     @classmethod
     def _fill(
         cls,
         keys: pa.Array,
+        width: int,
         chunks: Callable[[], Iterator[np.ndarray]],
         plan: Plan,
         metadata: Mapping[str, str],
@@ -156,15 +158,19 @@ class Index:
             raise ValueError("vectors: there are none to index")
         if repeated := len(keys) - pc.count_distinct(keys).as_py():
             raise ValueError(f"keys: {repeated} of {len(keys)} repeat; each vector needs its own")
+        if plan.training > len(keys):
+            raise ValueError(f"plan: trains on {plan.training:,} vectors, but there are {len(keys):,}")
+        if plan.dimensions != width:
+            raise ValueError(f"plan: is for {plan.dimensions} dimensions, the vectors have {width}")
         engine = plan.make()
         if plan.kind == "ivfpq":
             chosen = np.zeros(len(keys), bool)
             chosen[np.random.default_rng(0).permutation(len(keys))[: plan.training]] = True
             at, parts = 0, []
             for chunk in chunks():
-                parts.append(chunk[chosen[at : at + len(chunk)]])
+                parts.append(unit(chunk, at)[chosen[at : at + len(chunk)]])
                 at += len(chunk)
-            engine.train(unit(np.concatenate(parts)))
+            engine.train(np.concatenate(parts))
         kept = None
         if keep is not None and plan.kind == "ivfpq":
             keep.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +178,7 @@ class Index:
             kept = np.lib.format.open_memmap(keep, "w+", np.float16, (len(keys), plan.dimensions))
         at = 0
         for chunk in chunks():
-            ready = unit(chunk)
+            ready = unit(chunk, at)
             engine.add(ready)
             if kept is not None:
                 kept[at : at + len(chunk)] = ready
@@ -201,6 +207,8 @@ class Index:
         if not 1 <= k <= most:
             besides = " besides the query" if leave_out is not None else ""
             raise ValueError(f"k: must lie between 1 and the {most} vectors of this index{besides}, got {k}")
+        if leave_out is not None and np.shape(leave_out) != (len(queries),):
+            raise ValueError(f"leave_out: need a row for each of {len(queries)} queries, got {np.shape(leave_out)}")
         ready = unit(queries)
         wanted = k + (leave_out is not None)
         similarity, row = self._candidates(ready, wanted, probes)

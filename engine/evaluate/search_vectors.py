@@ -101,8 +101,15 @@ def _about(path: Path) -> tuple[int, dict[str, str]]:
         raise ValueError(f"{path}: not a file of embeddings (key, split, vector): {error}") from error
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors divided by their lengths, [N, D] float32 in C order.
+def unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:
+    """Vectors divided by their lengths.
+
+    Args:
+        vectors: [N, D] floating.
+        first: Number of the first of them, for messages.
+
+    Returns:
+        [N, D] float32 in C order.
 
     Raises:
         ValueError: A number is not finite, or a vector has length zero and so no direction.
@@ -110,13 +117,15 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     vectors = np.asarray(vectors, np.float32)
     wrong = ~np.isfinite(vectors).all(1)
     if wrong.any():
-        raise ValueError(f"vectors: {int(wrong.sum())} of {len(vectors)} are not finite, first {int(wrong.argmax())}")
+        raise ValueError(
+            f"vectors: {int(wrong.sum())} of {len(vectors)} are not finite, first {first + int(wrong.argmax())}"
+        )
     # The largest component first: squares of very long or short vectors leave the range of float32.
     scale = np.abs(vectors).max(1, keepdims=True)
     if not scale.all():
         raise ValueError(
             f"vectors: {int((scale == 0).sum())} of {len(vectors)} are all zero and have no direction, first "
-            f"{int((scale[:, 0] == 0).argmax())}"
+            f"{first + int((scale[:, 0] == 0).argmax())}"
         )
     scaled = vectors / scale
     return np.ascontiguousarray(scaled / np.linalg.norm(scaled, axis=1, keepdims=True), np.float32)

@@ -178,6 +178,13 @@ def test_bytes_of_a_code_divide_the_dimensions(width, code):
         assert Plan.choose(10**6, width, "ivfpq").code_bytes == code
 
 
+def test_a_bad_vector_far_down_is_named():
+    vectors = np.ones((70_000, 2), np.float32)
+    vectors[69_999] = 0
+    with pytest.raises(ValueError, match=r"1 of 4464 are all zero and have no direction, first 69999"):
+        Index.build(vectors)
+
+
 def test_files_are_read_in_order(tmp_path, small):
     vectors, index = small
     for i, part in enumerate((slice(0, 100), slice(100, 300))):
@@ -244,6 +251,9 @@ def nan_row(vectors):
         (lambda v, i: i.search(v[:1], 300, leave_out=np.array([0])), "299 vectors of this index besides the query, got 300"),
         (lambda v, i: i.search(v[:1], 0), "between 1 and the 300"),
         (lambda v, i: i.search(nan_row(v), 2), "not finite"),
+        (lambda v, i: i.search(v, 2, leave_out=np.arange(3)), r"a row for each of 300 queries, got \(3,\)"),
+        (lambda v, i: Index.build(v, plan=Plan("exact", 5)), "plan: is for 5 dimensions, the vectors have 6"),
+        (lambda v, i: Index.build(v, plan=Plan("ivfpq", 6, 8, 3, 4, 9984)), "plan: trains on 9,984 vectors, but there are 300"),
         (lambda v, i: i.find("nobody"), "key 'nobody': none of the 300 here; they look like 'obj-00000'"),
         (lambda v, i: i.check({"survey": "sea"}), "another survey: the index holds those of 'sky', these are of 'sea'"),
         (lambda v, i: i.check({"encoder": "9"}), "another encoder"),
@@ -255,7 +265,7 @@ def nan_row(vectors):
     ids=[
         "empty", "one_dimension", "too_few_keys", "repeated_keys", "not_finite", "no_direction", "no_such_kind",
         "too_few_to_train", "other_dimensions", "query_of_one_dimension", "k_too_large", "k_too_large_without_itself", "k_of_zero",
-        "query_not_finite", "unknown_key", "other_survey", "other_encoder", "code_does_not_divide", "too_many_probes",
+        "query_not_finite", "left_out_of_other_length", "plan_of_other_dimensions", "plan_of_a_larger_set", "unknown_key", "other_survey", "other_encoder", "code_does_not_divide", "too_many_probes",
         "no_dimensions", "no_probes",
     ],
 )  # fmt: skip
