@@ -182,7 +182,7 @@ def _write_page(out: Path, one: Query, table: pa.Table, data: Path, survey: Surv
             continue
         drawn = draw_objects(data, survey, modality, [*places, *([] if own is None else [own])])
         picture = _picture_of(one, modality) if own is None else drawn.get(own, "")
-        tiles = [Tile(picture, ("query",), True)] if picture else []
+        tiles = [Tile(picture, ("query",), True)]
         for answer, row in zip(answers, places, strict=True):
             value = answer.get(SHOWN_LABEL)
             redshift = f"z {value:.3f}" if isinstance(value, float) and np.isfinite(value) else ""
