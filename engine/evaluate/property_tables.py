@@ -76,12 +76,13 @@ def table_section(
         if rows:
             groups.append((title, rows))
     train, test = (len(study.rows(split)) for split in (study.train_split, study.test_split))
+    fewer = " (fewer where a label is unknown)" if any(len(p.true) < test for p in predictions) else ""
     return (
         "<h2>How well are galaxy properties predicted?</h2>"
         f'<p class="quiet">R\u00b2, with bootstrap standard errors over test samples. Neighbours and perceptrons are fitted on '
-        f"the frozen features of {train:,} training samples and judged on {test:,} test samples, those that every feature set "
-        f'has; "{OWN}" are predictions of models trained on labels. Bold: the best of its column and modality, where the 95% '
-        "interval of its difference from the second-best feature set excludes 0.</p>"
+        f"the frozen features of {train:,} training samples and judged on {test:,} test samples{fewer}, those that every "
+        f'feature set has; "{OWN}" are predictions of models trained on labels. Bold: the best of its column and modality, '
+        "where the 95% interval of its difference from the second-best feature set excludes 0.</p>"
         + table(["Features", *(html.escape(label) for label in labels)], groups)
     )
 
