@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip test soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo               simulate a small survey, train on it, evaluate: runs/demo/report.html"
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
+	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make test               all tests"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
@@ -44,10 +45,27 @@ else
 	$(BIN)/armillary data simulate --count 5000 --out $(DEMO)/survey
 endif
 	rm -rf $(DEMO)/training
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 \
-	  --master_port $$((20000 + RANDOM % 20000)) recipes/dinov2_vitl.py --preset $(if $(DATA),pictures,smoke) \
-	  --device cpu --data.path $(DEMO)/survey --out $(DEMO) --name training
+	$(call train,dinov2_vitl,$(if $(DATA),pictures,smoke),$(DEMO)) --name training
 	$(BIN)/armillary evaluate $(DEMO)/training --data $(DEMO)/survey --out $(DEMO)
+
+# Recipe, preset, folder.
+train = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 \
+  --master_port $$((20000 + RANDOM % 20000)) recipes/$(1).py --preset $(2) --device cpu --data.path $(3)/survey --out $(3)
+
+# Three stages, then the networks that are trained on labels, for comparison.
+PAIRS := $(RUNS)/demo-astroclip
+demo-astroclip: install
+	$(BIN)/armillary data simulate --spectra --count 5000 --out $(PAIRS)/survey
+	rm -rf $(addprefix $(PAIRS)/,dinov2 specformer astroclip features resnet18 conv_attention photometry)
+	$(call train,dinov2_vitl,smoke,$(PAIRS)) --name dinov2
+	$(call train,specformer,smoke,$(PAIRS)) --name specformer
+	$(call train,astroclip,smoke,$(PAIRS)) --name astroclip --data.features $(PAIRS)/features \
+	  --method.image-from $(PAIRS)/dinov2 --method.spectrum-from $(PAIRS)/specformer
+	$(call train,supervised,smoke,$(PAIRS)) --name resnet18
+	$(call train,supervised,smoke_conv_attention,$(PAIRS)) --name conv_attention
+	$(call train,supervised,smoke_photometry,$(PAIRS)) --name photometry
+	$(BIN)/armillary evaluate $(PAIRS)/astroclip --data $(PAIRS)/survey --out $(PAIRS) \
+	  --compare $(PAIRS)/resnet18 $(PAIRS)/conv_attention $(PAIRS)/photometry
 
 # A process a core; those that start processes of their own come after, alone.
 test: install
@@ -76,4 +94,4 @@ bench-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 clean:
-	rm -rf build $(RUNS)/demo armillary/_C*.so
+	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip armillary/_C*.so

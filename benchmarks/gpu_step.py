@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from step import INPUTS, MODELS, Training, phase_columns
+from step_methods import CROPS, MODELS, DINOv2Subject
+from step_training import Training, phase_columns
 
 from armillary.models.dino_head import Head
 from armillary.models.dinov2 import DINOv2
@@ -70,11 +71,11 @@ def step_rows(variant: str, device: torch.device, smoke: bool) -> list[dict[str,
 
 def _row(variant: str, device: torch.device, batch: int, smoke: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    inputs = TINY_INPUTS if smoke else INPUTS
-    training = Training(configuration(variant, smoke), inputs, "fp32" if smoke else "bf16", device, batch)
+    subject = DINOv2Subject(configuration(variant, smoke), TINY_INPUTS if smoke else CROPS)
+    training = Training(subject, "fp32" if smoke else "bf16", device, batch)
     if variant == "compiled":
         _compile(training, device)
-    batches = [training.prepared(training.batch_of(i), i) for i in range(2)]
+    batches = [training.prepared(i) for i in range(2)]
     training.step(batches[0])  # its loss and gradient norm are those of the same weights for every variant
     first = {"loss": training.loss, "grad_norm": math.hypot(*training.optimizer.norms.values())}
     for i in range(1, 1 if smoke else WARMUP):
@@ -92,7 +93,7 @@ def _row(variant: str, device: torch.device, batch: int, smoke: bool) -> dict[st
     if not smoke:
         torch.cuda.reset_peak_memory_stats(device)
         steps = [training.step(batches[i % 2]) for i in range(STEPS)]
-        row |= phase_columns(steps, batch) | {"peak_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+        row |= phase_columns(steps, batch, subject) | {"peak_mib": torch.cuda.max_memory_allocated(device) / 2**20}
         if variant in PREDICTED_MS:
             row["predicted_ms"] = PREDICTED_MS[variant] * batch / 96
     if variant == "compiled":

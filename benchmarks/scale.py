@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from common import append_rows
 
+from armillary.engine.data.loader import ShardSource
 from armillary.engine.data.plan import Plan, micro_batches
-from armillary.engine.data.stream import Source
 from armillary.engine.data.survey import ShardRecord, Statistics, Survey
 
 SAMPLES = 76_446_849
@@ -58,7 +58,7 @@ def start(folder: Path, rank: int) -> dict[str, float]:
     """Open the source as one rank does, and plan its first hundred micro-batches. Seconds and GiB of this process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
-    source = Source(
+    source = ShardSource(
         folder,
         "train",
         rank=rank,

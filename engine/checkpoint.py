@@ -62,6 +62,8 @@ MAY_CHANGE = (
     "data.reader",
     "data.threads",
     "data.prefetch",
+    "data.features",
+    "data.features_dtype",
     "train.steps",
     "train.compile",
     "train.max_bad_steps",

@@ -15,6 +15,7 @@ from armillary.engine.data.survey import Survey
 from armillary.engine.optim import build_groups
 from armillary.engine.record import type_problems
 from armillary.engine.run import Run
+from armillary.engine.token_identity import encoder_prefixes
 from armillary.models.method import Method
 
 __all__ = ["checkpoint_bytes", "method_problems", "problems", "space_problems"]
@@ -35,7 +36,7 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
     if found:  # the rules below need the right types
         return found
     found += _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
-    found += [f"schedule.{p}" for p in run.schedule.problems()]
+    found += [f"schedule.{p}" for p in run.schedule.problems()] + _features(run)
     try:
         survey = Survey.load(run.data.path)
     except (FileNotFoundError, ValueError) as error:
@@ -138,6 +139,43 @@ def _folder(run: Run) -> list[str]:
     return []
 
 
+def _features(run: Run) -> list[str]:
+    """Rules for training on cached tokens."""
+    folder = run.data.features
+    if folder is None:
+        return []
+    found = []
+    if getattr(run.views, "augmented", True):
+        found.append(f"data.features: only without augmentation, got {run.views}")
+    for name in ("columns", "targets"):
+        if value := getattr(run.views, name, ()):
+            found.append(f"views.{name}: none with data.features, which holds tokens only, got {value}")
+    if run.train.zero_stage == 3:
+        found.append("train.zero_stage: 1 or 2 with data.features, for the encoders run outside of DeepSpeed, got 3")
+    if run.data.on_corrupt != "error":
+        found.append(
+            f'data.on_corrupt: "error" with data.features, which needs every sample, got {run.data.on_corrupt!r}'
+        )
+    if folder.exists() and not folder.is_dir():
+        found.append(f"data.features: a folder, got {folder}")
+    return found
+
+
+def _frozen(run: Run, method: Method) -> list[str]:
+    """Whether there is anything frozen to cache."""
+    if run.data.features is None:
+        return []
+    if type(method).tokens is Method.tokens:
+        return [
+            f"data.features: a method with frozen encoders, got {type(method).__name__}, which has no tokens to cache"
+        ]
+    prefixes = tuple(encoder_prefixes(run, method).values())
+    trained = [n for n, p in method.named_parameters() if p.requires_grad and n.startswith(prefixes)]
+    if trained and all(prefixes):
+        return [f"data.features: frozen encoders, got {len(trained)} trained parameters, first {trained[0]}"]
+    return []
+
+
 def method_problems(run: Run, method: Method) -> list[str]:
     """What only the built method can tell: schedules it needs, parameters nobody trains, shapes ZeRO cannot take."""
     found = [
@@ -152,6 +190,7 @@ def method_problems(run: Run, method: Method) -> list[str]:
         for name, p in method.named_parameters()
         if p.ndim == 0
     ]
+    found += _frozen(run, method)
     try:
         build_groups(method)
     except ValueError as error:

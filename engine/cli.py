@@ -95,7 +95,7 @@ def export(
     run: tyro.conf.Positional[Path],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     *,
-    format: Literal["safetensors", "dinov2", "portable"] = "safetensors",
+    format: Literal["safetensors", "dinov2", "specformer", "portable"] = "safetensors",
     block_chunks: int = 0,
     package: tuple[str, ...] = (),
 ) -> int:
@@ -105,12 +105,13 @@ def export(
         run: Folder of the run; for the encoder also a file exported before.
         out: File to write.
         format: safetensors is the encoder with the run's record. dinov2 is its backbone under the names of published
-            DINOv2 files, .safetensors or .pth. portable is weights, optimizer, average, loader and counters, from which
-            --restore of a recipe continues with another number of ranks or another ZeRO stage.
+            DINOv2 files, .safetensors or .pth. specformer is a spectrum encoder under the names of AstroCLIP's,
+            .safetensors or .ckpt. portable is weights, optimizer, average, loader and counters, from which --restore of a
+            recipe continues with another number of ranks or another ZeRO stage.
         block_chunks: With dinov2, the other program's block_chunks.
         package: Packages besides armillary that the run's method and views come from.
     """
-    from armillary.engine.export import export_dinov2, export_encoder
+    from armillary.engine.export import export_dinov2, export_encoder, export_specformer
     from armillary.engine.portable import export_portable, find_checkpoint
     from armillary.engine.record import PACKAGES
 
@@ -121,6 +122,8 @@ def export(
         export_portable(find_checkpoint(run), out)
     elif format == "dinov2":
         export_dinov2(run, out, block_chunks, packages)
+    elif format == "specformer":
+        export_specformer(run, out, packages)
     else:
         export_encoder(run, out, packages)
     print(f"{out}: {out.stat().st_size / 2**20:,.1f} MiB")

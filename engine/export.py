@@ -30,6 +30,7 @@ from armillary.models.state_names import from_public, to_public
 __all__ = [
     "export_dinov2",
     "export_encoder",
+    "export_specformer",
     "fill_encoder",
     "init_from_file",
     "input_mismatch",
@@ -239,6 +240,36 @@ def export_dinov2(source: Path, file: Path, block_chunks: int = 0, packages: Seq
     if block_chunks:
         heads = {k.removeprefix("teacher."): v for k, v in state.items() if not k.startswith(prefix)}
         content = {"teacher": {f"backbone.{k}": v for k, v in backbone.items()} | heads}
+    _save(content, file)
+
+
+def export_specformer(source: Path, file: Path, packages: Sequence[str] = PACKAGES) -> None:
+    """Write a spectrum encoder under the names of AstroCLIP's SpecFormer.
+
+    Args:
+        source: A run's folder or an exported encoder, of SpecFormer or of a method that holds one.
+        file: File to write: .safetensors, or .ckpt with the weights under "state_dict", where Lightning has them; it
+            appears when it is complete.
+        packages: As for `load_encoder`.
+
+    Raises:
+        ValueError: The method has no spectrum encoder.
+        OSError: The file cannot be written.
+    """
+    if file.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{file}: a file name ending in .safetensors or .ckpt")
+    method, _ = load_encoder(source, packages)
+    prefix = method.encoders().get("spectrum")
+    if prefix is None:
+        raise ValueError(f"{source}: {type(method).__name__} has no spectrum encoder")
+    state = {k.removeprefix(prefix): v for k, v in method.state_dict().items() if k.startswith(prefix)}
+    if file.suffix == ".safetensors":
+        _write([Entry.of(k, v) for k, v in state.items()], file, {"format": "pt"})
+    else:
+        _save({"state_dict": state}, file)
+
+
+def _save(content: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     try:

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["Archive", "Entry", "Piece", "write_tensors"]
+__all__ = ["Archive", "Entry", "Piece", "state_digest", "write_tensors"]
 
 DTYPES = {
     torch.float64: "F64",
@@ -100,6 +100,15 @@ def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, s
         os.fsync(f.fileno())
         size = f.tell()
     return size, digest.hexdigest()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of the SHA-256 of tensors, by name, type, shape and value."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from armillary.engine import checkpoint, portable
 from armillary.engine.checks import method_problems, space_problems
 from armillary.engine.data.survey import Survey
 from armillary.engine.export import export_encoder, fill_encoder, init_from_file
+from armillary.engine.frozen import FeatureError, Interrupted, feature_loader, fill_features
 from armillary.engine.provenance import facts
 from armillary.engine.randomness import seed_everything
 from armillary.engine.record import packages_of, to_json
@@ -67,24 +68,33 @@ class BatchSource(Protocol):
 def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, me: Ranks) -> BatchSource:
     """The loader of a run's survey for one rank."""
     from armillary.engine.data.loader import Loader
+    from armillary.engine.data.rows import RowLoader
 
     data = run.data
+    if data.features is not None:
+        return feature_loader(run, method, survey, device, rank=me.rank, world=me.world)
+    views = run.views.build(survey, device)
+    order: dict[str, Any] = {
+        "split": data.split,
+        "micro_batch": run.train.micro_batch,
+        "accumulation": run.accumulation(me.world),
+        "rank": me.rank,
+        "world": me.world,
+        "seed": run.seed,
+        "device": device,
+        "views": views,
+        "prepare": method.prepare,
+        "prefetch": data.prefetch,
+    }
+    if not run.views.modalities:
+        return RowLoader(data.path, **order)
     return Loader(
         data.path,
-        split=data.split,
-        micro_batch=run.train.micro_batch,
-        accumulation=run.accumulation(me.world),
-        rank=me.rank,
-        world=me.world,
-        seed=run.seed,
-        device=device,
-        views=run.views.build(survey, device),
-        prepare=method.prepare,
+        **order,
         modalities=run.views.modalities,
         reader=data.reader,
         on_corrupt=data.on_corrupt,
         threads=data.threads,
-        prefetch=data.prefetch,
     )
 
 
@@ -142,8 +152,10 @@ def train(
     stop = _StopRequest()
     device = start_processes(run.resolved_device)
     sharded = Sharded(run, method, device)
-    loader = open_loader(run, method, survey, device, me)
     progress, note, set_random = _begin(run, sharded, newest, restore)
+    if run.data.features is not None:
+        _bring_features(run, sharded, survey, me, stop)
+    loader = open_loader(run, method, survey, device, me)
     if progress.loader:
         loader.load_state_dict(progress.loader)
     if me.rank == 0:
@@ -199,6 +211,26 @@ def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | No
             init_from_file(method, init_from)
         except ValueError as error:
             raise BadInput(f"--init-from: {error}") from error
+
+
+def _bring_features(run: Run, sharded: Sharded, survey: Survey, me: Ranks, stop: _StopRequest) -> None:
+    """Fill the cache of frozen encoders, whose weights are in place now."""
+
+    def say(text: str) -> None:
+        if me.rank == 0:
+            print(text, flush=True)
+
+    try:
+        fill_features(
+            run, sharded.method, survey, sharded.device, rank=me.rank, world=me.world, stop=lambda: stop.asked, say=say
+        )
+    except (FeatureError, Interrupted) as error:  # all ranks are here
+        sharded.destroy()
+        stop.forget()
+        if isinstance(error, Interrupted):
+            say("stopped by a signal while filling data.features; the same command continues")
+            raise Stopped from error
+        raise BadInput(str(error)) from error
 
 
 def _begin(

@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     PIXEL_NOISE = 5  # the noise of every pixel
     MASK_PLAN = 6  # which crops of a global batch are masked
     MASK = 7  # the masked tokens of a crop
+    SPECTRUM_MASK = 8  # where the hidden chunks of a spectrum begin
 
 
 def philox_reference(counter: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:

@@ -27,7 +27,7 @@ from armillary.models.collapse import CollapseMonitor
 from armillary.models.dino_head import DINOHead, Head
 from armillary.models.koleo import koleo_loss
 from armillary.models.masking import masks
-from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup
+from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.vit import VisionTransformer, ViT
 
 __all__ = ["DINOv2", "DINOv2Method"]
@@ -353,6 +353,12 @@ class DINOv2Method(Method):
         """(student, teacher) parameters, without those that are not trained."""
         pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
         return [(s, t) for s, t in pairs if s.requires_grad]
+
+    def readouts(self) -> dict[str, Readout]:
+        """Class token and mean patch token, the configured readout first."""
+        titles = {"cls": "DINOv2", "mean": "DINOv2, mean patch"}
+        first = self.config.readout
+        return {name: Readout(titles[name], "image") for name in (first, *(titles.keys() - {first}))}
 
     def encoders(self) -> dict[str, str]:
         """The image encoder is the teacher's."""

@@ -12,11 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "BatchKey", "InputSpec", "Losses", "Method", "MethodConfig", "ParameterGroup"]
+__all__ = ["Batch", "BatchKey", "InputSpec", "Losses", "Method", "MethodConfig", "ParameterGroup", "Readout"]
 
 
 class Batch(TypedDict, total=False):
@@ -106,6 +106,23 @@ class InputSpec:
         return cls(**fields)
 
 
+@dataclass(frozen=True)
+class Readout:
+    """What one of the embeddings of `Method.encode` is, for tables and comparisons.
+
+    Attributes:
+        title: What a table calls it.
+        modality: What it is made of.
+        aligned: Whether it lies in one space with the method's other aligned embeddings.
+        targets: Labels that its dimensions predict, in order and in the labels' units; empty for embeddings.
+    """
+
+    title: str
+    modality: Literal["image", "spectrum", "columns"]
+    aligned: bool = False
+    targets: tuple[str, ...] = ()
+
+
 @dataclass
 class Losses:
     """Result of a step.
@@ -192,6 +209,21 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: The batch holds nothing that this method embeds.
         """
+
+    def readouts(self) -> dict[str, Readout]:
+        """What the embeddings of `encode` are, by name; those that a comparison should show, the default one first."""
+        return {}
+
+    def tokens(self, batch: Batch) -> dict[str, Tensor]:
+        """What frozen encoders make of a batch, for a cache; `training_step` takes it from a batch in place of its inputs.
+
+        Args:
+            batch: As for `training_step`.
+
+        Returns:
+            `image_tokens` and `spectrum_tokens`, or one of them, [B, T, D]; nothing where no encoder is frozen.
+        """
+        return {}
 
     def encoders(self) -> dict[str, str]:
         """Prefix of the parameters of each modality's encoder, by modality: what other methods may start from."""

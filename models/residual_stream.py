@@ -42,10 +42,11 @@ class ResidualNorm(nn.LayerNorm):
     Args:
         dim: Width D.
         impl: See `armillary.kernels.launch`.
+        eps: Added to the variance; DINOv2's if absent.
     """
 
-    def __init__(self, dim: int, impl: Impl) -> None:
-        super().__init__(dim, eps=1e-6)
+    def __init__(self, dim: int, impl: Impl, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
         self.impl = impl
 
     def forward(  # type: ignore[override]

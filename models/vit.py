@@ -107,16 +107,17 @@ class ViT:
             raise ValueError(f"crop side: must be a positive multiple of patch_size {self.patch_size}, got {side}")
         return (side // self.patch_size) ** 2
 
-    def flops(self, side: int, *, kept: float = 1.0, selected: float | None = None) -> float:
+    def flops(self, side: int, *, kept: float = 1.0, selected: float | None = None, bare: bool = False) -> float:
         """Matrix-product FLOPs of the forward pass of one crop: projections and attention, 2 a multiply-add.
 
         Args:
             side: Side of the crop in pixels.
             kept: Fraction of the samples that run a residual branch (1 - drop_path).
             selected: Tokens a crop that the last block computes, on average; all of them if absent.
+            bare: Of patches alone, see `VisionTransformer.forward`.
         """
         patches = self.patches(side)
-        tokens = 1 + self.registers + patches
+        tokens = patches if bare else 1 + self.registers + patches
         matrices = 2 * self.dim * (4 * self.dim + 2 * self.hidden)  # qkv, proj, fc1, fc2
         block = kept * tokens * (matrices + 4 * tokens * self.dim)
         embed = 2 * patches * self.channels * self.patch_size**2 * self.dim
@@ -188,7 +189,14 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, crops: Sequence[Tensor], mask: Tensor | None = None, select: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        mask: Tensor | None = None,
+        select: Tensor | None = None,
+        *,
+        bare: bool = False,
+    ) -> Tokens:
         """Encode groups of crops.
 
         Args:
@@ -196,15 +204,19 @@ class VisionTransformer(nn.Module):
             mask: [N, T] bool for the first group: True where the mask token replaces the patch.
             select: [M] int64, ascending: patches of the first group to return, as `crop * T + patch`. The last block
                 then computes only them and the class tokens. All patches if absent.
+            bare: Patches alone: no class token, no registers and no position embedding, so that a crop is a set of patches
+                whose order does not matter. AstroCLIP aligns images so.
 
         Returns:
-            Class and patch tokens after the final norm, in the parameters' dtype.
+            Class and patch tokens after the final norm, in the parameters' dtype; no class tokens with `bare`.
 
         Raises:
-            ValueError: A crop has the wrong number of channels or a side that is no multiple of the patch size, or
-                `mask` has the wrong shape.
+            ValueError: A crop has the wrong number of channels or a side that is no multiple of the patch size, `mask` has
+                the wrong shape, or there is a mask or a selection of bare patches.
         """
-        x, runs = self._embed(crops, mask)
+        if bare and (mask is not None or select is not None):
+            raise ValueError("bare: takes neither mask nor select, which belong to training with class tokens")
+        x, runs = self._embed(crops, mask, bare)
         layout, drops = self._plan(runs, x.device)
         stream = Stream(x)
         *blocks, last = zip(self.blocks, drops, strict=True)
@@ -219,6 +231,8 @@ class VisionTransformer(nn.Module):
             g.unflatten(0, (n, length))
             for g, (n, length) in zip(y.split([n * length for n, length in runs]), runs, strict=True)
         ]
+        if bare:
+            return Tokens((), tuple(groups))
         skip = 1 + self.config.registers
         return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
 
@@ -231,8 +245,10 @@ class VisionTransformer(nn.Module):
             lambda *args: settle(block(*args), self.impl), *args, use_reentrant=False, preserve_rng_state=False
         )
 
-    def _embed(self, crops: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Runs]:
+    def _embed(self, crops: Sequence[Tensor], mask: Tensor | None, bare: bool) -> tuple[Tensor, Runs]:
         """Patch, class and register tokens of all crops, packed: [P, D], and (N, L) of each group."""
+        if bare:
+            return self._embed_bare(crops)
         positions, runs = [], []
         for crop in crops:
             self._check(crop)
@@ -244,6 +260,17 @@ class VisionTransformer(nn.Module):
         registers = None if self.register_tokens is None else self.register_tokens[0]
         packed = self.patch_embed(crops, positions, self.cls_token[0, 0], registers, mask, self.mask_token[0])
         return packed, tuple(runs)
+
+    def _embed_bare(self, crops: Sequence[Tensor]) -> tuple[Tensor, Runs]:
+        """Patches alone: their class token and position are zeros, and the class token's rows are left out."""
+        zeros, groups, runs = torch.zeros_like(self.mask_token[0]), [], []
+        for crop in crops:
+            self._check(crop)
+            shape = len(crop), crop.shape[2] // self.config.patch_size * (crop.shape[3] // self.config.patch_size)
+            packed = self.patch_embed([crop], [zeros.repeat(1 + shape[1], 1)], zeros, None, None, zeros)
+            groups.append(packed.unflatten(0, (shape[0], 1 + shape[1]))[:, 1:].flatten(0, 1))
+            runs.append(shape)
+        return torch.cat(groups) if len(groups) > 1 else groups[0], tuple(runs)
 
     def _check(self, crop: Tensor) -> None:
         c, p = self.config.channels, self.config.patch_size

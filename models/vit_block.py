@@ -20,7 +20,7 @@ from armillary.kernels.linear_gelu import Approximate, gelu_linear, linear_gelu
 from armillary.models.residual_stream import ResidualNorm, Stream
 from armillary.models.stochastic_depth import Subset, branch_scale
 
-__all__ = ["Block", "Drop", "Selected"]
+__all__ = ["Block", "Drop", "LinearGelu", "Selected"]
 
 Drop = tuple[Subset | None, Subset | None]  # samples that run a block's attention and its MLP; None: all of them
 
@@ -90,15 +90,18 @@ class _Attention(nn.Module):
         return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
 
 
-class _LinearGelu(nn.Linear):
+class LinearGelu(nn.Linear):
+    """The first linear layer of an MLP with its GELU."""
+
     def forward(  # type: ignore[override]
         self, x: Tensor, approximate: Approximate, impl: Impl
     ) -> tuple[Tensor | None, Tensor]:
+        """z and a of `armillary.kernels.linear_gelu`, for `gelu_linear`."""
         return linear_gelu(x, self.weight, self.bias, approximate=approximate, impl=impl)
 
 
 class _GeluLinear(nn.Linear):
-    """As `_GainLinear`, of what `_LinearGelu` returns."""
+    """As `_GainLinear`, of what `LinearGelu` returns."""
 
     def forward(  # type: ignore[override]
         self, z: Tensor | None, a: Tensor, gain: Tensor, approximate: Approximate, impl: Impl
@@ -111,7 +114,7 @@ class _MLP(nn.Module):
         super().__init__()
         self.approximate: Approximate = "tanh" if gelu == "tanh" else "none"
         self.impl = impl
-        self.fc1 = _LinearGelu(dim, hidden)
+        self.fc1 = LinearGelu(dim, hidden)
         self.fc2 = _GeluLinear(hidden, dim)
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:

@@ -3,31 +3,90 @@
 One background thread reads, another one decodes and transforms in order (reader and decoder have more threads of their
 own) and keeps `prefetch` batches ready. On a GPU it works on a side stream and hands out finished batches.
 
-The loader's state is (seed, epoch, position) after the global batches that were handed out; what is prefetched does not
-count. It may be loaded at any number of ranks and micro-batch size, as long as the global batch is the same.
+See `batches` for a loader's state, and `rows` for loaders that read no shard.
 """
 
 from __future__ import annotations
 
-import os
-import time
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 
-from armillary.engine.data.plan import micro_batches, sequential_batches
-from armillary.engine.data.readers import ReaderName
-from armillary.engine.data.stream import Prefetcher, Source, Transform
-from armillary.models.method import Batch
+from armillary.engine.data.batches import EndlessBatches, OnePass
+from armillary.engine.data.decoding import BatchMaker, OnCorrupt
+from armillary.engine.data.plan import MicroBatch
+from armillary.engine.data.readers import Reader, ReaderName, ShardFiles, make_reader
+from armillary.engine.data.stream import Making, Prefetcher, Source, Transform
 
-__all__ = ["Loader", "SequentialLoader"]
+__all__ = ["Loader", "SequentialLoader", "ShardSource"]
 
 
-class Loader:
+class ShardSource(Source):
+    """A split whose shards are read: its files and the reader.
+
+    Where `packed` is set or the first transform says so of itself (an attribute `packed`), batches reach it undecoded, as
+    `blobs` and `sizes`.
+
+    Raises:
+        FileNotFoundError: No survey, or a tar or index is missing.
+        ValueError: A field has no meaning, the survey has no such split, or a tar is truncated.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str,
+        *,
+        rank: int,
+        world: int,
+        modalities: Sequence[str] | None,
+        reader: ReaderName,
+        threads: int,
+        packed: bool = False,
+        **shared: Any,
+    ) -> None:
+        if threads < 1:
+            raise ValueError(f"threads: must be at least 1, got {threads}")
+        super().__init__(folder, split, rank=rank, world=world, **shared)
+        if modalities is not None and (not modalities or set(modalities) - set(self.survey.modalities)):
+            has = ", ".join(self.survey.modalities)
+            raise ValueError(f"modalities: must be some of the survey's ({has}), got {tuple(modalities)}")
+        self.packed = packed or any(getattr(t, "packed", False) for t in self.transforms[:1])
+        self.threads = threads
+        self._open = lambda: ShardFiles(self.folder, self.survey, split, modalities)
+        self._reader_name = reader
+        self.files = self._open()
+        self.files.check(rank, world)
+        self.reader = self._make_reader()
+
+    def _make_reader(self) -> Reader:
+        return make_reader(self._reader_name, self.files, device=self.device, threads=self.threads)
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: locks may have been taken by threads that do not exist here."""
+        self.files = self._open()
+        self.reader = self._make_reader()
+
+    def close(self) -> None:
+        """Stop reading ahead and close the tars."""
+        self.reader.close()
+
+    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> Making:
+        maker = BatchMaker(
+            self.plan,
+            self.files,
+            self.survey,
+            device=self.device,
+            threads=self.threads,
+            on_corrupt=on_corrupt,
+            packed=self.packed,
+        )
+        return Making(Prefetcher(self.reader.read(requests), 1, "armillary-read"), maker.make, maker.describe)
+
+
+class Loader(EndlessBatches):
     """Endless micro-batches of one rank, over epochs.
 
     The global batches are the same for any number of ranks, accumulation steps and either reader; see `plan`.
@@ -86,12 +145,9 @@ class Loader:
         timeout_s: float = 1800.0,
         shuffle: bool = True,
     ) -> None:
-        for name, value in (("micro_batch", micro_batch), ("accumulation", accumulation)):
-            if value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
         if on_corrupt not in ("error", "skip"):
             raise ValueError(f"on_corrupt: must be error or skip, got {on_corrupt!r}")
-        self._source = Source(
+        source = ShardSource(
             folder,
             split,
             rank=rank,
@@ -106,138 +162,17 @@ class Loader:
             prefetch=prefetch,
             timeout_s=timeout_s,
         )
-        self.survey = self._source.survey
-        self.global_batch = micro_batch * accumulation * world
-        if self._source.plan.samples < self.global_batch:
-            raise ValueError(
-                f"{folder}: split {split!r} has {self._source.plan.samples} samples, fewer than one global batch of "
-                f"{self.global_batch} (micro_batch {micro_batch} x accumulation {accumulation} x world {world})"
-            )
-        self.wait_seconds = 0.0
-        self.corrupt = 0
-        self._slices = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world": world}
-        self._on_corrupt: Literal["error", "replace"] = "replace" if on_corrupt == "skip" else "error"
-        self._epoch = 0
-        self._position = 0
-        self._step = 0  # micro-batches handed out of the global batch at _position
-        self._worker: Prefetcher[tuple[Batch, int]] | None = None
-        self._stop: weakref.finalize | None = None
-        self._process = os.getpid()
-        self._closed = False
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The loader itself: a second loop goes on where the first one stopped."""
-        return self
-
-    def __next__(self) -> Batch:
-        """The next micro-batch, on the device.
-
-        Raises:
-            CorruptBlob: A sample is corrupt and `on_corrupt` is "error".
-            OSError: A shard cannot be read.
-            Exception: What `views` or `prepare` raised.
-        """
-        if self._closed:
-            raise ValueError("loader: it is closed")
-        if self._process != os.getpid():  # threads do not survive a fork
-            self._worker, self._process = None, os.getpid()
-            self._source.after_fork()
-        if self._worker is None:
-            requests = micro_batches(self._source.plan, self._epoch, self._position, **self._slices)
-            for _ in range(self._step):
-                next(requests)
-            self._worker = self._source.start(requests, self._on_corrupt, self.global_batch)
-            self._stop = weakref.finalize(self, self._worker.close)
-        start = time.perf_counter()
-        try:
-            batch, corrupt = next(self._worker)
-        except Exception as error:
-            error.add_note(
-                f"the loader stopped at epoch {self._epoch}, position {self._position} of {self.epoch_length}, "
-                f"micro-batch {self._step}"
-            )
-            raise
-        self.wait_seconds += time.perf_counter() - start
-        self.corrupt += corrupt
-        self._step += 1
-        if self._step == self._slices["accumulation"]:
-            self._step = 0
-            self._position += self.global_batch
-            if self._position >= self.epoch_length:
-                self._epoch, self._position = self._epoch + 1, 0
-        return self._source.hand_out(batch)
-
-    @property
-    def epoch_length(self) -> int:
-        """Samples an epoch: whole global batches."""
-        return self._source.plan.epoch_length(self.global_batch)
-
-    def state_dict(self) -> dict[str, int]:
-        """Where to go on: seed, epoch and position of the first global batch not yet handed out whole.
-
-        A global batch of which only some micro-batches were handed out counts as not handed out.
-        """
-        return {
-            "seed": self._source.plan.seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "global_batch": self.global_batch,
-            "samples": self._source.plan.samples,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, saved with any number of ranks, accumulation steps and either reader.
-
-        The state's seed replaces the loader's. What was prefetched is dropped.
-
-        Raises:
-            ValueError: The state is not one, or belongs to another global batch or another number of samples.
-        """
-        missing = [name for name in self.state_dict() if not isinstance(state.get(name), int)]
-        if missing:
-            raise ValueError(f"loader state: {', '.join(missing)} must be whole numbers, got {dict(state)}")
-        if state["samples"] != self._source.plan.samples:
-            raise ValueError(
-                f"loader state: saved for a split of {state['samples']} samples, this one has "
-                f"{self._source.plan.samples}; a run goes on only with the survey that it began with"
-            )
-        if state["global_batch"] != self.global_batch:
-            raise ValueError(
-                f"loader state: saved with global batches of {state['global_batch']} samples, this loader's have "
-                f"{self.global_batch}; the position would not be at the start of one. Choose micro_batch, accumulation "
-                f"and world so that their product is {state['global_batch']}"
-            )
-        epoch, position = state["epoch"], state["position"]
-        if epoch < 0 or not 0 <= position < self.epoch_length or position % self.global_batch:
-            raise ValueError(
-                f"loader state: epoch {epoch}, position {position} is not the start of a global batch of "
-                f"{self.global_batch} in epochs of {self.epoch_length}"
-            )
-        self._stop_worker()
-        self._source.plan = replace(self._source.plan, seed=state["seed"])
-        self._epoch, self._position, self._step = epoch, position, 0
-
-    def _stop_worker(self) -> None:
-        if self._stop is not None:
-            self._stop()
-        self._worker = self._stop = None
-
-    def close(self) -> None:
-        """End the loader's threads and close its files."""
-        self._stop_worker()
-        self._source.reader.close()
-        self._closed = True
-
-    def __enter__(self) -> Self:
-        """Enter a block at whose end the loader is closed."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the loader."""
-        self.close()
+        super().__init__(
+            source,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            rank=rank,
+            world=world,
+            on_corrupt="replace" if on_corrupt == "skip" else "error",
+        )
 
 
-class SequentialLoader:
+class SequentialLoader(OnePass):
     """Every sample of a split once, in the order of catalog.parquet; the last batch may be short.
 
     Iterating again starts over. Arguments as for `Loader`; a corrupt sample that is skipped is left out of its batch.
@@ -259,6 +194,7 @@ class SequentialLoader:
         packed: Hand out checked blobs and their sizes in place of images, for who decodes them himself.
         prefetch: Batches kept ready; up to four times as many where the consumer has had to wait.
         timeout_s: How long to wait for a batch before giving up on the storage.
+        parts: Read only these places of the split, in this order; the last batch of each may be short.
     """
 
     def __init__(
@@ -276,12 +212,11 @@ class SequentialLoader:
         prefetch: int = 2,
         packed: bool = False,
         timeout_s: float = 1800.0,
+        parts: Iterable[range] | None = None,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"batch: must be at least 1, got {batch}")
         if on_corrupt not in ("error", "skip"):
             raise ValueError(f"on_corrupt: must be error or skip, got {on_corrupt!r}")
-        self._source = Source(
+        source = ShardSource(
             folder,
             split,
             rank=0,
@@ -297,28 +232,4 @@ class SequentialLoader:
             packed=packed,
             timeout_s=timeout_s,
         )
-        self.survey = self._source.survey
-        self.corrupt = 0
-        self._batch = batch
-        self._on_corrupt: Literal["error", "drop"] = "drop" if on_corrupt == "skip" else "error"
-
-    @property
-    def samples(self) -> int:
-        """Samples in the split, corrupt ones included."""
-        return self._source.plan.samples
-
-    def __len__(self) -> int:
-        """Batches in one pass."""
-        return -(-self.samples // self._batch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """One pass over the split. Its thread ends with the pass, also where the loop is left early."""
-        requests = sequential_batches(self._source.plan, self._batch)
-        worker = self._source.start(requests, self._on_corrupt, self._batch)
-        try:
-            for batch, corrupt in worker:
-                self.corrupt += corrupt
-                if len(batch["row"]):
-                    yield self._source.hand_out(batch)
-        finally:
-            worker.close()
+        super().__init__(source, batch=batch, on_corrupt="drop" if on_corrupt == "skip" else "error", parts=parts)

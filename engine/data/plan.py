@@ -15,7 +15,7 @@ a micro-batch, the global batch that starts at `first` has A W mb samples, and r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -196,7 +196,14 @@ def micro_batches(
         epoch, position = epoch + 1, 0
 
 
-def sequential_batches(plan: Plan, batch: int) -> Iterator[MicroBatch]:
-    """Every sample of the plan's first epoch once; the last batch may be short."""
-    for first in range(0, plan.samples, batch):
-        yield plan.read(0, first, np.arange(first, min(first + batch, plan.samples)))
+def sequential_batches(plan: Plan, batch: int, parts: Iterable[range] | None = None) -> Iterator[MicroBatch]:
+    """Every sample of the plan's first epoch once; the last batch may be short.
+
+    Args:
+        plan: The order.
+        batch: Samples a batch.
+        parts: Only these positions, in this order; the last batch of each may be short.
+    """
+    for part in [range(plan.samples)] if parts is None else parts:
+        for first in range(part.start, part.stop, batch):
+            yield plan.read(0, first, np.arange(first, min(first + batch, part.stop)))

@@ -41,6 +41,12 @@ class Population:
         sersic_bulge: [N] Sersic index.
         axis_bulge: [N] minor over major axis.
         axis_disk: [N] minor over major axis.
+        share_bulge: [N] share of the bulge in the rest-frame luminosity of `absolute`.
+        type_bulge: [N] position in the template sequence; see `seds`.
+        type_disk: [N] position in the template sequence.
+        slope_bulge: [N] spectral tilt; see `ColourTable`.
+        slope_disk: [N] spectral tilt.
+        ebv_disk: [N] colour excess E(B-V) of the disk's stars; bulges have no dust.
     """
 
     redshift: np.ndarray
@@ -53,6 +59,12 @@ class Population:
     sersic_bulge: np.ndarray
     axis_bulge: np.ndarray
     axis_disk: np.ndarray
+    share_bulge: np.ndarray
+    type_bulge: np.ndarray
+    type_disk: np.ndarray
+    slope_bulge: np.ndarray
+    slope_disk: np.ndarray
+    ebv_disk: np.ndarray
 
     def __len__(self) -> int:
         """Number of galaxies."""
@@ -175,6 +187,12 @@ def _draw_block(rng: np.random.Generator, filters: tuple[str, ...], bright: floa
         sersic_bulge=np.where(early, 4.0, rng.choice(SERSIC, m)),
         axis_bulge=axis_bulge,
         axis_disk=axis_disk,
+        share_bulge=bulge,
+        type_bulge=old,
+        type_disk=disk_type,
+        slope_bulge=slope_bulge,
+        slope_disk=slope_disk,
+        ebv_disk=ebv,
     )
     keep = (apparent < limit) & (apparent > bright) & (drawn.radius_disk < MAX_DISK_ARCSEC)
     return Population(**{f.name: getattr(drawn, f.name)[keep] for f in fields(Population)})

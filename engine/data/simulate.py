@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 
 from armillary.engine.data.population import Population, draw_population, half_light_radius, keyed_generator
+from armillary.engine.data.scene import Scene
 from armillary.engine.data.surveys.sample import Rows, Sample
 
 __all__ = ["LEGACY", "Band", "SimulatedSurvey", "simulate"]
@@ -68,8 +69,6 @@ BRIGHTEST_NEIGHBOUR = 16.0
 CLEARANCE_ARCSEC = 4.0  # from the centre to the nearest neighbour
 SURROUND_ARCSEC = 5.0  # neighbours this far outside the frame still shine into it
 KNOTTY_ARCSEC = 1.2  # spirals with larger disks show knots
-MOFFAT_BETA = 3.5
-MARGIN_PIXELS = 120  # of the Fourier grid around the image
 POPULATION_STREAM, POOL_STREAM, IMAGE_STREAM, PATCH_STREAM = range(4)
 
 
@@ -145,7 +144,7 @@ class SimulatedSurvey:
     def __repr__(self) -> str:
         """Every argument."""
         return (
-            f"SimulatedSurvey(count={len(self)}, seed={self.seed}, size={self.size}, "
+            f"{type(self).__name__}(count={len(self)}, seed={self.seed}, size={self.size}, "
             f"magnitude_limit={self.magnitude_limit}, bands={self.conditions}, "
             f"pixel_scale_arcsec={self.pixel_scale_arcsec})"
         )
@@ -214,9 +213,14 @@ class SimulatedSurvey:
             draws = galsim.BaseDeviate(int(rng.integers(1, 1 << 31)))
             knots = galsim.RandomKnots(number, half_light_radius=p.radius_disk[index], rng=draws)
             scene.add(knots.shear(q=p.axis_disk[index], beta=angle), p.flux_disk[index] * share, x, y)
+        share += self._structure(scene, index, angle, x, y)
         scene.add(bulge, p.flux_bulge[index], x, y)
         scene.add(disk, p.flux_disk[index] * (1 - share), x, y)
         return rng, scene
+
+    def _structure(self, scene: Scene, index: int, angle: Any, x: float, y: float) -> float:
+        """Draw what a kind of survey adds to the disk, and return its share of the disk's light."""
+        return 0.0
 
     def _add_neighbours(self, scene: Scene, rng: np.random.Generator) -> None:
         """Galaxies and stars around the target, also just outside the frame."""
@@ -263,60 +267,6 @@ class SimulatedSurvey:
         }
 
 
-class Scene:
-    """Galaxies added up in Fourier space, seen through the PSF of each band and the pixel.
-
-    GalSim gives each profile's transform once; all bands share it, and one inverse transform a band makes the image.
-    The PSF leaves nothing beyond the pixel's Nyquist frequency, so this is GalSim's own drawing but for the light that
-    folds back from farther away than the margin.
-
-    Args:
-        size: Side of the image in pixels.
-        scale: Arcseconds a pixel.
-        fwhm: [C] seeing in arcsec.
-    """
-
-    def __init__(self, size: int, scale: float, fwhm: np.ndarray) -> None:
-        import galsim
-
-        self.size = size
-        side = 2 * ((size + MARGIN_PIXELS + 1) // 2)
-        self._bounds = galsim.BoundsI(0, side // 2, -side // 2, side // 2 - 1)
-        self._step = 2 * np.pi / (side * scale)
-        self._x = np.arange(side // 2 + 1) / side  # cycles a pixel
-        self._y = np.arange(-side // 2, side // 2)[:, None] / side
-        pixel = np.sinc(self._x) * np.sinc(self._y)
-        psfs = [galsim.Moffat(beta=MOFFAT_BETA, fwhm=w) for w in fwhm]
-        self._response = np.stack([self._transform(psf).real * pixel for psf in psfs])
-        self._light = np.zeros(self._response.shape, complex)
-
-    def _transform(self, profile: Any) -> np.ndarray:
-        import galsim
-
-        return profile.drawKImage(galsim.ImageCD(self._bounds, scale=self._step), recenter=False).array
-
-    def add(self, profile: Any | None, flux: np.ndarray, x: float, y: float) -> None:
-        """Add one source.
-
-        Args:
-            profile: A GalSim profile of unit flux, or None for a point.
-            flux: [C] in each band.
-            x: Pixels to the right of the image's centre.
-            y: Pixels above the image's centre.
-        """
-        middle = (self.size - 1) / 2
-        light = np.exp(-2j * np.pi * self._x * (middle + x)) * np.exp(-2j * np.pi * self._y * (middle + y))
-        if profile is not None:
-            light = light * self._transform(profile)
-        self._light += flux[:, None, None] * light
-
-    def image(self) -> np.ndarray:
-        """[C, H, W] float64: everything added so far, in the unit of the fluxes."""
-        spectrum = np.fft.ifftshift(self._light * self._response, axes=1)
-        side = spectrum.shape[1]
-        return np.fft.irfft2(spectrum, s=(side, side))[:, : self.size, : self.size].copy()
-
-
 def _profiles(population: Population, index: int, angle: Any) -> tuple[Any, Any]:
     """Bulge and disk of unit flux."""
     import galsim
@@ -339,6 +289,7 @@ def simulate(
     processes: int = 2,
     samples_per_shard: int = 2048,
     progress: bool = True,
+    spectra: bool = False,
 ) -> int:
     """Simulate a grz survey with known redshifts and pack it; a command of `armillary data`.
 
@@ -353,17 +304,21 @@ def simulate(
         processes: Processes that draw.
         samples_per_shard: Galaxies of a tar.
         progress: Show progress bars.
+        spectra: Add a DESI-like spectrum, physical properties and Galaxy Zoo votes to each galaxy, and arms and bars
+            to the spirals' images.
 
     Returns:
         Exit status 0.
     """
     from armillary.engine.data.build import build
+    from armillary.engine.data.simulate_pairs import SimulatedPairs
 
-    source = SimulatedSurvey(count, seed=seed, size=size, magnitude_limit=magnitude_limit)
+    kind = SimulatedPairs if spectra else SimulatedSurvey
+    source = kind(count, seed=seed, size=size, magnitude_limit=magnitude_limit)
     survey = build(
         source,
         out,
-        name=f"simulated-{seed}",
+        name=f"simulated-pairs-{seed}" if spectra else f"simulated-{seed}",
         codec=codec,
         samples_per_shard=samples_per_shard,
         test_fraction=test_fraction,
@@ -371,5 +326,6 @@ def simulate(
         processes=processes,
         progress=progress,
     )
-    print(f"{out}: {survey.count('train'):,} galaxies to train on and {survey.count('test'):,} to test on")
+    what = "galaxies with spectra" if spectra else "galaxies"
+    print(f"{out}: {survey.count('train'):,} {what} to train on and {survey.count('test'):,} to test on")
     return 0

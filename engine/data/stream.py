@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from armillary.engine.data.decoding import BatchMaker, OnCorrupt
+from armillary.engine.data.decoding import OnCorrupt
 from armillary.engine.data.plan import MicroBatch, Plan
-from armillary.engine.data.readers import Reader, ReaderName, ShardFiles, make_reader
 from armillary.engine.data.survey import Survey
 from armillary.models.method import Batch, BatchKey
 
-__all__ = ["Prefetcher", "Source", "Transform"]
+__all__ = ["Making", "Prefetcher", "Reads", "Source", "Transform"]
 
 DEEPER = 4  # times as many batches are kept ready, at most, where the consumer has had to wait
 
@@ -128,52 +128,43 @@ class Prefetcher(Generic[T]):
             self._thread.join()
 
 
-def _produce(
-    reader: Reader,
-    requests: Iterator[MicroBatch],
-    maker: BatchMaker,
-    transforms: tuple[Transform, ...],
-    seed: int,
-    global_batch: int,
-    device: torch.device,
-) -> Generator[tuple[Batch, int], None, None]:
-    """Finished batches, each with the number of its corrupt samples. Runs in a thread; reads in another one."""
-    stream = None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        stream = torch.cuda.Stream(device)
-    reads = Prefetcher(reader.read(requests), 1, "armillary-read")
-    try:
-        for request, blobs in reads:
-            key = BatchKey(seed, request.epoch, request.first, global_batch)
-            try:
-                with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
-                    batch, corrupt = maker.make(request, blobs)
-                    for transform in transforms if len(batch["row"]) else ():
-                        batch = transform(batch, key)
-            except Exception as error:
-                error.add_note(f"in the loader's thread, while making the batch of {maker.describe(request)}")
-                raise
-            if stream is not None:
-                # Finished before it is handed out and before the blobs are let go. Blocking: waiting costs no CPU.
-                done = torch.cuda.Event(blocking=True)
-                done.record(stream)
-                done.synchronize()
-            yield batch, corrupt
-    finally:
-        reads.close()
-        reader.close()
+class Reads(Protocol):
+    """Planned micro-batches with what was read for each; must be closed."""
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, Any]]:
+        """In the plan's order."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...
 
 
-class Source:
-    """What both loaders share: the survey, its files, the reader, and how a stream of batches is started.
+class Making(NamedTuple):
+    """How a stream of batches is made.
 
-    Where `packed` is set or the first transform says so of itself (an attribute `packed`), batches reach it undecoded, as
-    `blobs` and `sizes`.
+    Attributes:
+        reads: The micro-batches and what was read for them.
+        make: Turns these two into a batch and the number of its corrupt samples.
+        describe: A micro-batch in words, for an error.
+    """
+
+    reads: Reads
+    make: Callable[[MicroBatch, Any], tuple[Batch, int]]
+    describe: Callable[[MicroBatch], str]
+
+
+class Source(ABC):
+    """What all loaders share: a split of a survey, its order, and how a stream of batches is started.
+
+    Attributes:
+        survey: Description of the survey.
+        plan: The split's order.
+        device: Where batches are made.
 
     Raises:
-        FileNotFoundError: No survey, or a tar or index is missing.
-        ValueError: A field has no meaning, the survey has no such split, or a tar is truncated.
+        FileNotFoundError: No survey.
+        ValueError: A field has no meaning, or the survey has no such split.
     """
 
     def __init__(
@@ -187,69 +178,79 @@ class Source:
         shuffle: bool,
         device: torch.device,
         transforms: tuple[Transform | None, ...],
-        modalities: Sequence[str] | None,
-        reader: ReaderName,
-        threads: int,
         prefetch: int,
         timeout_s: float,
-        packed: bool = False,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank: must be in [0, world = {world}), got {rank}")
-        for name, value in (("threads", threads), ("prefetch", prefetch)):
-            if value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
+        if prefetch < 1:
+            raise ValueError(f"prefetch: must be at least 1, got {prefetch}")
         if not timeout_s > 0:
             raise ValueError(f"timeout_s: must be positive, got {timeout_s}")
+        self.folder, self.split = Path(folder), split
         self.survey = Survey.load(folder)
-        if modalities is not None and (not modalities or set(modalities) - set(self.survey.modalities)):
-            has = ", ".join(self.survey.modalities)
-            raise ValueError(f"modalities: must be some of the survey's ({has}), got {tuple(modalities)}")
         self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             # The current device is one of the caller's thread; the loader's threads begin with device 0.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.transforms = tuple(t for t in transforms if t is not None)
-        self.packed = packed or any(getattr(t, "packed", False) for t in self.transforms[:1])
-        self.threads = threads
         self.prefetch = prefetch
         self.timeout_s = timeout_s
-        self._open = lambda: ShardFiles(Path(folder), self.survey, split, modalities)
-        self._reader_name = reader
-        self.files = self._open()
-        self.files.check(rank, world)
-        self.reader = self._make_reader()
 
-    def _make_reader(self) -> Reader:
-        return make_reader(self._reader_name, self.files, device=self.device, threads=self.threads)
+    @abstractmethod
+    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> Making:
+        """Begin to read these micro-batches. Runs in the loader's thread."""
 
+    @abstractmethod
     def after_fork(self) -> None:
         """Begin anew in a forked child: locks may have been taken by threads that do not exist here."""
-        self.files = self._open()
-        self.reader = self._make_reader()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files and memory. Does no harm twice."""
 
     def start(
         self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt, global_batch: int
     ) -> Prefetcher[tuple[Batch, int]]:
-        """Start a thread that makes these batches."""
-        maker = BatchMaker(
-            self.plan,
-            self.files,
-            self.survey,
-            device=self.device,
-            threads=self.threads,
-            on_corrupt=on_corrupt,
-            packed=self.packed,
-        )
-        batches = _produce(self.reader, requests, maker, self.transforms, self.plan.seed, global_batch, self.device)
+        """Start a thread that makes these batches, each with the number of its corrupt samples."""
         return Prefetcher(
-            batches,
+            self._produce(requests, on_corrupt, self.plan.seed, global_batch),
             self.prefetch,
             "armillary-loader",
             deepest=DEEPER * self.prefetch,
             timeout_s=self.timeout_s,
         )
+
+    def _produce(
+        self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt, seed: int, global_batch: int
+    ) -> Generator[tuple[Batch, int], None, None]:
+        """Finished batches. Runs in a thread."""
+        stream = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            stream = torch.cuda.Stream(self.device)
+        reads, make, describe = self._begin(requests, on_corrupt)
+        try:
+            for request, read in reads:
+                key = BatchKey(seed, request.epoch, request.first, global_batch)
+                try:
+                    with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
+                        batch, corrupt = make(request, read)
+                        for transform in self.transforms if len(batch["row"]) else ():
+                            batch = transform(batch, key)
+                except Exception as error:
+                    error.add_note(f"in the loader's thread, while making the batch of {describe(request)}")
+                    raise
+                if stream is not None:
+                    # Finished before it is handed out and before what was read is let go. Blocking: waiting costs no CPU.
+                    done = torch.cuda.Event(blocking=True)
+                    done.record(stream)
+                    done.synchronize()
+                yield batch, corrupt
+        finally:
+            reads.close()
+            self.close()
 
     def hand_out(self, batch: Batch) -> Batch:
         """Tell the GPU's allocator that the consumer's stream uses memory of the loader's stream."""

@@ -14,13 +14,15 @@ import tyro
 
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.embed import Embeddings, embed_readouts, load_pipeline, open_batches, stack_splits
-from armillary.engine.evaluate.evaluate import DEFAULTS, Options, evaluate_embeddings, evaluate_run
+from armillary.engine.evaluate.evaluate import evaluate_embeddings, evaluate_run
 from armillary.engine.evaluate.evaluation import TRAINED, UNTRAINED, Verdict
 from armillary.engine.evaluate.logbook import Logbook
+from armillary.engine.evaluate.options import DEFAULTS, Options, StudyOptions
 from armillary.engine.run import Run
 
 __all__ = ["embed", "evaluate", "report"]
 
+STUDY = StudyOptions()
 DeviceName = Literal["auto", "cuda", "cpu"]
 OutFile = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
@@ -70,26 +72,43 @@ def evaluate(
     *,
     data: Path | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
+    compare: tuple[Path, ...] = (),
+    options: tyro.conf.OmitArgPrefixes[StudyOptions] = STUDY,
     readout: str | None = None,
     batch: int = 256,
     device: DeviceName = "auto",
 ) -> int:
-    """Embed a survey, judge the encoder against its untrained twin and pixel baselines, write report.html.
+    """Embed a survey, judge what a run learnt, write report.html.
 
-    The exit status is 1 where the encoder has collapsed.
+    The encoder of a run on images alone is judged against its untrained twin and pixel baselines; the exit status is 1
+    where it has collapsed. With --tasks or --compare, and for all other runs, it is a study: similarity search, galaxy
+    properties, posteriors and morphology, of all the runs' embeddings side by side.
 
     Args:
         run: Folder of the run.
         data: Folder of the survey; by default the one that the run was trained on.
         out: Folder for embeddings, metrics.json and report.html; by default the run's folder `evaluation`.
-        options: Label, splits, limits.
-        readout: Which of the method's embeddings; its default otherwise.
+        compare: Further runs whose embeddings or predictions stand beside this one's.
+        options: Tasks, labels, splits, limits.
+        readout: Which of the method's embeddings; its default otherwise. A study takes all.
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
     """
-    data, folder = data or Run.load(run).data.path, out or run / "evaluation"
-    verdict = evaluate_run(run, data, folder, options, device=choose_device(device), batch=batch, readout=readout)
+    record = Run.load(run)
+    data, folder, where = data or record.data.path, out or run / "evaluation", choose_device(device)
+    if options.tasks or compare or record.views.modalities != ("image",):
+        from armillary.engine.evaluate.study_runs import evaluate_study
+
+        if readout is not None:
+            raise ValueError(f"readout: a study takes all of the method's embeddings, got {readout!r}")
+        outcomes = evaluate_study((run, *compare), data, folder, options, device=where, batch=batch)
+        print(
+            "\n".join(
+                [f"{o.task}: {line}" for o in outcomes for line in o.lines] + [f"report: {folder / 'report.html'}"]
+            )
+        )
+        return 0
+    verdict = evaluate_run(run, data, folder, options.common, device=where, batch=batch, readout=readout)
     return _tell(verdict)
 
 

@@ -1,17 +1,20 @@
-"""Single cutouts out of a packed survey, for pictures."""
+"""Single cutouts and spectra out of a packed survey, for pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from armillary.engine.data import codec
-from armillary.engine.data.survey import Survey
+from armillary.engine.data.shards import Member, read_index
+from armillary.engine.data.spectra import decode_spectrum
+from armillary.engine.data.survey import MODALITIES, Survey
+from armillary.engine.data.surveys.sample import Spectrum
 
-__all__ = ["read_cutouts"]
+__all__ = ["read_cutouts", "read_spectra"]
 
 
 def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -28,13 +31,38 @@ def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[tup
     Raises:
         codec.CorruptBlob: A cutout is corrupt.
         IndexError: There is no such row.
+        ValueError: An object has no image.
     """
+    return [codec.decode(blob) for blob in _blobs(survey_dir, rows, "image")]
+
+
+def read_spectra(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[Spectrum]:
+    """Read spectra by catalogue row, on the wavelength grid of the survey's description.
+
+    Args:
+        survey_dir: The survey.
+        rows: Catalogue rows.
+
+    Raises:
+        codec.CorruptBlob: A spectrum is corrupt.
+        IndexError: There is no such row.
+        ValueError: An object has no spectrum.
+    """
+    return [decode_spectrum(blob) for blob in _blobs(survey_dir, rows, "spectrum")]
+
+
+def _blobs(survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str) -> Iterator[bytes]:
     survey = Survey.load(survey_dir)
-    table = pq.read_table(survey_dir / "catalog.parquet", columns=["shard", "offset", "size"])
-    shard, offset, size = (table[name].to_numpy() for name in ("shard", "offset", "size"))
-    images = []
+    table = pq.read_table(survey_dir / "catalog.parquet", columns=["shard", "index"])
+    shard, place = (table[name].to_numpy() for name in ("shard", "index"))
+    indices: dict[Path, list[Member]] = {}
     for row in rows:
-        with open(survey_dir / survey.shards[shard[row]].name, "rb") as f:
-            f.seek(int(offset[row]))
-            images.append(codec.decode(f.read(int(size[row]))))
-    return images
+        path = survey_dir / survey.shards[shard[row]].name
+        if path not in indices:
+            indices[path] = read_index(path.with_suffix(".idx"))
+        part = indices[path][place[row]].part(MODALITIES[modality])
+        if part is None:
+            raise ValueError(f"{survey_dir}: row {row} of catalog.parquet has no {modality}")
+        with open(path, "rb") as f:
+            f.seek(part.offset)
+            yield f.read(part.size)

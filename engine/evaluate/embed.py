@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from armillary.engine.data.eval_view import EvalView
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.baselines import View
-from armillary.models.method import Batch
+from armillary.engine.tensors import state_digest
+from armillary.models.method import Batch, Method
 
 __all__ = [
     "Embeddings",
+    "Encoder",
     "Pipeline",
     "embed",
     "embed_readouts",
     "encoder_digest",
+    "first_samples",
     "load_pipeline",
     "open_batches",
     "stack_splits",
@@ -226,6 +229,26 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
     return [Batch(row=torch.from_numpy(part).to(device)) for part in np.split(rows, range(batch, len(rows), batch))]
 
 
+def first_samples(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
+    """Batches of the first samples only.
+
+    Args:
+        batches: Batches.
+        samples: How many samples; the last batch is cut.
+    """
+    left = samples
+    for batch in batches:
+        count = len(batch["row"])
+        if count > left:
+            cut: dict[str, torch.Tensor] = {k: v[:left] for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            yield Batch(**cut)  # type: ignore[typeddict-item]
+            return
+        yield batch
+        left -= count
+        if not left:
+            return
+
+
 def _by_modality(batch: Batch) -> Iterator[Batch]:
     """Parts of a batch whose objects have the same modalities, without the empty tensors of what they lack."""
     flags = {m: batch.get(f"has_{m}") for m in MODALITY_KEYS}
@@ -264,70 +287,100 @@ def _checked(embedding: Tensor, rows: np.ndarray, encoder: str, name: str) -> np
 
 def encoder_digest(module: nn.Module) -> str:
     """First 16 hex digits of the SHA-256 of an encoder's parameters and buffers, by name and value."""
-    import hashlib
+    return state_digest(module.state_dict())
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+
+@dataclass(frozen=True)
+class Encoder:
+    """A run's frozen method with the views it was trained on, both on one device.
+
+    Attributes:
+        method: In evaluation mode.
+        view: Makes its inputs of a survey's batches.
+        metadata: What embeddings by it should say of themselves: run, encoder, survey.
+        run: The run's record (`engine.run.Run`).
+    """
+
+    method: Method
+    view: EvalView
+    metadata: dict[str, str]
+    run: Any
+
+    @classmethod
+    def load(cls, run_dir: Path, survey: Survey, device: torch.device, *, trained: bool = True) -> Encoder:
+        """Load the encoder of a run to embed a survey with.
+
+        Args:
+            run_dir: The run's folder, or an encoder that was exported from it.
+            survey: The survey to embed.
+            device: Where to run.
+            trained: False for the untrained twin: the same configuration, initialised anew, keyed by the run's seed.
+
+        Raises:
+            FileNotFoundError: There is no such run, or it has no checkpoint.
+            ValueError: The survey lacks what the encoder reads, or was taken with other bands, units or wavelengths.
+        """
+        from armillary.engine.export import input_mismatch, load_encoder, trained_inputs, trained_pixels
+        from armillary.engine.provenance import survey_fingerprint
+        from armillary.engine.run import Run
+
+        pixels, inputs = trained_pixels(run_dir), trained_inputs(run_dir)
+        if trained:
+            method, run = load_encoder(run_dir)
+        else:
+            run = Run.load(run_dir)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(run.seed)
+                method = run.method.build(inputs)
+        wanted = run.views.modalities
+        shared = [m for m in wanted if m in survey.modalities]
+        if wanted and not shared:
+            has, reads = ", ".join(survey.modalities), " and ".join(wanted)
+            raise ValueError(f"{survey.name}: has {has}, but {run.name} embeds {reads}")
+        if problem := input_mismatch(pixels, survey, shared):
+            raise ValueError(f"{survey.name}: {problem}")
+        method = method.to(device).eval()
+        metadata = {
+            "run": run.name,
+            "trained": str(trained).lower(),
+            "encoder": encoder_digest(method),
+            "survey": survey.name,
+            "fingerprint": survey_fingerprint(survey),
+        }
+        fitted = replace(
+            pixels,
+            bands=survey.bands,
+            height=survey.height,
+            width=survey.width,
+            codec=survey.codec,
+            spectrum=survey.spectrum,
+            labels=survey.labels,
+            folder=survey.folder,
+        )
+        view = run.views.eval_view(fitted, device)
+        if view.columns is not None:
+            view = replace(view, columns=view.columns.scaled(inputs.column_mean, inputs.column_std))
+        return cls(method, view, metadata, run)
 
 
 def load_pipeline(
     run_dir: Path, survey: Survey, device: torch.device, *, trained: bool = True, readout: str | None = None
 ) -> tuple[Pipeline, dict[str, str], Any]:
-    """The encoder of a run and the views it was trained on, both on `device`.
+    """`Encoder.load` as a pipeline for `embed`.
 
     Args:
         run_dir: The run's folder.
         survey: The survey to embed.
         device: Where to run.
-        trained: False for the untrained twin: the same configuration, initialised anew, keyed by the run's seed.
+        trained: False for the untrained twin.
         readout: Which of the method's embeddings; None for its default.
 
     Returns:
         The pipeline, the metadata that its embeddings should carry, and the run's record (`engine.run.Run`).
     """
-    from armillary.engine.export import input_mismatch, load_encoder, trained_inputs, trained_pixels
-    from armillary.engine.run import Run
-
-    pixels, inputs = trained_pixels(run_dir), trained_inputs(run_dir)
-    if trained:
-        method, run = load_encoder(run_dir)
-    else:
-        run = Run.load(run_dir)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            method = run.method.build(inputs)
-    shared = [m for m in run.views.modalities if m in survey.modalities]
-    if run.views.modalities and not shared:
-        raise ValueError(
-            f"{survey.name}: has {', '.join(survey.modalities)}, but {run.name} embeds {' and '.join(run.views.modalities)}"
-        )
-    if problem := input_mismatch(pixels, survey, shared):
-        raise ValueError(f"{survey.name}: {problem}")
-    method = method.to(device).eval()
-    metadata = {
-        "run": run.name,
-        "trained": str(trained).lower(),
-        "encoder": encoder_digest(method),
-        "survey": survey.name,
-        "readout": readout or "default",
-    }
-    fitted = replace(
-        pixels,
-        bands=survey.bands,
-        height=survey.height,
-        width=survey.width,
-        codec=survey.codec,
-        spectrum=survey.spectrum,
-        labels=survey.labels,
-        folder=survey.folder,
-    )
-    view = run.views.eval_view(fitted, device)
-    if view.columns is not None:
-        view = replace(view, columns=view.columns.scaled(inputs.column_mean, inputs.column_std))
-    return Pipeline(view, method.encode, readout), metadata, run
+    loaded = Encoder.load(run_dir, survey, device, trained=trained)
+    metadata = loaded.metadata | {"readout": readout or "default"}
+    return Pipeline(loaded.view, loaded.method.encode, readout), metadata, loaded.run
 
 
 def stack_splits(

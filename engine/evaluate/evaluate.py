@@ -6,7 +6,6 @@ Shape legend: N training and M test samples, C bands, S pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.baselines import PixelPCA, View, asinh_pixels
 from armillary.engine.evaluate.collapse import assess
 from armillary.engine.evaluate.cutouts import read_cutouts
-from armillary.engine.evaluate.embed import Embeddings, Pipeline, embed, load_pipeline, stack_splits
+from armillary.engine.evaluate.embed import Embeddings, Pipeline, embed, first_samples, load_pipeline, stack_splits
 from armillary.engine.evaluate.evaluation import (
     PCA_ASINH,
     PCA_FEW,
@@ -30,6 +29,7 @@ from armillary.engine.evaluate.evaluation import (
     judge_label,
 )
 from armillary.engine.evaluate.logbook import Logbook
+from armillary.engine.evaluate.options import DEFAULTS, Options
 from armillary.engine.evaluate.pictures import channels_rgb
 from armillary.engine.evaluate.report import Gallery, write_report
 from armillary.models.method import Batch, BatchKey
@@ -48,39 +48,6 @@ Batches = Callable[[str], Iterable[Batch]]
 """Gives the batches of a split, in catalogue order, anew at each call."""
 
 Augment = Callable[[Batch, BatchKey], Batch]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to evaluate and how.
-
-    Attributes:
-        label: Column of the catalogue to predict; by default the survey's redshift, by whichever usual name it goes.
-        train_split: Split that probes are fitted on.
-        test_split: Split that they are judged on.
-        samples: At most so many of each split, the first ones; the stored order is random.
-        redshift: Divide residuals by 1 + label; by default for labels with a redshift's name.
-        outlier_threshold: Size of a residual that counts as an outlier; by default 0.05 for redshifts.
-        resamples: Bootstrap resamples.
-    """
-
-    label: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    samples: int = 50_000
-    redshift: bool | None = None
-    outlier_threshold: float | None = None
-    resamples: int = 1000
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.samples < 2:
-            raise ValueError(f"samples: must be at least 2, got {self.samples}")
-        if self.train_split == self.test_split:
-            raise ValueError(f"test_split: must differ from train_split, got {self.test_split!r} for both")
-
-
-DEFAULTS = Options()
 
 
 def evaluate_run(
@@ -179,7 +146,7 @@ def embed_features(
         pipelines[name] = Pipeline(one, fitted)
     parts: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {name: {} for name in pipelines}
     for split in splits:
-        rows, vectors = embed(pipelines, _first(batches(split), options.samples))
+        rows, vectors = embed(pipelines, first_samples(batches(split), options.samples))
         for name, vector in vectors.items():
             parts[name][split] = rows, vector
     common = {"survey": survey.name}
@@ -285,20 +252,6 @@ def evaluate_embeddings(
     verdict.save(report.with_name("metrics.json"))
     write_report(report, verdict, survey, logbook, gallery)
     return verdict
-
-
-def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
-    left = samples
-    for batch in batches:
-        count = len(batch["row"])
-        if count > left:
-            cut: dict[str, torch.Tensor] = {k: v[:left] for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            yield Batch(**cut)  # type: ignore[typeddict-item]
-            return
-        yield batch
-        left -= count
-        if not left:
-            return
 
 
 def _label(survey: Survey, catalogue: object, label: str) -> tuple[np.ndarray | None, str]:

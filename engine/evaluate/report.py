@@ -24,7 +24,7 @@ from armillary.engine.evaluate.logbook import Logbook
 from armillary.engine.evaluate.probes import nearest
 from armillary.engine.evaluate.style import CSS
 
-__all__ = ["Gallery", "layout_map", "write_report"]
+__all__ = ["Gallery", "layout_map", "page", "run_header", "write_report"]
 
 MAP_SAMPLES = 3000
 INPUT_COLUMNS = 8
@@ -82,18 +82,28 @@ def write_report(path: Path, verdict: Verdict, survey: Survey, logbook: Logbook,
         report_run.throughput(logbook),
         report_run.provenance(survey, logbook),
     ]
-    title = f"{verdict.run} on {verdict.survey}"
-    page = (
+    text = page(f"{verdict.run} on {verdict.survey}", run_header(verdict.run, survey, logbook), sections)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def page(title: str, header: str, sections: Sequence[str]) -> str:
+    """A whole page.
+
+    Args:
+        title: For the browser's tab.
+        header: HTML of the head.
+        sections: HTML of the body, in order.
+    """
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body>"
-        f"{_header(verdict, survey, logbook)}<main>{''.join(sections)}</main>"
+        f"{header}<main>{''.join(sections)}</main>"
         f"<footer>Written {_now()} by armillary. This page needs no network.</footer></body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
 
 
 def layout_map(vector: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
@@ -124,9 +134,17 @@ def layout_map(vector: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
     return flat, "principal components"
 
 
-def _header(verdict: Verdict, survey: Survey, logbook: Logbook) -> str:
+def run_header(title: str, survey: Survey, logbook: Logbook, more: Mapping[str, str] | None = None) -> str:
+    """Head of a page about a run: its name, its command and the facts of its training.
+
+    Args:
+        title: The heading.
+        survey: What was evaluated on.
+        logbook: The run's record.
+        more: Further facts, after the survey.
+    """
     record = logbook.record
-    facts: dict[str, str] = {"Survey": f"{survey.name}, {survey.count():,} cutouts in {''.join(survey.bands)}"}
+    facts: dict[str, str] = {"Survey": _contents(survey), **(more or {})}
     if steps := logbook.series.get("step"):
         facts["Steps trained"] = f"{int(steps[1][-1]):,}"
     if commit := record.get("commit"):
@@ -144,9 +162,17 @@ def _header(verdict: Verdict, survey: Survey, logbook: Logbook) -> str:
     shown = shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")
     line = f'<p class="quiet"><code>{html.escape(shown)}</code></p>' if shown else ""
     return (
-        f'<header><div class="brand">Armillary</div><h1>{html.escape(verdict.run)}</h1>'
+        f'<header><div class="brand">Armillary</div><h1>{html.escape(title)}</h1>'
         f"{line}<dl class='facts'>{cells}</dl></header>"
     )
+
+
+def _contents(survey: Survey) -> str:
+    """Name, size and modalities of a survey in a line."""
+    count = f"{survey.name}, {survey.count():,}"
+    if survey.spectrum is None:
+        return f"{count} cutouts in {''.join(survey.bands)}"
+    return f"{count} {'pairs of ' + ''.join(survey.bands) + ' cutout and spectrum' if survey.bands else 'spectra'}"
 
 
 def _verdict(verdict: Verdict) -> str:

@@ -61,8 +61,14 @@ def throughput(logbook: Logbook) -> str:
     )
 
 
-def provenance(survey: Survey, logbook: Logbook) -> str:
-    """The records of the run and of the survey, folded away, as HTML."""
+def provenance(survey: Survey, logbook: Logbook, name: str = "") -> str:
+    """The records of the run and of the survey, folded away, as HTML.
+
+    Args:
+        survey: The survey.
+        logbook: The run's record.
+        name: The run's name, where a page tells of several.
+    """
     tables = [("The run's record", flatten(logbook.record)), ("Provenance of the survey", flatten(survey.provenance))]
     blocks = ""
     for title, items in tables:
@@ -71,7 +77,8 @@ def provenance(survey: Survey, logbook: Logbook) -> str:
         )
         if rows:
             blocks += f'<details><summary>{html.escape(title)}</summary><div class="scroll"><table>{rows}</table></div></details>'
-    return f'<h2>Where this comes from</h2><section class="card">{blocks or "<p>No record was kept.</p>"}</section>'
+    title = f"Where {html.escape(name)} comes from" if name else "Where this comes from"
+    return f'<h2>{title}</h2><section class="card">{blocks or "<p>No record was kept.</p>"}</section>'
 
 
 def _words(name: str) -> str:

@@ -280,10 +280,10 @@ def test_every_way_of_a_case_gets_a_row_and_one_that_fails_only_its_own(device_o
 
 def test_the_step_is_timed_by_phase(device_of_clocks, monkeypatch):
     import gpu_step
-    from step import PHASES
+    from step_methods import DINOv2Subject
 
     monkeypatch.setattr(gpu_step, "configuration", lambda variant, smoke: gpu_step.TINY)
-    monkeypatch.setattr(gpu_step, "INPUTS", gpu_step.TINY_INPUTS)
+    monkeypatch.setattr(gpu_step, "CROPS", gpu_step.TINY_INPUTS)
     tried = []
     row_of = gpu_step._row
 
@@ -296,7 +296,8 @@ def test_the_step_is_timed_by_phase(device_of_clocks, monkeypatch):
     monkeypatch.setattr(gpu_step, "_row", small)
     (row,) = gpu_step.step_rows("eager", device_of_clocks, False)
     assert tried == [96, 72] and row["dtype"] == "bfloat16" and row["grad_norm"] > 0
-    parts = sum(row[f"{phase}_ms"] for phase in PHASES)
+    phases = DINOv2Subject(gpu_step.TINY).phases
+    parts = sum(row[f"{phase}_ms"] for phase in phases)
     assert 0 < row["teacher_ms"] < row["ms_per_image"] and parts == pytest.approx(row["ms_per_image"], rel=0.5)
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("speclite", reason="the simulation needs filter curves")
 
 from armillary.engine.data.population import draw_population, half_light_radius, keyed_generator  # noqa: E402
 from armillary.engine.data.seds import TYPES, attenuation, colour_table  # noqa: E402
-from armillary.engine.data.simulate import LEGACY, Band, Scene, SimulatedSurvey, simulate  # noqa: E402
+from armillary.engine.data.simulate import LEGACY, Band, SimulatedSurvey, simulate  # noqa: E402
 from armillary.engine.data.survey import Survey  # noqa: E402
 from armillary.engine.data.surveys.sample import Described  # noqa: E402
 from armillary.engine.evaluate.cutouts import read_cutouts  # noqa: E402
@@ -105,20 +105,6 @@ def test_sky_noise_gives_back_the_depth():
     psf = galsim.Gaussian(fwhm=LEGACY[0].fwhm_arcsec).drawImage(nx=65, ny=65, scale=scale, method="no_pixel").array
     five_sigma = 5 * sigma_pixel / np.sqrt((psf**2).sum())  # matched-filter photometry
     assert 22.5 - 2.5 * np.log10(five_sigma) == pytest.approx(24.0, abs=0.01)
-
-
-def test_scene_is_galsims_own_drawing():
-    galaxy = galsim.Sersic(4, half_light_radius=0.8).shear(q=0.7, beta=30 * galsim.degrees)
-    scene = Scene(72, 0.262, np.array([1.2, 1.5]))
-    scene.add(galaxy, np.array([3.0, 5.0]), 0.3, -1.2)
-    scene.add(None, np.array([1.0, 2.0]), 10.0, 20.5)
-    drawn = scene.image()
-    for c, (fwhm, flux, star) in enumerate([(1.2, 3.0, 1.0), (1.5, 5.0, 2.0)]):
-        psf = galsim.Moffat(beta=3.5, fwhm=fwhm)
-        image = galsim.ImageD(72, 72, scale=0.262)
-        galsim.Convolve(flux * galaxy, psf).drawImage(image, offset=(0.3, -1.2))
-        (star * psf).drawImage(image, offset=(10, 20.5), add_to_image=True)
-        np.testing.assert_allclose(drawn[c], image.array, atol=1e-4 * image.array.max())
 
 
 def test_population_grows_without_changing(population):

@@ -80,6 +80,57 @@ def test_packed_groups_equal_separate_crops(registers, channels):
 
 
 @pytest.mark.parametrize("registers", [0, 2])
+def test_bare_patches_are_a_set(registers):
+    """Without class token, registers and positions, whatever these are; the order of patches does not matter."""
+    model = build(replace(TINY, registers=registers))
+    groups = crops((2, 24), (3, (8, 16)))
+    tokens = model(groups, bare=True)
+    assert tokens.cls == ()
+    twin = build(replace(TINY, registers=0))
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if k != "register_tokens"})
+    with torch.no_grad():
+        twin.cls_token.fill_(float("nan"))  # of no effect
+        twin.pos_embed.fill_(float("nan"))
+    for image, patches, again in zip(groups, tokens.patches, twin(groups, bare=True).patches, strict=True):
+        assert torch.equal(again, patches)
+        rows = image.roll(4, 2)  # one row of patches on
+        moved = model([rows], bare=True).patches[0].unflatten(1, (image.shape[2] // 4, -1)).roll(-1, 1).flatten(1, 2)
+        torch.testing.assert_close(moved, patches)
+        torch.testing.assert_close(patches, bare_by_hand(model, image))
+
+
+def bare_by_hand(model, image):
+    """The blocks written out, on the patches alone."""
+    s = model.state_dict()
+    x = F.conv2d(image, s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=4).flatten(2).mT
+    for i in range(model.config.depth):
+        b = {k.removeprefix(f"blocks.{i}."): v for k, v in s.items() if k.startswith(f"blocks.{i}.")}
+        y = F.layer_norm(x, (32,), b["norm1.weight"], b["norm1.bias"], 1e-6)
+        q, k, v = F.linear(y, b["attn.qkv.weight"], b["attn.qkv.bias"]).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + b["ls1.gamma"] * F.linear(y, b["attn.proj.weight"], b["attn.proj.bias"])
+        y = F.layer_norm(x, (32,), b["norm2.weight"], b["norm2.bias"], 1e-6)
+        y = F.gelu(F.linear(y, b["mlp.fc1.weight"], b["mlp.fc1.bias"]))
+        x = x + b["ls2.gamma"] * F.linear(y, b["mlp.fc2.weight"], b["mlp.fc2.bias"])
+    return F.layer_norm(x, (32,), s["norm.weight"], s["norm.bias"], 1e-6)
+
+
+def test_bare_patches_on_kernels(device, poison_empty):
+    """Values and gradients of both implementations; tokens that are left out get no gradient."""
+    images = [x.to(device, torch.float32) for x in crops((2, 24), (3, (8, 12)))]
+    results = []
+    for impl in ("reference", "triton"):
+        model = build(replace(TINY, depth=1, registers=1), impl=impl).to(device, torch.float32)
+        patches = model(images, bare=True).patches
+        sum(x.sin().sum() for x in patches).backward()
+        unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+        assert unused == {"cls_token", "pos_embed", "register_tokens", "mask_token"}
+        results.append([*patches, *(p.grad for n, p in model.named_parameters() if n not in unused)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
 @pytest.mark.parametrize("masked", [False, True])
 def test_triton_equals_the_reference(masked, registers, device, poison_empty):
     """Two groups, one of them with an interpolated position embedding: every output and every gradient."""
@@ -266,6 +317,7 @@ def test_flops():
     assert 2 * (vit.flops(144) - vit.flops(144, selected=1 + 21.6)) == pytest.approx(5.1e9, rel=0.05)
     assert 3 * (2 * vit.flops(144, kept=0.7) + 8 * vit.flops(60, kept=0.7)) == pytest.approx(641.4e9, rel=3e-3)
     assert vit.flops(144, selected=145) == pytest.approx(vit.flops(144))
+    assert 0.98 < vit.flops(144, bare=True) / vit.flops(144) < 0.994  # 144 tokens of 145, attention their square
 
 
 def test_bad_inputs():
@@ -278,6 +330,10 @@ def test_bad_inputs():
         model([torch.zeros(2, 3, 24, 26)])
     with pytest.raises(ValueError, match=r"mask: must be \(2, 36\), crops and patches, got \(2, 35\)"):
         model(crops((2, 24)), mask=torch.zeros(2, 35, dtype=torch.bool))
+    with pytest.raises(ValueError, match="bare: takes neither mask nor select"):
+        model(crops((2, 24)), mask=torch.zeros(2, 36, dtype=torch.bool), bare=True)
+    with pytest.raises(ValueError, match=r"crops: sides must be positive multiples"):
+        model([torch.zeros(2, 3, 24, 26)], bare=True)
     with pytest.raises(ValueError, match=r"image_size: must be a multiple of patch_size 5, got 24.*heads: must divide"):
         VisionTransformer(replace(TINY, patch_size=5, heads=3))
     with pytest.raises(ValueError, match="backend: must be one of"):

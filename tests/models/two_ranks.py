@@ -1,4 +1,4 @@
-"""Starts a function's source on two ranks (gloo), for tests of what is summed over ranks."""
+"""Starts a function's source on several ranks (gloo), for tests of what is summed over ranks."""
 
 import inspect
 import os
@@ -13,29 +13,34 @@ PREAMBLE = """
 import os, sys
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=2)
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=world)
 """
 
 
-def run_on_two_ranks(function, folder, timeout=300):
-    """Run `function(rank)`, which imports what it uses, on two ranks; fail with their output unless both succeed."""
+def run_on_ranks(function, folder, ranks, timeout=300):
+    """Run `function(rank)`, which imports what it uses, on so many ranks; fail with their output unless all succeed."""
     source = PREAMBLE + textwrap.dedent(inspect.getsource(function)) + f"\n{function.__name__}(rank)\n"
     source += "dist.barrier()\ndist.destroy_process_group()\n"
-    ranks = []
-    for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "STORE": f"{folder}/store"}
-        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FOLDER": str(folder)}
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FOLDER": str(folder), "STORE": f"{folder}/store"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
-        ranks.append(
+        processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", source], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
     try:
-        outputs = [p.communicate(timeout=timeout)[0] for p in ranks]
+        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
     finally:
-        for p in ranks:
+        for p in processes:
             p.kill()
             p.wait()
-    assert [p.returncode for p in ranks] == [0, 0], "\n---\n".join(outputs)
+    assert [p.returncode for p in processes] == [0] * ranks, "\n---\n".join(outputs)
+
+
+def run_on_two_ranks(function, folder, timeout=300):
+    """`run_on_ranks` on two."""
+    run_on_ranks(function, folder, 2, timeout)

@@ -15,8 +15,8 @@ def armillary(*arguments):
     return [sys.executable, "-m", "armillary.engine.cli", *map(str, arguments)]
 
 
-def recipe(*arguments, ranks=2):
-    """Command line of the DINOv2 recipe under the launcher."""
+def recipe(*arguments, ranks=2, name="dinov2_vitl"):
+    """Command line of a recipe under the launcher."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -29,7 +29,7 @@ def recipe(*arguments, ranks=2):
         "--master_port",
         port,
     ]
-    return [*launcher, str(ROOT / "recipes" / "dinov2_vitl.py"), *map(str, arguments)]
+    return [*launcher, str(ROOT / "recipes" / f"{name}.py"), *map(str, arguments)]
 
 
 def start(command):

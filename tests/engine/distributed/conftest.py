@@ -41,7 +41,9 @@ class Site:
         self.survey = toy.toy_survey(folder / "survey")
         self.live: list[subprocess.Popen] = []
 
-    def start(self, *arguments: str, world: int = 2, launcher: bool = False, **environment: str) -> list:
+    def start(
+        self, *arguments: str, world: int = 2, launcher: bool = False, script: Path = SCRIPT, **environment: str
+    ) -> list:
         """Start processes without waiting for them; world = 0 is one process that knows nothing of launchers."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -51,12 +53,12 @@ class Site:
         common |= {"TOY_SURVEY": str(self.survey), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | environment
         if launcher:
             program = str(Path(sys.executable).with_name("deepspeed"))
-            commands = [([program, "--num_gpus", str(world), "--master_port", port, str(SCRIPT), *arguments], {})]
+            commands = [([program, "--num_gpus", str(world), "--master_port", port, str(script), *arguments], {})]
             common["PATH"] = f"{Path(sys.executable).parent}:{common['PATH']}"
         else:
             commands = [
                 (
-                    [sys.executable, str(SCRIPT), *arguments],
+                    [sys.executable, str(script), *arguments],
                     {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)} if world else {},
                 )
                 for r in range(max(world, 1))

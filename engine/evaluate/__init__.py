@@ -1,0 +1,48 @@
+"""Evaluation of frozen encoders, as a library: what `armillary embed`, `search` and `evaluate` do, in a notebook.
+
+    from armillary.engine.evaluate import Study, StudyOptions, feature_sets, properties
+
+    sets = feature_sets([Path("runs/astroclip")], "surveys/pairs", "out", StudyOptions())
+    study = Study.open("surveys/pairs", sets)
+    outcome = properties(study)
+    print(*outcome.lines, sep="\\n")
+
+Names are imported when they are first used, so that a script pays only for what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from armillary.engine.evaluate.embed import Embeddings as Embeddings
+    from armillary.engine.evaluate.embed import Encoder as Encoder
+    from armillary.engine.evaluate.options import StudyOptions as StudyOptions
+    from armillary.engine.evaluate.search import Index as Index
+    from armillary.engine.evaluate.study import FeatureSet as FeatureSet
+    from armillary.engine.evaluate.study import Study as Study
+    from armillary.engine.evaluate.study_runs import evaluate_study as evaluate_study
+    from armillary.engine.evaluate.study_runs import feature_sets as feature_sets
+    from armillary.engine.evaluate.study_runs import run_tasks as run_tasks
+
+_HOME = {
+    "Embeddings": "embed",
+    "Encoder": "embed",
+    "FeatureSet": "study",
+    "Index": "search",
+    "Study": "study",
+    "StudyOptions": "options",
+    "evaluate_study": "study_runs",
+    "feature_sets": "study_runs",
+    "run_tasks": "study_runs",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__` from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
