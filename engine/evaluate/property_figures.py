@@ -117,8 +117,8 @@ def bias_section(predictions: Sequence[Prediction], order: Sequence[str]) -> str
     return (
         "<h2>Bias in tomographic bins</h2>"
         f'<p class="quiet">Mean of (predicted \u2212 true) / (1 + true) in {count} bins of predicted redshift with '
-        "equally many galaxies, with its standard error. Bins of predicted redshift are what a lensing survey can make; "
-        f'in bins of true redshift every regression is biased towards the middle.</p><div class="grid">{cards}</div>'
+        "equally many galaxies, with its standard error. Bins of predicted redshift are what a lensing survey can "
+        f'make; in bins of true redshift every regression is biased towards the middle.</p><div class="grid">{cards}</div>'
     )
 
 

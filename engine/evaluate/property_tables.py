@@ -80,9 +80,9 @@ def table_section(
     return (
         "<h2>How well are galaxy properties predicted?</h2>"
         f'<p class="quiet">R\u00b2, with bootstrap standard errors over test samples. Neighbours and perceptrons are '
-        f"fitted on the frozen features of {train:,} training samples and judged on {test:,} test samples{fewer}, those "
-        f'that every feature set has; "{OWN}" are predictions of models trained on labels. Bold: the best of its column '
-        "and modality, where the 95% interval of its difference from the second-best feature set excludes 0.</p>"
+        f"fitted on the frozen features of {train:,} training samples and judged on {test:,} test samples{fewer}, "
+        f'those that every feature set has; "{OWN}" are predictions of models trained on labels. Bold: the best of its '
+        "column and modality, where the 95% interval of its difference from the second-best feature set excludes 0.</p>"
         + table(["Features", *(html.escape(label) for label in labels)], groups)
     )
 
@@ -162,7 +162,7 @@ def redshift_section(predictions: Sequence[Prediction]) -> str:
     return (
         f"<h2>Errors of the {REDSHIFT}</h2>"
         '<p class="quiet">Of dz = (predicted \u2212 true) / (1 + true): NMAD is 1.4826 times its median absolute '
-        f"deviation; its median and mean; the largest mean in {bins} bins of predicted redshift, as lensing surveys cut "
-        f"their samples; the share of outliers (|dz| &gt; {threshold:g}) and of catastrophic errors (|dz| &gt; "
+        f"deviation; its median and mean; the largest mean in {bins} bins of predicted redshift, as lensing surveys "
+        f"cut their samples; the share of outliers (|dz| &gt; {threshold:g}) and of catastrophic errors (|dz| &gt; "
         f"{CATASTROPHIC:g}). The worst of several bins differs from 0 by chance alone.</p>" + table(head, groups)
     )
