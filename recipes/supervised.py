@@ -95,8 +95,8 @@ SMOKE = replace(
     ),
     data=Data(path=Path("runs/demo-astroclip/survey"), threads=1),
     optim=replace(RECIPE.optim, lr=2e-3),
-    train=Training(steps=1_000, global_batch=64, micro_batch=32, precision="fp32"),
-    checkpoint=Checkpointing(every_steps=500),
+    train=Training(steps=600, global_batch=64, micro_batch=32, precision="fp32"),
+    checkpoint=Checkpointing(every_steps=400),
 )
 
 SMOKE_CONV_ATTENTION = replace(
@@ -105,7 +105,7 @@ SMOKE_CONV_ATTENTION = replace(
     method=CONV_ATTENTION.method,
     views=CONV_ATTENTION.views,
     optim=replace(RECIPE.optim, lr=5e-3),
-    train=replace(SMOKE.train, steps=600),
+    train=replace(SMOKE.train, steps=400),
 )
 
 SMOKE_PHOTOMETRY = replace(
@@ -113,7 +113,8 @@ SMOKE_PHOTOMETRY = replace(
     name="supervised_photometry_smoke",
     method=PHOTOMETRY.method,
     views=PHOTOMETRY.views,
-    train=replace(SMOKE.train, steps=2_000),
+    optim=replace(RECIPE.optim, lr=5e-3),
+    train=replace(SMOKE.train, steps=800, global_batch=128, micro_batch=64),
 )
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class StudyOptions:
     """What a study of several encoders does.
 
     Attributes:
-        tasks: Names of tasks (see docs/evaluation.md); all that the survey and the encoders allow if empty.
+        tasks: Names of tasks (see docs/studies.md); all that the survey and the encoders allow if empty.
         labels: Labels to predict; by default redshift, mass, metallicity, age and star formation, where the survey has them.
         flows: Ensemble for posteriors: quick for a laptop, or as the paper or its released code has it.
         qp: Folder for p(z) of the test galaxies as files of the qp library, one a feature set.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,10 +81,13 @@ def presets():
     return {name: value for name, value in vars(module).items() if isinstance(value, Run)}
 
 
-def supervised(*arguments):
-    """Command line of the recipe on two ranks."""
-    command = recipe("--device", "cpu", "--telemetry.no-tensorboard", *arguments)
-    return [part.replace("dinov2_vitl.py", "supervised.py") for part in command]
+FILE = str(ROOT / "recipes" / "supervised.py")
+
+
+def supervised(*arguments, ranks=2):
+    """Command line of the recipe: under the launcher, or for one rank without."""
+    options = "--device", "cpu", "--telemetry.no-tensorboard", *map(str, arguments)
+    return [sys.executable, FILE, *options] if ranks == 1 else recipe(*options, ranks=ranks, name="supervised")
 
 
 def losses(folder: Path) -> list[float]:
@@ -178,7 +182,9 @@ def test_resnet_resumes_to_the_same_bits_and_exports_rank_0s_statistics(survey, 
 )
 def test_other_networks_learn_the_toy(survey, tmp_path, preset, steps, lr):
     options = ("--preset", preset, "--data.path", survey, "--out", tmp_path, "--name", "toy", "--optim.lr", lr)
-    run(supervised(*options, "--train.steps", steps, "--train.global-batch", "16", "--train.micro-batch", "8"))
+    run(
+        supervised(*options, "--train.steps", steps, "--train.global-batch", "16", "--train.micro-batch", "16", ranks=1)
+    )
     pipeline, _, _ = load_pipeline(tmp_path / "toy", Survey.load(survey), torch.device("cpu"))
     batches = open_batches(survey, "test", pipeline.view, 8, torch.device("cpu"))
     rows, found = embed({"": pipeline}, batches)
