@@ -9,17 +9,18 @@ DINOv2: 2 x 144 + 8 x 60 pixel crops, 65,536 prototypes, drop path 0.3. AstroCLI
 pair; `--features recomputed` runs the frozen encoders in every step, `cached` reads their tokens from a feature cache in a
 temporary folder, checks and converts them, as the phase `read`; both alternate step by step where both are asked for.
 Random inputs and weights, new ones in each step. Medians and percentiles are over steps after the warm-up. Other work on
-the same cores shows in them, so repeat, and compare within a run.
+the same cores shows in them, so repeat, and compare within a run; processor time, of all threads, suffers less from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 import torch
-from common import append_rows
+from common import append_rows, summary
 from step_methods import MODELS, CachedCLIP, CLIPSubject, DINOv2Subject, SpecFormerSubject
 from step_training import Subject, Training, phase_columns
 
@@ -87,15 +88,18 @@ def main() -> None:
 def measure(args: argparse.Namespace, precision: str, device: torch.device, folder: Path) -> None:
     """Time one precision; the subjects take turns."""
     timed = subjects(args, folder)
-    trainings, steps = {}, {name: [] for name in timed}
+    trainings = {}
+    steps, processor = ({name: [] for name in timed} for _ in range(2))
     for name, subject in timed.items():
         torch.manual_seed(0)
         trainings[name] = Training(subject, precision, device, args.batch)
     for number in range(args.warmup + args.repeats):
         for name, training in trainings.items():
+            begin = time.process_time()
             seconds = training.step()
             if number >= args.warmup:
                 steps[name].append(seconds)
+                processor[name].append(1e3 * (time.process_time() - begin) / args.batch)
     rows = []
     for name, subject in timed.items():
         unit = subject.unit
@@ -109,14 +113,17 @@ def measure(args: argparse.Namespace, precision: str, device: torch.device, fold
             f"gflop_per_{unit}": trainings[name].method.flops_per_sample() / 1e9,
             **phase_columns(steps[name], args.batch, subject),
         }
+        if device.type == "cpu":
+            row[f"processor_ms_per_{unit}"] = summary(processor[name]).median
         rows.append(row)
         total = f"ms_per_{unit}"
         spread = f"(20-80 %: {row[f'{total}_p20']:.0f} to {row[f'{total}_p80']:.0f})"
-        print(f"{name} {precision}: {row[total]:.0f} ms a {unit} {spread}")
+        busy = f", {row[f'processor_{total}']:.0f} ms of processor time" if device.type == "cpu" else ""
+        print(f"{name} {precision}: {row[total]:.0f} ms a {unit} {spread}{busy}")
         print("  " + ", ".join(f"{phase} {row[f'{phase}_ms']:.1f}" for phase in subject.phases))
     if len(rows) == 2:
-        first, second = (row["ms_per_pair"] for row in rows)
-        print(f"  {' over '.join(timed)}: {first / second:.2f}")
+        ratios = [rows[0][c] / rows[1][c] for c in ("ms_per_pair", "processor_ms_per_pair") if c in rows[0]]
+        print(f"  {' over '.join(timed)}: {', in processor time '.join(f'{r:.2f}' for r in ratios)}")
     append_rows(args.csv, rows)
 
 

@@ -153,7 +153,8 @@ def tarp(draws: np.ndarray, truth: np.ndarray, rng: np.random.Generator, *, boot
     Around a random reference point of each sample, the ball that reaches the truth holds a fraction f of the draws. For
     a calibrated posterior f is uniform, in any number of dimensions. Parameters are standardised by the truths' mean
     and spread and references are uniform over the truths' range, independent of the sample (so a posterior that
-    ignores its data but equals the prior passes, too: coverage is necessary, not sufficient).
+    ignores its data but equals the prior passes, too: coverage is necessary, not sufficient). A width that is wrong by a
+    factor of two shows at once; a shift partly cancels between references on either side of it, and PIT sees it better.
 
     Args:
         draws: [M, S, P] posterior draws.

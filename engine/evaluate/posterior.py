@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,6 +78,9 @@ def posterior(study: Study, options: PosteriorOptions) -> Outcome:
         raise ValueError("posterior: the study has predictions only; add a set of embeddings")
     train, test = study.rows(study.train_split, *names), study.rows(study.test_split, *names)
     targets, lines = _targets(study, options, train, test)
+    no_redshift = _unusable(study, "redshift", train, test)
+    if options.qp_out is not None and no_redshift:
+        raise ValueError(f"qp_out: p(z) needs redshifts: {no_redshift}")
     theta = np.stack([study.label(t, train) for t in targets], 1)
     truth = np.stack([study.label(t, test) for t in targets], 1)
     known = np.isfinite(truth).all(1)
@@ -106,24 +110,22 @@ def posterior(study: Study, options: PosteriorOptions) -> Outcome:
     lines.append(f"without embeddings, a Gaussian of the training labels: NLL {prior:.2f}")
 
     pdfs: dict[str, RedshiftPDF] = {}
-    if "redshift" in study.survey.labels and (options.panels or options.qp_out):
+    if not no_redshift and (options.panels or options.qp_out):
         for name in names:
             pdfs[name], found = _redshift(study, name, train, test, flows)
             measures += found
-            if options.qp_out is not None:
-                path = options.qp_out / f"{re.sub(r'[^A-Za-z0-9]+', '_', name).strip('_')}.hdf5"
-                key = np.array([str(study.catalogue["key"][int(row)]) for row in test])
-                export_qp(path, pdfs[name], {"key": key, "redshift": study.label("redshift", test)})
-                lines.append(f"p(z) of {len(test)} galaxies from {name}: {path}")
+    keys = [str(study.catalogue["key"][int(row)]) for row in test]
+    if options.qp_out is not None:
+        lines += _export(options.qp_out, pdfs, keys, study.label("redshift", test))
     html = sections(
         targets,
         joints,
         prior=prior,
         truth=truth,
-        known=np.isfinite(truth).all(1),
+        known=known,
         modality={name: study.features[name].modality for name in names},
         vectors={name: study.vectors(name, test) for name in names},
-        keys=[str(study.catalogue["key"][int(row)]) for row in test],
+        keys=keys,
         corners=options.corners,
         seed=flows.seed,
     )
@@ -136,26 +138,41 @@ def _targets(
     study: Study, options: PosteriorOptions, train: np.ndarray, test: np.ndarray
 ) -> tuple[tuple[str, ...], list[str]]:
     """Labels to infer, and what to say about those left out. Labels that were asked for must be usable."""
-    if options.targets:
-        for name in options.targets:
-            study.varying(name, train), study.label(name, test)
-        return options.targets, []
     lines: list[str] = []
     found: list[str] = []
-    for name in PROPERTIES:
-        if name in study.survey.labels:
-            try:
-                study.varying(name, train), study.label(name, test)
-            except ValueError as error:
-                lines.append(f"left out: {error}")
-            else:
-                found.append(name)
+    for name in options.targets or [p for p in PROPERTIES if p in study.survey.labels]:
+        why = _unusable(study, name, train, test)
+        if why and options.targets:
+            raise ValueError(why)
+        if why:
+            lines.append(f"left out: {why}")
+        else:
+            found.append(name)
     if not found:
         raise ValueError(
             f"posterior: the survey has none of {', '.join(PROPERTIES)} to infer; name targets among its labels "
             f"({', '.join(study.survey.labels) or 'none'})"
         )
     return tuple(found), lines
+
+
+def _unusable(study: Study, label: str, train: np.ndarray, test: np.ndarray) -> str:
+    """Why a label can be no target; empty if it can."""
+    try:
+        study.varying(label, train), study.varying(label, test)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _export(folder: Path, pdfs: Mapping[str, RedshiftPDF], keys: Sequence[str], true: np.ndarray) -> list[str]:
+    """Write one qp file a feature set; what to say of them."""
+    paths = {name: folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', name).strip('_')}.hdf5" for name in pdfs}
+    if len(set(paths.values())) != len(paths):
+        raise ValueError(f"qp_out: names of feature sets must differ in letters or digits, got {', '.join(paths)}")
+    for name, path in paths.items():
+        export_qp(path, pdfs[name], {"key": np.array(keys), "redshift": true})
+    return [f"p(z) of {len(keys)} galaxies from {name}: {path}" for name, path in paths.items()]
 
 
 def _redshift(

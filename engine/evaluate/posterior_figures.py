@@ -36,22 +36,26 @@ def colour_of(number: int) -> str:
 
 
 def coverage_chart(coverage: Mapping[str, Coverage]) -> str:
-    """Expected coverage against credibility with bootstrap bands and the diagonal.
+    """Expected coverage against credibility with bootstrap bands, and its distance from the diagonal below.
 
     Args:
         coverage: By feature set.
     """
-    figure, axes = figures.canvas(4.8, 4.6)
-    axes.plot([0, 1], [0, 1], color=figures.MUTED, lw=1, ls=(0, (4, 3)))
+    figure, (top, bottom) = figures.canvas(4.8, 5.8, rows=(3, 1.25))
+    top.plot([0, 1], [0, 1], color=figures.MUTED, lw=1, ls=(0, (4, 3)))
+    bottom.axhline(0, color=figures.MUTED, lw=1, ls=(0, (4, 3)))
     for number, (name, c) in enumerate(coverage.items()):
-        axes.fill_between(c.credibility, c.low, c.high, color=colour_of(number), alpha=0.13, lw=0)
-        axes.plot(c.credibility, c.expected, color=colour_of(number), lw=1.8, label=name)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    axes.set_aspect("equal")
-    axes.set_xlabel("credibility")
-    axes.set_ylabel("expected coverage")
-    axes.legend(frameon=False, fontsize=10.5, labelcolor=figures.INK, loc="upper left")
+        for axes, line in ((top, 0.0), (bottom, c.credibility)):
+            axes.fill_between(c.credibility, c.low - line, c.high - line, color=colour_of(number), alpha=0.13, lw=0)
+            axes.plot(c.credibility, c.expected - line, color=colour_of(number), lw=1.8, label=name)
+    top.set_ylim(0, 1)
+    top.tick_params(labelbottom=False)
+    top.set_ylabel("expected coverage")
+    top.legend(frameon=False, fontsize=10.5, labelcolor=figures.INK, loc="upper left")
+    bottom.set_ylabel("minus credibility")
+    bottom.set_xlabel("credibility")
+    for axes in (top, bottom):
+        axes.set_xlim(0, 1)
     return figures.svg(figure)
 
 
@@ -132,7 +136,8 @@ def corner_chart(
             panel.axvline(truth[column], color=figures.INK, lw=1, ls=(0, (4, 3)))
             if row != column:
                 panel.plot(truth[column], truth[row], marker="+", ms=9, mew=1.6, color=figures.INK)
-            elif row:
+            else:
+                panel.set_ylim(0, 1.1 * max(float(patch.get_xy()[:, 1].max()) for patch in panel.patches))
                 panel.spines["left"].set_visible(False)
     for panel in figure.axes:
         if panel.axison:

@@ -79,7 +79,7 @@ def redshift_section(pdfs: Mapping[str, RedshiftPDF], true: np.ndarray, panels: 
 def _likelihoods(targets: Sequence[str], joints: Mapping[str, Joint], prior: float) -> str:
     values = [*(j.nll.mean for j in joints.values()), prior]
     errors = [*(j.nll.std for j in joints.values()), np.nan]
-    colours = [*(number % len(figures.SERIES) for number in range(len(joints))), 2]
+    colours = [*(number % len(figures.SERIES) for number in range(len(joints))), len(figures.SERIES) - 1]
     dots = figures.interval_chart(values, errors, colours)
     best = min(j.nll.mean for j in joints.values())
     rows = ""

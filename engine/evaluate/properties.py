@@ -179,8 +179,8 @@ def _measures(
         if p.bias:
             out.append(Measure(*names, "tomographic_bias", abs(p.worst.bias), p.worst.error, p.worst.samples))
         for b in p.bias:
-            stratum = f"predicted {p.label} {b.low:.4g} to {b.high:.4g}"
-            out.append(Measure(*names, "mean_bias", b.bias, b.error, b.samples, stratum))
+            where = f"predicted {p.label} {b.low:.4g} to {b.high:.4g}"
+            out.append(Measure(*names, "mean_bias", b.bias, b.error, b.samples, where))
     for c in comparisons:
         d, names = c.difference, (TASK, f"{c.first} > {c.second}", c.label, c.model)
         out.append(Measure(*names, "r2_difference", d.value, d.se, c.samples))
@@ -189,10 +189,11 @@ def _measures(
     models = {p.features: p.model for p in predictions if p.model in (probe, OWN)}
     for one in strata:
         for features, scores in one.scores.items():
+            names = (TASK, features, headline, models[features])
             for stratum, s in zip(one.strata, scores, strict=True):
-                names = (TASK, features, headline, models[features])
-                out.append(Measure(*names, "r2", s.r2, s.r2_se, s.samples, stratum.name))
-                out.append(Measure(*names, "nmad", s.nmad, s.nmad_se, s.samples, stratum.name))
+                for metric in ("r2", "nmad", "mean_bias"):
+                    value, error = getattr(s, metric), getattr(s, f"{metric}_se")
+                    out.append(Measure(*names, metric, value, error, s.samples, stratum.name))
     return out
 
 

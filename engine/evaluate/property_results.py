@@ -234,15 +234,13 @@ def _fit(
     probe: Probe, train: np.ndarray, known: np.ndarray, test: np.ndarray, labels: Sequence[str]
 ) -> dict[str, np.ndarray]:
     # AstroCLIP's perceptrons predict the redshift alone, and all other properties together.
-    alone = [label == REDSHIFT for label in labels]
-    groups = [np.flatnonzero(alone), np.flatnonzero(~np.array(alone))]
-    if not isinstance(probe, JointMLP):
-        groups = [np.arange(len(labels))]
-    found = {}
-    for columns in groups:
-        if len(columns):
-            predicted = probe.predict_jointly(train, known[:, columns], test)
-            found |= {labels[c]: predicted[:, i] for i, c in enumerate(columns)}
+    groups = [list(labels)]
+    if isinstance(probe, JointMLP):
+        groups = [[n for n in labels if n == REDSHIFT], [n for n in labels if n != REDSHIFT]]
+    found: dict[str, np.ndarray] = {}
+    for group in filter(None, groups):
+        predicted = probe.predict_jointly(train, known[:, [labels.index(n) for n in group]], test)
+        found |= dict(zip(group, predicted.T, strict=True))
     return {label: found[label] for label in labels}
 
 

@@ -13,6 +13,9 @@ from armillary.engine.data import codec, feature_fill
 from armillary.engine.data.loader import Loader
 from armillary.engine.data.survey import Survey
 from armillary.engine.frozen import FeatureError, Interrupted, feature_loader, fill_features
+from armillary.models.astroclip import AstroCLIP
+from armillary.models.specformer import SpecFormer
+from armillary.models.vit import ViT
 
 CPU = torch.device("cpu")
 
@@ -274,3 +277,26 @@ def test_a_failure_of_one_rank_is_one_of_all(one_process):
     assert frozen._together(lambda: 3) == [3]
     with pytest.raises(FeatureError, match="data.features: not filled: .*No space left"):
         frozen._together(fail)
+
+
+def test_another_reading_of_the_same_weights_is_refused(run, tmp_path):
+    """AstroCLIP's image tokens with and without positions come from the same parameters."""
+    shapes = {"image": ViT(image_size=8, patch_size=4, dim=16, depth=1, heads=2, drop_path=0.0)}
+    shapes["spectrum"] = SpecFormer(dim=16, depth=1, heads=2, positions=50)
+    nowhere = tmp_path / "weights"  # the trainer would fill them
+
+    def aligned(tokens):
+        config = AstroCLIP(
+            **shapes, image_from=nowhere, spectrum_from=nowhere, embedding=8, heads=2, dropout=0.0, image_tokens=tokens
+        )
+        torch.manual_seed(0)
+        return replace(run, method=config), method_of(replace(run, method=config))
+
+    first, method = aligned("patches")
+    without = losses(first, method, reading_loader(first, method), 6)
+    first, method = aligned("patches")
+    assert method_problems(first, method) == []
+    fill(first, method)
+    assert losses(first, method, feature_loader(first, method, Survey.load(run.data.path), CPU), 6) == without
+    with pytest.raises(FeatureError, match="gives other image_tokens .relative difference .* from a setting"):
+        fill(*aligned("positioned"))

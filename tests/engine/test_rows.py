@@ -13,6 +13,11 @@ from armillary.engine.data.rows import RowLoader, SequentialRowLoader
 from armillary.engine.data.shards import ShardWriter, write_index
 from armillary.engine.data.survey import Statistics, Survey
 
+try:
+    import nvidia.dali
+except ImportError:
+    nvidia = None
+needs_dali = pytest.mark.skipif(nvidia is None, reason="needs nvidia-dali")
 COUNTS = {"train": (7, 1, 12, 5), "test": (3, 2)}
 
 
@@ -76,12 +81,15 @@ def test_one_pass_is_that_of_the_loader_that_reads(survey, described):
     assert len(rows) == 2 and rows.samples == 5
 
 
-@pytest.mark.parametrize("sequential", [SequentialLoader, SequentialRowLoader])
-def test_parts_of_a_pass(survey, sequential):
-    options = {"reader": "webdataset"} if sequential is SequentialLoader else {}
-    loader = sequential(
-        survey, split="train", batch=4, device="cpu", parts=[range(20, 25), range(3, 3), range(0, 2)], **options
-    )
+@pytest.mark.parametrize("reader", [pytest.param("dali", marks=needs_dali), "webdataset", "none"])
+def test_parts_of_a_pass(survey, reader):
+    options = {"split": "train", "batch": 4, "device": "cpu", "parts": [range(20, 25), range(3, 3), range(0, 2)]}
+    if reader == "none":
+        loader = SequentialRowLoader(survey, **options)
+    else:
+        loader = SequentialLoader(survey, reader=reader, **options)
+        for batch in loader:
+            assert torch.equal(batch["image"][:, 0, 0, 0], batch["row"].float())
     assert [rows for rows, _ in named(loader, 9)] == [[20, 21, 22, 23], [24], [0, 1]]
     assert len(loader) == 3 and loader.samples == 7
 
