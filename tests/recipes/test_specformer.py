@@ -75,8 +75,7 @@ def presets():
 
 def specformer(*arguments):
     """Command line of the recipe on two ranks."""
-    command = recipe("--preset", "smoke", "--device", "cpu", "--telemetry.no-tensorboard", *arguments)
-    return [part.replace("dinov2_vitl.py", "specformer.py") for part in command]
+    return recipe("--preset", "smoke", "--device", "cpu", "--telemetry.no-tensorboard", *arguments, name="specformer")
 
 
 def losses(folder: Path) -> list[float]:
