@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.8, help="length of the offset from a centre of length 1 (.8)")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--code-bytes", type=int, help="bytes of a code; by default the plan's")
-    parser.add_argument("--probes", type=int, nargs="*", help="lists to look at; by default the plan's, and 4 times as many")
+    parser.add_argument(
+        "--probes", type=int, nargs="*", help="lists to look at; by default the plan's, and 4 times as many"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/search.csv"), help="rows are appended")
@@ -74,7 +76,9 @@ def main() -> None:
     faiss.omp_set_num_threads(args.threads)
     vectors = make_vectors(args.vectors, args.dimensions, args.clusters, args.spread, 0)
     generator = np.random.default_rng(1)
-    noise = generator.standard_normal((args.queries, args.dimensions), np.float32) * np.float32(0.2 / args.dimensions**0.5)
+    noise = generator.standard_normal((args.queries, args.dimensions), np.float32) * np.float32(
+        0.2 / args.dimensions**0.5
+    )
     queries = unit(vectors[generator.integers(0, len(vectors), args.queries)] + noise)
 
     start = time.perf_counter()
@@ -120,7 +124,9 @@ def main() -> None:
     print(f"computed {computed:.1f} bytes a vector, measured {size:.1f}; peak of the process {peak:.2f} GiB")
     full = Plan.choose(SURVEY, WIDTH)
     print(f"\nComputed, not measured, for {SURVEY:,} vectors of {WIDTH} dimensions: {full}")
-    print(f"  index {full.memory_bytes(SURVEY) / 2**30:.1f} GiB ({full.memory_bytes(SURVEY) / SURVEY:.1f} bytes a vector)")
+    print(
+        f"  index {full.memory_bytes(SURVEY) / 2**30:.1f} GiB ({full.memory_bytes(SURVEY) / SURVEY:.1f} bytes a vector)"
+    )
     print(f"  training vectors, twice, while it is built {8 * full.training * WIDTH / 2**30:.1f} GiB")
     print(f"  vectors kept on disk in half precision {2 * SURVEY * WIDTH / 2**30:.0f} GiB")
     print(f"  an exact index would take {4 * SURVEY * WIDTH / 2**30:.0f} GiB")

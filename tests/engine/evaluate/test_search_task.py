@@ -29,7 +29,7 @@ class Pairs:
     bands: tuple[str, ...] = ("g", "r", "z")
     unit: str = "nanomaggy"
     pixel_scale_arcsec: float | None = 0.262
-    labels = {"redshift": "true", "kind": "text"}  # noqa: RUF012
+    labels = {"redshift": "true", "kind": "text"}
     spectrum = SpectrumRecord(GRID, "1e-17 erg/s/cm2/angstrom")
 
     def __len__(self) -> int:
