@@ -20,11 +20,12 @@ They stay apart from the published runs in these: images are flipped one by one 
 labels, not a network each (`--views.targets redshift` trains one label alone); the last weights count, after a cosine of
 the learning rate down to 0, where there the best epoch on a validation split did, under a constant rate.
 
-Three presets run on a laptop's CPU, on the simulated pairs of galaxies and spectra, about a minute each:
+Three presets run on a laptop's CPU, on 4,000 simulated pairs of galaxies and spectra, a minute or two each on two
+cores. R2 on the 983 test galaxies, as measured:
 
-    --preset smoke                  ResNet18 of width 16 on crops of 48 pixels
-    --preset smoke_conv_attention   the network as published
-    --preset smoke_photometry       likewise
+    --preset smoke                  ResNet18 of width 16, crops of 48 pixels    redshift 0.87, mass 0.83
+    --preset smoke_conv_attention   the network as published                    redshift 0.97, mass 0.88
+    --preset smoke_photometry       likewise                                    redshift 0.84, mass 0.80
 
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 recipes/supervised.py --preset smoke --device cpu \\
         --data.path runs/demo-astroclip/survey

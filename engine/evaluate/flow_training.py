@@ -80,7 +80,8 @@ class FlowOptions:
 PRESETS: dict[str, FlowOptions] = {
     # The text of the paper: 3 to 6 transforms, widths 32 to 128; it names no largest number of epochs.
     "paper": FlowOptions(),
-    # Its released code: element-wise splines, 2 or 3 of them, at most 25 epochs (its splines end at 3 sigma, zuko's at 5).
+    # Its released code: element-wise splines, 2 or 3 of them, at most 25 epochs, for four properties without redshift.
+    # It scales embeddings by one mean and spread, ends its splines at 3 sigma (zuko: 5) and keeps the last weights.
     "released": FlowOptions(
         transforms=(2, 3), hidden=(16, 32), log_hidden=True, independent=True, epochs=25, patience=5
     ),

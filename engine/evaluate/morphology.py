@@ -1,12 +1,12 @@
 """Galaxy Zoo morphology from frozen embeddings: what volunteers would answer, as AstroCLIP tests it.
 
-For each question of the decision tree a perceptron learns the shares of the votes, and is right where its likeliest answer
-is the one that most volunteers gave.
+For each question of the decision tree a perceptron learns the shares of the votes, and is right where its likeliest
+answer is the one that most volunteers gave.
 
-Galaxies that a question was put to: it is put to volunteers who gave the answer that leads to it, so votes on the question
-over votes on the first question are the share of the volunteers who were asked. AstroCLIP's paper trains on galaxies of whose
-volunteers at least half were asked, and so does this; its released code trains on all. Both test on galaxies with more than
-34 votes on the question.
+Galaxies that a question was put to: it is put to volunteers who gave the answer that leads to it, so votes on the
+question over votes on the first question are the share of the volunteers who were asked. AstroCLIP's paper trains on
+galaxies of whose volunteers at least half were asked, and so does this; its released code trains on all. Both test on
+galaxies with more than 34 votes on the question.
 
 Shape legend: N training samples, M test samples of a question, D embedding dimensions, K answers.
 """
@@ -36,11 +36,11 @@ class MorphologyOptions:
 
     Attributes:
         questions: Which of `DECALS_QUESTIONS` to ask; those that the survey has if empty.
-        hidden: Hidden layers of the perceptron: the paper's has four layers and width 128, the released code's hidden layers
-            are 256, 256 and 256.
-        training: How it is trained. A tenth is held out to choose the epoch. Dropout is the released code's; the paper names
-            none. The study's seed takes the place of its own. Every galaxy is drawn once an epoch: the scores weight galaxies
-            equally, so a sampler that favours clear or rare answers would train for something else.
+        hidden: Hidden layers of the perceptron: the paper's has four layers and width 128, the released code's hidden
+            layers are 256, 256 and 256.
+        training: How it is trained. A tenth is held out to choose the epoch. Dropout is the released code's; the paper
+            names none. The study's seed takes the place of its own. Every galaxy is drawn once an epoch: the scores
+            weight galaxies equally, so a sampler that favours clear or rare answers would train for something else.
         asked: Least share of a training galaxy's volunteers that were asked the question.
         min_votes: A test galaxy has more votes on the question than this.
         min_samples: A question is left out that has fewer galaxies to train or to test on.
@@ -86,12 +86,12 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
         options: Which questions and how; the defaults are AstroCLIP's.
 
     Returns:
-        Accuracy and F1 score (mean of the answers' F1 weighted by their galaxies) of every question and set, beside those of
-        always giving the most frequent answer; and their means over questions.
+        Accuracy and F1 score (mean of the answers' F1 weighted by their galaxies) of every question and set, beside
+        those of always giving the most frequent answer; and their means over questions.
 
     Raises:
-        ValueError: The survey has none of the questions, or a named one is missing, none has enough galaxies, or there are no
-            embeddings but predictions only.
+        ValueError: The survey has none of the questions, or a named one is missing, none has enough galaxies, or there
+            are no embeddings but predictions only.
     """
     options = options or MorphologyOptions()
     names = [name for name, features in study.features.items() if not features.targets]
@@ -118,8 +118,8 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
         for metric, value in zip(("accuracy", "f1"), means[:2], strict=True):
             measures.append(Measure(TASK, name, "mean of questions", model, metric, value, samples=len(mine)))
         lines.append(
-            f"{name}: accuracy {means[0]:.3f}, F1 {means[1]:.3f}, means over {len(mine)} questions; the most frequent answer "
-            f"is right in {means[2]:.3f}"
+            f"{name}: accuracy {means[0]:.3f}, F1 {means[1]:.3f}, means over {len(mine)} questions; the most frequent "
+            f"answer is right in {means[2]:.3f}"
         )
     lines += _comparisons(study, results, measures, model)
     section = morphology_section(results, list(study.features), left_out, model, options.min_votes, options.asked)
@@ -162,8 +162,8 @@ def _asked(study: Study, options: MorphologyOptions) -> tuple[list[str], list[st
             found.append(question)
     if not found:
         raise ValueError(
-            f"questions: survey {study.survey.name!r} has none of Galaxy Zoo DECaLS, labels such as {_labels(FIRST)[0]} with "
-            f"{FIRST}_votes; read it with GalaxyZooDecals"
+            f"questions: survey {study.survey.name!r} has none of Galaxy Zoo DECaLS, labels such as "
+            f"{_labels(FIRST)[0]} with {FIRST}_votes; read it with GalaxyZooDecals"
         )
     return found, left_out
 
@@ -264,7 +264,8 @@ def _comparisons(study: Study, results: Sequence[MorphologyResult], measures: li
                 pair = f"{first} > {second}"
                 measures.append(Measure(TASK, pair, question, model, "accuracy_difference", value, error, len(gain)))
             lines.append(
-                f"aligned {one.modality} embeddings ({first}) answer {verdicts.count(1)} of {len(questions)} questions better "
-                f"than unaligned ones ({second}) and {verdicts.count(-1)} worse, the others within 1.96 standard errors"
+                f"aligned {one.modality} embeddings ({first}) answer {verdicts.count(1)} of {len(questions)} questions "
+                f"better than unaligned ones ({second}) and {verdicts.count(-1)} worse, the others within 1.96 "
+                "standard errors"
             )
     return lines

@@ -130,10 +130,11 @@ def morphology_section(
     missing = "".join(f'<li class="note"><b>left out</b><span>{html.escape(t)}</span></li>' for t in left_out)
     return (
         "<h2>What would Galaxy Zoo's volunteers answer?</h2>"
-        f'<p class="quiet">A perceptron on the frozen embeddings ({html.escape(model)}, cross entropy against the shares of '
-        f"votes) is trained on galaxies of whose volunteers {asked:.0%} or more were asked the question, and judged on test "
-        f"galaxies with more than {min_votes:g} votes on it: right where its likeliest answer is that of most volunteers. F1 is "
-        "the mean over answers weighted by their galaxies; dashes mark what always giving the most frequent answer scores. "
+        f'<p class="quiet">A perceptron on the frozen embeddings ({html.escape(model)}, cross entropy against the '
+        f"shares of votes) is trained on galaxies of whose volunteers {asked:.0%} or more were asked the question, and "
+        f"judged on test galaxies with more than {min_votes:g} votes on it: right where its likeliest answer is that "
+        "of most volunteers. F1 is the mean over answers weighted by their galaxies; dashes mark what always giving "
+        "the most frequent answer scores. "
         'Errors are one sigma over test galaxies, and do not hold the scatter between trainings.</p><div class="stack">'
         f'<div class="card">{morphology_chart(results, order)}</div>{table(head, groups)}</div>'
         + (f'<ul class="verdict">{missing}</ul>' if missing else "")

@@ -110,8 +110,8 @@ def train_perceptron(
         A function from inputs [M, D] to outputs [M, K] float64.
 
     Raises:
-        ValueError: A sample is held out of so few that it leaves none to train on or none to choose by, or the loss is not
-            finite in the end.
+        ValueError: A sample is held out of so few that it leaves none to train on or none to choose by, or the loss is
+            not finite in the end.
     """
     count = len(inputs)
     held = round(training.held_out * count)
@@ -141,8 +141,8 @@ def train_perceptron(
                     least, best = float(value), {k: v.clone() for k, v in model.state_dict().items()}
     if not value.isfinite():
         raise ValueError(
-            f"perceptron {'-'.join(map(str, hidden))}: the loss is {value.item()} after {training.epochs} epochs; choose a "
-            "smaller learning_rate"
+            f"perceptron {'-'.join(map(str, hidden))}: the loss is {value.item()} after {training.epochs} epochs; "
+            "choose a smaller learning_rate"
         )
     if best is not None:
         model.load_state_dict(best)

@@ -35,7 +35,7 @@ RESAMPLES = 1000
 BLOCK = 2**21  # numbers that a bootstrap holds at a time, so that a million test samples fit into memory
 
 CATASTROPHIC = 0.15
-"""Size of dz from which on a redshift is a catastrophic error, and their share is eta (Ilbert et al. 2006, A&A 457, 841)."""
+"""Size of dz above which a redshift is a catastrophic error; their share is eta (Ilbert et al. 2006, A&A 457, 841)."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,9 @@ def tomographic_bias(true: np.ndarray, predicted: np.ndarray, *, bins: int = 5) 
     """Mean dz in bins of predicted redshift that hold about equally many galaxies.
 
     These are the bins in which lensing surveys use photometric redshifts, five for the sources of LSST, and their means
-    are what its requirements are about: to be known within 0.002 (1 + z) after one year, 0.001 (1 + z) after ten (LSST DESC
-    Science Requirements Document, arXiv:1809.01669). The bias itself may be larger where it is
-    calibrated. The largest bias of several bins is larger than 0 by chance alone: compare it with its error.
+    are what its requirements are about: to be known within 0.002 (1 + z) after one year, 0.001 (1 + z) after ten (LSST
+    DESC Science Requirements Document, arXiv:1809.01669). The bias itself may be larger where it is calibrated. The
+    largest bias of several bins is larger than 0 by chance alone: compare it with its error.
 
     Args:
         true: [M] redshifts above -1.
@@ -227,8 +227,8 @@ def tomographic_bias(true: np.ndarray, predicted: np.ndarray, *, bins: int = 5) 
         The bins, by increasing redshift.
 
     Raises:
-        ValueError: The arrays are empty, differ in length or hold non-finite numbers, a redshift is -1 or less, or there are
-            fewer samples than bins.
+        ValueError: The arrays are empty, differ in length or hold non-finite numbers, a redshift is -1 or less, or
+            there are fewer samples than bins.
     """
     true, predicted = _checked(true, predicted)
     if not 1 <= bins <= len(true):

@@ -1,6 +1,7 @@
 """Predictors on frozen embeddings: nearest neighbours, ridge regression, small perceptrons.
 
-Neighbours, ridge and `MLP` are scikit-learn's; `JointMLP` predicts several labels at once, some of which may be unknown.
+Neighbours, ridge and `MLP` are scikit-learn's; `JointMLP` predicts several labels at once, some of which may be
+unknown.
 
 Shape legend: N training samples, M test samples, D embedding dimensions, T labels.
 """
@@ -176,7 +177,7 @@ class MLP(Probe):
 
 @dataclass(frozen=True)
 class JointMLP(Probe):
-    """A perceptron that predicts several labels at once: mean square error on standardised labels, unknown ones left out.
+    """A perceptron for several labels at once: mean square error of standardised labels, unknown ones left out.
 
     Attributes:
         hidden: Widths of the hidden layers. AstroCLIP's paper has one of 32, its released code 64 and 64.

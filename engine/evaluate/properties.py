@@ -1,7 +1,7 @@
-"""Galaxy properties from frozen embeddings: redshift, mass, metallicity, age and star formation, as AstroCLIP tests them.
+"""Galaxy properties from frozen embeddings: redshift, mass, metallicity, age, star formation, as AstroCLIP tests them.
 
-Each set of embeddings is judged with nothing fitted but 64 nearest neighbours, and with small perceptrons; predictions of
-supervised models stand beside them. Everything is fitted on the training split and judged on the test split, on the
+Each set of embeddings is judged with nothing fitted but 64 nearest neighbours, and with small perceptrons; predictions
+of supervised models stand beside them. Everything is fitted on the training split and judged on the test split, on the
 galaxies that all feature sets have.
 """
 
@@ -43,8 +43,8 @@ class PropertyOptions:
     """Options of `properties`.
 
     Attributes:
-        labels: What to predict; those of `LABELS` that the survey has if empty. The first is the headline, unless redshift is
-            among them.
+        labels: What to predict; those of `LABELS` that the survey has if empty. The first is the headline, unless
+            redshift is among them.
         neighbours: Of the nearest neighbours, weighted by inverse Euclidean distance of standardised embeddings.
         hidden: Hidden layers of the perceptrons: AstroCLIP's paper has one of 32, its released code 64 and 64.
         training: How the perceptrons are trained; the study's seed takes the place of its own.
@@ -82,12 +82,12 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
         options: What to predict and how; the defaults are AstroCLIP's.
 
     Returns:
-        R2 of every label, set and probe; for redshifts NMAD, biases, outliers, catastrophic errors and the bias in tomographic
-        bins; what alignment brings; the headline label by magnitude and by its true value.
+        R2 of every label, set and probe; for redshifts NMAD, biases, outliers, catastrophic errors and the bias in
+        tomographic bins; what alignment brings; the headline label by magnitude and by its true value.
 
     Raises:
-        ValueError: There is none of the labels, one is constant or unknown in a split, there are fewer training samples than
-            neighbours, or the feature sets share no galaxies.
+        ValueError: There is none of the labels, one is constant or unknown in a split, there are fewer training samples
+            than neighbours, or the feature sets share no galaxies.
     """
     options = options or PropertyOptions()
     labels = options.labels or tuple(label for label in LABELS if label in study.survey.labels)

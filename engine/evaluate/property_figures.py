@@ -94,8 +94,8 @@ def prediction_section(predictions: Sequence[Prediction]) -> str:
     dashes = ", dashes mark the outlier threshold" if label == REDSHIFT else ""
     return (
         f"<h2>Predicted against true {html.escape(label)}</h2>"
-        '<p class="quiet">Each dot is a test galaxy, warmer where they crowd. The line in the lower panel is the running '
-        f'median{dashes}.</p><div class="grid">{cards}</div>'
+        '<p class="quiet">Each dot is a test galaxy, warmer where they crowd. The line in the lower panel is the '
+        f'running median{dashes}.</p><div class="grid">{cards}</div>'
     )
 
 
@@ -116,9 +116,9 @@ def bias_section(predictions: Sequence[Prediction], order: Sequence[str]) -> str
     count = max(len(p.bias) for p in predictions)
     return (
         "<h2>Bias in tomographic bins</h2>"
-        f'<p class="quiet">Mean of (predicted \u2212 true) / (1 + true) in {count} bins of predicted redshift with equally many '
-        "galaxies, with its standard error. Bins of predicted redshift are what a lensing survey can make; in bins of true "
-        f'redshift every regression is biased towards the middle.</p><div class="grid">{cards}</div>'
+        f'<p class="quiet">Mean of (predicted \u2212 true) / (1 + true) in {count} bins of predicted redshift with '
+        "equally many galaxies, with its standard error. Bins of predicted redshift are what a lensing survey can "
+        f'make; in bins of true redshift every regression is biased towards the middle.</p><div class="grid">{cards}</div>'
     )
 
 
@@ -135,9 +135,9 @@ def strata_section(strata: Sequence[Strata], label: str, order: Sequence[str]) -
     by = " and ".join(f"true {html.escape(s.by)}" if s.by == label else html.escape(s.by) for s in strata)
     return (
         f"<h2>Quality by {by}</h2>"
-        '<p class="quiet">In bins of equally many test galaxies, at their median, with bootstrap standard errors. Bins of the true '
-        "label show the mean residual instead of R\u00b2, which compares with a variance that binning removed; the slope is the "
-        "pull of every regression towards the middle.</p>"
+        '<p class="quiet">In bins of equally many test galaxies, at their median, with bootstrap standard errors. Bins '
+        "of the true label show the mean residual instead of R\u00b2, which compares with a variance that binning "
+        "removed; the slope is the pull of every regression towards the middle.</p>"
         f'<div class="card">{strata_chart(strata, label, order)}</div>'
     )
 

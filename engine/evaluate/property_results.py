@@ -102,8 +102,8 @@ class Comparison:
         who = self.first if self.supervised else f"{self.first} against {self.second}"
         return (
             f"aligned {self.modality} embeddings {'beat' if self.better else 'do NOT beat'} {rival}: {self.label} R2 "
-            f"{d.value:+.3f} +- {d.se:.3f}, 95% interval {d.low:+.3f} to {d.high:+.3f} ({who}, {self.model}, {self.samples} "
-            "test samples)"
+            f"{d.value:+.3f} +- {d.se:.3f}, 95% interval {d.low:+.3f} to {d.high:+.3f} ({who}, {self.model}, "
+            f"{self.samples} test samples)"
         )
 
 
@@ -147,8 +147,8 @@ def predict(
         Predictions, by feature set, then probe, then label.
 
     Raises:
-        ValueError: A label is missing, text, unknown or constant in a split, the sets have no galaxies in common, there are
-            too few samples for a probe, or vectors are not finite.
+        ValueError: A label is missing, text, unknown or constant in a split, the sets have no galaxies in common, there
+            are too few samples for a probe, or vectors are not finite.
     """
     train, test = study.rows(study.train_split), study.rows(study.test_split)
     known = np.stack([study.varying(label, train) for label in labels], 1)
@@ -175,8 +175,8 @@ def predict(
 def compare(study: Study, predictions: Sequence[Prediction], model: str, *, resamples: int = 1000) -> list[Comparison]:
     """Hold every set of aligned embeddings against the unaligned and the supervised of its modality.
 
-    Aligned embeddings are those with a shared space (`FeatureSet.space`). A model of catalogue columns, such as magnitudes,
-    is a rival of images.
+    Aligned embeddings are those with a shared space (`FeatureSet.space`). A model of catalogue columns, such as
+    magnitudes, is a rival of images.
 
     Args:
         study: Where the feature sets are from.
@@ -208,8 +208,8 @@ def compare(study: Study, predictions: Sequence[Prediction], model: str, *, resa
 def clear_winners(predictions: Sequence[Prediction], *, resamples: int = 1000, seed: int = 0) -> list[Prediction]:
     """The predictions that are the best of their label and modality by more than chance.
 
-    Each feature set enters with its best probe. The best set wins where the 95% interval of its R2 minus the second set's is
-    above 0; a set alone in its modality wins nothing.
+    Each feature set enters with its best probe. The best set wins where the 95% interval of its R2 minus the second
+    set's is above 0; a set alone in its modality wins nothing.
 
     Args:
         predictions: Of `predict`.

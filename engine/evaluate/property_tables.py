@@ -76,12 +76,13 @@ def table_section(
         if rows:
             groups.append((title, rows))
     train, test = (len(study.rows(split)) for split in (study.train_split, study.test_split))
+    fewer = " (fewer where a label is unknown)" if any(len(p.true) < test for p in predictions) else ""
     return (
         "<h2>How well are galaxy properties predicted?</h2>"
-        f'<p class="quiet">R\u00b2, with bootstrap standard errors over test samples. Neighbours and perceptrons are fitted on '
-        f"the frozen features of {train:,} training samples and judged on {test:,} test samples, those that every feature set "
-        f'has; "{OWN}" are predictions of models trained on labels. Bold: the best of its column and modality, where the 95% '
-        "interval of its difference from the second-best feature set excludes 0.</p>"
+        f'<p class="quiet">R\u00b2, with bootstrap standard errors over test samples. Neighbours and perceptrons are '
+        f"fitted on the frozen features of {train:,} training samples and judged on {test:,} test samples{fewer}, "
+        f'those that every feature set has; "{OWN}" are predictions of models trained on labels. Bold: the best of its '
+        "column and modality, where the 95% interval of its difference from the second-best feature set excludes 0.</p>"
         + table(["Features", *(html.escape(label) for label in labels)], groups)
     )
 
@@ -113,8 +114,8 @@ def comparison_section(comparisons: Sequence[Comparison], headline: str, labels:
         rows.append(cells)
     return (
         f'<h2>What does alignment bring?</h2><ul class="verdict">{verdicts}</ul>'
-        f'<p class="quiet">Below, differences in R\u00b2 ({html.escape(comparisons[0].model)} on embeddings) on the same test '
-        "samples; errors resample both together, and differences whose 95% interval excludes 0 are bold.</p>"
+        f'<p class="quiet">Below, differences in R\u00b2 ({html.escape(comparisons[0].model)} on embeddings) on the '
+        "same test samples; errors resample both together, and differences whose 95% interval excludes 0 are bold.</p>"
         + table(["R\u00b2 difference", *(html.escape(label) for label in labels)], [("", rows)])
     )
 
@@ -160,8 +161,8 @@ def redshift_section(predictions: Sequence[Prediction]) -> str:
     ]
     return (
         f"<h2>Errors of the {REDSHIFT}</h2>"
-        '<p class="quiet">Of dz = (predicted \u2212 true) / (1 + true): NMAD is 1.4826 times its median absolute deviation; its '
-        f"median and mean; the largest mean in {bins} bins of predicted redshift, as lensing surveys cut their samples; the "
-        f"share of outliers (|dz| &gt; {threshold:g}) and of catastrophic errors (|dz| &gt; {CATASTROPHIC:g}). The worst of "
-        "several bins differs from 0 by chance alone.</p>" + table(head, groups)
+        '<p class="quiet">Of dz = (predicted \u2212 true) / (1 + true): NMAD is 1.4826 times its median absolute '
+        f"deviation; its median and mean; the largest mean in {bins} bins of predicted redshift, as lensing surveys "
+        f"cut their samples; the share of outliers (|dz| &gt; {threshold:g}) and of catastrophic errors (|dz| &gt; "
+        f"{CATASTROPHIC:g}). The worst of several bins differs from 0 by chance alone.</p>" + table(head, groups)
     )

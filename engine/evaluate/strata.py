@@ -46,8 +46,8 @@ def quantile_strata(label: str, values: np.ndarray, bins: int, *, least: int = L
     Args:
         label: Column of the catalogue.
         values: [M], NaN where unknown: those samples are in no bin.
-        bins: How many; fewer where a bin would hold fewer than `least` samples. Equal values stay together, and a bin that
-            they leave with fewer than `least` is left out.
+        bins: How many; fewer where a bin would hold fewer than `least` samples. Equal values stay together, and a bin
+            that they leave with fewer than `least` is left out.
         least: Fewest samples of a bin.
 
     Returns:
@@ -86,8 +86,8 @@ def score_strata(
 ) -> list[Scores]:
     """Score predictions in each bin; see `photoz.score`.
 
-    R2 compares with the variance inside a bin, so it is lower there than over all samples, and most of all in bins of the
-    predicted label itself: NMAD is what can be compared between bins.
+    R2 compares with the variance inside a bin, so it is lower there than over all samples, and most of all in bins of
+    the predicted label itself: NMAD is what can be compared between bins.
 
     Args:
         strata: The bins.

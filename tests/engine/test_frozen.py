@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from frozen_toy import AlignConfig, Pairs, frozen_run, make_survey
 from armillary.engine import frozen
 from armillary.engine.checks import method_problems, problems
 from armillary.engine.data import codec, feature_fill
-from armillary.engine.data.loader import Loader
+from armillary.engine.data.loader import Loader, SequentialLoader
 from armillary.engine.data.survey import Survey
 from armillary.engine.frozen import FeatureError, Interrupted, feature_loader, fill_features
+from armillary.engine.trainer import open_loader
+from armillary.engine.zero import Ranks
 from armillary.models.astroclip import AstroCLIP
 from armillary.models.specformer import SpecFormer
 from armillary.models.vit import ViT
@@ -268,6 +271,46 @@ def test_tokens_reach_a_bfloat16_run_in_bfloat16(run):
             for name, x in method.tokens(b).items():
                 assert a[name].dtype == torch.bfloat16
                 torch.testing.assert_close(a[name], x, rtol=0, atol=3e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tokens_on_a_gpu(run, precision):
+    run = replace(run, train=replace(run.train, precision=precision), device="cuda")
+    device, survey = torch.device("cuda"), Survey.load(run.data.path)
+    method = method_of(run).to(device)
+    method = method.bfloat16() if precision == "bf16" else method
+    fill_features(run, method, survey, device)
+    view, read = run.views.build(survey, device), {}
+    for batch in SequentialLoader(
+        run.data.path, split="train", batch=4, device=device, views=view, modalities=run.views.modalities
+    ):
+        for name, x in method.tokens(batch).items():
+            read |= {(name, row): value for row, value in zip(batch["row"].tolist(), x, strict=True)}
+    with feature_loader(run, method, survey, device) as cached:
+        for batch in islice(cached, 6):
+            for name in ("image_tokens", "spectrum_tokens"):
+                wanted = torch.stack([read[name, row] for row in batch["row"].tolist()])
+                torch.testing.assert_close(batch[name], wanted, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "views,modalities,kind",
+    [
+        ({"image": None, "spectrum": False, "columns": ("z",)}, (), "RowLoader"),
+        ({"image": None}, ("spectrum",), "Loader"),
+    ],
+    ids=["columns", "spectra"],
+)
+def test_the_trainer_opens_the_loader_that_the_views_need(run, views, modalities, kind):
+    run = with_data(replace(run, views=replace(run.views, **views)), features=None)
+    assert run.views.modalities == modalities
+    method = SimpleNamespace(prepare=lambda batch, key: batch)
+    with open_loader(run, method, Survey.load(run.data.path), CPU, Ranks(0, 0, 1)) as loader:
+        assert type(loader).__name__ == kind
+        batch = next(loader)
+    assert ("columns" in batch) == (kind == "RowLoader") and ("spectrum" in batch) == (kind == "Loader")
+    assert len(batch["row"]) == run.train.micro_batch
 
 
 def test_a_failure_of_one_rank_is_one_of_all(one_process):

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("zuko", reason="zuko is not installed")
-
 from armillary.engine.evaluate import calibration, flow_training
 from armillary.engine.evaluate.flow_scaling import Scaling
 from armillary.engine.evaluate.flows import PRESETS, FlowEnsemble, FlowOptions

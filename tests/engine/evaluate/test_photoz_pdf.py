@@ -1,8 +1,11 @@
 import h5py
 import numpy as np
 import pytest
+from astropy.table import Table
 from scipy.stats import norm
 
+from armillary.engine.evaluate import calibration
+from armillary.engine.evaluate.flows import PRESETS, FlowEnsemble
 from armillary.engine.evaluate.photoz_pdf import RedshiftPDF, export_qp, redshift_grid, redshift_pdf
 
 Z = np.linspace(0, 1.2, 601)
@@ -65,6 +68,25 @@ def test_density_of_an_ensemble():
     pdf = redshift_pdf(Gaussians(), np.array([[0.4], [0.6]]), Z)
     np.testing.assert_allclose(pdf.mode, [0.4, 0.6], atol=1e-9)
     np.testing.assert_allclose(pdf.cdf, Gaussians().on_grid(np.array([[0.4], [0.6]]), Z)[1], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_real_photometry_gives_calibrated_redshifts(real_data):
+    """CFHTLS ugriz with DEEP2/3 and 3D-HST redshifts to 3: colours leave several peaks."""
+    table = Table.read(real_data / "catalogs" / "combined_catalog.fits.gz")
+    magnitudes = np.stack([np.asarray(table[band], np.float64) for band in "ugriz"], 1)
+    z = np.asarray(table["redshift"], np.float64)
+    order = np.random.default_rng(0).permutation(np.flatnonzero((magnitudes < 40).all(1)))
+    x, z = np.concatenate([magnitudes[:, 2:3], -np.diff(magnitudes, axis=1)], 1)[order], z[order]
+    train, test = slice(0, 4000), slice(4000, 6000)
+    ensemble = FlowEnsemble.fit(x[train], z[train, None], PRESETS["quick"])
+    pdf = redshift_pdf(ensemble, x[test], redshift_grid(z[train]))
+    assert ensemble.nll(x[test], z[test, None]).mixture < 0, "a Gaussian without photometry has 1.42"
+    assert calibration.uniformity(pdf.pit(z[test])).deviation < 2 * calibration.chance_deviation(2000)
+    off = np.abs(pdf.mode - z[test]) / (1 + z[test])
+    assert np.median(off) < 0.03 and (off > 0.15).mean() < 0.08
+    sure = pdf.odds() > np.median(pdf.odds())
+    assert (off[sure] > 0.15).mean() < 0.3 * (off[~sure] > 0.15).mean(), "odds tell which redshifts to trust"
 
 
 def test_redshift_grid_covers_the_known_redshifts():

@@ -4,9 +4,6 @@ import h5py
 import numpy as np
 import pytest
 
-pytest.importorskip("zuko", reason="zuko is not installed")
-pytest.importorskip("corner", reason="corner is not installed")
-
 from armillary.engine.evaluate.flows import FlowOptions
 from armillary.engine.evaluate.joint_posterior import gaussian_nll
 from armillary.engine.evaluate.posterior import PROPERTIES, PosteriorOptions, posterior
