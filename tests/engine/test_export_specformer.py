@@ -47,6 +47,26 @@ def test_checkpoint_is_laid_out_as_lightning_writes_it(trained, tmp_path):
     SpectrumTransformer(SHAPE).load_state_dict(content["state_dict"])
 
 
+class Settings:
+    """Stands for what Lightning pickles beside the weights: settings and whole modules."""
+
+    def __reduce__(self):
+        return (print, ("a pickle was run",))
+
+
+def test_lightning_checkpoints_come_in(trained, tmp_path, capsys):
+    content = {"epoch": 3, "state_dict": trained.encoder.state_dict(), "hyper_parameters": {"backbone": Settings()}}
+    torch.save(content, tmp_path / "specformer.ckpt")
+    fresh = CONFIG.build(INPUTS)
+    init_from_file(fresh, tmp_path / "specformer.ckpt")
+    assert equal_encoders(fresh, trained)
+    assert capsys.readouterr().out == ""
+    content["state_dict"]["extra"] = torch.zeros(2)
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="other.ckpt: does not fit the method: encoder.extra: not in the method"):
+        init_from_file(fresh, tmp_path / "other.ckpt")
+
+
 def test_refusals(trained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"x.pth: a file name ending in .safetensors or .ckpt"):
         export_specformer(tmp_path, tmp_path / "x.pth")

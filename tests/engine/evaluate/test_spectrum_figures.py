@@ -100,7 +100,7 @@ def test_filled_gaps_are_drawn_with_the_lines_in_reach(spectra):
     for name in ("[O II]", "Ca K, H", "Hβ", "[O III]", "Mg b", "Na D", "[O I]", "Hα", "[S II]"):
         assert name in near, name
     assert "Hα" not in far and "Na D" in far and "[O II]" in far  # 6564.6 x 1.55 lies beyond 9824
-    assert "Hβ" not in unknown and "flux (nJy)" in unknown
+    assert "Hβ" not in unknown and "Flux in nJy." in fragment
     for attribute in re.findall(r' d="([^"]*)"', fragment):
         assert not re.search(r"\.\d\d", attribute)
 
