@@ -4,6 +4,7 @@
     armillary embed ...                            embeddings of a survey by a run's encoder
     armillary evaluate ...                         embed and judge, with a report
     armillary report ...                           the report from embeddings that exist
+    armillary search ...                           objects whose embeddings are like that of one
     armillary export ...                           encoder or whole state out of a run
 
 A command is a function with typed arguments in the part that does the work; tyro makes options of them. It is imported
@@ -37,6 +38,7 @@ COMMANDS = {
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
+    "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
     "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
 }
 """Name: (module, function, one line of help)."""

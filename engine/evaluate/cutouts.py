@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from armillary.engine.data import codec
-from armillary.engine.data.shards import Member, read_index
+from armillary.engine.data.shards import Member, Part, read_index
 from armillary.engine.data.spectra import decode_spectrum
 from armillary.engine.data.survey import MODALITIES, Survey
 from armillary.engine.data.surveys.sample import Spectrum
 
-__all__ = ["read_cutouts", "read_spectra"]
+__all__ = ["having", "read_cutouts", "read_spectra"]
 
 
 def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -51,7 +51,33 @@ def read_spectra(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[Spe
     return [decode_spectrum(blob) for blob in _blobs(survey_dir, rows, "spectrum")]
 
 
+def having(survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str) -> list[int]:
+    """Those of the rows whose objects have a modality: "image", "spectrum" or "vectors".
+
+    Args:
+        survey_dir: The survey.
+        rows: Catalogue rows.
+        modality: What they should have.
+
+    Raises:
+        IndexError: There is no such row.
+    """
+    return [row for row, _, part in _parts(survey_dir, rows, modality) if part is not None]
+
+
 def _blobs(survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str) -> Iterator[bytes]:
+    for row, path, part in _parts(survey_dir, rows, modality):
+        if part is None:
+            raise ValueError(f"{survey_dir}: row {row} of catalog.parquet has no {modality}")
+        with open(path, "rb") as f:
+            f.seek(part.offset)
+            yield f.read(part.size)
+
+
+def _parts(
+    survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str
+) -> Iterator[tuple[int, Path, Part | None]]:
+    """Each row with its shard and its blob's place there, None where it has none."""
     survey = Survey.load(survey_dir)
     table = pq.read_table(survey_dir / "catalog.parquet", columns=["shard", "index"])
     shard, place = (table[name].to_numpy() for name in ("shard", "index"))
@@ -60,9 +86,4 @@ def _blobs(survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str) ->
         path = survey_dir / survey.shards[shard[row]].name
         if path not in indices:
             indices[path] = read_index(path.with_suffix(".idx"))
-        part = indices[path][place[row]].part(MODALITIES[modality])
-        if part is None:
-            raise ValueError(f"{survey_dir}: row {row} of catalog.parquet has no {modality}")
-        with open(path, "rb") as f:
-            f.seek(part.offset)
-            yield f.read(part.size)
+        yield int(row), path, indices[path][place[row]].part(MODALITIES[modality])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.engine.evaluate.search import unit
+from armillary.engine.evaluate.search_vectors import unit
 
 __all__ = ["Gains", "Ranks", "bootstrap_error", "closeness", "found_again", "gain_ndcg", "ndcg", "rank_partners"]
 

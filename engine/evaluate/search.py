@@ -27,14 +27,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from armillary.engine.evaluate.embed import METADATA_KEY
 from armillary.engine.evaluate.search_plan import Kind, Plan
+from armillary.engine.evaluate.search_vectors import CHUNK, ORIGIN, VectorFiles, difference, unit
 
-__all__ = ["Answers", "Index", "unit"]
+__all__ = ["Answers", "Index"]
 
-CHUNK = 65_536  # vectors read, normalised and added at a time
 CANDIDATES = 8  # fetched for each answer that is re-ranked
-ORIGIN = ("survey", "fingerprint", "encoder", "readout")  # what must agree for vectors to be comparable
 VERSION = 1
 
 
@@ -72,6 +70,15 @@ class Index:
         """Number of vectors."""
         return len(self.keys)
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a vector has this key."""
+        return int(pc.index(self.keys, pa.scalar(key, pa.large_string())).as_py()) >= 0
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether `vectors` can give them back."""
+        return self._kept is not None or self.plan.kind == "exact"
+
     @property
     def dimensions(self) -> int:
         """D."""
@@ -96,7 +103,8 @@ class Index:
             kind: "exact", "ivfpq", or "auto" (see `Plan.choose`).
             plan: In place of `kind`, every setting.
             metadata: Where the vectors come from.
-            keep: File for the vectors in half precision, with which the candidates of an IVF-PQ index are re-ranked.
+            keep: File for the vectors in half precision, with which the candidates of an IVF-PQ index are re-ranked; an
+                exact index has no use for it.
 
         Raises:
             ValueError: There is nothing to index, shapes disagree, keys repeat, a number is not finite, a vector has no
@@ -112,7 +120,8 @@ class Index:
             for start in range(0, len(vectors), CHUNK):
                 yield vectors[start : start + CHUNK]
 
-        return cls._fill(names, chunks, plan or Plan.choose(len(vectors), vectors.shape[1], kind), metadata or {}, keep)
+        width = vectors.shape[1]
+        return cls._fill(names, width, chunks, plan or Plan.choose(len(names), width, kind), metadata or {}, keep)
 
     @classmethod
     def read_files(
@@ -130,39 +139,15 @@ class Index:
             FileNotFoundError: A file is missing.
             ValueError: As for `build`, or the files are of different surveys, encoders or readouts.
         """
-        if not paths:
-            raise ValueError("paths: need at least one file of embeddings")
-        keys, sizes, metadata = [], set(), None
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no embeddings here; make them with `armillary embed`")
-            try:
-                schema = pq.read_schema(path)
-                sizes.add(schema.field("vector").type.list_size)
-                keys.append(pq.read_table(path, columns=["key"])["key"].cast(pa.large_string()))
-            except (pa.ArrowException, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}: not a file of embeddings (key, split, vector): {error}") from error
-            own = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-            metadata = own if metadata is None else metadata
-            if problem := _difference(metadata, own):
-                raise ValueError(f"{path}: {problem}")
-        if len(sizes) > 1:
-            raise ValueError(f"vectors: all files must have the same dimensions, got {sorted(sizes)}")
-
-        def chunks() -> Iterator[np.ndarray]:
-            for path in paths:
-                # A buffer reads the pages of a column one by one: whole row groups may not fit into memory.
-                with pq.ParquetFile(path, buffer_size=1 << 24) as file:
-                    for batch in file.iter_batches(CHUNK, columns=["vector"]):
-                        yield batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
-
-        names = pa.chunked_array([c for column in keys for c in column.chunks], pa.large_string()).combine_chunks()
-        return cls._fill(names, chunks, plan or Plan.choose(len(names), sizes.pop(), kind), metadata or {}, keep)
+        files = VectorFiles.open(paths)
+        plan = plan or Plan.choose(len(files.keys), files.dimensions, kind)
+        return cls._fill(files.keys, files.dimensions, files.chunks, plan, files.metadata, keep)
 
     @classmethod
     def _fill(
         cls,
         keys: pa.Array,
+        width: int,
         chunks: Callable[[], Iterator[np.ndarray]],
         plan: Plan,
         metadata: Mapping[str, str],
@@ -173,22 +158,27 @@ class Index:
             raise ValueError("vectors: there are none to index")
         if repeated := len(keys) - pc.count_distinct(keys).as_py():
             raise ValueError(f"keys: {repeated} of {len(keys)} repeat; each vector needs its own")
+        if plan.training > len(keys):
+            raise ValueError(f"plan: trains on {plan.training:,} vectors, but there are {len(keys):,}")
+        if plan.dimensions != width:
+            raise ValueError(f"plan: is for {plan.dimensions} dimensions, the vectors have {width}")
         engine = plan.make()
         if plan.kind == "ivfpq":
             chosen = np.zeros(len(keys), bool)
             chosen[np.random.default_rng(0).permutation(len(keys))[: plan.training]] = True
             at, parts = 0, []
             for chunk in chunks():
-                parts.append(chunk[chosen[at : at + len(chunk)]])
+                parts.append(unit(chunk, at)[chosen[at : at + len(chunk)]])
                 at += len(chunk)
-            engine.train(unit(np.concatenate(parts)))
+            engine.train(np.concatenate(parts))
         kept = None
-        if keep is not None:
+        if keep is not None and plan.kind == "ivfpq":
             keep.parent.mkdir(parents=True, exist_ok=True)
+            keep.unlink(missing_ok=True)  # it may be a saved index's file under another name
             kept = np.lib.format.open_memmap(keep, "w+", np.float16, (len(keys), plan.dimensions))
         at = 0
         for chunk in chunks():
-            ready = unit(chunk)
+            ready = unit(chunk, at)
             engine.add(ready)
             if kept is not None:
                 kept[at : at + len(chunk)] = ready
@@ -217,6 +207,8 @@ class Index:
         if not 1 <= k <= most:
             besides = " besides the query" if leave_out is not None else ""
             raise ValueError(f"k: must lie between 1 and the {most} vectors of this index{besides}, got {k}")
+        if leave_out is not None and np.shape(leave_out) != (len(queries),):
+            raise ValueError(f"leave_out: need a row for each of {len(queries)} queries, got {np.shape(leave_out)}")
         ready = unit(queries)
         wanted = k + (leave_out is not None)
         similarity, row = self._candidates(ready, wanted, probes)
@@ -280,7 +272,7 @@ class Index:
         Raises:
             ValueError: They are from another survey, encoder or readout.
         """
-        if problem := _difference(self.metadata, metadata, names):
+        if problem := difference(self.metadata, metadata, names):
             raise ValueError(problem)
 
     def save(self, folder: Path) -> None:
@@ -299,7 +291,7 @@ class Index:
         faiss.write_index(self._engine, str(temporary / "index.faiss"))
         pq.write_table(pa.table({"key": self.keys}), temporary / "keys.parquet")
         if self._kept is not None:
-            shutil.copyfile(str(self._kept.filename), temporary / "vectors.npy")
+            _share(Path(str(self._kept.filename)), temporary / "vectors.npy")
         about = {"version": VERSION, "count": len(self), "plan": asdict(self.plan), "metadata": self.metadata}
         (temporary / "index.json").write_text(json.dumps(about, indent=1) + "\n")
         temporary.rename(folder)
@@ -339,32 +331,9 @@ class Index:
         return index
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors divided by their lengths, [N, D] float32 in C order.
-
-    Raises:
-        ValueError: A number is not finite, or a vector has length zero and so no direction.
-    """
-    vectors = np.asarray(vectors, np.float32)
-    wrong = ~np.isfinite(vectors).all(1)
-    if wrong.any():
-        raise ValueError(f"vectors: {int(wrong.sum())} of {len(vectors)} are not finite, first {int(wrong.argmax())}")
-    # The largest component first: squares of very long or short vectors leave the range of float32.
-    scale = np.abs(vectors).max(1, keepdims=True)
-    if not scale.all():
-        raise ValueError(
-            f"vectors: {int((scale == 0).sum())} of {len(vectors)} are all zero and have no direction, first "
-            f"{int((scale[:, 0] == 0).argmax())}"
-        )
-    scaled = vectors / scale
-    return np.ascontiguousarray(scaled / np.linalg.norm(scaled, axis=1, keepdims=True), np.float32)
-
-
-def _difference(mine: Mapping[str, str], other: Mapping[str, str], names: Sequence[str] = ORIGIN) -> str:
-    """Why two sets of embeddings cannot be compared; empty if they can."""
-    for name in names:
-        if name in mine and name in other and mine[name] != other[name]:
-            return (
-                f"embeddings from another {name}: the index holds those of {mine[name]!r}, these are of {other[name]!r}"
-            )
-    return ""
+def _share(source: Path, target: Path) -> None:
+    """A second name for a file that may be hundreds of GiB; a copy where the file system has no such thing."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

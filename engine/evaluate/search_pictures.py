@@ -16,20 +16,21 @@ from armillary.engine.data.colour import galaxy_picture
 from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.sample import Spectrum
 from armillary.engine.evaluate import pictures
-from armillary.engine.evaluate.cutouts import read_cutouts, read_spectra
+from armillary.engine.evaluate.cutouts import having, read_cutouts, read_spectra
 
 __all__ = ["Tile", "draw_objects", "spectrum_tile", "tile_row"]
 
 SIDE = 120  # of a spectrum's tile
 SHADE, LINE, AXIS = "#0d1420", "#8fc1f2", "#5b6880"  # tiles lie on black in either theme
 BINS = 110  # of a spectrum's curve
+STYLE = "width:100%;height:auto;display:block"
 
 
 class Tile(NamedTuple):
     """One object in a row.
 
     Attributes:
-        picture: HTML of its picture: `draw_objects` makes it.
+        picture: HTML of its picture: `draw_objects` makes it; empty for an object without that modality.
         caption: Lines under it, plain text.
         outlined: Whether it is marked: the query, or its partner.
     """
@@ -45,7 +46,8 @@ def tile_row(tiles: Sequence[Tile], width: int) -> str:
     for tile in tiles:
         text = "<br>".join(html.escape(line) for line in tile.caption if line)
         caption = f"<figcaption>{text}</figcaption>" if text else ""
-        cells.append(f'<figure class="{"query" if tile.outlined else ""}">{tile.picture}{caption}</figure>')
+        picture = tile.picture or _square("", "Not observed")
+        cells.append(f'<figure class="{"query" if tile.outlined else ""}">{picture}{caption}</figure>')
     return f'<div class="row neighbours" style="--n:{width}">{"".join(cells)}</div>'
 
 
@@ -59,12 +61,12 @@ def draw_objects(folder: Path, survey: Survey, modality: str, rows: Sequence[int
         rows: Catalogue rows; they may repeat.
 
     Returns:
-        HTML by row.
+        HTML by row; of objects that have the modality.
 
     Raises:
-        ValueError: An object lacks the modality.
+        ValueError: The survey has no spectra.
     """
-    wanted = sorted({int(row) for row in rows})
+    wanted = having(folder, sorted({int(row) for row in rows}), modality)
     if modality == "spectrum":
         if survey.spectrum is None:
             raise ValueError(f"{folder}: survey {survey.name!r} has no spectra")
@@ -91,7 +93,7 @@ def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> str:
     weight = np.bincount(place, spectrum.ivar.astype(np.float64), bins)
     total = np.bincount(place, spectrum.ivar.astype(np.float64) * np.nan_to_num(spectrum.flux), bins)
     seen = np.flatnonzero(weight > 0)
-    body = f'<rect width="{SIDE}" height="{SIDE}" rx="6" fill="{SHADE}"/>'
+    body = ""
     if len(seen):
         value = total[seen] / weight[seen]
         low, high = min(0.0, float(np.quantile(value, 0.01))), float(np.quantile(value, 0.995))
@@ -102,5 +104,9 @@ def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> str:
         body += f'<path d="M0 {zero:.1f}H{SIDE}" stroke="{AXIS}" stroke-width=".6"/>'
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
         body += f'<polyline points="{points}" fill="none" stroke="{LINE}" stroke-width="1"/>'
-    style = "width:100%;height:auto;display:block"
-    return f'<svg viewBox="0 0 {SIDE} {SIDE}" style="{style}" role="img" aria-label="Spectrum">{body}</svg>'
+    return _square(body, "Spectrum")
+
+
+def _square(body: str, label: str) -> str:
+    back = f'<rect width="{SIDE}" height="{SIDE}" rx="6" fill="{SHADE}"/>'
+    return f'<svg viewBox="0 0 {SIDE} {SIDE}" style="{STYLE}" role="img" aria-label="{label}">{back}{body}</svg>'

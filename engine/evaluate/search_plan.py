@@ -128,11 +128,11 @@ class Plan:
         if self.kind == "exact":
             return faiss.IndexFlatIP(self.dimensions)
         text = f"OPQ{self.code_bytes},IVF{self.lists},PQ{self.code_bytes}"
-        index = faiss.index_factory(self.dimensions, text, faiss.METRIC_INNER_PRODUCT)
-        ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+        index: Any = faiss.index_factory(self.dimensions, text, faiss.METRIC_INNER_PRODUCT)
+        ivf: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
         ivf.do_polysemous_training = False  # reorders codes for a filter that is not used here; takes most of the time
         ivf.pq.cp.max_points_per_centroid = POINTS
-        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+        rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
         rotation.niter, rotation.niter_pq, rotation.niter_pq_0 = OPQ_ROUNDS, OPQ_STEPS, OPQ_ROUNDS
         rotation.max_train_points = POINTS * CODES
         return index
@@ -148,7 +148,8 @@ class Plan:
         """
         import faiss
 
+        library: Any = faiss  # its stubs know no keyword arguments
         probes = self.probes if probes is None else probes
         if not 1 <= probes <= self.lists:
             raise ValueError(f"probes: must lie between 1 and the {self.lists} lists, got {probes}")
-        return faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=probes))
+        return library.SearchParametersPreTransform(index_params=library.SearchParametersIVF(nprobe=probes))

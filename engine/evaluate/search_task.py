@@ -30,6 +30,8 @@ TASK = "search"
 RECALLS = (1, 5, 10)
 DEPTH = 10  # answers that nDCG looks at
 LEAST = 12  # test samples
+DOTS = 1000  # of a scatter; each is a mark of the SVG, so that it takes the page's colours
+NAMES = {f"ndcg@{DEPTH}": f"nDCG@{DEPTH}", "nmad@1": "NMAD@1"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class _Pair:
     rows: np.ndarray  # [M] of the catalogue
     queries: np.ndarray  # [M, D]
     answers: np.ndarray  # [M, D]
-    prefix: str = ""  # of the title, where several spaces are searched
+    named: bool  # by the sets' names in full, where modalities do not tell pairs apart
 
     @property
     def features(self) -> str:
@@ -78,9 +80,8 @@ class _Pair:
     def title(self) -> str:
         if not self.query.space:
             return f"{self.query.name}, within"
-        if self.crosses and self.query.modality == self.answer.modality:
-            return f"{self.prefix}{self.query.name} \u2192 {self.answer.name}"
-        return f"{self.prefix}{self.query.modality} \u2192 {self.answer.modality}"
+        one, other = (f.name if self.named else f.modality for f in (self.query, self.answer))
+        return f"{one} \u2192 {other}"
 
     @property
     def crosses(self) -> bool:
@@ -131,7 +132,8 @@ def search(study: Study, options: SearchOptions | None = None) -> Outcome:
 
 def _pairs(study: Study) -> list[_Pair]:
     sets = [f for f in study.features.values() if not f.targets]
-    several = len({f.space for f in sets if f.space}) > 1
+    modalities = [f.modality for f in sets if f.space]
+    named = len(set(modalities)) < len(modalities)
     pairs = []
     for query in sets:
         for answer in sets:
@@ -148,9 +150,8 @@ def _pairs(study: Study) -> list[_Pair]:
                 raise ValueError(
                     f"search: need {LEAST} test samples or more with {query.name} and {answer.name}, got {len(rows)}"
                 )
-            prefix = f"{query.space}: " if several else ""
             vectors = [study.vectors(f.name, rows) for f in (query, answer)]
-            pairs.append(_Pair(query, answer, rows, vectors[0], vectors[1], prefix))
+            pairs.append(_Pair(query, answer, rows, vectors[0], vectors[1], named))
     return pairs
 
 
@@ -235,14 +236,13 @@ def _line(found: _Found) -> str:
 
 def _table(found: list[_Found], options: SearchOptions, missing: str) -> str:
     columns = [("partner", f"recall@{k}") for k in RECALLS] + [("partner", "MRR"), ("partner", "median rank")]
-    columns += [("partner", f"ndcg@{DEPTH}")]
     labelled = any(f.label is not None for f in found)
     if labelled:
         columns += [(options.label, f"ndcg@{DEPTH}"), (options.label, "nmad@1")]
     if not any(f.ranks for f in found):
         columns = [c for c in columns if c[0] != "partner"]
     name = html.escape(options.label)
-    heads = "".join(f"<th>{m if t == 'partner' else f'{m}, {name}'}</th>" for t, m in columns)
+    heads = "".join(f"<th>{NAMES.get(m, m)}{'' if t == 'partner' else f'<br>{name}'}</th>" for t, m in columns)
     rows = ""
     for one in found:
         for model in ("", "chance"):
@@ -260,7 +260,7 @@ def _table(found: list[_Found], options: SearchOptions, missing: str) -> str:
         away = "|dz| / (1 + z)" if options.label == "redshift" else "a difference"
         text += (
             f" nDCG by {name} asks for answers like the query: gains fall from 1 at an equal {name} to 0 at {away} of "
-            f"{options.tolerance:g}, the query's own object left out in every row; nmad@1 is the scatter of the best such "
+            f"{options.tolerance:g}, the query's own object left out in every row; NMAD@1 is the scatter of the best such "
             f"answer's {name} around the query's."
         )
     if missing:
@@ -275,7 +275,7 @@ def _table(found: list[_Found], options: SearchOptions, missing: str) -> str:
 def _cell(measure: Measure | None) -> str:
     if measure is None:
         return ""
-    form = ".1f" if measure.metric == "median rank" else ".4f" if measure.metric == "nmad@1" else ".3f"
+    form = ".1f" if measure.metric == "median rank" else ".3f"
     if not math.isfinite(measure.error):
         return f'<span class="se">{measure.value:{form}}</span>'
     return f'{measure.value:{form}} <span class="se">\u00b1 {measure.error:{form}}</span>'
@@ -286,19 +286,19 @@ def _agreement(found: list[_Found], options: SearchOptions) -> str:
     if not shown:
         return ""
     cards = ""
-    style: dict[str, Any] = {"s": 8, "linewidths": 0, "alpha": 0.55, "rasterized": True}
+    style: dict[str, Any] = {"s": 8, "linewidths": 0, "alpha": 0.6}
     for one in shown:
         assert one.label is not None and one.nearest is not None
         figure, axes = figures.canvas(4.0, 3.6)
         low, high = float(np.nanmin(one.label)), float(np.nanmax(one.label))
         axes.plot([low, high], [low, high], color=figures.MUTED, lw=1)
-        axes.scatter(one.label, one.nearest, color=figures.SERIES[0 if one.pair.crosses else 1], **style)
+        axes.scatter(one.label[:DOTS], one.nearest[:DOTS], color=figures.SERIES[0 if one.pair.crosses else 1], **style)
         axes.set_xlabel(f"{options.label} of the query")
         axes.set_ylabel(f"{options.label} of the best answer")
         cards += f'<div class="card"><h3>{html.escape(one.pair.title)}</h3>{figures.svg(figure)}</div>'
     name = html.escape(options.label)
     return (
-        f'<h2>Is the best answer at the same {name}?</h2><p class="quiet">Each dot is a query with the most similar other '
+        f'<h2>Is the best answer at the same {name}?</h2><p class="quiet">Each dot is a query (the first {DOTS:,}) with the most similar other '
         f'object; its own partner is left out.</p><div class="grid">{cards}</div>'
     )
 
@@ -334,7 +334,7 @@ def _panels(study: Study, pairs: list[_Pair], options: SearchOptions) -> str:
         value = ""
         if label is not None and np.isfinite(label[row]):
             value = f"{'z' if options.label == 'redshift' else options.label} {label[row]:.3f}"
-        return Tile(drawn[modality][row], (value, note), outlined)
+        return Tile(drawn[modality].get(row, ""), (value, note), outlined)
 
     cards = ""
     for number, query in enumerate(chosen.tolist()):

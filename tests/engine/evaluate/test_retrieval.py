@@ -11,7 +11,7 @@ from armillary.engine.evaluate.retrieval import (
     ndcg,
     rank_partners,
 )
-from armillary.engine.evaluate.search import unit
+from armillary.engine.evaluate.search_vectors import unit
 
 ANGLES = np.radians([0, 10, 20, 90])
 
