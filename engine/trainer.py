@@ -22,8 +22,9 @@ import torch.distributed as dist
 from armillary.engine import checkpoint, portable
 from armillary.engine.checks import method_problems, space_problems
 from armillary.engine.data.survey import Survey
-from armillary.engine.export import export_encoder, fill_encoder, init_from_file
+from armillary.engine.export import export_encoder
 from armillary.engine.frozen import FeatureError, Interrupted, feature_loader, fill_features
+from armillary.engine.initial import fill_encoder, init_from_file
 from armillary.engine.provenance import facts
 from armillary.engine.randomness import seed_everything
 from armillary.engine.record import packages_of, to_json

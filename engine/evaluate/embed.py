@@ -320,7 +320,8 @@ class Encoder:
             FileNotFoundError: There is no such run, or it has no checkpoint.
             ValueError: The survey lacks what the encoder reads, or was taken with other bands, units or wavelengths.
         """
-        from armillary.engine.export import input_mismatch, load_encoder, trained_inputs, trained_pixels
+        from armillary.engine.export import load_encoder, trained_inputs, trained_pixels
+        from armillary.engine.initial import input_mismatch
         from armillary.engine.provenance import survey_fingerprint
         from armillary.engine.run import Run
 

@@ -37,9 +37,10 @@ class _Search(Task):
         return "" if embeddings else "there are no embeddings, only predictions"
 
     def run(self, study: Study, options: StudyOptions, encoders: Sequence[Encoder]) -> Outcome:
-        from armillary.engine.evaluate.search_task import search
+        from armillary.engine.evaluate.search_task import SearchOptions, search
 
-        return search(study)
+        label = options.wanted[0] if options.wanted else SearchOptions().label
+        return search(study, SearchOptions(label=label, resamples=options.common.resamples))
 
 
 class _Properties(Task):

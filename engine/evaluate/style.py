@@ -40,6 +40,7 @@ dl.facts dd { margin: 0; font-size: 15px; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 16px;
         margin: 14px 0; }
 .grid > .card { min-width: 0; }
+.grid > .card:only-child { max-width: 620px; }
 .stack { display: grid; gap: 16px; margin: 14px 0; }
 .overall { font-size: 18px; margin: 0 0 14px; }
 .headline { display: flex; flex-wrap: wrap; gap: 10px 44px; align-items: baseline; margin: 2px 0 14px; }

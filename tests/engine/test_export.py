@@ -13,20 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from armillary.engine import checkpoint
-from armillary.engine import export as export_module
+from armillary.engine import initial as initial_module
 from armillary.engine.checkpoint import CheckpointError
 from armillary.engine.data.stretch import ToRGB, ZScore
 from armillary.engine.data.survey import SpectrumRecord, WaveGrid
 from armillary.engine.export import (
     export_dinov2,
     export_encoder,
-    fill_encoder,
-    init_from_file,
-    input_mismatch,
     load_encoder,
     trained_inputs,
     trained_pixels,
 )
+from armillary.engine.initial import fill_encoder, init_from_file, input_mismatch
 from armillary.models.method import InputSpec, ParameterGroup
 
 PACKAGES = ("armillary", "toy", "tests")
@@ -233,7 +231,7 @@ def test_an_encoder_is_shown_what_it_was_trained_on(vit_run, tmp_path, monkeypat
         fill(vit_run.folder, Seen(ToRGB()), replace(survey, unit="jansky"))
     real = load_encoder
     views = Seen(ZScore())
-    monkeypatch.setattr(export_module, "load_encoder", lambda *a: (real(*a)[0], SimpleNamespace(views=views)))
+    monkeypatch.setattr(initial_module, "load_encoder", lambda *a: (real(*a)[0], SimpleNamespace(views=views)))
     fill(vit_run.folder, Seen(ZScore()), survey)
     with pytest.raises(ValueError, match="stretch: must be that of its training, ZScore.*, got ToRGB"):
         fill(vit_run.folder, Seen(ToRGB()), survey)

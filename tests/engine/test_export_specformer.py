@@ -6,7 +6,8 @@ import toy
 from safetensors.torch import load_file
 
 from armillary.engine import export as export_module
-from armillary.engine.export import export_specformer, fill_encoder, init_from_file
+from armillary.engine.export import export_specformer
+from armillary.engine.initial import fill_encoder, init_from_file
 from armillary.models.method import InputSpec
 from armillary.models.specformer import SpecFormer, SpectrumTransformer
 from armillary.models.specformer_pretraining import SpecFormerPretraining

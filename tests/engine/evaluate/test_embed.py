@@ -22,7 +22,7 @@ from armillary.engine.evaluate.embed import (
     load_pipeline,
     stack_splits,
 )
-from armillary.engine.export import input_mismatch
+from armillary.engine.initial import input_mismatch
 from armillary.models.method import Batch, InputSpec
 
 
