@@ -120,7 +120,7 @@ SMOKE = Run(
         heads=4,
         dropout=0.1,
         gather=True,
-        image_tokens="all",  # an encoder as small as this one knows little of a galaxy without positions
+        image_tokens="patches",
     ),
     views=Objects(
         image=MultiCrop(
@@ -129,7 +129,7 @@ SMOKE = Run(
         spectrum=True,
     ),
     data=Data(path=Path("runs/demo-astroclip/survey"), threads=1, features=Path("runs/demo-astroclip/features")),
-    optim=Optim(lr=1e-3, clip_norm=1.0),
+    optim=Optim(lr=3e-3, clip_norm=1.0),
     schedule=Schedules(learning_rate=Cosine(end=0.0, warmup_steps=50), weight_decay=Constant(0.05)),
     train=Training(steps=800, global_batch=256, micro_batch=128, precision="fp32", zero_stage=2),
     checkpoint=Checkpointing(every_steps=400, keep=2),

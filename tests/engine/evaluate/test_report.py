@@ -366,8 +366,11 @@ def test_run_to_verdict(monkeypatch, survey_dir, run_dir, tmp_path, encoders, ca
     """`armillary evaluate` and `embed` with the real loader; only the encoder is a toy."""
     survey = Survey.load(survey_dir)
     view = asinh_pixels(survey)
-    views = types.SimpleNamespace(build=lambda survey, device: lambda batch, key: Batch(global_crops=batch["image"]))
+    views = types.SimpleNamespace(
+        build=lambda survey, device: lambda batch, key: Batch(global_crops=batch["image"]), modalities=("image",)
+    )
     run = types.SimpleNamespace(views=views)
+    monkeypatch.setattr(cli.Run, "load", lambda folder: run)
 
     def load_pipeline(folder, survey, device, *, trained=True, readout=None):
         return Pipeline(view, encoders[0 if trained else 1], readout), {"run": "toy", "trained": str(trained)}, run
