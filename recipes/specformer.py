@@ -19,8 +19,10 @@ Where the paper and the released code differ, both are presets:
                        released
 
 One preset runs on a laptop's CPU, on the simulated pairs of galaxies and spectra: 98 windows four times as wide, which know
-continua and not single lines. 800 steps are 5 minutes of processor time, on two threads; from the mean token, 16 nearest
-neighbours (standardised) find the redshift of test galaxies with R2 = SMOKE_R2, from that of the untrained encoder .18.
+continua and not single lines. 800 steps are 5 minutes of processor time, on two threads. Measured on 983 test galaxies, seeds
+0 and 1: 16 nearest neighbours of the mean token (standardised) know the redshift with R2 .65 and .73, those of the untrained
+encoder with .18; hidden pixels are filled in with an error of .813 of the spectra's variance, where the mean of a spectrum has
+.987, a straight line .821, and the noise alone .768.
 
     --preset smoke
 
