@@ -113,7 +113,7 @@ SMOKE = Run(
     name="astroclip_smoke",
     method=AstroCLIP(
         image=ViT(channels=3, image_size=24, patch_size=4, dim=96, depth=4, heads=3, layer_scale=1.0, drop_path=0.0),
-        spectrum=SpecFormer(dim=96, depth=4, heads=3, window=80, step=80, positions=100),
+        spectrum=SpecFormer(dim=96, depth=4, heads=3, window=80, step=40, positions=200),
         image_from=Path("runs/demo-astroclip/dinov2"),
         spectrum_from=Path("runs/demo-astroclip/specformer"),
         embedding=128,

@@ -73,15 +73,15 @@ PAPER = replace(
 SMOKE = Run(
     name="specformer_smoke",
     method=SpecFormerPretraining(
-        encoder=SpecFormer(dim=96, depth=4, heads=3, window=80, step=80, positions=100),
+        encoder=SpecFormer(dim=96, depth=4, heads=3, window=80, step=40, positions=200),
         chunks=6,
-        chunk_tokens=6,
+        chunk_tokens=12,
     ),
     views=Objects(spectrum=True),
     data=Data(path=Path("runs/demo-astroclip/survey"), threads=1),
-    optim=Optim(lr=3e-3, betas=(0.9, 0.95), clip_norm=1.0),
+    optim=Optim(lr=2e-3, betas=(0.9, 0.95), clip_norm=1.0),
     schedule=Schedules(learning_rate=Cosine(end=0.0, warmup_steps=50), weight_decay=Constant(0.1)),
-    train=Training(steps=800, global_batch=32, micro_batch=16, precision="fp32"),
+    train=Training(steps=900, global_batch=32, micro_batch=16, precision="fp32"),
     checkpoint=Checkpointing(every_steps=400, keep=2),
 )
 
