@@ -114,8 +114,8 @@ def test_presets_fit_spectra_of_desi(presets, survey, tmp_path):
         assert preset.method.problems(preset.views.input_spec(described)) == [], name
         assert from_json(json.loads(json.dumps(to_json(preset)))) == preset, name
     smoke = replace(presets["SMOKE"], device="cpu", data=replace(presets["SMOKE"].data, path=survey), out=tmp_path)
-    found = problems(smoke, 2)  # 400 pixels are 5 windows of 80
-    assert found == ["method.chunks: must leave parts of at least 2 tokens, of a spectrum's 6, got 6"]
+    found = problems(smoke, 2)  # 400 pixels are 9 windows of 80
+    assert found == ["method.chunks: must leave parts of at least 2 tokens, of a spectrum's 10, got 6"]
     dark = replace(Survey.load(survey), spectrum=None, bands=("g",))
     assert any(p.startswith("views.spectrum: needs a survey with spectra") for p in smoke.views.problems(dark))
 
