@@ -206,7 +206,7 @@ def _lines(
     labels: Sequence[str],
 ) -> list[str]:
     out = [
-        f"{headline} from {p.features} ({p.model}): R2 {p.r2:.3f} +- {p.r2_se:.3f}"
+        f"{headline} from {p.features} ({p.model}): R2 {p.r2:.3f} ± {p.r2_se:.3f}"
         + (f", NMAD {p.scores.nmad:.4f}, catastrophic {p.scores.catastrophic:.1%}" if p.scores else "")
         for p in heads
     ]

@@ -102,7 +102,7 @@ class Comparison:
         who = self.first if self.supervised else f"{self.first} against {self.second}"
         return (
             f"aligned {self.modality} embeddings {'beat' if self.better else 'do NOT beat'} {rival}: {self.label} R2 "
-            f"{d.value:+.3f} +- {d.se:.3f}, 95% interval {d.low:+.3f} to {d.high:+.3f} ({who}, {self.model}, "
+            f"{d.value:+.3f} ± {d.se:.3f}, 95% interval {d.low:+.3f} to {d.high:+.3f} ({who}, {self.model}, "
             f"{self.samples} test samples)"
         )
 

@@ -99,7 +99,7 @@ def comparison_section(comparisons: Sequence[Comparison], headline: str, labels:
         return ""
     verdicts = "".join(
         f'<li class="{"yes" if c.better else "no"}"><b>{"better" if c.better else "not better"}</b>'
-        f"<span>{html.escape(str(c)).replace('+-', '&plusmn;')}</span></li>"
+        f"<span>{html.escape(str(c))}</span></li>"
         for c in comparisons
         if c.label == headline
     )

@@ -59,7 +59,7 @@ def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
     measures = fill_scores(flux, weight, filled, hidden, features=encoder.run.name, edge=network.shape.window)
     error = {m.model: m for m in measures}
     line = (
-        f"gaps of {CHUNKS} x {width} windows filled with a squared error of {error['model'].value:.3f} +- "
+        f"gaps of {CHUNKS} x {width} windows filled with a squared error of {error['model'].value:.3f} ± "
         f"{error['model'].error:.3f} of a spectrum's variance; its mean gives {error['mean'].value:.3f}, a straight line "
         f"{error['interpolation'].value:.3f}, the noise alone {error['noise'].value:.3f} ({error['model'].samples} spectra)"
     )

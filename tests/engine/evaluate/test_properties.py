@@ -103,7 +103,7 @@ def test_tomographic_bias_is_the_largest_of_the_bins(outcome):
 
 def test_alignment_is_told_whether_it_helps_or_not(outcome):
     text = "\n".join(outcome.lines)
-    assert re.search(r"aligned image embeddings beat unaligned ones: redshift R2 \+0\.\d+ \+- 0\.\d+", text)
+    assert re.search(r"aligned image embeddings beat unaligned ones: redshift R2 \+0\.\d+ ± 0\.\d+", text)
     assert "aligned spectrum embeddings do NOT beat unaligned ones" in text
     assert "aligned image embeddings do NOT beat ResNet18, which was trained on labels" in text
     assert "aligned image embeddings beat photometry MLP, which was trained on labels" in text

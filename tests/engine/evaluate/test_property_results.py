@@ -114,7 +114,7 @@ def test_rivals_of_aligned_embeddings(study):
     [
         (
             Difference(0.08, 0.01, 0.06, 0.1),
-            "aligned image embeddings beat unaligned ones: redshift R2 +0.080 +- 0.010, ",
+            "aligned image embeddings beat unaligned ones: redshift R2 +0.080 ± 0.010, ",
         ),
         (
             Difference(0.01, 0.01, -0.01, 0.03),
