@@ -217,6 +217,7 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
         device: Where batches are delivered.
     """
     from armillary.engine.data.loader import SequentialLoader
+    from armillary.engine.data.rows import SequentialRowLoader
 
     if not isinstance(view, EvalView):
         return SequentialLoader(folder, split=split, batch=batch, device=device, modalities=("image",))
@@ -224,9 +225,7 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
         return SequentialLoader(
             folder, split=split, batch=batch, device=device, modalities=view.modalities, packed=view.packed
         )
-    table: Any = pq.read_table(folder / "catalog.parquet", columns=["split"])
-    rows = np.flatnonzero(np.array(table["split"].to_pylist()) == split)
-    return [Batch(row=torch.from_numpy(part).to(device)) for part in np.split(rows, range(batch, len(rows), batch))]
+    return SequentialRowLoader(folder, split=split, batch=batch, device=device)
 
 
 def first_samples(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
