@@ -16,8 +16,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from armillary.engine.evaluate.embed import Embeddings as Embeddings
-    from armillary.engine.evaluate.embed import Encoder as Encoder
+    from armillary.engine.evaluate.embeddings import Embeddings as Embeddings
+    from armillary.engine.evaluate.encoder import Encoder as Encoder
     from armillary.engine.evaluate.options import StudyOptions as StudyOptions
     from armillary.engine.evaluate.search import Index as Index
     from armillary.engine.evaluate.study import FeatureSet as FeatureSet
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from armillary.engine.evaluate.study_runs import run_tasks as run_tasks
 
 _HOME = {
-    "Embeddings": "embed",
-    "Encoder": "embed",
+    "Embeddings": "embeddings",
+    "Encoder": "encoder",
     "FeatureSet": "study",
     "Index": "search",
     "Study": "study",

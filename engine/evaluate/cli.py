@@ -13,7 +13,9 @@ import torch
 import tyro
 
 from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate.embed import Embeddings, embed_readouts, load_pipeline, open_batches, stack_splits
+from armillary.engine.evaluate.embed import embed_readouts, open_batches
+from armillary.engine.evaluate.embeddings import Embeddings, stack_splits
+from armillary.engine.evaluate.encoder import load_pipeline
 from armillary.engine.evaluate.evaluate import evaluate_embeddings, evaluate_run
 from armillary.engine.evaluate.evaluation import TRAINED, UNTRAINED, Verdict
 from armillary.engine.evaluate.logbook import Logbook

@@ -17,7 +17,9 @@ from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.baselines import PixelPCA, View, asinh_pixels
 from armillary.engine.evaluate.collapse import assess
 from armillary.engine.evaluate.cutouts import read_cutouts
-from armillary.engine.evaluate.embed import Embeddings, Pipeline, embed, first_samples, load_pipeline, stack_splits
+from armillary.engine.evaluate.embed import Pipeline, embed, first_samples
+from armillary.engine.evaluate.embeddings import Embeddings, stack_splits
+from armillary.engine.evaluate.encoder import load_pipeline
 from armillary.engine.evaluate.evaluation import (
     PCA_ASINH,
     PCA_FEW,

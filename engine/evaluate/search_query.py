@@ -15,7 +15,8 @@ import torch
 from armillary.engine.data.sources import open_source
 from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.sample import Sample, Source, spectrum_of
-from armillary.engine.evaluate.embed import Encoder, Pipeline, embed_readouts
+from armillary.engine.evaluate.embed import Pipeline, embed_readouts
+from armillary.engine.evaluate.encoder import Encoder
 from armillary.engine.evaluate.search import Index
 from armillary.engine.evaluate.search_vectors import read_vector
 from armillary.models.method import Batch

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from armillary.engine.evaluate.embed import METADATA_KEY
+from armillary.engine.evaluate.embeddings import METADATA_KEY
 
 __all__ = ["CHUNK", "ORIGIN", "VectorFiles", "difference", "read_vector", "unit"]
 

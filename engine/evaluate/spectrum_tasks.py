@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from armillary.engine.data.loader import SequentialLoader
-from armillary.engine.evaluate.embed import Encoder
+from armillary.engine.evaluate.encoder import Encoder
 from armillary.engine.evaluate.spectrum_figures import attention_over_wavelength, fill_scores, mask_filling
 from armillary.engine.evaluate.study import Outcome, Study
 from armillary.models.astroclip import AstroCLIPMethod

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate.embed import Embeddings
+from armillary.engine.evaluate.embeddings import Embeddings
 
 __all__ = ["FeatureSet", "Measure", "Modality", "Outcome", "Study"]
 

@@ -12,15 +12,9 @@ import numpy as np
 import torch
 
 from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate.embed import (
-    Embeddings,
-    Encoder,
-    Pipeline,
-    embed_readouts,
-    first_samples,
-    open_batches,
-    stack_splits,
-)
+from armillary.engine.evaluate.embed import Pipeline, embed_readouts, first_samples, open_batches
+from armillary.engine.evaluate.embeddings import Embeddings, stack_splits
+from armillary.engine.evaluate.encoder import Encoder
 from armillary.engine.evaluate.logbook import Logbook
 from armillary.engine.evaluate.options import StudyOptions
 from armillary.engine.evaluate.study import FeatureSet, Outcome, Study

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate.embed import Encoder
+from armillary.engine.evaluate.encoder import Encoder
 from armillary.engine.evaluate.options import StudyOptions
 from armillary.engine.evaluate.study import Outcome, Study
 from armillary.models.method import Method

@@ -17,7 +17,8 @@ from armillary.engine.data.shards import ShardWriter, write_index
 from armillary.engine.data.stretch import AsinhWhiten, Identity, ToRGB, ZScore
 from armillary.engine.data.survey import Statistics, Survey
 from armillary.engine.evaluate import cli
-from armillary.engine.evaluate.embed import Embeddings, Pipeline, embed
+from armillary.engine.evaluate.embed import Pipeline, embed
+from armillary.engine.evaluate.embeddings import Embeddings
 
 SHAPE = (3, 14, 13)
 SPLITS = {"train": 8, "test": 5}

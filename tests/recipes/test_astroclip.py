@@ -13,7 +13,8 @@ from armillary.engine.checks import problems
 from armillary.engine.data.build import build
 from armillary.engine.data.simulate_pairs import SimulatedPairs
 from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate.embed import embed_readouts, load_pipeline, open_batches
+from armillary.engine.evaluate.embed import embed_readouts, open_batches
+from armillary.engine.evaluate.encoder import load_pipeline
 from armillary.engine.export import load_encoder
 from armillary.engine.run import Run
 from armillary.models.method import InputSpec

@@ -18,7 +18,8 @@ from armillary.engine.checks import problems
 from armillary.engine.data.build import build
 from armillary.engine.data.survey import SpectrumRecord, Survey, WaveGrid
 from armillary.engine.data.surveys.sample import Sample, Spectrum
-from armillary.engine.evaluate.embed import embed, load_pipeline, open_batches
+from armillary.engine.evaluate.embed import embed, open_batches
+from armillary.engine.evaluate.encoder import load_pipeline
 from armillary.engine.export import load_encoder
 from armillary.engine.record import from_json, to_json
 from armillary.engine.run import Run

@@ -12,7 +12,7 @@ import torch
 from armillary.engine.data.build import build
 from armillary.engine.data.survey import SpectrumRecord, Statistics, Survey, WaveGrid
 from armillary.engine.data.surveys.sample import Sample, Spectrum
-from armillary.engine.evaluate.embed import Embeddings
+from armillary.engine.evaluate.embeddings import Embeddings
 from armillary.engine.evaluate.study import FeatureSet, Study
 
 

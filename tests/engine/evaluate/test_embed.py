@@ -13,15 +13,9 @@ from torch import nn
 from armillary.engine.data.eval_view import EvalView
 from armillary.engine.data.survey import Statistics, Survey
 from armillary.engine.evaluate.baselines import PixelPCA, asinh_pixels
-from armillary.engine.evaluate.embed import (
-    Embeddings,
-    Pipeline,
-    embed,
-    embed_readouts,
-    encoder_digest,
-    load_pipeline,
-    stack_splits,
-)
+from armillary.engine.evaluate.embed import Pipeline, embed, embed_readouts
+from armillary.engine.evaluate.embeddings import Embeddings, stack_splits
+from armillary.engine.evaluate.encoder import encoder_digest, load_pipeline
 from armillary.engine.initial import input_mismatch
 from armillary.models.method import Batch, InputSpec
 

@@ -14,7 +14,8 @@ from armillary.engine.evaluate import cli
 from armillary.engine.evaluate import evaluate as evaluate_module
 from armillary.engine.evaluate.baselines import asinh_pixels
 from armillary.engine.evaluate.cutouts import read_cutouts
-from armillary.engine.evaluate.embed import Embeddings, Pipeline
+from armillary.engine.evaluate.embed import Pipeline
+from armillary.engine.evaluate.embeddings import Embeddings
 from armillary.engine.evaluate.evaluate import embed_features, evaluate_embeddings
 from armillary.engine.evaluate.evaluation import PCA_ASINH, PCA_INPUT, TRAINED, UNTRAINED, judge_label
 from armillary.engine.evaluate.logbook import Logbook, flatten

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from armillary.engine.evaluate.embed import Embeddings
+from armillary.engine.evaluate.embeddings import Embeddings
 from armillary.engine.evaluate.retrieval import found_again
 from armillary.engine.evaluate.search import Index
 from armillary.engine.evaluate.search_plan import Plan

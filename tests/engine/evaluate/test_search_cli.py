@@ -15,7 +15,8 @@ from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.packed import PackedSurvey
 from armillary.engine.data.unpack import unpack
 from armillary.engine.evaluate.cutouts import read_cutouts
-from armillary.engine.evaluate.embed import Embeddings, encoder_digest
+from armillary.engine.evaluate.embeddings import Embeddings
+from armillary.engine.evaluate.encoder import encoder_digest
 from armillary.engine.evaluate.search import Index
 from armillary.models.method import InputSpec, Readout
 

@@ -11,7 +11,7 @@ from armillary.engine.data.survey import Survey
 from armillary.engine.data.surveys.packed import PackedSurvey
 from armillary.engine.data.surveys.sample import Spectrum
 from armillary.engine.evaluate.cutouts import read_cutouts, read_spectra
-from armillary.engine.evaluate.embed import Embeddings
+from armillary.engine.evaluate.embeddings import Embeddings
 from armillary.engine.evaluate.search_pictures import Tile, draw_objects, spectrum_tile, tile_row
 from armillary.engine.evaluate.search_task import SearchOptions, search
 from armillary.engine.evaluate.study import FeatureSet, Study
