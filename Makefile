@@ -67,10 +67,10 @@ demo-astroclip: install
 	$(BIN)/armillary evaluate $(PAIRS)/astroclip --data $(PAIRS)/survey --out $(PAIRS) \
 	  --compare $(PAIRS)/resnet18 $(PAIRS)/conv_attention $(PAIRS)/photometry
 
-# A process a core; those that start processes of their own come after, alone.
+# A process a core; then those tests that start processes of their own, mostly two, so half as many at a time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
-	$(BIN)/python -m pytest -q -m dist
+	$(BIN)/python -m pytest -q -n $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // 2))') --dist loadfile -m dist
 
 soak: install
 	$(BIN)/python tests/soak.py
