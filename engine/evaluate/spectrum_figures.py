@@ -184,8 +184,8 @@ def attention_over_wavelength(
 ) -> str:
     """Where the heads of a pooling look in spectra, one card each, as HTML.
 
-    Weights are drawn over the middle of their windows, in units of an even share, all heads on one scale; what the token of
-    mean and deviation gets is printed.
+    Weights are drawn over the middle of their windows, in units of an even share, each head on a scale of its own; what the
+    token of mean and deviation gets is printed.
 
     Args:
         wave: [L] angstrom, observed, vacuum.
@@ -215,12 +215,11 @@ def attention_over_wavelength(
         _name_lines(rows[0], wave, float(z))
         rows[0].tick_params(labelbottom=False)
         share = weights[i] * tokens
-        top = max(float(share[:, 1:].max()), 1e-9) * 1.08
         for h, axes in enumerate(rows[1:]):
             colour = SERIES[h % len(SERIES)]
             axes.fill_between(middle, share[h, 1:], color=colour, alpha=0.75, lw=0)
             axes.set_xlim(wave[0], wave[-1])
-            axes.set_ylim(0, top)
+            axes.set_ylim(0, max(float(share[h, 1:].max()), 1e-9) * 1.08)
             axes.tick_params(labelbottom=h == heads - 1)
             axes.set_ylabel(f"head {h + 1}", rotation=0, ha="right", va="center")
             said = f"mean and deviation: {weights[i, h, 0]:.1%}"
