@@ -103,6 +103,8 @@ def evaluate(
 
         if readout is not None:
             raise ValueError(f"readout: a study takes all of the method's embeddings, got {readout!r}")
+        if options.common.redshift is not None:
+            raise ValueError("redshift: a study knows the redshift by the label's name; leave it out")
         outcomes = evaluate_study((run, *compare), data, folder, options, device=where, batch=batch)
         print(
             "\n".join(

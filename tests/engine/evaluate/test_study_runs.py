@@ -179,4 +179,6 @@ def test_the_command_chooses_between_one_encoder_and_a_study(runs, tasks, survey
     assert command(["evaluate", one, "--compare", two, "-o", str(tmp_path / "o"), "--device", "cpu"]) == 0
     assert command(["evaluate", one, "--compare", two, "--readout", "flux", "--device", "cpu"]) == 2
     assert "a study takes all of the method's embeddings" in capsys.readouterr().err
+    assert command(["evaluate", one, "--compare", two, "--redshift", "True", "--device", "cpu"]) == 2
+    assert "a study knows the redshift by the label's name" in capsys.readouterr().err
     assert torch.is_grad_enabled()
