@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +113,19 @@ def run_tasks(
         options: Their options.
         encoders: For the tasks that show an encoder at work (masking, attention).
     """
-    return [task.run(study, options, encoders) for name, task in TASKS.items() if name in tasks]
+    with _one_thread():
+        return [task.run(study, options, encoders) for name, task in TASKS.items() if name in tasks]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The perceptrons and flows of the tasks are too small to share: threads make them several times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _chosen(options: StudyOptions, survey: Survey, methods: Sequence[Method]) -> list[str]:

@@ -93,6 +93,7 @@ class Count(study_tasks.Task):
     """Counts the samples."""
 
     def run(self, study, options, encoders):
+        assert torch.get_num_threads() == 1
         count = len(study.rows("test"))
         measure = Measure("count", "fluxes", "", "", "samples", float(count), samples=count)
         return Outcome("count", (measure,), (f"{count} & counting",), ("<h2>Counted</h2>",))
@@ -114,7 +115,11 @@ def tasks(monkeypatch):
 
 
 def test_report_and_numbers(runs, tasks, survey_dir, tmp_path, capsys):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     outcomes = evaluate_study(runs[0], survey_dir, tmp_path / "out", StudyOptions())
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
     assert [o.task for o in outcomes] == ["count"]
     assert "never is left out: it never is" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text()
