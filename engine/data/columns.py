@@ -15,7 +15,14 @@ from torch import Tensor
 
 from armillary.engine.data.survey import Survey
 
-__all__ = ["Columns", "column_problems"]
+__all__ = ["Columns", "column_problems", "numbers"]
+
+
+def numbers(column: Any) -> np.ndarray | None:
+    """[N] float64 values of a catalogue's column (a pyarrow array), NaN where unknown; None if it holds no numbers."""
+    if not str(column.type).startswith(("float", "double", "int", "uint", "bool")):
+        return None
+    return column.to_numpy().astype(np.float64)
 
 
 def column_problems(survey: Survey, field: str, names: tuple[str, ...]) -> list[str]:
@@ -78,10 +85,10 @@ class Columns:
             chosen[:] = True
         values = np.empty((len(table), len(names)))
         for place, name in enumerate(names):
-            column = table[name]
-            if not str(column.type).startswith(("float", "double", "int", "uint", "bool")):
-                raise ValueError(f"column {name!r} must hold numbers, got {column.type}")
-            values[:, place] = column.to_numpy().astype(np.float64)
+            found = numbers(table[name])
+            if found is None:
+                raise ValueError(f"column {name!r} must hold numbers, got {table[name].type}")
+            values[:, place] = found
             if not np.isfinite(values[chosen, place]).any():
                 raise ValueError(f"column {name!r} is unknown for all {chosen.sum()} samples of split {split!r}")
         values[~np.isfinite(values)] = np.nan

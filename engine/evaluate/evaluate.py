@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from armillary.engine.data.colour import galaxy_picture
+from armillary.engine.data.columns import numbers
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.baselines import PixelPCA, View, asinh_pixels
 from armillary.engine.evaluate.collapse import assess
@@ -262,9 +263,10 @@ def _label(survey: Survey, catalogue: object, label: str) -> tuple[np.ndarray | 
         have = ", ".join(survey.labels) or "none"
         return None, f"The survey has no label {label!r}, so nothing was predicted. Its labels: {have}."
     column = catalogue[label]  # type: ignore[index]
-    if not str(column.type).startswith(("float", "double", "int", "uint", "bool")):
+    values = numbers(column)
+    if values is None:
         return None, f"The label {label!r} is text ({column.type}), so it was not predicted."
-    return column.to_numpy().astype(np.float64), ""
+    return values, ""
 
 
 def _inputs(

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from armillary.engine.data.columns import numbers
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.embeddings import Embeddings
 
@@ -229,10 +230,9 @@ class Study:
         """
         if name not in self.survey.labels:
             raise ValueError(f"label {name!r}: the survey's labels are {', '.join(self.survey.labels) or 'none'}")
-        column = self.catalogue[name]
-        if not str(column.type).startswith(("float", "double", "int", "uint", "bool")):
-            raise ValueError(f"label {name!r}: must be numbers, got {column.type}")
-        values = column.to_numpy().astype(np.float64)
+        values = numbers(self.catalogue[name])
+        if values is None:
+            raise ValueError(f"label {name!r}: must be numbers, got {self.catalogue[name].type}")
         values = values if rows is None else values[rows]
         if not np.isfinite(values).any():
             raise ValueError(f"label {name!r}: known for none of {len(values)} samples")

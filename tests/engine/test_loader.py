@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dali_here import needs_dali
 
 from armillary.engine.data import codec, readers
 from armillary.engine.data.decoding import decode_padded, pad_blobs
@@ -22,11 +23,6 @@ from armillary.engine.data.plan import Plan, micro_batches
 from armillary.engine.data.shards import ShardWriter, write_index
 from armillary.engine.data.survey import Statistics, Survey
 
-try:
-    import nvidia.dali
-except ImportError:
-    nvidia = None
-needs_dali = pytest.mark.skipif(nvidia is None, reason="needs nvidia-dali")
 BOTH = pytest.mark.parametrize("reader", [pytest.param("dali", marks=needs_dali), "webdataset"])
 CPU = torch.device("cpu")
 SHAPE = (2, 9, 7)

@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from dali_here import needs_dali
 
 from armillary.engine.data import codec
 from armillary.engine.data.loader import Loader, SequentialLoader
@@ -13,11 +14,6 @@ from armillary.engine.data.rows import RowLoader, SequentialRowLoader
 from armillary.engine.data.shards import ShardWriter, write_index
 from armillary.engine.data.survey import Statistics, Survey
 
-try:
-    import nvidia.dali
-except ImportError:
-    nvidia = None
-needs_dali = pytest.mark.skipif(nvidia is None, reason="needs nvidia-dali")
 COUNTS = {"train": (7, 1, 12, 5), "test": (3, 2)}
 
 

@@ -1,6 +1,7 @@
 import h5py
 import numpy as np
 import pytest
+import qp
 from astropy.table import Table
 from scipy.stats import norm
 
@@ -95,7 +96,6 @@ def test_redshift_grid_covers_the_known_redshifts():
 
 
 def test_qp_reads_what_is_exported(two_peaks, tmp_path):
-    qp = pytest.importorskip("qp", reason="qp-prob is not installed")
     path = export_qp(
         tmp_path / "new" / "pz.hdf5",
         two_peaks,
@@ -116,7 +116,6 @@ def test_qp_reads_what_is_exported(two_peaks, tmp_path):
 
 
 def test_export_has_the_layout_of_qp(two_peaks, tmp_path):
-    qp = pytest.importorskip("qp", reason="qp-prob is not installed")
     qp.Ensemble(qp.interp, data={"xvals": Z, "yvals": two_peaks.density}).write_to(str(tmp_path / "theirs.hdf5"))
     export_qp(tmp_path / "ours.hdf5", two_peaks)
     with h5py.File(tmp_path / "theirs.hdf5") as theirs, h5py.File(tmp_path / "ours.hdf5") as ours:
