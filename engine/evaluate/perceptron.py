@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from armillary.models.regression import known_squares
+
 __all__ = ["Training", "masked_mse", "perceptron", "soft_cross_entropy", "train_perceptron"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -79,9 +81,7 @@ def masked_mse(predicted: Tensor, target: Tensor) -> Tensor:
         predicted: [N, K].
         target: [N, K], NaN where unknown.
     """
-    known = ~target.isnan()
-    error = (predicted - target.nan_to_num()) * known
-    return error.square().sum() / known.sum().clamp(min=1)
+    return known_squares(predicted, target).sum()
 
 
 def soft_cross_entropy(logits: Tensor, share: Tensor) -> Tensor:
