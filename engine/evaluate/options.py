@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["DEFAULTS", "Options", "StudyOptions"]
+__all__ = ["DEFAULTS", "PROPERTIES", "Options", "StudyOptions"]
+
+PROPERTIES = ("redshift", "log_mstar", "ln_z_mw", "tage_mw", "log_ssfr")
+"""Labels that a study predicts where the survey has them and none are named."""
 
 
 @dataclass(frozen=True)

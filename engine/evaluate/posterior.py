@@ -19,6 +19,7 @@ import numpy as np
 from armillary.engine.evaluate import calibration
 from armillary.engine.evaluate.flows import PRESETS, FlowEnsemble, FlowOptions
 from armillary.engine.evaluate.joint_posterior import LEVELS, Joint, fit_joint, gaussian_nll
+from armillary.engine.evaluate.options import PROPERTIES
 from armillary.engine.evaluate.photoz_pdf import RedshiftPDF, export_qp, redshift_grid, redshift_pdf
 from armillary.engine.evaluate.posterior_sections import redshift_section, sections
 from armillary.engine.evaluate.study import Measure, Outcome, Study
@@ -26,7 +27,6 @@ from armillary.engine.evaluate.study import Measure, Outcome, Study
 __all__ = ["PROPERTIES", "PosteriorOptions", "posterior"]
 
 TASK = "posterior"
-PROPERTIES = ("redshift", "log_mstar", "ln_z_mw", "tage_mw", "log_ssfr")
 FLOWS, REDSHIFT_FLOWS, GAUSSIAN = "flows", "flows of redshift alone", "Gaussian of training labels"
 
 

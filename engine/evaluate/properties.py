@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from armillary.engine.evaluate.options import PROPERTIES
 from armillary.engine.evaluate.perceptron import Training
 from armillary.engine.evaluate.probes import KNN, JointMLP, Probe
 from armillary.engine.evaluate.property_figures import bias_section, prediction_section, strata_section
@@ -29,11 +30,9 @@ from armillary.engine.evaluate.property_tables import comparison_section, redshi
 from armillary.engine.evaluate.strata import quantile_strata, score_strata
 from armillary.engine.evaluate.study import Measure, Outcome, Study
 
-__all__ = ["LABELS", "MAGNITUDES", "TASK", "PropertyOptions", "properties"]
+__all__ = ["MAGNITUDES", "TASK", "PropertyOptions", "properties"]
 
 TASK = "properties"
-LABELS = (REDSHIFT, "log_mstar", "ln_z_mw", "tage_mw", "log_ssfr")
-"""Labels that are predicted where the survey has them and none are named."""
 MAGNITUDES = ("mag_r", "mag_z", "magnitude_z")
 """Labels that tell how bright a galaxy is; the first that the survey has is used."""
 
@@ -43,7 +42,7 @@ class PropertyOptions:
     """Options of `properties`.
 
     Attributes:
-        labels: What to predict; those of `LABELS` that the survey has if empty. The first is the headline, unless
+        labels: What to predict; those of `PROPERTIES` that the survey has if empty. The first is the headline, unless
             redshift is among them.
         neighbours: Of the nearest neighbours, weighted by inverse Euclidean distance of standardised embeddings.
         hidden: Hidden layers of the perceptrons: AstroCLIP's paper has one of 32, its released code 64 and 64.
@@ -90,10 +89,10 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
             than neighbours, or the feature sets share no galaxies.
     """
     options = options or PropertyOptions()
-    labels = options.labels or tuple(label for label in LABELS if label in study.survey.labels)
+    labels = options.labels or tuple(label for label in PROPERTIES if label in study.survey.labels)
     if not labels:
         raise ValueError(
-            f"labels: survey {study.survey.name!r} has none of {', '.join(LABELS)}, but "
+            f"labels: survey {study.survey.name!r} has none of {', '.join(PROPERTIES)}, but "
             f"{', '.join(study.survey.labels) or 'none at all'}; name what to predict"
         )
     headline = REDSHIFT if REDSHIFT in labels else labels[0]

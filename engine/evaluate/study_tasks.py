@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from armillary.engine.data.survey import Survey
 from armillary.engine.evaluate.encoder import Encoder
-from armillary.engine.evaluate.options import StudyOptions
+from armillary.engine.evaluate.options import PROPERTIES, StudyOptions
 from armillary.engine.evaluate.study import Outcome, Study
 from armillary.models.method import Method
 
@@ -45,9 +45,7 @@ class _Search(Task):
 
 class _Properties(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
-        from armillary.engine.evaluate.properties import LABELS
-
-        return _lacks_labels(survey, options.wanted, LABELS)
+        return _lacks_labels(survey, options.wanted)
 
     def run(self, study: Study, options: StudyOptions, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.properties import PropertyOptions, properties
@@ -72,9 +70,7 @@ class _Morphology(Task):
 
 class _Posterior(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: StudyOptions) -> str:
-        from armillary.engine.evaluate.properties import LABELS
-
-        return _lacks_labels(survey, options.wanted, LABELS)
+        return _lacks_labels(survey, options.wanted)
 
     def run(self, study: Study, options: StudyOptions, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.flows import PRESETS
@@ -104,13 +100,13 @@ class _Attention(Task):
         return attention(study, encoders)
 
 
-def _lacks_labels(survey: Survey, wanted: tuple[str, ...], usual: tuple[str, ...]) -> str:
+def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     missing = [name for name in wanted if name not in survey.labels]
     have = ", ".join(survey.labels) or "none"
     if missing:
         return f"the survey has no label {', '.join(map(repr, missing))}; its labels: {have}"
-    if not wanted and not any(name in survey.labels for name in usual):
-        return f"the survey has none of the labels {', '.join(usual)}; name others with --labels, of {have}"
+    if not wanted and not any(name in survey.labels for name in PROPERTIES):
+        return f"the survey has none of the labels {', '.join(PROPERTIES)}; name others with --labels, of {have}"
     return ""
 
 
