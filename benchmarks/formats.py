@@ -34,10 +34,10 @@ from astropy.io import fits
 from common import append_rows
 from loader import BANDS, SKY_SIGMA, Cutouts
 
-from armillary.engine.data import codec
-from armillary.engine.data.measure import robust_sigma
-from armillary.engine.data.surveys.fits import CUTOUTS, FitsCutouts
-from armillary.engine.data.surveys.sample import BadSample
+from armillary.engine.data.building.measure import robust_sigma
+from armillary.engine.data.format import codec
+from armillary.engine.data.sources.source import BadSample
+from armillary.engine.data.sources.surveys.fits import CUTOUTS, FitsCutouts
 
 STEPS_A_SIGMA = 8  # quantisation steps in the sky noise: the error is at most a sixteenth of it
 ROUNDING = 2.0**-22  # of the flux: float32 arithmetic of quantising and scaling back

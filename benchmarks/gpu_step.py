@@ -18,10 +18,10 @@ import torch
 from step_methods import CROPS, MODELS, DINOv2Subject
 from step_training import Training, phase_columns
 
-from armillary.models.dino_head import Head
-from armillary.models.dinov2 import DINOv2
+from armillary.models.dinov2.dino_head import Head
+from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import InputSpec
-from armillary.models.vit import ViT
+from armillary.models.vit.vit import ViT
 
 __all__ = ["VARIANTS", "step_rows"]
 

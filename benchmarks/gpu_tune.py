@@ -19,8 +19,8 @@ from cases.case import Case
 from gpu_check import check, passes_of, run_once
 from gpu_timing import measure
 
-from armillary.kernels.gemm import Gemm
 from armillary.kernels.launch import INTERPRETER, Launch, settings
+from armillary.kernels.mlp.gemm import Gemm
 
 __all__ = ["candidates", "tables_of", "tune_rows"]
 

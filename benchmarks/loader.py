@@ -38,11 +38,11 @@ from common import append_rows, timed
 from cutouts import BANDS, SKY_SIGMA, cutout
 from torch import Tensor
 
-from armillary.engine.data import codec
-from armillary.engine.data.build import build
-from armillary.engine.data.loader import Loader, SequentialLoader
-from armillary.engine.data.readers import ShardFiles
-from armillary.engine.data.surveys.sample import Sample
+from armillary.engine.data.building.build import build
+from armillary.engine.data.format import codec
+from armillary.engine.data.loading.loader import Loader, SequentialLoader
+from armillary.engine.data.loading.readers import ShardFiles
+from armillary.engine.data.sources.source import Sample
 
 PER_SHARD = 512
 WARMUP = 6  # batches, more than any way keeps ready

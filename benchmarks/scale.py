@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from common import append_rows
 
-from armillary.engine.data.loader import ShardSource
-from armillary.engine.data.plan import Plan, micro_batches
-from armillary.engine.data.survey import ShardRecord, Statistics, Survey
+from armillary.engine.data.format.survey import ShardRecord, Statistics, Survey
+from armillary.engine.data.loading.epoch_order import Plan, micro_batches
+from armillary.engine.data.loading.loader import ShardSource
 
 SAMPLES = 76_446_849
 PER_SHARD = 2048

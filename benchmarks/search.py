@@ -23,10 +23,10 @@ import faiss
 import numpy as np
 from common import append_rows, timed
 
-from armillary.engine.evaluate.retrieval import found_again
-from armillary.engine.evaluate.search import Index
-from armillary.engine.evaluate.search_plan import Plan
-from armillary.engine.evaluate.search_vectors import unit
+from armillary.engine.evaluate.search.index import Index
+from armillary.engine.evaluate.search.index_settings import Plan
+from armillary.engine.evaluate.search.retrieval import found_again
+from armillary.engine.evaluate.search.vectors import unit
 
 SURVEY = 76_446_849  # the Legacy Survey of Stein et al.
 WIDTH = 1024  # dimensions of a ViT-L's embedding

@@ -24,10 +24,10 @@ from common import append_rows, summary
 from step_methods import MODELS, CachedCLIP, CLIPSubject, DINOv2Subject, SpecFormerSubject
 from step_training import Subject, Training, phase_columns
 
-from armillary.models.dino_head import Head
-from armillary.models.dinov2 import DINOv2
-from armillary.models.specformer import SpecFormer
-from armillary.models.specformer_pretraining import SpecFormerPretraining
+from armillary.models.dinov2.dino_head import Head
+from armillary.models.dinov2.dinov2 import DINOv2
+from armillary.models.specformer.specformer import SpecFormer
+from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
 
 
 def subjects(args: argparse.Namespace, folder: Path) -> dict[str, Subject]:

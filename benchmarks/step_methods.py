@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from step_training import Clock, Subject
 
-from armillary.engine.data.feature_fill import FeatureFill
-from armillary.engine.data.features import CachedTokens, FeatureCache, TokenLayout
-from armillary.engine.data.plan import Plan
-from armillary.models.astroclip import AstroCLIP
-from armillary.models.dinov2 import DINOv2
+from armillary.engine.data.loading.epoch_order import Plan
+from armillary.engine.token_cache.cache import CachedTokens, FeatureCache, TokenLayout
+from armillary.engine.token_cache.fill import FeatureFill
+from armillary.models.astroclip.astroclip import AstroCLIP
+from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import Batch, BatchKey, InputSpec, Method
-from armillary.models.specformer import SpecFormer
-from armillary.models.specformer_pretraining import SpecFormerPretraining
-from armillary.models.vit import ViT
+from armillary.models.specformer.specformer import SpecFormer
+from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
+from armillary.models.vit.vit import ViT
 
 __all__ = ["CROPS", "MODELS", "SPECTRA", "CachedCLIP", "CLIPSubject", "DINOv2Subject", "SpecFormerSubject"]
 

@@ -17,7 +17,7 @@ import torch
 from common import summary
 from torch import Tensor, nn
 
-from armillary.engine.optim import AdamW, build_groups
+from armillary.engine.zero.optim import AdamW, build_groups
 from armillary.models.method import Batch, BatchKey, InputSpec, Method, MethodConfig
 
 __all__ = ["Clock", "Subject", "Training", "phase_columns"]

@@ -1,4 +1,4 @@
-// Block masks of DINOv2 (models/masking.py describes the algorithm and holds its Python specification).
+// Block masks of DINOv2 (models/dinov2/masking.py describes the algorithm and holds its Python specification).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

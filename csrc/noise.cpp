@@ -1,4 +1,4 @@
-// Keyed random words and Gaussian pixel noise (kernels/philox.py and kernels/noise.py describe both).
+// Keyed random words and Gaussian pixel noise (kernels/pixels/philox.py and kernels/pixels/noise.py describe both).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -16,7 +16,7 @@ struct PhiloxKey {
       : low(static_cast<std::uint32_t>(seed)), high(static_cast<std::uint32_t>(seed >> 32)) {}
 };
 
-// What a counter's upper three words say; the lowest one counts the draws of the stream (kernels/philox.py).
+// What a counter's upper three words say; the lowest one counts the draws of the stream (kernels/pixels/philox.py).
 struct Stream {
   std::uint32_t purpose_and_crop, position, epoch;
 };

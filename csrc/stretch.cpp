@@ -1,4 +1,4 @@
-// Stretches of many pixels: asinh in place (kernels/asinh.py) and the RGB picture (kernels/rgb.py).
+// Stretches of many pixels: asinh in place (kernels/pixels/asinh.py) and the RGB picture (kernels/pixels/rgb.py).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// Crops with flips and quarter turns, and per-plane Gaussian blur (kernels/crop.py and kernels/blur.py describe both).
+// Crops with flips and quarter turns, and per-plane Gaussian blur (kernels/pixels/crop.py and kernels/pixels/blur.py describe both).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -22,7 +22,7 @@ Where the paper and the released code differ, both are presets:
     --preset paper     512 dimensions, encoders trained on, flips and rotations, all 1,024 pairs contrasted with each other,
                        weight decay .01, 500 epochs (its "iterations", which take 6 minutes each)
 
-Both have the released heads and image tokens (`models/astroclip.py`); rate and warm-up of the paper's run are not published,
+Both have the released heads and image tokens (`models/astroclip/astroclip.py`); rate and warm-up of the paper's run are not published,
 and are the released ones.
 
 Negatives come from one pass over one micro-batch. Contrasting a whole global batch takes `gather` and micro_batch * GPUs =
@@ -42,14 +42,15 @@ The chain on a CPU, in minutes, on simulated pairs, with tokens from a cache:
 from dataclasses import replace
 from pathlib import Path
 
-from armillary.engine.data.augment import MultiCrop
-from armillary.engine.data.objects import Objects
-from armillary.engine.data.stretch import AsinhWhiten, ToRGB, ZScore
-from armillary.engine.run import Checkpointing, Data, Optim, Run, Training, main
-from armillary.engine.schedule import Constant, Cosine, Schedules
-from armillary.models.astroclip import AstroCLIP
-from armillary.models.specformer import SpecFormer
-from armillary.models.vit import ViT
+from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Training
+from armillary.engine.config.schedule import Constant, Cosine, Schedules
+from armillary.engine.data.views.multi_crop import MultiCrop
+from armillary.engine.data.views.objects import Objects
+from armillary.engine.data.views.stretch import AsinhWhiten, ToRGB, ZScore
+from armillary.engine.train.start import main
+from armillary.models.astroclip.astroclip import AstroCLIP
+from armillary.models.specformer.specformer import SpecFormer
+from armillary.models.vit.vit import ViT
 
 RECIPE = Run(
     name="astroclip",

@@ -28,13 +28,14 @@ Two presets run on a laptop's CPU, for a first look and for tests; they are othe
 from dataclasses import replace
 from pathlib import Path
 
-from armillary.engine.data.augment import ASTROCLIP_PAPER, ASTROCLIP_RELEASED, MultiCrop
-from armillary.engine.data.stretch import AsinhWhiten, ZScore
-from armillary.engine.run import Checkpointing, Data, Optim, Run, Training, main
-from armillary.engine.schedule import Constant, Cosine, Schedules
-from armillary.models.dino_head import Head
-from armillary.models.dinov2 import DINOv2
-from armillary.models.vit import ViT
+from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Training
+from armillary.engine.config.schedule import Constant, Cosine, Schedules
+from armillary.engine.data.views.multi_crop import ASTROCLIP_PAPER, ASTROCLIP_RELEASED, MultiCrop
+from armillary.engine.data.views.stretch import AsinhWhiten, ZScore
+from armillary.engine.train.start import main
+from armillary.models.dinov2.dino_head import Head
+from armillary.models.dinov2.dinov2 import DINOv2
+from armillary.models.vit.vit import ViT
 
 EPOCH = 1_250  # steps that DINOv2 calls an epoch; schedules are published in these
 

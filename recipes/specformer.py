@@ -32,11 +32,12 @@ of the spectra's variance, where the mean of a spectrum has .897, a straight lin
 from dataclasses import replace
 from pathlib import Path
 
-from armillary.engine.data.objects import Objects
-from armillary.engine.run import Checkpointing, Data, Optim, Run, Training, main
-from armillary.engine.schedule import Constant, Cosine, Linear, Schedules
-from armillary.models.specformer import SpecFormer
-from armillary.models.specformer_pretraining import SpecFormerPretraining
+from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Training
+from armillary.engine.config.schedule import Constant, Cosine, Linear, Schedules
+from armillary.engine.data.views.objects import Objects
+from armillary.engine.train.start import main
+from armillary.models.specformer.specformer import SpecFormer
+from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
 
 PAIRS = 158_105  # 80 % of the published 197,632
 

@@ -34,15 +34,16 @@ cores. R2 on the 983 test galaxies, as measured:
 from dataclasses import replace
 from pathlib import Path
 
-from armillary.engine.data.augment import MultiCrop
-from armillary.engine.data.objects import Objects
-from armillary.engine.data.stretch import AsinhWhiten, ToRGB
-from armillary.engine.run import Checkpointing, Data, Optim, Run, Training, main
-from armillary.engine.schedule import Constant, Cosine, Schedules
-from armillary.models.photometry_mlp import PhotometryMLP
-from armillary.models.regression import Regression
-from armillary.models.resnet import ResNet18
-from armillary.models.spectrum_attention import ConvAttention
+from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Training
+from armillary.engine.config.schedule import Constant, Cosine, Schedules
+from armillary.engine.data.views.multi_crop import MultiCrop
+from armillary.engine.data.views.objects import Objects
+from armillary.engine.data.views.stretch import AsinhWhiten, ToRGB
+from armillary.engine.train.start import main
+from armillary.models.supervised.photometry_mlp import PhotometryMLP
+from armillary.models.supervised.regression import Regression
+from armillary.models.supervised.resnet import ResNet18
+from armillary.models.supervised.spectrum_attention import ConvAttention
 
 TRAINING_PAIRS = 158_105  # 80 % of the published 197,632
 LABELS = ("redshift", "log_mstar", "ln_z_mw", "tage_mw", "log_ssfr")

@@ -12,7 +12,7 @@ Expected: not run here, because the files (60 GB and more) have not been at hand
 
 from pathlib import Path
 
-from armillary.engine.data.prepare import Key, Preparation, Read, Sky, With, main
+from armillary.engine.data.building.survey_recipe import Key, Preparation, Read, Sky, With, main
 
 SURVEY = Preparation(
     name="desi-pairs",

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "tests" / "engine" / "toy.py"
+SCRIPT = ROOT / "tests" / "support" / "toy.py"
 STEPS, EVERY = 60, 3
 POINTS = ("shard", "state", "latest")
 

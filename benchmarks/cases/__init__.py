@@ -13,23 +13,26 @@ from cases.case import Case
 __all__ = ["OPERATIONS", "load"]
 
 OPERATIONS = {
-    "geometry_ffn": ("tests/kernels/test_geometry_ffn.py", "tests/models/test_geometry_experts.py"),
-    "linear_gelu": ("tests/kernels/test_linear_gelu.py",),
-    "prototype_loss": ("tests/kernels/test_prototype_loss.py", "tests/kernels/test_prototype_rows.py"),
-    "residual_norm": ("tests/kernels/test_residual_norm.py",),
-    "decode": ("tests/kernels/test_decode.py",),
-    "decode_views": ("tests/kernels/test_decode_views.py",),
+    "geometry_ffn": ("tests/kernels/geometry/test_geometry_ffn.py", "tests/models/geometry/test_geometry_experts.py"),
+    "linear_gelu": ("tests/kernels/mlp/test_linear_gelu.py",),
+    "prototype_loss": (
+        "tests/kernels/objective/test_prototype_loss.py",
+        "tests/kernels/objective/test_prototype_rows.py",
+    ),
+    "residual_norm": ("tests/kernels/tokens/test_residual_norm.py",),
+    "decode": ("tests/kernels/pixels/test_decode.py",),
+    "decode_views": ("tests/kernels/pixels/test_decode_views.py",),
     "adamw_ema": ("tests/kernels/test_adamw_ema.py",),
-    "patch_embed": ("tests/kernels/test_patch_embed.py",),
-    "geometry_combine": ("tests/kernels/test_geometry_combine.py",),
-    "geometry_rows": ("tests/kernels/test_geometry_ffn.py",),
-    "logsumexp": ("tests/kernels/test_logsumexp.py",),
-    "radial_map": ("tests/kernels/test_radial_map.py",),
-    "mobius_add": ("tests/kernels/test_mobius_add.py",),
-    "poincare_distance": ("tests/kernels/test_poincare_distance.py",),
-    "window_embed": ("tests/kernels/test_window_embed.py",),
-    "noise": ("tests/kernels/test_noise.py",),
-    "blur": ("tests/kernels/test_blur.py",),
+    "patch_embed": ("tests/kernels/tokens/test_patch_embed.py",),
+    "geometry_combine": ("tests/kernels/geometry/test_geometry_combine.py",),
+    "geometry_rows": ("tests/kernels/geometry/test_geometry_ffn.py",),
+    "logsumexp": ("tests/kernels/objective/test_logsumexp.py",),
+    "radial_map": ("tests/kernels/geometry/test_radial_map.py",),
+    "mobius_add": ("tests/kernels/geometry/test_mobius_add.py",),
+    "poincare_distance": ("tests/kernels/geometry/test_poincare_distance.py",),
+    "window_embed": ("tests/kernels/tokens/test_window_embed.py",),
+    "noise": ("tests/kernels/pixels/test_noise.py",),
+    "blur": ("tests/kernels/pixels/test_blur.py",),
 }
 """Operations in the order of their importance, with the test files whose gpu-marked tests must pass."""
 

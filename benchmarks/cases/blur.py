@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from armillary.kernels.blur import blur_, blur_reference
+from armillary.kernels.pixels.blur import blur_, blur_reference
 from cases.case import Case, Problem
 
 

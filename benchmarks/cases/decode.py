@@ -7,8 +7,8 @@ import torch
 from cutouts import BANDS, SKY_SIGMA, cutout
 from torch import Tensor
 
-from armillary.engine.data import codec
-from armillary.kernels.decode import decode_bitplane, decode_bitplane_reference
+from armillary.engine.data.format import codec
+from armillary.kernels.pixels.decode import decode_bitplane, decode_bitplane_reference
 from cases.case import Case, Problem
 
 DISTINCT = 64  # cutouts that are made; more rows repeat them

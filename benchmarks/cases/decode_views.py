@@ -7,8 +7,8 @@ import torch
 from cutouts import BANDS, SKY_SIGMA
 from torch import Tensor
 
-from armillary.kernels.decode_views import decode_views, decode_views_reference
-from armillary.kernels.stretch import AsinhMatrix, Lupton, StretchNumbers
+from armillary.kernels.pixels.decode_views import decode_views, decode_views_reference
+from armillary.kernels.pixels.stretch import AsinhMatrix, Lupton, StretchNumbers
 from cases.case import Case, Problem
 from cases.decode import padded_blobs
 

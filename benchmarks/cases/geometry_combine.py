@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from armillary.kernels.geometry_combine import geometry_combine, geometry_combine_reference
+from armillary.kernels.geometry.geometry_combine import geometry_combine, geometry_combine_reference
 from cases.case import Case, Problem, dtype_of, gaussian
 
 

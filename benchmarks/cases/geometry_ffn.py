@@ -6,8 +6,8 @@ import torch
 from gpu_table import PLAIN
 from torch import Tensor
 
-from armillary.kernels.geometry_ffn import geometry_ffn, geometry_ffn_reference, saved_bytes
-from armillary.kernels.linear_gelu import gelu_linear, linear_gelu
+from armillary.kernels.geometry.geometry_ffn import geometry_ffn, geometry_ffn_reference, saved_bytes
+from armillary.kernels.mlp.linear_gelu import gelu_linear, linear_gelu
 from cases.case import Case, Problem, dtype_of, gaussian
 
 PREDICTED = {

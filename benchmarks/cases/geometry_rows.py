@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from armillary.kernels.geometry_rows import geometry_rows
+from armillary.kernels.geometry.geometry_rows import geometry_rows
 from cases.case import Case, Problem, dtype_of, gaussian
 
 

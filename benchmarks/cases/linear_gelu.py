@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.kernels.linear_gelu import gelu_linear, linear_gelu
+from armillary.kernels.mlp.linear_gelu import gelu_linear, linear_gelu
 from cases.case import Case, Problem, dtype_of, gaussian
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.models.centering import sinkhorn_bias
+from armillary.models.dinov2.centering import sinkhorn_bias
 from cases.case import Case, Problem, dtype_of
 
 ITERATIONS = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from armillary.kernels.mobius_add import mobius_add, mobius_add_reference
+from armillary.kernels.geometry.mobius_add import mobius_add, mobius_add_reference
 from cases.case import Case, Problem, dtype_of, gaussian
 
 

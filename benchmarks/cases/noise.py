@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armillary.kernels.noise import add_noise_, noise_reference
-from armillary.kernels.philox import Purpose, streams
+from armillary.kernels.pixels.noise import add_noise_, noise_reference
+from armillary.kernels.pixels.philox import Purpose, streams
 from cases.case import Case, Problem
 
 SEED = 5

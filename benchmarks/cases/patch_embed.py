@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from armillary.kernels.patch_embed import embed_crops, embed_crops_reference
+from armillary.kernels.tokens.patch_embed import embed_crops, embed_crops_reference
 from cases.case import Case, Outputs, Problem, Way, dtype_of, gaussian
 
 CHANNELS = 3

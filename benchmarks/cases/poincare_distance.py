@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from armillary.kernels.poincare_distance import poincare_distance, poincare_distance_reference
+from armillary.kernels.geometry.poincare_distance import poincare_distance, poincare_distance_reference
 from cases.case import Case, Problem, dtype_of, gaussian
 
 

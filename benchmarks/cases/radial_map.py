@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from armillary.kernels.radial_map import radial_map, radial_map_reference
+from armillary.kernels.geometry.radial_map import radial_map, radial_map_reference
 from cases.case import Case, Problem, dtype_of, gaussian
 
 LENGTHS = {"exp0": 0.7, "log0": 0.7, "project": 1.0, "sphere": 30.0}  # of the rows, about: both sides of each branch

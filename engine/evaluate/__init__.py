@@ -1,6 +1,7 @@
 """Evaluation of frozen encoders, as a library: what `armillary embed`, `search` and `evaluate` do, in a notebook.
 
-    from armillary.engine.evaluate import Study, StudyOptions, feature_sets, properties
+    from armillary.engine.evaluate import Study, StudyOptions, feature_sets
+    from armillary.engine.evaluate.properties.task import properties
 
     sets = feature_sets([Path("runs/astroclip")], "surveys/pairs", "out", StudyOptions())
     study = Study.open("surveys/pairs", sets)
@@ -16,26 +17,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from armillary.engine.evaluate.embeddings import Embeddings as Embeddings
-    from armillary.engine.evaluate.encoder import Encoder as Encoder
-    from armillary.engine.evaluate.options import StudyOptions as StudyOptions
-    from armillary.engine.evaluate.search import Index as Index
-    from armillary.engine.evaluate.study import FeatureSet as FeatureSet
-    from armillary.engine.evaluate.study import Study as Study
-    from armillary.engine.evaluate.study_runs import evaluate_study as evaluate_study
-    from armillary.engine.evaluate.study_runs import feature_sets as feature_sets
-    from armillary.engine.evaluate.study_runs import run_tasks as run_tasks
+    from armillary.engine.evaluate.embedding.embeddings import Embeddings as Embeddings
+    from armillary.engine.evaluate.embedding.encoder import Encoder as Encoder
+    from armillary.engine.evaluate.runs.study_runs import evaluate_study as evaluate_study
+    from armillary.engine.evaluate.runs.study_runs import feature_sets as feature_sets
+    from armillary.engine.evaluate.runs.study_runs import run_tasks as run_tasks
+    from armillary.engine.evaluate.search.index import Index as Index
+    from armillary.engine.evaluate.study.options import StudyOptions as StudyOptions
+    from armillary.engine.evaluate.study.study import FeatureSet as FeatureSet
+    from armillary.engine.evaluate.study.study import Study as Study
 
 _HOME = {
-    "Embeddings": "embeddings",
-    "Encoder": "encoder",
-    "FeatureSet": "study",
-    "Index": "search",
-    "Study": "study",
-    "StudyOptions": "options",
-    "evaluate_study": "study_runs",
-    "feature_sets": "study_runs",
-    "run_tasks": "study_runs",
+    "Embeddings": "embedding.embeddings",
+    "Encoder": "embedding.encoder",
+    "FeatureSet": "study.study",
+    "Index": "search.index",
+    "Study": "study.study",
+    "StudyOptions": "study.options",
+    "evaluate_study": "runs.study_runs",
+    "feature_sets": "runs.study_runs",
+    "run_tasks": "runs.study_runs",
 }
 
 __all__ = list(_HOME)

@@ -12,15 +12,15 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate.embed import embed_readouts, open_batches
-from armillary.engine.evaluate.embeddings import Embeddings, stack_splits
-from armillary.engine.evaluate.encoder import load_pipeline
-from armillary.engine.evaluate.evaluate import evaluate_embeddings, evaluate_run
-from armillary.engine.evaluate.evaluation import TRAINED, UNTRAINED, Verdict
-from armillary.engine.evaluate.logbook import Logbook
-from armillary.engine.evaluate.options import DEFAULTS, Options, StudyOptions
-from armillary.engine.run import Run
+from armillary.engine.config.run import Run
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
+from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
+from armillary.engine.evaluate.embedding.encoder import load_pipeline
+from armillary.engine.evaluate.page.run_log import Logbook
+from armillary.engine.evaluate.runs.evaluate import evaluate_embeddings, evaluate_run
+from armillary.engine.evaluate.runs.evaluation import TRAINED, UNTRAINED, Verdict
+from armillary.engine.evaluate.study.options import DEFAULTS, Options, StudyOptions
 
 __all__ = ["embed", "evaluate", "report"]
 
@@ -99,7 +99,7 @@ def evaluate(
     record = Run.load(run)
     data, folder, where = data or record.data.path, out or run / "evaluation", choose_device(device)
     if options.tasks or compare or record.views.modalities != ("image",):
-        from armillary.engine.evaluate.study_runs import evaluate_study
+        from armillary.engine.evaluate.runs.study_runs import evaluate_study
 
         if readout is not None:
             raise ValueError(f"readout: a study takes all of the method's embeddings, got {readout!r}")

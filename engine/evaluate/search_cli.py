@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from armillary.engine.data.colour import galaxy_picture
-from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate import pictures
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.inspect.colour import galaxy_picture
 from armillary.engine.evaluate.cli import choose_device
-from armillary.engine.evaluate.report import page
-from armillary.engine.evaluate.search import Answers, Index
-from armillary.engine.evaluate.search_pictures import Tile, draw_objects, spectrum_tile, tile_row
-from armillary.engine.evaluate.search_query import Query, query_by_key, query_from_file
+from armillary.engine.evaluate.page import pictures
+from armillary.engine.evaluate.runs.report import page
+from armillary.engine.evaluate.search.index import Answers, Index
+from armillary.engine.evaluate.search.pictures import Tile, draw_objects, spectrum_tile, tile_row
+from armillary.engine.evaluate.search.query import Query, query_by_key, query_from_file
 
 __all__ = ["search"]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from armillary.models.astroclip import AstroCLIP
-from armillary.models.dino_head import Head
-from armillary.models.dinov2 import DINOv2
+from armillary.models.astroclip.astroclip import AstroCLIP
+from armillary.models.dinov2.dino_head import Head
+from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import InputSpec
-from armillary.models.specformer import SpecFormer
-from armillary.models.specformer_pretraining import SpecFormerPretraining
-from armillary.models.vit import ViT
+from armillary.models.specformer.specformer import SpecFormer
+from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
+from armillary.models.vit.vit import ViT
 
 CPU = torch.device("cpu")
 VIT = ViT(image_size=8, patch_size=4, dim=32, depth=2, heads=2)

@@ -1,11 +1,9 @@
-"""Makes the toy method importable by its plain name, as its processes know it."""
+"""Toy surveys and runs, and a place where real processes run them."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
+from toy_site import Site
 
 
 @pytest.fixture
@@ -32,3 +30,19 @@ def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """One site for all tests: reference runs are shared."""
+    site = Site(tmp_path_factory.mktemp("site"))
+    yield site
+    site.stop(site.live)
+
+
+@pytest.fixture(scope="session")
+def reference(site):
+    """Uninterrupted two-rank run under ZeRO-2, through the launcher: (name, how it ended)."""
+    ended = site.go("--name", "reference", launcher=True)
+    assert ended.code == 0, ended.output
+    return "reference", ended

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from armillary.kernels.adamw_ema import adamw_ema_
 from armillary.kernels.launch import INTERPRETER, Launch
-from armillary.models.dino_head import Head
-from armillary.models.dinov2 import DINOv2
-from armillary.models.geometry_experts import GeometryExperts, GeometryFFN
+from armillary.models.dinov2.dino_head import Head
+from armillary.models.dinov2.dinov2 import DINOv2
+from armillary.models.geometry.geometry_experts import GeometryExperts, GeometryFFN
 from armillary.models.method import Batch, BatchKey, InputSpec
-from armillary.models.vit import ViT
+from armillary.models.vit.vit import ViT
 
 pytestmark = pytest.mark.slow
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from processes import ROOT, recipe, run
 
-from armillary.engine.checks import problems
-from armillary.engine.data.build import build
-from armillary.engine.data.simulate_pairs import SimulatedPairs
-from armillary.engine.data.survey import Survey
-from armillary.engine.evaluate.embed import embed_readouts, open_batches
-from armillary.engine.evaluate.encoder import load_pipeline
-from armillary.engine.export import load_encoder
-from armillary.engine.run import Run
+from armillary.engine.config.run import Run
+from armillary.engine.data.building.build import build
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.simulate.pairs import SimulatedPairs
+from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
+from armillary.engine.evaluate.embedding.encoder import load_pipeline
+from armillary.engine.train.checks import problems
+from armillary.engine.weights.export import load_encoder
 from armillary.models.method import InputSpec
 
 PAIRS = 96

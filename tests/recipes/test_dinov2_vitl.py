@@ -10,11 +10,11 @@ import pytest
 import torch
 from processes import ROOT, kill, recipe, run, start
 
-from armillary.engine.checks import problems
-from armillary.engine.data.build import build
-from armillary.engine.data.simulate import SimulatedSurvey
-from armillary.engine.data.survey import Survey
-from armillary.engine.run import Run
+from armillary.engine.config.run import Run
+from armillary.engine.data.building.build import build
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.simulate.survey import SimulatedSurvey
+from armillary.engine.train.checks import problems
 
 TINY = ("--preset", "smoke", "--device", "cpu", "--train.global-batch", "16", "--train.micro-batch", "8",
         "--train.steps", "8", "--checkpoint.every-steps", "3", "--method.vit.dim", "48", "--method.vit.depth", "2",

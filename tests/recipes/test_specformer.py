@@ -10,21 +10,21 @@ import pytest
 import torch
 from processes import ROOT, recipe, run
 
-from armillary.engine.checks import problems
-from armillary.engine.data.build import build
-from armillary.engine.data.loader import Loader
-from armillary.engine.data.objects import Objects
-from armillary.engine.data.survey import SpectrumRecord, Survey, WaveGrid
-from armillary.engine.data.surveys.desi import DESI_GRID, DesiCoadds
-from armillary.engine.data.surveys.sample import Sample, Spectrum
-from armillary.engine.data.surveys.sdss import SDSS_GRID, SdssSpectra
-from armillary.engine.export import export_specformer, load_encoder
-from armillary.engine.record import from_json, to_json
-from armillary.engine.run import Run
+from armillary.engine.config.config_json import from_json, to_json
+from armillary.engine.config.run import Run
+from armillary.engine.data.building.build import build
+from armillary.engine.data.format.survey import SpectrumRecord, Survey, WaveGrid
+from armillary.engine.data.loading.loader import Loader
+from armillary.engine.data.sources.source import Sample, Spectrum
+from armillary.engine.data.sources.surveys.desi import DESI_GRID, DesiCoadds
+from armillary.engine.data.sources.surveys.sdss import SDSS_GRID, SdssSpectra
+from armillary.engine.data.views.objects import Objects
+from armillary.engine.train.checks import problems
+from armillary.engine.weights.export import export_specformer, load_encoder
 from armillary.models.method import BatchKey, InputSpec
-from armillary.models.specformer import SpecFormer
-from armillary.models.specformer_pretraining import SpecFormerPretraining
-from armillary.models.spectrum_filling import fill_hidden
+from armillary.models.specformer.specformer import SpecFormer
+from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
+from armillary.models.specformer.spectrum_filling import fill_hidden
 
 DESI = InputSpec(n_global=1, pixels=7781)
 

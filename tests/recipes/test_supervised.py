@@ -14,15 +14,15 @@ import torch
 from processes import ROOT, recipe, run
 from safetensors.torch import load_file
 
-from armillary.engine.checks import problems
-from armillary.engine.data.build import build
-from armillary.engine.data.survey import SpectrumRecord, Survey, WaveGrid
-from armillary.engine.data.surveys.sample import Sample, Spectrum
-from armillary.engine.evaluate.embed import embed, open_batches
-from armillary.engine.evaluate.encoder import load_pipeline
-from armillary.engine.export import load_encoder
-from armillary.engine.record import from_json, to_json
-from armillary.engine.run import Run
+from armillary.engine.config.config_json import from_json, to_json
+from armillary.engine.config.run import Run
+from armillary.engine.data.building.build import build
+from armillary.engine.data.format.survey import SpectrumRecord, Survey, WaveGrid
+from armillary.engine.data.sources.source import Sample, Spectrum
+from armillary.engine.evaluate.embedding.embed import embed, open_batches
+from armillary.engine.evaluate.embedding.encoder import load_pipeline
+from armillary.engine.train.checks import problems
+from armillary.engine.weights.export import load_encoder
 from armillary.models.method import Batch
 
 LABELS = ("redshift", "log_mstar", "ln_z_mw", "tage_mw", "log_ssfr")

@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-import test_surveys_desi as desi
-import test_surveys_provabgs as provabgs
-import test_surveys_stein as stein
+import desi_files as desi
+import provabgs_files as provabgs
+import stein_files as stein
 
-from armillary.engine.data.check import check_survey
-from armillary.engine.data.leakage import find_leaks
-from armillary.engine.data.prepare import Preparation, Read, Sky, With, prepare, start
-from armillary.engine.data.survey import Survey
-from armillary.engine.data.surveys.packed import PackedSurvey
+from armillary.engine.data.building.survey_recipe import Preparation, Read, Sky, With, prepare, start
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.inspect.check import check_survey
+from armillary.engine.data.inspect.leakage import find_leaks
+from armillary.engine.data.sources.packed import PackedSurvey
 from recipes.survey_desi_pairs import SURVEY
 
 ARCSEC = 1 / 3600
@@ -81,7 +80,7 @@ def test_the_pairs_recipe(recipe, files, tmp_path, capsys):
 def test_a_killed_build_of_it_goes_on_to_the_same_bytes(recipe, tmp_path):
     small = replace(recipe, samples_per_shard=2)
     prepare(small, tmp_path / "whole", processes=1, progress=False)
-    from armillary.engine.data import build as module
+    from armillary.engine.data.building import build as module
 
     done = []
     real = module.pack

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from armillary.engine.data.build import build
-from armillary.engine.data.survey import SpectrumRecord, Statistics, Survey, WaveGrid
-from armillary.engine.data.surveys.sample import Sample, Spectrum
-from armillary.engine.evaluate.embeddings import Embeddings
-from armillary.engine.evaluate.study import FeatureSet, Study
+from armillary.engine.data.building.build import build
+from armillary.engine.data.format.survey import SpectrumRecord, Statistics, Survey, WaveGrid
+from armillary.engine.data.sources.source import Sample, Spectrum
+from armillary.engine.evaluate.embedding.embeddings import Embeddings
+from armillary.engine.evaluate.study.study import FeatureSet, Study
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def run_dir(tmp_path):
     folder.mkdir()
     record = {
         "run": {
-            "$type": "armillary.engine.run:Run",
+            "$type": "armillary.engine.config.run:Run",
             "name": "toy <run>",
             "device": "cpu",
             "out": {"$path": "runs"},

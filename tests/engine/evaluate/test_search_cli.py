@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from armillary.engine import export
 from armillary.engine.cli import main as command
-from armillary.engine.data.eval_view import EvalView
-from armillary.engine.data.survey import Survey
-from armillary.engine.data.surveys.packed import PackedSurvey
-from armillary.engine.data.unpack import unpack
-from armillary.engine.evaluate.cutouts import read_cutouts
-from armillary.engine.evaluate.embeddings import Embeddings
-from armillary.engine.evaluate.encoder import encoder_digest
-from armillary.engine.evaluate.search import Index
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.inspect.export import unpack
+from armillary.engine.data.sources.packed import PackedSurvey
+from armillary.engine.data.views.eval_view import EvalView
+from armillary.engine.evaluate.embedding.cutouts import read_cutouts
+from armillary.engine.evaluate.embedding.embeddings import Embeddings
+from armillary.engine.evaluate.embedding.encoder import encoder_digest
+from armillary.engine.evaluate.search.index import Index
+from armillary.engine.weights import export
 from armillary.models.method import InputSpec, Readout
 
 

@@ -1,0 +1,334 @@
+"""Building a packed survey from a source: plan, measure the sky, pack shard by shard, write catalogue and description.
+
+The bytes of shards, indices and catalogue depend on the source and the options only, not on the number of processes or
+on how often the build was interrupted. Until it is complete, the folder holds no survey.json but `.build/` with the
+build's plan and a record of each finished shard; the same call continues from there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import armillary
+from armillary.engine.data.building.build_state import (
+    Journal,
+    clear_leftovers,
+    finished,
+    identify,
+    load_journal,
+    locked,
+)
+from armillary.engine.data.building.cluster import Cluster
+from armillary.engine.data.building.measure import SurveyMoments
+from armillary.engine.data.building.packing import (
+    BUILD_FOLDER,
+    Packed,
+    PackTask,
+    Settings,
+    SkyTask,
+    catalog_schema,
+    measure_sky,
+    pack,
+)
+from armillary.engine.data.building.shard_assignment import Layout, lay_out
+from armillary.engine.data.building.splits import ByKey, SplitRule
+from armillary.engine.data.building.workers import Workers
+from armillary.engine.data.format.shards import fsync_folder
+from armillary.engine.data.format.survey import CATALOG_COLUMNS, Survey
+from armillary.engine.data.sources.source import BadSample, Lossless, Source, spectrum_of, vectors_of
+
+__all__ = ["build"]
+
+STEP_FRACTION = 1 / 8  # of the sky noise: at most 1/16 of it is lost, and .14 % of variance added to aperture fluxes
+SKY_SAMPLES = 256
+SKY_TASK = 16
+COUNT_SIGMA = 1.0  # display images are rounded to a count, so their noise is never less
+CATALOG_GROUP = 65536  # rows of a Parquet row group
+EXAMPLES = 20  # skipped samples named in the provenance
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+log = logging.getLogger("armillary.data")
+
+
+def build(
+    source: Source,
+    folder: Path | str,
+    *,
+    name: str,
+    codec: Literal["bitplane", "float16"] = "bitplane",
+    step_fraction: float | None = None,
+    sky_sigma: Sequence[float] | None = None,
+    samples_per_shard: int = 2048,
+    test_fraction: float | None = None,
+    split: SplitRule | None = None,
+    seed: int = 0,
+    processes: int = 1,
+    dask: str | None = None,
+    progress: bool = True,
+    on_bad: Literal["error", "skip"] = "error",
+) -> Survey:
+    """Pack a source into a survey folder, or continue an interrupted build of it.
+
+    Statistics are those of the train split, or of all samples where there is no such split. A finished survey of the
+    same source and options is returned as it is.
+
+    Args:
+        source: The samples.
+        folder: The survey's folder; made if need be.
+        name: Survey name.
+        codec: "bitplane" (quantised, about 5 times smaller than float32) or "float16".
+        step_fraction: Quantisation step as a fraction of the sky noise. By default 1/8, or the source's own lossless
+            step (one count for 8-bit pictures).
+        sky_sigma: Sky noise per band in the flux unit; measured by default (median over 256 samples of
+            `measure.robust_sigma`, and at least 1 for the unit "count").
+        samples_per_shard: Samples of a full shard.
+        test_fraction: Share of the test split, 0.1 by default, chosen by a hash of the key.
+        split: Another rule; excludes `test_fraction`.
+        seed: Keys the global shuffle.
+        processes: Worker processes; they are spawned, so a script needs `if __name__ == "__main__":` for more than 1.
+        dask: Address of a Dask scheduler whose workers do the work instead; see `cluster`.
+        progress: Show a progress bar.
+        on_bad: What to do with unusable samples (unreadable, of another size, non-finite pixels that are not masked,
+            no valid pixel): stop with an error, or leave them out, log and count them.
+
+    Returns:
+        The survey, as written to survey.json.
+
+    Raises:
+        BadSample: A sample is unusable and `on_bad` is "error".
+        FileExistsError: The folder holds something else.
+        OSError: The folder cannot be written; what is finished is kept.
+        RuntimeError: A worker process died, or another build is running in the folder.
+        ValueError: An option is wrong, the source is empty, or keys repeat.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard: must be at least 1, got {samples_per_shard}")
+    if codec not in ("bitplane", "float16"):
+        raise ValueError(f"codec: must be bitplane or float16, got {codec!r}")
+    if on_bad not in ("error", "skip"):
+        raise ValueError(f"on_bad: must be error or skip, got {on_bad!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: must be in 0 .. 2^64 - 1, got {seed}")
+    if step_fraction is not None and not (codec == "bitplane" and 0 < step_fraction < math.inf):
+        raise ValueError(f"step_fraction: must be positive, and has no effect with float16; got {step_fraction}")
+    if split is not None and test_fraction is not None:
+        raise ValueError("test_fraction: has no effect beside a split rule; leave it out or put it in the rule")
+    if sky_sigma is not None and (len(sky_sigma) != len(source.bands) or not all(0 < s < math.inf for s in sky_sigma)):
+        raise ValueError(f"sky_sigma: must be {len(source.bands)} positive numbers, got {tuple(sky_sigma)}")
+    rule = split or ByKey(0.1 if test_fraction is None else test_fraction)
+    options: dict[str, Any] = {"name": name, "codec": codec, "step_fraction": step_fraction, "split": repr(rule)}
+    options |= {"sky_sigma": sky_sigma, "samples_per_shard": samples_per_shard, "seed": seed}
+    out = Path(folder)
+    with locked(out), _workers(source, processes, dask) as workers, _bar(progress) as bar:
+        try:
+            return _build(source, out, workers, bar, options, rule, on_bad)
+        except BadSample as error:
+            raise BadSample(
+                f"{error}. Repair or remove it, or continue without unusable samples: on_bad='skip' (--on-bad skip)"
+            ) from error
+        except OSError as error:
+            ours = error.filename is not None and Path(error.filename).is_relative_to(out)
+            if error.errno in NO_ROOM or (error.errno is not None and ours):
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}; make room and run the same build again: finished shards are kept",
+                    error.filename or str(out),
+                ) from error
+            raise
+
+
+def _workers(source: Source, processes: int, dask: str | None) -> Workers | Cluster:
+    return Workers(source, processes) if dask is None else Cluster(source, dask)
+
+
+def _build(
+    source: Source,
+    folder: Path,
+    workers: Workers | Cluster,
+    bar: Progress,
+    options: dict[str, Any],
+    rule: SplitRule,
+    on_bad: Literal["error", "skip"],
+) -> Survey:
+    planning = bar.add_task("plan", total=None)
+    layout = lay_out(
+        source,
+        workers,
+        rule,
+        seed=options["seed"],
+        samples_per_shard=options["samples_per_shard"],
+        on_bad=on_bad,
+    )
+    identity = identify(source, options, layout)
+    if there := finished(folder, identity):
+        shutil.rmtree(folder / BUILD_FOLDER)
+        return there
+    journal = load_journal(folder, identity)
+    bar.update(planning, total=1, completed=1)
+    if journal is None:
+        sky = bar.add_task("measure the sky", total=None)
+        command, now = shlex.join(sys.argv), datetime.datetime.now(datetime.UTC)
+        journal = Journal(
+            identity, _measure(source, workers, layout, options, on_bad), now.isoformat(timespec="seconds"), command
+        )
+        journal.save(folder)
+        bar.update(sky, total=1, completed=1)
+    done = {plan.name: packed for plan in layout.shards if (packed := Packed.load(folder, plan.name))}
+    packing = bar.add_task("pack", total=sum(plan.rows.size for plan in layout.shards))
+    missing = [plan for plan in layout.shards if plan.name not in done]
+    bar.update(packing, completed=sum(plan.rows.size for plan in layout.shards if plan.name in done))
+    if done:
+        log.info("%s: continuing, %d of %d shards are finished", folder, len(done), len(layout.shards))
+    tasks = (PackTask(folder, plan, journal.settings, on_bad) for plan in missing)
+    for plan, packed in zip(missing, workers.map(pack, tasks), strict=True):
+        done[plan.name] = packed
+        for reason in packed.skipped:
+            log.warning("skipped: %s", reason)
+        bar.update(packing, advance=plan.rows.size)
+    clear_leftovers(folder)  # of workers that died
+    survey = _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
+    shutil.rmtree(folder / BUILD_FOLDER)
+    return survey
+
+
+def _measure(
+    source: Source,
+    workers: Workers | Cluster,
+    layout: Layout,
+    options: dict[str, Any],
+    on_bad: Literal["error", "skip"],
+) -> Settings:
+    """Measure shape and sky noise from some samples of the first split, and decide the quantisation steps."""
+    first = [plan.rows for plan in layout.shards if plan.split == layout.shards[0].split]
+    rows = np.sort(np.concatenate(first)[:SKY_SAMPLES])
+    tasks = (SkyTask(rows[i : i + SKY_TASK], on_bad) for i in range(0, rows.size, SKY_TASK))
+    skies = list(workers.map(measure_sky, tasks))
+    types = next((sky.label_types for sky in skies if sky.label_types is not None), None)
+    if types is None:
+        raise ValueError(f"none of {rows.size} samples that were tried is usable; look at the source")
+    shape = next((sky.shape for sky in skies if sky.shape is not None), (0, 0, 0))
+    if source.bands and shape == (0, 0, 0):
+        raise ValueError(
+            f"none of {rows.size} samples that were tried has an image; the source declares {source.bands}"
+        )
+    if set(types) != set(source.labels):
+        raise ValueError(f"labels: the source declares {sorted(source.labels)}, its samples have {sorted(types)}")
+    if options["sky_sigma"] is not None:
+        sigma = np.array(options["sky_sigma"], np.float64)
+    else:
+        sigma = _median_sigma(source, np.concatenate([sky.sigma for sky in skies]))
+    step: tuple[float, ...] = ()
+    if options["codec"] == "bitplane":
+        lossless = source.lossless_step if isinstance(source, Lossless) else None
+        if options["step_fraction"] is None and lossless is not None:
+            step = lossless
+        else:
+            step = tuple((sigma * (options["step_fraction"] or STEP_FRACTION)).tolist())
+    spectrum = spectrum_of(source)
+    pixels = 0 if spectrum is None else spectrum.grid.count
+    return Settings(shape, options["codec"], step, tuple(sigma.tolist()), types, pixels, vectors_of(source))
+
+
+def _median_sigma(source: Source, sigmas: np.ndarray) -> np.ndarray:
+    """Median over samples [N, C], of those with valid pixels in the band."""
+    sigma = np.array([np.median(s[~np.isnan(s)]) if not np.isnan(s).all() else np.nan for s in sigmas.T])
+    if source.unit == "count":
+        sigma = np.where(np.isnan(sigma), COUNT_SIGMA, np.maximum(sigma, COUNT_SIGMA))
+    for band, value in zip(source.bands, sigma, strict=True):
+        if not 0 < value < math.inf:
+            what = "has no valid pixel" if math.isnan(value) else "has no measurable noise"
+            raise ValueError(
+                f"band {band!r} {what} in {len(sigmas)} samples, so its sky noise is unknown; give it: sky_sigma "
+                "(--sky-sigma, one number a band)"
+            )
+    return sigma
+
+
+def _finish(source: Source, folder: Path, layout: Layout, journal: Journal, packed: list[Packed]) -> Survey:
+    """Write catalog.parquet, then survey.json."""
+    settings = journal.settings
+    kept = [p for p in packed if p.record.count]
+    skipped = [*layout.bad.values(), *(reason for p in packed for reason in p.skipped)]
+    if not kept:
+        raise ValueError(f"the survey is empty: all {len(skipped)} samples are unusable, first: {skipped[0]}")
+    moments = SurveyMoments(settings.sky_sigma, tuple(vector.size for vector in settings.vectors))
+    trained = [p for p in kept if p.record.split == "train"]
+    for p in trained or kept:
+        moments.merge(SurveyMoments.from_json(p.moments, settings.sky_sigma))
+    _write_catalog(folder, [p.record.name for p in kept], settings.label_types)
+    versions = {"armillary": armillary.__version__, "python": platform.python_version()}
+    versions |= {package: version(package) for package in ("numpy", "pyarrow")}
+    survey = Survey(
+        name=journal.identity["name"],
+        bands=tuple(source.bands),
+        height=settings.shape[1],
+        width=settings.shape[2],
+        pixel_scale_arcsec=source.pixel_scale_arcsec,
+        unit=source.unit,
+        codec=settings.codec,
+        sky_sigma=settings.sky_sigma,
+        step=settings.step,
+        shards=tuple(p.record for p in kept),
+        statistics=moments.statistics([vector.name for vector in settings.vectors]),
+        labels=dict(source.labels),
+        provenance={
+            "build": journal.identity,
+            "command": journal.command,
+            "date": journal.started,
+            "versions": versions,
+            "skipped": {"count": len(skipped), "examples": skipped[:EXAMPLES]},
+        },
+        spectrum=None if (spectrum := spectrum_of(source)) is None else replace(spectrum, codec=settings.codec),
+        vectors=settings.vectors,
+    )
+    survey.save(folder)
+    fsync_folder(folder)
+    return survey
+
+
+def _write_catalog(folder: Path, names: list[str], label_types: dict[str, str]) -> None:
+    """Join the shards' records into catalog.parquet, a few at a time."""
+    schema = catalog_schema(label_types)
+    path, temporary = folder / "catalog.parquet", folder / ".catalog.parquet.tmp"
+    place = list(CATALOG_COLUMNS).index("shard")
+    try:
+        with open(temporary, "wb") as f:
+            with pq.ParquetWriter(f, schema) as writer:
+                waiting: list[pa.Table] = []
+                for number, name in enumerate(names):
+                    table = pq.read_table(Packed.path(folder, name)).replace_schema_metadata(None)
+                    shard = pa.array(np.full(len(table), number, np.int32))
+                    waiting.append(table.set_column(place, schema.field(place), shard))
+                    if sum(map(len, waiting)) >= CATALOG_GROUP or number == len(names) - 1:
+                        writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                        waiting = []
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), disable=not shown)

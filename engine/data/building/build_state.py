@@ -1,0 +1,147 @@
+"""The plan of a build in progress, and the rules for continuing it, or finding it done, or refusing the folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from armillary.engine.data.building.packing import BUILD_FOLDER, Settings
+from armillary.engine.data.building.shard_assignment import Layout
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.sources.source import Source, inputs, spectrum_of, vectors_of
+
+__all__ = ["Journal", "clear_leftovers", "finished", "identify", "load_journal", "locked"]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The plan of a build, kept in `.build/plan.json`.
+
+    Attributes:
+        identity: Everything that determines the survey's bytes.
+        settings: What was measured and decided before packing.
+        started: Time of the first start, UTC.
+        command: Command line of the first start.
+    """
+
+    identity: dict[str, Any]
+    settings: Settings
+    started: str
+    command: str
+
+    def save(self, folder: Path) -> None:
+        """Write `.build/plan.json` atomically."""
+        path = folder / BUILD_FOLDER / "plan.json"
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w") as f:
+            json.dump(asdict(self), f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+
+
+def identify(source: Source, options: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """Everything that determines the survey's bytes, as JSON would give it back."""
+    identity = {
+        **options,
+        "bands": source.bands,
+        "unit": source.unit,
+        "pixel_scale_arcsec": source.pixel_scale_arcsec,
+        "labels": source.labels,
+        "spectrum": None if (spectrum := spectrum_of(source)) is None else asdict(spectrum),
+        "vectors": [asdict(vector) for vector in vectors_of(source)],
+        "samples": len(source),
+        "inputs": inputs(source),
+        "keys": layout.digest,
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    parts = [
+        f"{k} {theirs.get(k)!r}, now {mine.get(k)!r}" for k in sorted(theirs | mine) if theirs.get(k) != mine.get(k)
+    ]
+    return "; ".join(parts)
+
+
+def finished(folder: Path, identity: dict[str, Any]) -> Survey | None:
+    """The survey in the folder, if it is this one; None if there is none.
+
+    Raises:
+        FileExistsError: There is another one, or pieces of one without a plan.
+    """
+    if (folder / "survey.json").exists():
+        survey = Survey.load(folder)
+        theirs = survey.provenance.get("build", {})
+        if theirs == identity:
+            return survey
+        raise FileExistsError(
+            f"{folder}: holds another survey ({_difference(theirs, identity)}); choose another folder or delete it"
+        )
+    if not (folder / BUILD_FOLDER / "plan.json").exists():
+        strangers = [p.name for p in folder.iterdir() if p.suffix in (".tar", ".idx", ".parquet")]
+        if strangers:
+            raise FileExistsError(f"{folder}: holds {sorted(strangers)[0]}, but no survey; choose an empty folder")
+    return None
+
+
+def load_journal(folder: Path, identity: dict[str, Any]) -> Journal | None:
+    """The plan of an interrupted build; None if there is none.
+
+    Raises:
+        FileExistsError: It is that of another source or of other options.
+    """
+    path = folder / BUILD_FOLDER / "plan.json"
+    if not path.exists():
+        return None
+    raw = json.loads(path.read_text())
+    if raw["identity"] != identity:
+        raise FileExistsError(
+            f"{folder}: holds an unfinished build of something else ({_difference(raw['identity'], identity)}); "
+            f"repeat its options, choose another folder, or delete {folder / BUILD_FOLDER} and the shards"
+        )
+    return Journal(identity, Settings.from_json(raw["settings"]), raw["started"], raw["command"])
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove half-written files of processes that were killed."""
+    for leftover in [*folder.glob(".*.tmp"), *(folder / BUILD_FOLDER).glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder, hold its lock, and clear half-written files of a killed build.
+
+    A lock belongs to its process, so a killed build leaves none behind. A folder that was made for nothing is removed.
+
+    Raises:
+        NotADirectoryError: There is a file in the way.
+        RuntimeError: Another build holds the lock.
+    """
+    made = not folder.exists()
+    try:
+        (folder / BUILD_FOLDER).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder}: not a folder; choose another one for the survey") from error
+    with open(folder / BUILD_FOLDER / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{folder}: another build is running in this folder; wait for it") from error
+        try:
+            clear_leftovers(folder)
+            yield
+        finally:
+            unplanned = not (folder / BUILD_FOLDER / "plan.json").exists()
+            if unplanned and (folder / BUILD_FOLDER).exists():
+                shutil.rmtree(folder / BUILD_FOLDER)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()

@@ -1,0 +1,113 @@
+"""A pool of processes that share a source.
+
+Processes are spawned, not forked: libraries that hold threads or file positions survive. A script that builds with more
+than one process therefore needs the usual `if __name__ == "__main__":`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any, TypeVar
+
+from armillary.engine.data.sources.source import Source
+
+__all__ = ["Workers"]
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_source: Source | None = None  # of this worker process
+
+
+class Workers:
+    """Runs functions of (source, task) in processes, or right here where one process is asked for.
+
+    Args:
+        source: Pickled once to each process.
+        processes: Worker processes; with 1 there are none.
+
+    Raises:
+        ValueError: `processes` is not positive.
+    """
+
+    def __init__(self, source: Source, processes: int) -> None:
+        if processes < 1:
+            raise ValueError(f"processes: must be at least 1, got {processes}")
+        self.source, self.processes = source, processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        """Start the processes."""
+        if self.processes > 1:
+            self._pool = ProcessPoolExecutor(
+                self.processes,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start,
+                initargs=(self.source,),
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for what runs, drop what waits."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, function: Callable[[Source, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results in the order of tasks; tasks are taken as workers become free.
+
+        Args:
+            function: A module-level function.
+            tasks: Picklable.
+
+        Raises:
+            RuntimeError: A process died.
+        """
+        if self._pool is None:
+            for task in tasks:
+                yield function(self.source, task)
+            return
+        running: deque[Future[Any]] = deque()
+        try:
+            for task in tasks:
+                running.append(self._pool.submit(_run, function, task))
+                if len(running) >= 2 * self.processes:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process died (killed, or out of memory); use fewer processes and run the same command "
+                "again: what is finished is kept"
+            ) from error
+
+
+def _start(source: Source) -> None:
+    global _source
+    _source = source
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """End this process when the parent is gone: one killed by signal 9 cannot stop its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _run(function: Callable[[Source, Any], Any], task: Any) -> Any:
+    if _source is None:
+        raise RuntimeError("this process has no source: Workers starts it with one")
+    return function(_source, task)

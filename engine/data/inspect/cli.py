@@ -1,0 +1,311 @@
+"""Commands of `armillary data`. Each returns its exit status; bad input raises.
+
+The top-level command (`armillary.engine.cli`) mounts these functions with tyro and turns the errors that they raise
+(ValueError, OSError, RuntimeError) into a message and exit status 2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from armillary.engine.data.building.build import build as build_survey
+from armillary.engine.data.building.splits import parse_split
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.inspect.check import check_survey
+from armillary.engine.data.inspect.export import unpack
+from armillary.engine.data.inspect.leakage import find_leaks
+from armillary.engine.data.inspect.show import draw_mosaic
+from armillary.engine.data.inspect.stats import draw_statistics, summarise_labels
+from armillary.engine.data.sources.kinds import KINDS, open_source, parse_options
+from armillary.engine.data.sources.selected import Selected
+
+__all__ = ["build", "check", "export", "kinds", "leaks", "show", "stats", "summary"]
+
+
+def build(
+    source: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    *,
+    kind: str = "auto",
+    name: str | None = None,
+    labels: Path | None = None,
+    size: int | None = None,
+    rows: tuple[int, int] | None = None,
+    bands: tuple[str, ...] | None = None,
+    pixel_scale_arcsec: float | None = None,
+    zero_is_missing: bool | None = None,
+    option: tuple[str, ...] = (),
+    cut: tuple[str, ...] = (),
+    drop_duplicates_arcsec: float | None = None,
+    codec: Literal["bitplane", "float16"] = "bitplane",
+    step_fraction: float | None = None,
+    sky_sigma: tuple[float, ...] | None = None,
+    samples_per_shard: int = 2048,
+    split: str = "auto",
+    test_fraction: float | None = None,
+    seed: int = 0,
+    processes: int = 2,
+    dask: str | None = None,
+    on_bad: Literal["error", "skip"] = "error",
+    progress: bool = True,
+) -> int:
+    """Pack files of one kind into a survey folder; `armillary data kinds` lists the kinds.
+
+    An interrupted build continues when the same command is run again. Surveys of several sources (images with spectra
+    and catalogues) are described by a recipe in Python, see docs/data.md.
+
+    Args:
+        source: File or folder.
+        out: Folder of the survey; made if need be.
+        kind: What the source is; by default seen from its file names.
+        name: Survey name; by default that of the folder.
+        labels: CSV of labels; by default labels.csv in the folder or beside the archive.
+        size: Cut the central SIZE x SIZE pixels out of every image.
+        rows: First row and last row + 1, over all HDF5 files.
+        bands: Band names, where the files have none.
+        pixel_scale_arcsec: Arcseconds a pixel, where the files do not say.
+        zero_is_missing: Pixels of exactly 0 carry no data (FITS, Stein et al.; so by default).
+        option: Further options of the kind's reader, NAME=VALUE.
+        cut: Conditions that rows must satisfy, such as 'z < 0.6' or 'mag(flux_z) <= 20'.
+        drop_duplicates_arcsec: Of rows closer than this only the first is kept.
+        codec: bitplane (quantised) or float16.
+        step_fraction: Quantisation step in units of the sky noise; 1/8 by default, one count for 8-bit pictures.
+        sky_sigma: Sky noise of each band, where it should not be measured.
+        samples_per_shard: Samples of a tar.
+        split: key, random:SEED, sky or healpix[:NSIDE] (a share of keys, of samples, or of cells of the sky is the test
+            split), auto (sky for samples that have a position, key for the others), source (the column split of the
+            labels), or COLUMN:LOW:HIGH (that range is the test split, such as ra:120:150).
+        test_fraction: Share of the test split, where it is one; 0.1 by default.
+        seed: Keys the shuffle.
+        processes: Worker processes.
+        dask: Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers do the work instead.
+        on_bad: Stop at an unusable sample, or skip and count it.
+        progress: Show progress bars.
+    """
+    given = {
+        "labels": labels,
+        "size": size,
+        "rows": rows,
+        "bands": bands,
+        "pixel_scale_arcsec": pixel_scale_arcsec,
+        "zero_is_missing": zero_is_missing,
+    }
+    options = {name: value for name, value in given.items() if value is not None} | parse_options(option)
+    opened = open_source(source, kind, **options)
+    if cut or drop_duplicates_arcsec is not None:
+        opened = Selected(opened, cut, drop_duplicates_arcsec=drop_duplicates_arcsec)
+    survey = build_survey(
+        opened,
+        out,
+        name=name or out.resolve().name,
+        codec=codec,
+        step_fraction=step_fraction,
+        sky_sigma=sky_sigma,
+        samples_per_shard=samples_per_shard,
+        split=parse_split(split, test_fraction),
+        seed=seed,
+        processes=processes,
+        dask=dask,
+        progress=progress,
+        on_bad=on_bad,
+    )
+    Console().print(summary(survey))
+    return 0
+
+
+def check(
+    survey: tyro.conf.Positional[Path],
+    *,
+    blobs: int | None = None,
+    checksums: bool = True,
+    threads: int = 2,
+    progress: bool = True,
+) -> int:
+    """Verify a survey: files, checksums, indices, catalogue and blobs. The exit status is 1 if anything is wrong.
+
+    Args:
+        survey: Folder of the survey.
+        blobs: Blobs to decode in each shard; all by default.
+        checksums: Compare the SHA-256 of every shard.
+        threads: Shards checked at a time.
+        progress: Show a progress bar.
+    """
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("check", total=None)
+        problems = check_survey(
+            survey,
+            blobs=blobs,
+            checksums=checksums,
+            threads=threads,
+            progress=lambda samples: bar.update(task, advance=samples),
+        )
+        bar.update(task, total=1, completed=1)
+    console = Console()
+    if problems:
+        table = Table("file", "key", "problem", "cure", title=f"{survey}: {len(problems)} problems", show_lines=True)
+        for problem in problems:
+            table.add_row(problem.file, problem.key, problem.what, problem.cure)
+        console.print(table)
+        return 1
+    console.print(summary(Survey.load(survey)))
+    console.print(f"{survey}: sound")
+    return 0
+
+
+def kinds() -> int:
+    """List the kinds of files that can be read."""
+    table = Table("kind", "what", "recognised by")
+    for name, kind in KINDS.items():
+        inside = f"HDF5 with {', '.join(kind.holds)}" if kind.holds else ""
+        table.add_row(name, kind.what, " ".join(kind.names) or inside)
+    Console().print(table)
+    return 0
+
+
+def leaks(
+    survey: tyro.conf.Positional[Path],
+    *,
+    radius_arcsec: float = 2.0,
+    identifiers: tuple[str, ...] = (),
+) -> int:
+    """Look for objects that are in two splits, or have a near neighbour in another. The exit status is 1 if there are any.
+
+    Args:
+        survey: Folder of the survey.
+        radius_arcsec: Samples closer than this count as one object.
+        identifiers: Labels whose values name objects.
+    """
+    found = find_leaks(survey, radius_arcsec=radius_arcsec, identifiers=identifiers)
+    for leak in found:
+        print(leak)
+    if not found:
+        print(f"{survey}: the splits share nothing within {radius_arcsec:g} arcsec")
+    return 1 if found else 0
+
+
+def show(
+    survey: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("mosaic.png"),
+    *,
+    count: int = 25,
+    split: str | None = None,
+    seed: int = 0,
+    labels: list[str] | None = None,
+) -> int:
+    """Draw a mosaic of random samples and print what the survey holds.
+
+    Args:
+        survey: Folder of the survey.
+        out: The PNG to write.
+        count: Samples in the mosaic.
+        split: Only of this split.
+        seed: Chooses the samples.
+        labels: Labels in the captions; the first three by default.
+    """
+    description = Survey.load(survey)
+    draw_mosaic(survey, out, count=count, split=split, seed=seed, labels=labels)
+    console = Console()
+    console.print(summary(description))
+    console.print(f"wrote {out}")
+    return 0
+
+
+def stats(
+    survey: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("stats.png"),
+    *,
+    labels: tuple[str, ...] | None = None,
+    split: str | None = None,
+) -> int:
+    """Print what the labels hold, and draw histograms, redshift distribution and sky coverage.
+
+    Args:
+        survey: Folder of the survey.
+        out: The picture to write: .png, .pdf or .svg.
+        labels: Labels to draw; by default the first twelve that vary.
+        split: Only of this split.
+    """
+    console = Console()
+    console.print(summary(Survey.load(survey)))
+    table = Table("label", "known", "0 %", "5 %", "50 %", "95 %", "100 %", "meaning")
+    for label in summarise_labels(survey, split):
+        if label.most:
+            numbers = [", ".join(f"{text} {count:,}" for text, count in label.most), *[""] * 4]
+        else:
+            numbers = [f"{p:.4g}" for p in label.percentiles] or [""] * 5
+        table.add_row(label.name, f"{label.known:,}", *numbers, label.meaning)
+    console.print(table)
+    draw_statistics(survey, out, labels=labels, split=split)
+    console.print(f"wrote {out}")
+    return 0
+
+
+def export(
+    survey: tyro.conf.Positional[Path],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    *,
+    format: Literal["fits", "hdf5", "parquet"],
+    split: str | None = None,
+    progress: bool = True,
+) -> int:
+    """Write a survey's samples as FITS files, one HDF5 file or one Parquet file.
+
+    Args:
+        survey: Folder of the survey.
+        out: The file to write, a folder for FITS; must not exist.
+        format: fits (with labels.csv), hdf5 or parquet.
+        split: Only of this split.
+        progress: Show a progress bar.
+    """
+    total = Survey.load(survey).count(split)
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("export", total=total)
+        written = unpack(survey, out, format, split=split, progress=lambda n: bar.update(task, advance=n))
+    print(f"wrote {written:,} samples to {out}")
+    return 0
+
+
+def summary(survey: Survey) -> Table:
+    """A table of what a survey holds."""
+    table = Table("", "value", title=f"survey {survey.name}", show_header=False)
+    splits = Counter[str]()
+    for shard in survey.shards:
+        splits[shard.split] += shard.count
+    size = sum(s.bytes for s in survey.shards)
+    scale = "unknown scale" if survey.pixel_scale_arcsec is None else f"{survey.pixel_scale_arcsec:g} arcsec a pixel"
+    table.add_row("samples", ", ".join(f"{n:,} {split}" for split, n in splits.items()))
+    if survey.bands:
+        images = f"{' '.join(survey.bands)}, {survey.width} x {survey.height} pixels, {scale}, {survey.unit}"
+        table.add_row("images", images)
+    if survey.spectrum is not None:
+        wave = survey.spectrum.grid.angstrom()
+        table.add_row(
+            "spectra", f"{len(wave):,} pixels, {wave[0]:,.1f} to {wave[-1]:,.1f} angstrom, {survey.spectrum.unit}"
+        )
+    for vector in survey.vectors:
+        table.add_row(vector.name, f"{vector.size} components, {vector.unit}")
+    table.add_row(
+        "shards",
+        f"{len(survey.shards)}, {size / 2**20:,.1f} MiB, {size / 1024 / max(survey.count(), 1):,.1f} KiB a sample",
+    )
+    table.add_row("codec", f"{survey.codec}{f', steps {_numbers(survey.step)}' if survey.step else ''}")
+    if survey.bands:
+        table.add_row("sky sigma", _numbers(survey.sky_sigma))
+        table.add_row("mean", _numbers(survey.statistics.mean))
+        table.add_row("std", _numbers(survey.statistics.std))
+    table.add_row("labels", "\n".join(f"{k}: {v}" for k, v in survey.labels.items()) or "none")
+    skipped = survey.provenance.get("skipped", {}).get("count", 0)
+    if skipped:
+        table.add_row("skipped", f"{skipped} unusable samples were left out")
+    return table
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "  ".join(f"{v:.4g}" for v in values)

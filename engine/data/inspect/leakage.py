@@ -1,0 +1,106 @@
+"""Does the test split share objects, or near neighbours on the sky, with the other splits?
+
+A galaxy that was observed twice, or that lies on two overlapping cutouts, makes a test look better than it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from scipy.spatial import cKDTree
+
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.sources.match import unit_vectors
+
+__all__ = ["Leak", "find_leaks"]
+
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What two splits share.
+
+    Attributes:
+        splits: The two.
+        what: "position", or the label whose values are shared.
+        count: Samples of the first split that have a counterpart in the second.
+        examples: Some pairs of keys.
+    """
+
+    splits: tuple[str, str]
+    what: str
+    count: int
+    examples: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """One line."""
+        pairs = ", ".join(f"{a} and {b}" for a, b in self.examples)
+        return f"{self.count:,} samples of {self.splits[0]} share {self.what} with {self.splits[1]}: {pairs}"
+
+
+def find_leaks(folder: Path | str, *, radius_arcsec: float = 2.0, identifiers: tuple[str, ...] = ()) -> list[Leak]:
+    """Compare every two splits of a survey.
+
+    Args:
+        folder: The survey.
+        radius_arcsec: Samples closer than this count as one object.
+        identifiers: Labels whose values name objects; unknown values (NaN, "") name none.
+
+    Returns:
+        What is shared; empty where nothing is.
+
+    Raises:
+        ValueError: The radius is not positive, or there is no such label.
+    """
+    if not 0 < radius_arcsec <= 3600:
+        raise ValueError(f"radius_arcsec: must be above 0 and at most 3600, got {radius_arcsec}")
+    survey = Survey.load(folder)
+    for name in identifiers:
+        if name not in survey.labels:
+            raise ValueError(f"identifiers: no label {name!r}; the survey has {', '.join(survey.labels) or 'none'}")
+    table = pq.read_table(Path(folder) / "catalog.parquet", columns=["key", "split", "ra", "dec", *identifiers])
+    split = table["split"].to_numpy(zero_copy_only=False)
+    keys = table["key"].to_numpy(zero_copy_only=False)
+    names = sorted(set(split.tolist()), key=lambda s: (s == "train", s))
+    rows = {name: np.flatnonzero(split == name) for name in names}
+    ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
+    found = []
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            pairs = _near(ra, dec, rows[first], rows[second], radius_arcsec)
+            found.append(_leak((first, second), f"a position (within {radius_arcsec:g} arcsec)", pairs, keys))
+            for name in identifiers:
+                pairs = _equal(table[name].to_numpy(zero_copy_only=False), rows[first], rows[second])
+                found.append(_leak((first, second), f"a value of {name!r}", pairs, keys))
+    return [leak for leak in found if leak.count]
+
+
+def _leak(splits: tuple[str, str], what: str, pairs: np.ndarray, keys: np.ndarray) -> Leak:
+    examples = tuple((str(keys[a]), str(keys[b])) for a, b in pairs[:NAMED].tolist())
+    return Leak(splits, what, len(pairs), examples)
+
+
+def _near(ra: np.ndarray, dec: np.ndarray, mine: np.ndarray, theirs: np.ndarray, radius: float) -> np.ndarray:
+    """[M, 2] rows: each of `mine` that has one of `theirs` within the radius, and the nearest."""
+    placed = ~(np.isnan(ra) | np.isnan(dec))
+    mine, theirs = mine[placed[mine]], theirs[placed[theirs]]
+    if not (mine.size and theirs.size):
+        return np.empty((0, 2), np.int64)
+    tree = cKDTree(unit_vectors(ra[theirs], dec[theirs]))
+    chord = 2 * np.sin(np.deg2rad(radius / 3600) / 2)
+    distance, nearest = tree.query(unit_vectors(ra[mine], dec[mine]), distance_upper_bound=chord)
+    close = np.isfinite(distance)
+    return np.stack([mine[close], theirs[nearest[close]]], axis=1)
+
+
+def _equal(values: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """[M, 2] rows: each of `mine` whose value one of `theirs` has, and the first such."""
+    place: dict[object, int] = {}
+    for row in reversed(theirs.tolist()):
+        place[values[row]] = row
+    pairs = [(row, place[v]) for row in mine.tolist() if (v := values[row]) == v and v != "" and v in place]
+    return np.array(pairs, np.int64).reshape(-1, 2)

@@ -1,0 +1,216 @@
+"""Labels of a folder of pictures or cutouts: a CSV file with a row for each.
+
+One column names the file (`file`, or `key` or `name`); `ra` and `dec` (degrees, ICRS) and `split` (train, test, ...) are
+known by name; every other column is a label. Blank cells mean "unknown". A column is numeric if its cells are.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from armillary.engine.data.format.survey import CATALOG_COLUMNS
+
+__all__ = ["LabelTable", "beside", "read_labels"]
+
+FILE_COLUMNS = ("file", "key", "name")
+POSITION = {"ra": (0.0, 360.0), "dec": (-90.0, 90.0)}
+EXACT_INTEGER = 2**53  # larger whole numbers (catalogue identifiers) do not survive float64
+SUFFIXES = (".fits.gz", ".fits.fz", ".fits", ".fit", ".fz", ".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Values aligned with a list of files.
+
+    Attributes:
+        columns: `ra`, `dec` (always there) and the labels: float64 arrays or lists of text.
+        splits: Split of each file; None where the CSV has no such column.
+        labels: Meaning of each label column.
+    """
+
+    columns: dict[str, np.ndarray | list[str]]
+    splits: list[str | None] | None
+    labels: dict[str, str]
+
+    def row(self, index: int) -> dict[str, float | str]:
+        """Labels of one file."""
+        values = {name: self.columns[name][index] for name in self.labels}
+        return {name: v if isinstance(v, str) else float(v) for name, v in values.items()}
+
+
+def beside(path: Path) -> Path | None:
+    """labels.csv in a folder, or in the folder of an archive; None where there is none."""
+    found = (path if path.is_dir() else path.parent) / "labels.csv"
+    return found if found.is_file() else None
+
+
+def stem(name: str) -> str:
+    """A path without the extension of a picture or FITS file."""
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def read_labels(path: Path | None, files: Sequence[str]) -> LabelTable:
+    """Read a CSV of labels and align it with `files` (paths relative to the folder or archive).
+
+    A row may name a file by its path, its base name, or either without the extension. Files without a row have unknown
+    labels.
+
+    Args:
+        path: The CSV; None for no labels.
+        files: Paths of all files.
+
+    Raises:
+        FileNotFoundError: There is no such CSV.
+        ValueError: A column, row or cell is wrong; the message names it.
+    """
+    count = len(files)
+    unknown = {name: np.full(count, np.nan) for name in POSITION}
+    if path is None:
+        return LabelTable({**unknown}, None, {})
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of labels")
+    header, rows = _parse(path)
+    name_column = next((c for c in FILE_COLUMNS if c in header), None)
+    if name_column is None:
+        raise ValueError(
+            f"{path}: no column 'file': one column must name each row's file ('file', 'key' or 'name'); "
+            f"the columns are {', '.join(header)}"
+        )
+    taken = [c for c in header if c in CATALOG_COLUMNS and c not in (*POSITION, "split", name_column)]
+    if taken:
+        raise ValueError(
+            f"{path}: column {taken[0]!r}: the survey's catalogue uses this name itself; rename the column"
+        )
+    at = _match(path, name_column, rows, files)
+    columns: dict[str, np.ndarray | list[str]] = {**unknown}
+    splits: list[str | None] | None = None
+    labels = {}
+    for column in header:
+        cells = [row[column] for _, row in rows]
+        if column == name_column:
+            continue
+        if column == "split":
+            splits = [None] * count
+            for i, cell in zip(at, cells, strict=True):
+                splits[i] = cell or None
+            continue
+        numbers = _numbers(path, column, [line for line, _ in rows], cells)
+        if numbers is None:
+            text = [""] * count
+            for i, cell in zip(at, cells, strict=True):
+                text[i] = cell
+            columns[column] = text
+        else:
+            array = np.full(count, np.nan)
+            array[at] = numbers
+            columns[column] = array
+        if column not in POSITION:
+            labels[column] = f"{'text' if numbers is None else 'number'}, from {path.name}"
+    return LabelTable(columns, splits, labels)
+
+
+def _parse(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Column names, and (line, cells by column) of every row; cells stripped."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.reader(f, strict=True)
+            header = [c.strip() for c in next(reader, [])]
+            if not header:
+                raise ValueError(f"{path}: empty; the first line must name the columns")
+            if "" in header:
+                raise ValueError(f"{path}: column {header.index('') + 1} has no name")
+            twice = [c for c, n in Counter(header).items() if n > 1]
+            if twice:
+                raise ValueError(f"{path}: column {twice[0]!r} occurs twice")
+            rows = []
+            for cells in reader:
+                if not any(c.strip() for c in cells):
+                    continue
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{path}: row at line {reader.line_num}: {len(cells)} cells, the header has {len(header)}"
+                    )
+                row = dict(zip(header, (c.strip() for c in cells), strict=True))
+                rows.append((reader.line_num, row))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: not readable as CSV: {error}") from error
+    return header, rows
+
+
+def _match(path: Path, column: str, rows: list[tuple[int, dict[str, str]]], files: Sequence[str]) -> list[int]:
+    """Index into `files` of every row."""
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(files):
+        base = PurePosixPath(name).name
+        for alias in {name, base, stem(name), stem(base)}:
+            places.setdefault(alias, []).append(i)
+    exact = {name: i for i, name in enumerate(files)}
+    at: list[int] = []
+    first_line: dict[int, int] = {}
+    for line, row in rows:
+        name = row[column]
+        found = [exact[name]] if name in exact else places.get(name, [])
+        if not found:
+            raise ValueError(
+                f"{path}: row at line {line}, column {column!r}: no file {name!r} among the {len(files)} read; "
+                "remove the row or add the file"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"{path}: row at line {line}, column {column!r}: {name!r} could be {files[found[0]]} or "
+                f"{files[found[1]]}; give the whole path"
+            )
+        if found[0] in first_line:
+            raise ValueError(
+                f"{path}: row at line {line}, column {column!r}: {name!r} already has a row at line "
+                f"{first_line[found[0]]}; keep one of them"
+            )
+        first_line[found[0]] = line
+        at.append(found[0])
+    return at
+
+
+def _numbers(path: Path, column: str, lines: list[int], cells: list[str]) -> np.ndarray | None:
+    """Cells as float64 with NaN for blanks, or None for a column of text.
+
+    A column of which more than half of the filled cells are numbers is numeric, and the others are mistakes.
+    """
+    values = np.full(len(cells), np.nan)
+    wrong, filled = [], 0
+    for i, cell in enumerate(cells):
+        if cell:
+            filled += 1
+            try:
+                values[i] = float(cell)
+            except ValueError:
+                wrong.append(i)
+    position = column in POSITION
+    if filled and not position and len(wrong) * 2 >= filled:
+        return None
+    if not position and any(c.lstrip("+-").isdigit() and abs(int(c)) > EXACT_INTEGER for c in cells):
+        return None
+    if wrong:
+        raise ValueError(
+            f"{path}: row at line {lines[wrong[0]]}, column {column!r}: {cells[wrong[0]]!r} is not a number, as "
+            f"{'a position must be' if position else 'most of the column is'}; correct it or leave it blank"
+        )
+    if position:
+        low, high = POSITION[column]
+        for line, value in zip(lines, values, strict=True):
+            if not math.isnan(value) and not low <= value <= high:
+                raise ValueError(
+                    f"{path}: row at line {line}, column {column!r}: {value} is outside [{low:g}, {high:g}] degrees"
+                )
+    return values

@@ -1,0 +1,158 @@
+"""A packed survey as a source: its samples decoded one by one, for pictures, exports, and packing again."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from armillary.engine.data.format import codec
+from armillary.engine.data.format.shards import Member, read_index
+from armillary.engine.data.format.spectra import decode_spectrum
+from armillary.engine.data.format.survey import MODALITIES, SpectrumRecord, Survey, VectorRecord
+from armillary.engine.data.format.vectors import decode_vectors
+from armillary.engine.data.sources.source import BadSample, Rows, Sample
+
+__all__ = ["PackedSurvey"]
+
+
+class PackedSurvey:
+    """A `Source` of the samples of a packed survey, in stored order, with their splits.
+
+    Args:
+        folder: The survey's folder.
+        split: Only the samples of this split.
+
+    Attributes:
+        survey: Its description.
+        catalog: The rows of catalog.parquet that this source reads.
+
+    Raises:
+        FileNotFoundError: There is no survey, or its catalogue is missing.
+        ValueError: It is not readable, or the split has no samples.
+    """
+
+    def __init__(self, folder: Path | str, split: str | None = None) -> None:
+        self.folder = Path(folder)
+        self.survey = Survey.load(folder)
+        path = self.folder / "catalog.parquet"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing; check the survey with `armillary data check {folder}`")
+        try:
+            self.catalog: pa.Table = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{path}: not readable: {error}") from error
+        if split is not None:
+            self.catalog = self.catalog.filter(pc.field("split") == split)
+        if not len(self.catalog):
+            known = ", ".join(dict.fromkeys(s.split for s in self.survey.shards))
+            raise ValueError(f"{folder}: no samples in split {split!r}; the survey has {known or 'none'}")
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Band names in stored order."""
+        return self.survey.bands
+
+    @property
+    def pixel_scale_arcsec(self) -> float | None:
+        """Arcseconds a pixel."""
+        return self.survey.pixel_scale_arcsec
+
+    @property
+    def unit(self) -> str:
+        """Flux unit of a pixel."""
+        return self.survey.unit
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Label columns with their unit or meaning."""
+        return self.survey.labels
+
+    @property
+    def spectrum(self) -> SpectrumRecord | None:
+        """Grid and unit of the spectra."""
+        return self.survey.spectrum
+
+    @property
+    def vectors(self) -> tuple[VectorRecord, ...]:
+        """Every vector."""
+        return self.survey.vectors
+
+    @property
+    def lossless_step(self) -> tuple[float, ...] | None:
+        """The survey's own quantisation step: packing again with it loses nothing."""
+        return self.survey.step or None
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.catalog)
+
+    def inputs(self) -> dict[str, str]:
+        """The shards with their checksums."""
+        return {str(self.folder / shard.name): f"sha256:{shard.sha256}" for shard in self.survey.shards}
+
+    def describe(self, start: int, stop: int) -> Rows:
+        """Keys, positions, labels and splits from the catalogue."""
+        rows = self.catalog.slice(start, stop - start)
+        columns: dict[str, np.ndarray | list[str]] = {}
+        for name in ("ra", "dec", *self.labels):
+            column = rows[name]
+            columns[name] = column.to_pylist() if pa.types.is_string(column.type) else column.to_numpy()
+        return Rows(rows["key"].to_pylist(), columns, rows["split"].to_pylist())
+
+    def read(self, index: int) -> Sample:
+        """Decode one sample.
+
+        Raises:
+            BadSample: It is corrupt or missing.
+            IndexError: There is no such sample.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index}: this survey has {len(self)}")
+        row: dict[str, Any] = self.catalog.slice(index, 1).to_pylist()[0]
+        path = self.folder / self.survey.shards[row["shard"]].name
+        where = f"{path}: sample {row['key']!r} (row {index})"
+        try:
+            member = _members(path)[row["index"]]
+            with open(path, "rb") as f:
+                f.seek(member.offset)
+                data = f.read(member.size)
+        except (OSError, ValueError, IndexError) as error:
+            raise BadSample(f"{where}: not readable: {error}") from error
+        blobs = {p.extension: data[p.offset - member.offset :][: p.size] for p in member.parts}
+        image, valid, spectrum, vectors = None, None, None, {}
+        try:
+            if (blob := blobs.get(MODALITIES["image"])) is not None:
+                image, valid = codec.decode(blob)
+            if (blob := blobs.get(MODALITIES["spectrum"])) is not None:
+                spectrum = decode_spectrum(blob)
+            if (blob := blobs.get(MODALITIES["vectors"])) is not None:
+                values = decode_vectors(blob, self.vectors)
+                ends = np.cumsum([record.size for record in self.vectors])[:-1]
+                parts = zip(self.vectors, np.split(values, ends), strict=True)
+                vectors = {record.name: part for record, part in parts if not np.isnan(part).all()}
+        except codec.CorruptBlob as error:
+            raise BadSample(f"{where}: {error}") from error
+        labels = {name: row[name] for name in self.labels}
+        return Sample(
+            key=row["key"],
+            image=image,
+            valid=valid,
+            ra=row["ra"],
+            dec=row["dec"],
+            labels=labels,
+            source=row["source"],
+            split=row["split"],
+            spectrum=spectrum,
+            vectors=vectors,
+        )
+
+
+@lru_cache(maxsize=16)
+def _members(shard: Path) -> list[Member]:
+    return read_index(shard.with_suffix(".idx"))

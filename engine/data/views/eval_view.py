@@ -1,0 +1,67 @@
+"""From a batch as the loader reads it to the inputs of a frozen encoder: nothing random, the same each time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from armillary.engine.data.format.columns import Columns
+from armillary.models.method import Batch
+
+__all__ = ["CropInput", "EvalView"]
+
+
+class CropInput(Protocol):
+    """Makes model inputs of images: `augment.EvalInput`."""
+
+    packed: bool
+
+    def __call__(self, image: Tensor, valid: Tensor | None) -> Tensor:
+        """Model input [B, K, S, S] of images [B, C, H, W]."""
+
+    def decode(self, blobs: Tensor, sizes: Tensor) -> Tensor:
+        """The same of undecoded images."""
+
+
+@dataclass(frozen=True)
+class EvalView:
+    """Model inputs of a batch.
+
+    Attributes:
+        image: Makes `crop` of `image` and `valid`, or of `blobs` and `sizes`; None where images are not read.
+        spectrum: Whether spectra are read; they are handed on as they are.
+        columns: Inputs from the catalogue; None where there are none.
+    """
+
+    image: CropInput | None = None
+    spectrum: bool = False
+    columns: Columns | None = None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the loader has to read; empty where the catalogue is enough."""
+        return ("image",) * (self.image is not None) + ("spectrum",) * self.spectrum
+
+    @property
+    def packed(self) -> bool:
+        """Whether it would rather have undecoded images."""
+        return self.image is not None and self.image.packed
+
+    def __call__(self, batch: Batch) -> Batch:
+        """A batch with the model's inputs; of images only what this view reads, and only where the batch holds them."""
+        out: Batch = batch.copy()
+        image, valid = out.pop("image", None), out.pop("valid", None)
+        blobs, sizes = out.pop("blobs", None), out.pop("sizes", None)
+        if self.image is not None:
+            if blobs is not None and sizes is not None:
+                out["crop"] = self.image.decode(blobs, sizes)
+            elif image is not None:
+                out["crop"] = self.image(image, valid)
+        if not self.spectrum:
+            out.pop("spectrum", None)
+            out.pop("spectrum_ivar", None)
+        if self.columns is not None:
+            out["columns"] = self.columns.of(batch["row"])
+        return out

@@ -1,0 +1,146 @@
+"""Views of whole objects: one crop of the image, the spectrum, columns of the catalogue, in any mix.
+
+They serve methods that do not compare crops of one image: spectrum encoders, image-spectrum alignment, regression.
+
+Shape legend: B samples, S crop side in pixels, L pixels of a spectrum, n columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from armillary.engine.data.format.columns import Columns, column_problems
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.views.eval_view import EvalView
+from armillary.engine.data.views.multi_crop import MultiCrop
+from armillary.models.method import Batch, BatchKey, InputSpec
+
+__all__ = ["Objects"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """The recipe's description of what a method sees of an object. Every object must have all of it.
+
+    Attributes:
+        image: The crop and its augmentation; one global crop, no local ones. None: no image.
+        spectrum: Whether the spectrum is read.
+        columns: Columns of the catalogue that are inputs, standardised by the training split.
+        targets: Labels to predict, standardised likewise; an object may lack any.
+    """
+
+    image: MultiCrop | None = None
+    spectrum: bool = False
+    columns: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the loader has to read; empty where the catalogue is enough."""
+        return ("image",) * (self.image is not None) + ("spectrum",) * self.spectrum
+
+    @property
+    def augmented(self) -> bool:
+        """Whether anything depends on a random draw."""
+        return self.image is not None and self.image.augmented
+
+    def problems(self, survey: Survey) -> list[str]:
+        """Every rule these views break for a survey, as `views.field: rule, got value`; empty if none."""
+        found: list[str] = []
+        if not (self.modalities or self.columns):
+            found.append("views: need an image, a spectrum or columns, got none of them")
+        if self.image is not None:
+            found += [p.replace("views", "views.image", 1) for p in self.image.problems(survey)]
+            for field, value, wanted in (("n_global", self.image.n_global, 1), ("n_local", self.image.n_local, 0)):
+                if value != wanted:
+                    found.append(f"views.image.{field}: must be {wanted}, one crop an object, got {value}")
+        if self.spectrum and survey.spectrum is None:
+            has = ", ".join(survey.modalities)
+            found.append(f"views.spectrum: needs a survey with spectra, but {survey.name!r} has only {has}")
+        found += column_problems(survey, "views.columns", self.columns)
+        return found + column_problems(survey, "views.targets", self.targets)
+
+    def input_spec(self, survey: Survey) -> InputSpec:
+        """What the views hand to a method."""
+        columns = Columns.read(survey, self.columns) if self.columns else None
+        targets = Columns.read(survey, self.targets) if self.targets else None
+        image = None if self.image is None else self.image.input_spec(survey)
+        return InputSpec(
+            channels=image.channels if image else 0,
+            global_size=image.global_size if image else 0,
+            n_global=1,
+            pixels=survey.spectrum.grid.count if self.spectrum and survey.spectrum else 0,
+            columns=self.columns,
+            column_mean=columns.mean if columns else (),
+            column_std=columns.std if columns else (),
+            targets=self.targets,
+            target_mean=targets.mean if targets else (),
+            target_std=targets.std if targets else (),
+        )
+
+    def build(self, survey: Survey, device: torch.device | str) -> Callable[[Batch, BatchKey], Batch]:
+        """Fix the views for a survey and a device.
+
+        Returns:
+            A function that gives a batch `crop`, `columns` and `targets`. Its attribute `packed` says that it would
+            rather have undecoded images.
+
+        Raises:
+            ValueError: The views break a rule for this survey.
+        """
+        self._refuse(survey)
+        return _Objects(self, survey, torch.device(device))
+
+    def eval_view(self, survey: Survey, device: torch.device | str) -> EvalView:
+        """Inputs for embedding, nothing random; of an image survey's objects the image alone, and so on.
+
+        Raises:
+            ValueError: The survey has nothing that these views show.
+        """
+        image = self.image if self.image is not None and survey.bands else None
+        spectrum = self.spectrum and survey.spectrum is not None
+        if not (image or spectrum or self.columns):
+            raise ValueError(
+                f"survey {survey.name!r}: has {', '.join(survey.modalities)}, but the encoder reads "
+                f"{' and '.join(self.modalities)}"
+            )
+        return EvalView(
+            image=None if image is None else image.eval_input(survey, device),
+            spectrum=spectrum,
+            columns=Columns.read(survey, self.columns) if self.columns else None,
+        )
+
+    def _refuse(self, survey: Survey) -> None:
+        if problems := self.problems(survey):
+            raise ValueError("; ".join(problems))
+
+
+class _Objects:
+    """`Objects` fixed for a survey and a device."""
+
+    def __init__(self, views: Objects, survey: Survey, device: torch.device) -> None:
+        self.spectrum = views.spectrum
+        self.crop = None if views.image is None else views.image.build(survey, device)
+        self.packed = bool(getattr(self.crop, "packed", False))
+        self.columns = Columns.read(survey, views.columns) if views.columns else None
+        self.targets = Columns.read(survey, views.targets) if views.targets else None
+
+    def __call__(self, batch: Batch, key: BatchKey) -> Batch:
+        out: Batch = batch.copy()
+        if self.crop is not None:
+            out = self.crop(out, key)
+            out["crop"] = out.pop("global_crops")
+        if self.spectrum and "has_spectrum" in batch and not bool(batch["has_spectrum"].all()):
+            row = int(batch["row"][~batch["has_spectrum"]][0])
+            raise ValueError(
+                f"views: row {row} of catalog.parquet has no spectrum; build the survey from objects that have one "
+                "(a required match)"
+            )
+        if self.columns is not None:
+            out["columns"] = self.columns.of(batch["row"])
+        if self.targets is not None:
+            out["targets"] = self.targets.of(batch["row"])
+        return out

@@ -1,0 +1,89 @@
+"""Single cutouts and spectra out of a packed survey, for pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from armillary.engine.data.format import codec
+from armillary.engine.data.format.shards import Member, Part, read_index
+from armillary.engine.data.format.spectra import decode_spectrum
+from armillary.engine.data.format.survey import MODALITIES, Survey
+from armillary.engine.data.sources.source import Spectrum
+
+__all__ = ["having", "read_cutouts", "read_spectra"]
+
+
+def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Read cutouts by catalogue row.
+
+    Args:
+        survey_dir: The survey.
+        rows: Catalogue rows.
+
+    Returns:
+        For each row the image, [C, H, W] float32 in the survey's unit, masked pixels 0, and valid, [C, H, W] bool, or
+        None where every pixel carries data.
+
+    Raises:
+        codec.CorruptBlob: A cutout is corrupt.
+        IndexError: There is no such row.
+        ValueError: An object has no image.
+    """
+    return [codec.decode(blob) for blob in _blobs(survey_dir, rows, "image")]
+
+
+def read_spectra(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[Spectrum]:
+    """Read spectra by catalogue row, on the wavelength grid of the survey's description.
+
+    Args:
+        survey_dir: The survey.
+        rows: Catalogue rows.
+
+    Raises:
+        codec.CorruptBlob: A spectrum is corrupt.
+        IndexError: There is no such row.
+        ValueError: An object has no spectrum.
+    """
+    return [decode_spectrum(blob) for blob in _blobs(survey_dir, rows, "spectrum")]
+
+
+def having(survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str) -> list[int]:
+    """Those of the rows whose objects have a modality: "image", "spectrum" or "vectors".
+
+    Args:
+        survey_dir: The survey.
+        rows: Catalogue rows.
+        modality: What they should have.
+
+    Raises:
+        IndexError: There is no such row.
+    """
+    return [row for row, _, part in _parts(survey_dir, rows, modality) if part is not None]
+
+
+def _blobs(survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str) -> Iterator[bytes]:
+    for row, path, part in _parts(survey_dir, rows, modality):
+        if part is None:
+            raise ValueError(f"{survey_dir}: row {row} of catalog.parquet has no {modality}")
+        with open(path, "rb") as f:
+            f.seek(part.offset)
+            yield f.read(part.size)
+
+
+def _parts(
+    survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str
+) -> Iterator[tuple[int, Path, Part | None]]:
+    """Each row with its shard and its blob's place there, None where it has none."""
+    survey = Survey.load(survey_dir)
+    table = pq.read_table(survey_dir / "catalog.parquet", columns=["shard", "index"])
+    shard, place = (table[name].to_numpy() for name in ("shard", "index"))
+    indices: dict[Path, list[Member]] = {}
+    for row in rows:
+        path = survey_dir / survey.shards[shard[row]].name
+        if path not in indices:
+            indices[path] = read_index(path.with_suffix(".idx"))
+        yield int(row), path, indices[path][place[row]].part(MODALITIES[modality])

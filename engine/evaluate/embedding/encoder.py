@@ -1,0 +1,117 @@
+"""The frozen encoder of a run, with the views that it was trained on, for a survey to embed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.views.eval_view import EvalView
+from armillary.engine.evaluate.embedding.embed import Pipeline
+from armillary.engine.weights.tensors import state_digest
+from armillary.models.method import Method
+
+__all__ = ["Encoder", "encoder_digest", "load_pipeline"]
+
+
+def encoder_digest(module: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 of an encoder's parameters and buffers, by name and value."""
+    return state_digest(module.state_dict())
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A run's frozen method with the views it was trained on, both on one device.
+
+    Attributes:
+        method: In evaluation mode.
+        view: Makes its inputs of a survey's batches.
+        metadata: What embeddings by it should say of themselves: run, encoder, survey.
+        run: The run's record (`engine.run.Run`).
+    """
+
+    method: Method
+    view: EvalView
+    metadata: dict[str, str]
+    run: Any
+
+    @classmethod
+    def load(cls, run_dir: Path, survey: Survey, device: torch.device, *, trained: bool = True) -> Encoder:
+        """Load the encoder of a run to embed a survey with.
+
+        Args:
+            run_dir: The run's folder, or an encoder that was exported from it.
+            survey: The survey to embed.
+            device: Where to run.
+            trained: False for the untrained twin: the same configuration, initialised anew, keyed by the run's seed.
+
+        Raises:
+            FileNotFoundError: There is no such run, or it has no checkpoint.
+            ValueError: The survey lacks what the encoder reads, or was taken with other bands, units or wavelengths.
+        """
+        from armillary.engine.config.provenance import survey_fingerprint
+        from armillary.engine.config.run import Run
+        from armillary.engine.weights.export import load_encoder, trained_inputs, trained_pixels
+        from armillary.engine.weights.init_weights import input_mismatch
+
+        pixels, inputs = trained_pixels(run_dir), trained_inputs(run_dir)
+        if trained:
+            method, run = load_encoder(run_dir)
+        else:
+            run = Run.load(run_dir)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(run.seed)
+                method = run.method.build(inputs)
+        wanted = run.views.modalities
+        shared = [m for m in wanted if m in survey.modalities]
+        if wanted and not shared:
+            has, reads = ", ".join(survey.modalities), " and ".join(wanted)
+            raise ValueError(f"{survey.name}: has {has}, but {run.name} embeds {reads}")
+        if problem := input_mismatch(pixels, survey, shared):
+            raise ValueError(f"{survey.name}: {problem}")
+        method = method.to(device).eval()
+        metadata = {
+            "run": run.name,
+            "trained": str(trained).lower(),
+            "encoder": encoder_digest(method),
+            "survey": survey.name,
+            "fingerprint": survey_fingerprint(survey),
+        }
+        fitted = replace(
+            pixels,
+            bands=survey.bands,
+            height=survey.height,
+            width=survey.width,
+            codec=survey.codec,
+            spectrum=survey.spectrum,
+            labels=survey.labels,
+            folder=survey.folder,
+        )
+        view = run.views.eval_view(fitted, device)
+        if view.columns is not None:
+            view = replace(view, columns=view.columns.scaled(inputs.column_mean, inputs.column_std))
+        return cls(method, view, metadata, run)
+
+
+def load_pipeline(
+    run_dir: Path, survey: Survey, device: torch.device, *, trained: bool = True, readout: str | None = None
+) -> tuple[Pipeline, dict[str, str], Any]:
+    """`Encoder.load` as a pipeline for `embed`.
+
+    Args:
+        run_dir: The run's folder.
+        survey: The survey to embed.
+        device: Where to run.
+        trained: False for the untrained twin.
+        readout: Which of the method's embeddings; None for its default.
+
+    Returns:
+        The pipeline, the metadata that its embeddings should carry, and the run's record (`engine.run.Run`).
+    """
+    loaded = Encoder.load(run_dir, survey, device, trained=trained)
+    metadata = loaded.metadata | {"readout": readout or "default"}
+    return Pipeline(loaded.view, loaded.method.encode, readout), metadata, loaded.run

@@ -1,0 +1,292 @@
+"""Predictors on frozen embeddings: nearest neighbours, ridge regression, small perceptrons.
+
+Neighbours, ridge and `MLP` are scikit-learn's; `JointMLP` predicts several labels at once, some of which may be
+unknown.
+
+Shape legend: N training samples, M test samples, D embedding dimensions, T labels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from armillary.engine.evaluate.probes.perceptron import Training, masked_mse, train_perceptron
+
+__all__ = ["KNN", "MLP", "JointMLP", "Probe", "Ridge", "labelled", "nearest", "standardised"]
+
+Metric = Literal["cosine", "euclidean"]
+
+
+class Probe(ABC):
+    """A predictor that is fitted on labelled training embeddings."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What a table calls it."""
+
+    @abstractmethod
+    def predict(self, train: np.ndarray, label: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """Fit on the training split and predict the test split.
+
+        Args:
+            train: [N, D] embeddings.
+            label: [N] finite labels; drop the others with `labelled`.
+            test: [M, D] embeddings.
+
+        Returns:
+            [M] float64 predictions.
+
+        Raises:
+            ValueError: Shapes disagree, numbers are not finite, or there are too few training samples.
+        """
+
+    def predict_jointly(self, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """Predict several labels, each from the training samples of which it is known.
+
+        Args:
+            train: [N, D] embeddings.
+            labels: [N, T], NaN where unknown.
+            test: [M, D] embeddings.
+
+        Returns:
+            [M, T] float64 predictions.
+
+        Raises:
+            ValueError: As `predict`, or a label is known of no sample.
+        """
+        return np.stack([self.predict(*labelled(train, label)[:2], test) for label in labels.T], 1)
+
+
+@dataclass(frozen=True)
+class KNN(Probe):
+    """Mean label of the nearest training samples, found exactly.
+
+    Attributes:
+        neighbours: How many.
+        metric: Distance between embeddings.
+        weights: Equal, or by inverse distance.
+        standardise: Scale every dimension to unit variance first.
+    """
+
+    neighbours: int = 16
+    metric: Metric = "cosine"
+    weights: Literal["uniform", "distance"] = "uniform"
+    standardise: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return f"{self.neighbours}-NN {self.metric}"
+
+    def predict(self, train: np.ndarray, label: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """See `Probe.predict`; more neighbours than training samples are refused."""
+        return self._predict(train, label[:, None], test)[:, 0]
+
+    def predict_jointly(self, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """See `Probe.predict_jointly`; labels that are known of the same samples share one search."""
+        out = np.empty((len(test), labels.shape[1]))
+        known, group = np.unique(np.isfinite(labels), axis=1, return_inverse=True)
+        for number, keep in enumerate(known.T):
+            columns = np.flatnonzero(np.ravel(group) == number)
+            out[:, columns] = self._predict(train[keep], labels[np.ix_(keep, columns)], test)
+        return out
+
+    def _predict(self, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+        from sklearn.neighbors import KNeighborsRegressor
+
+        train, labels, test = _checked(train, labels, test)
+        _check_neighbours(self.neighbours, len(train))
+        if self.standardise:
+            train, test = standardised(train, test)
+        model = KNeighborsRegressor(self.neighbours, weights=self.weights, metric=self.metric, algorithm="brute")
+        return model.fit(train, labels).predict(test).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Ridge(Probe):
+    """Linear regression on standardised embeddings, its penalty chosen by leave-one-out cross-validation.
+
+    Attributes:
+        alphas: Penalties to choose from.
+    """
+
+    alphas: tuple[float, ...] = tuple(10.0**e for e in np.arange(-2, 6.5, 0.5))
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return "ridge"
+
+    def predict(self, train: np.ndarray, label: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """See `Probe.predict`."""
+        from sklearn.linear_model import RidgeCV
+
+        train, label, test = _checked(train, label, test, least=2)
+        train, test = standardised(train, test)
+        return RidgeCV(list(self.alphas)).fit(train, label).predict(test).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class MLP(Probe):
+    """A perceptron on standardised embeddings and labels, stopped early on a tenth of the training samples.
+
+    Attributes:
+        hidden: Widths of the hidden layers.
+        epochs: At most.
+        seed: Of its initialisation and of the held-out tenth.
+    """
+
+    hidden: tuple[int, ...] = (64,)
+    epochs: int = 100
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return "MLP " + "-".join(map(str, self.hidden))
+
+    def predict(self, train: np.ndarray, label: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """See `Probe.predict`; needs at least 20 training samples, for the held-out tenth to hold two."""
+        import warnings
+
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.neural_network import MLPRegressor
+
+        train, label, test = _checked(train, label, test, least=20)
+        train, test = standardised(train, test)
+        mean, spread = label.mean(), label.std()
+        if np.ptp(label) == 0:
+            return np.full(len(test), mean)
+        model = MLPRegressor(
+            hidden_layer_sizes=self.hidden,
+            max_iter=self.epochs,
+            early_stopping=True,
+            n_iter_no_change=10,
+            random_state=self.seed,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # `epochs` is a budget, not a failure
+            model.fit(train, (label - mean) / spread)
+        return model.predict(test).astype(np.float64) * spread + mean
+
+
+@dataclass(frozen=True)
+class JointMLP(Probe):
+    """A perceptron for several labels at once: mean square error of standardised labels, unknown ones left out.
+
+    Attributes:
+        hidden: Widths of the hidden layers. AstroCLIP's paper has one of 32, its released code 64 and 64.
+        training: How it is trained; the default is AstroCLIP's.
+    """
+
+    hidden: tuple[int, ...] = (32,)
+    training: Training = field(default_factory=Training)
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return "MLP " + "-".join(map(str, self.hidden))
+
+    def predict(self, train: np.ndarray, label: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """See `Probe.predict`."""
+        train, label, test = _checked(train, label, test)
+        return self.predict_jointly(train, label[:, None], test)[:, 0]
+
+    def predict_jointly(self, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """See `Probe.predict_jointly`; one perceptron with an output for each label."""
+        known = np.isfinite(labels)
+        if not known.any(0).all():
+            raise ValueError(
+                f"labels: number {int(np.argmin(known.any(0)))} is known for none of {len(labels)} samples"
+            )
+        train, filled, test = _checked(train, np.where(known, labels, 0), test)
+        labels = np.where(known, filled, np.nan)
+        mean, spread = np.nanmean(labels, 0), np.nanstd(labels, 0)
+        spread = np.where(spread > 0, spread, 1)
+        train, test = standardised(train, test)
+        run = train_perceptron(train, (labels - mean) / spread, masked_mse, self.hidden, self.training)
+        return run(test) * spread + mean
+
+
+def labelled(vectors: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drop samples without a label.
+
+    Args:
+        vectors: [N, D].
+        label: [N], NaN or infinite where unknown.
+
+    Returns:
+        The embeddings and labels that are left, and the [N] bool mask of what was kept.
+
+    Raises:
+        ValueError: The lengths differ, or no label is known.
+    """
+    label = np.asarray(label, np.float64)
+    if len(vectors) != len(label):
+        raise ValueError(f"embeddings and labels: lengths differ, got {len(vectors)} and {len(label)}")
+    keep = np.isfinite(label)
+    if not keep.any():
+        raise ValueError(f"labels: none of {len(label)} is known; choose another label or split")
+    return vectors[keep], label[keep], keep
+
+
+def nearest(
+    train: np.ndarray, query: np.ndarray, neighbours: int, metric: Metric = "cosine"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest training samples of each query, nearest first.
+
+    Args:
+        train: [N, D] embeddings.
+        query: [M, D] embeddings.
+        neighbours: How many, at most N.
+        metric: Distance between embeddings.
+
+    Returns:
+        Indices [M, neighbours] into `train`, and their distances.
+
+    Raises:
+        ValueError: Shapes disagree, numbers are not finite, or there are fewer than `neighbours` training samples.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    train, _, query = _checked(train, np.zeros(len(train)), query)
+    _check_neighbours(neighbours, len(train))
+    model: Any = NearestNeighbors(n_neighbors=neighbours, metric=metric, algorithm="brute").fit(train)
+    distance, index = model.kneighbors(query)
+    return index, distance
+
+
+def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Zero mean and unit variance of every dimension over the training samples; constant dimensions become 0.
+
+    Args:
+        train: [N, D] float32.
+        test: [M, D] float32.
+    """
+    mean, spread = train.mean(0), train.std(0)
+    spread = np.where(spread > 1e-7 * (np.abs(mean) + 1e-30), spread, np.inf).astype(np.float32)
+    return (train - mean) / spread, (test - mean) / spread
+
+
+def _checked(
+    train: np.ndarray, label: np.ndarray, test: np.ndarray, least: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    train, label, test = np.asarray(train, np.float32), np.asarray(label, np.float64), np.asarray(test, np.float32)
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or label.shape[:1] != (len(train),):
+        raise ValueError(f"shapes: need [N, D], [N] and [M, D], got {train.shape}, {label.shape} and {test.shape}")
+    if len(train) < least or not len(test):
+        raise ValueError(f"samples: need {least} or more to train on and 1 to test, got {len(train)} and {len(test)}")
+    for name, values in (("training embeddings", train), ("labels", label), ("test embeddings", test)):
+        if bad := int((~np.isfinite(values)).reshape(len(values), -1).any(1).sum()):
+            raise ValueError(f"{name}: {bad} of {len(values)} samples hold non-finite numbers")
+    return train, label, test
+
+
+def _check_neighbours(neighbours: int, samples: int) -> None:
+    if not 1 <= neighbours <= samples:
+        raise ValueError(f"neighbours: must lie between 1 and the {samples} training samples, got {neighbours}")

@@ -1,0 +1,245 @@
+"""One evaluation of a frozen encoder: probes against baselines, collapse, and a verdict that follows from the numbers.
+
+Shape legend: N training samples, M test samples, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from armillary.engine.evaluate.probes.collapse import Collapse
+from armillary.engine.evaluate.probes.probes import KNN, MLP, Probe, Ridge, labelled
+from armillary.engine.evaluate.probes.scores import Difference, Scores, paired_difference, score
+
+__all__ = ["AIMS", "PROBES", "TRAINED", "UNTRAINED", "Aim", "LabelResult", "MethodResult", "Verdict", "judge_label"]
+
+TRAINED, UNTRAINED = "trained encoder", "untrained encoder"
+PCA_INPUT, PCA_ASINH = "PCA-64 of the encoder's input", "PCA-64 of asinh pixels"
+PCA_FEW = "PCA-8 of the encoder's input"
+
+NEIGHBOURS = 16
+COSINE, EUCLIDEAN = KNN(NEIGHBOURS, "cosine"), KNN(NEIGHBOURS, "euclidean", "distance")
+PROBES: dict[str, tuple[Probe, ...]] = {
+    TRAINED: (COSINE, EUCLIDEAN, Ridge(), MLP()),
+    UNTRAINED: (COSINE, EUCLIDEAN, Ridge(), MLP()),
+    PCA_INPUT: (COSINE, EUCLIDEAN, Ridge(), MLP()),
+    PCA_FEW: (COSINE, EUCLIDEAN),
+    PCA_ASINH: (COSINE, EUCLIDEAN, Ridge()),
+}
+
+AIMS = {UNTRAINED: 0.04, PCA_INPUT: 0.08, PCA_ASINH: 0.08}
+"""By how much the trained encoder's cosine kNN should exceed the cosine kNN of these, in R2."""
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """Predictions of one probe on one kind of embedding.
+
+    Attributes:
+        features: What was embedded how.
+        probe: The predictor's name.
+        scores: Their quality.
+        predicted: [M] predictions.
+    """
+
+    features: str
+    probe: str
+    scores: Scores
+    predicted: np.ndarray
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A margin that the trained encoder should keep.
+
+    Attributes:
+        against: The features it is compared with.
+        margin: Wanted difference in R2.
+        difference: Measured difference.
+    """
+
+    against: str
+    margin: float
+    difference: Difference
+
+    @property
+    def reached(self) -> bool:
+        """True where the measured difference is at least the margin; False also where it is undefined."""
+        return self.difference.value >= self.margin
+
+
+@dataclass(frozen=True)
+class LabelResult:
+    """All probes on one label.
+
+    Attributes:
+        label: Column of the catalogue.
+        redshift: True where residuals are divided by 1 + label.
+        train: Labelled training samples N.
+        test: Labelled test samples M.
+        dropped: Samples without the label, in both splits.
+        rows: [M] places of the labelled test samples in the test split.
+        true: [M] labels.
+        methods: Results, the headline first.
+        aims: What the headline is held against.
+    """
+
+    label: str
+    redshift: bool
+    train: int
+    test: int
+    dropped: int
+    rows: np.ndarray
+    true: np.ndarray
+    methods: tuple[MethodResult, ...]
+    aims: tuple[Aim, ...]
+
+    def find(self, features: str, probe: str = COSINE.name) -> MethodResult | None:
+        """The result of one probe on one kind of embedding; None if it was not run."""
+        return next((m for m in self.methods if m.features == features and m.probe == probe), None)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an evaluation found.
+
+    Attributes:
+        run: Name of the run.
+        survey: Name of the survey.
+        collapse: Of the trained encoder.
+        result: Of the label; None where there is none.
+        missing: Why there is no result; empty where there is one.
+        report: The page; None where none was written.
+    """
+
+    run: str
+    survey: str
+    collapse: Collapse
+    result: LabelResult | None
+    missing: str = ""
+    report: Path | None = None
+
+    @property
+    def aims_reached(self) -> bool | None:
+        """Whether every aim is reached; None where nothing could be compared."""
+        return all(a.reached for a in self.result.aims) if self.result and self.result.aims else None
+
+    @property
+    def exit_code(self) -> int:
+        """1 where the encoder has collapsed, else 0."""
+        return int(self.collapse.collapsed)
+
+    def lines(self) -> list[str]:
+        """The verdict in words."""
+        c = self.collapse
+        out = [
+            "collapsed: " + "; ".join(c.reasons)
+            if c.collapsed
+            else f"no collapse: effective rank {c.effective_rank:.1f} of {c.dimensions}"
+        ]
+        if self.result is None:
+            return [*out, self.missing]
+        head = self.result.methods[0]
+        s = head.scores
+        out.append(
+            f"{self.result.label}: R2 {s.r2:.3f} +- {s.r2_se:.3f}, NMAD {s.nmad:.4f}"
+            + ("" if s.outlier_threshold is None else f", outliers {s.outliers:.1%}")
+            + f", bias {s.bias:+.4f} ({head.features}, {head.probe}, {s.samples} test samples)"
+        )
+        if s.note:
+            out.append(s.note)
+        for aim in self.result.aims:
+            d = aim.difference
+            out.append(
+                f"{'reached' if aim.reached else 'NOT reached'}: R2 {d.value:+.3f} +- {d.se:.3f} over the "
+                f"{aim.against}, aim {aim.margin:+.2f}"
+            )
+        return out
+
+    def save(self, path: Path) -> None:
+        """Write metrics.json; predictions stay out, undefined numbers become null."""
+        record: dict[str, Any] = {
+            "run": self.run,
+            "survey": self.survey,
+            "collapsed": self.collapse.collapsed,
+            "collapse": asdict(self.collapse),
+            "aims_reached": self.aims_reached,
+            "missing": self.missing,
+        }
+        if self.result:
+            r = self.result
+            record["label"] = {f.name: getattr(r, f.name) for f in fields(r) if f.type in ("str", "bool", "int")}
+            record["methods"] = [{"features": m.features, "probe": m.probe, **asdict(m.scores)} for m in r.methods]
+            record["aims"] = [asdict(a) | {"reached": a.reached} for a in r.aims]
+        path.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
+
+
+def judge_label(
+    features: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    train_label: np.ndarray,
+    test_label: np.ndarray,
+    *,
+    label: str,
+    redshift: bool,
+    outlier_threshold: float | None = 0.05,
+    probes: Mapping[str, Sequence[Probe]] = PROBES,
+    resamples: int = 1000,
+) -> LabelResult:
+    """Predict a label from several kinds of embeddings and compare.
+
+    Args:
+        features: By name, embeddings of the training split [N, D] and the test split [M, D].
+        train_label: [N], NaN where unknown.
+        test_label: [M], NaN where unknown.
+        label: Its name.
+        redshift: Divide residuals by 1 + label.
+        outlier_threshold: Size of a residual that counts as an outlier; None for no such count.
+        probes: Probes to run on each of the features; the first of the first is the headline.
+        resamples: Bootstrap resamples.
+
+    Raises:
+        ValueError: A split has no labelled sample, or too few for a probe.
+    """
+    results: list[MethodResult] = []
+    _, known_train, keep_train = labelled(train_label[:, None], train_label)
+    _, known_test, keep_test = labelled(test_label[:, None], test_label)
+    for name, (train, test) in features.items():
+        for probe in probes.get(name, (COSINE,)):
+            predicted = probe.predict(train[keep_train], known_train, test[keep_test])
+            scores = score(
+                known_test, predicted, redshift=redshift, outlier_threshold=outlier_threshold, resamples=resamples
+            )
+            results.append(MethodResult(name, probe.name, scores, predicted))
+    headline = results[0]
+    aims = tuple(
+        Aim(name, margin, paired_difference(known_test, headline.predicted, other.predicted, resamples=resamples))
+        for name, margin in AIMS.items()
+        for other in results
+        if headline.features == TRAINED and other.features == name and other.probe == headline.probe
+    )
+    return LabelResult(
+        label=label,
+        redshift=redshift,
+        train=int(keep_train.sum()),
+        test=int(keep_test.sum()),
+        dropped=int((~keep_train).sum() + (~keep_test).sum()),
+        rows=np.flatnonzero(keep_test),
+        true=known_test,
+        methods=tuple(results),
+        aims=aims,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,219 @@
+"""From runs to a study: embed one survey with several frozen encoders, run the tasks, write one report."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.evaluate.embedding.embed import Pipeline, embed_readouts, first_samples, open_batches
+from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
+from armillary.engine.evaluate.embedding.encoder import Encoder
+from armillary.engine.evaluate.page.run_log import Logbook
+from armillary.engine.evaluate.runs.study_report import save_measures, write_study_report
+from armillary.engine.evaluate.runs.study_tasks import TASKS, left_out
+from armillary.engine.evaluate.study.options import StudyOptions
+from armillary.engine.evaluate.study.study import FeatureSet, Outcome, Study
+from armillary.models.method import Method, Readout
+
+__all__ = ["evaluate_study", "feature_sets", "run_tasks"]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A readout to embed: its encoder, its name there, what it is, and what the study calls it."""
+
+    encoder: Encoder
+    readout: str
+    about: Readout
+    name: str
+
+
+def evaluate_study(
+    runs: Sequence[Path],
+    survey_dir: Path | str,
+    out: Path | str,
+    options: StudyOptions,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
+) -> list[Outcome]:
+    """Compare the encoders of runs on a survey.
+
+    Writes to `out`: embeddings-*.parquet, metrics.json, metrics.parquet and report.html.
+
+    Args:
+        runs: Folders of runs; the first is the one that the report is about.
+        survey_dir: The survey.
+        out: Folder for the results; made if need be.
+        options: Tasks and their options.
+        device: Where the encoders run.
+        batch: Samples at a time.
+
+    Raises:
+        FileNotFoundError: There is no such run or survey.
+        ValueError: A run does not suit the survey, or a task cannot be done; said before anything is embedded.
+    """
+    survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
+    survey = Survey.load(survey_dir)
+    encoders = [Encoder.load(run, survey, where) for run in runs]
+    logbooks = {e.run.name: Logbook.read(run) for e, run in zip(encoders, runs, strict=True)}
+    wanted = _wanted(encoders, survey)
+    chosen = _chosen(options, survey, [e.method for e in encoders])
+    out.mkdir(parents=True, exist_ok=True)
+    sets = _embed(wanted, survey_dir, out, options, where, batch)
+    study = Study.open(
+        survey_dir,
+        sets,
+        train_split=options.common.train_split,
+        test_split=options.common.test_split,
+        seed=options.seed,
+    )
+    outcomes = run_tasks(study, chosen, options, encoders)
+    save_measures(out, study, outcomes)
+    write_study_report(out / "report.html", encoders[0].run.name, study, outcomes, logbooks)
+    return outcomes
+
+
+def feature_sets(
+    runs: Sequence[Path],
+    survey_dir: Path | str,
+    out: Path | str,
+    options: StudyOptions,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
+) -> list[FeatureSet]:
+    """Embed a survey with the encoders of runs, for `Study.open`; arguments as for `evaluate_study`.
+
+    Embeddings that an earlier call left in `out` are taken where encoder, survey, splits and limits are the same.
+    """
+    survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
+    survey = Survey.load(survey_dir)
+    encoders = [Encoder.load(run, survey, where) for run in runs]
+    out.mkdir(parents=True, exist_ok=True)
+    return _embed(_wanted(encoders, survey), survey_dir, out, options, where, batch)
+
+
+def run_tasks(
+    study: Study, tasks: Sequence[str], options: StudyOptions, encoders: Sequence[Encoder] = ()
+) -> list[Outcome]:
+    """Run tasks by name, in the order of the report.
+
+    Args:
+        study: Embeddings and catalogue.
+        tasks: Names, of `TASKS`.
+        options: Their options.
+        encoders: For the tasks that show an encoder at work (masking, attention).
+    """
+    with _one_thread():
+        return [task.run(study, options, encoders) for name, task in TASKS.items() if name in tasks]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The perceptrons and flows of the tasks are too small to share: threads make them several times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _chosen(options: StudyOptions, survey: Survey, methods: Sequence[Method]) -> list[str]:
+    """The tasks to run: those asked for, which must be possible; else all that are."""
+    unknown = [name for name in options.tasks if name not in TASKS]
+    if unknown:
+        raise ValueError(f"tasks: must be of {', '.join(TASKS)}, got {', '.join(unknown)}")
+    reasons = {name: left_out(name, survey, methods, options) for name in options.tasks or TASKS}
+    if options.tasks and (problems := [f"{name}: {why}" for name, why in reasons.items() if why]):
+        raise ValueError("tasks: " + "; ".join(problems))
+    for name, why in reasons.items():
+        if why:
+            print(f"{name} is left out: {why}")
+    return [name for name, why in reasons.items() if not why]
+
+
+def _wanted(encoders: Sequence[Encoder], survey: Survey) -> list[_Wanted]:
+    """What to embed: the readouts of which the survey has the modality, under names that differ."""
+    found: list[_Wanted] = []
+    for encoder in encoders:
+        readouts = encoder.method.readouts()
+        if not readouts:
+            raise ValueError(f"{encoder.run.name}: {type(encoder.method).__name__} says nothing of its embeddings")
+        for readout, about in readouts.items():
+            if about.modality == "columns" or about.modality in survey.modalities:
+                found.append(_Wanted(encoder, readout, about, about.title))
+    titles = [w.name for w in found]
+    return [
+        w if titles.count(w.name) == 1 else _Wanted(w.encoder, w.readout, w.about, f"{w.name} ({w.encoder.run.name})")
+        for w in found
+    ]
+
+
+def _embed(
+    wanted: Sequence[_Wanted], survey_dir: Path, out: Path, options: StudyOptions, device: torch.device, batch: int
+) -> list[FeatureSet]:
+    found: dict[str, Embeddings] = {}
+    for encoder, group in itertools.groupby(wanted, key=lambda w: w.encoder):
+        parts = list(group)
+        metadata = {w.name: _metadata(w, options) for w in parts}
+        kept = {w.name: _kept(_file(out, w.name), metadata[w.name]) for w in parts}
+        found |= {name: e for name, e in kept.items() if e is not None}
+        missing = [w for w in parts if kept[w.name] is None]
+        if not missing:
+            continue
+        splits: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {w.name: {} for w in missing}
+        for split in (options.common.train_split, options.common.test_split):
+            batches = open_batches(survey_dir, split, encoder.view, batch, device)
+            pipeline = Pipeline(encoder.view, encoder.method.encode)
+            vectors = embed_readouts(pipeline, first_samples(batches, options.common.samples))
+            for w in missing:
+                if w.readout in vectors:
+                    splits[w.name][split] = vectors[w.readout]
+        for w in missing:
+            if not splits[w.name]:
+                raise ValueError(f"{w.name}: no object of {survey_dir} has what {w.encoder.run.name} reads")
+            found[w.name] = stack_splits(survey_dir, splits[w.name], metadata[w.name])
+            found[w.name].save(_file(out, w.name))
+    return [
+        FeatureSet(
+            w.name,
+            w.about.modality,
+            found[w.name],
+            space=w.encoder.metadata["encoder"] if w.about.aligned else "",
+            targets=w.about.targets,
+        )
+        for w in wanted
+    ]
+
+
+def _metadata(w: _Wanted, options: StudyOptions) -> dict[str, str]:
+    splits = f"{options.common.train_split}+{options.common.test_split}"
+    return {
+        "features": w.name,
+        **w.encoder.metadata,
+        "readout": w.readout,
+        "splits": splits,
+        "samples": str(options.common.samples),
+    }
+
+
+def _file(out: Path, name: str) -> Path:
+    return out / f"embeddings-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.parquet"
+
+
+def _kept(path: Path, metadata: dict[str, str]) -> Embeddings | None:
+    """Embeddings that an earlier evaluation left, if they are just what is wanted."""
+    if not path.is_file():
+        return None
+    earlier = Embeddings.load(path)
+    return earlier if earlier.metadata == metadata else None

@@ -1,0 +1,112 @@
+"""Pictures of what a search finds: a query and its best answers side by side, as galaxies or as spectra.
+
+Shape legend: L pixels of a spectrum.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.inspect.colour import galaxy_picture
+from armillary.engine.data.sources.source import Spectrum
+from armillary.engine.evaluate.embedding.cutouts import having, read_cutouts, read_spectra
+from armillary.engine.evaluate.page import pictures
+
+__all__ = ["Tile", "draw_objects", "spectrum_tile", "tile_row"]
+
+SIDE = 120  # of a spectrum's tile
+SHADE, LINE, AXIS = "#0d1420", "#8fc1f2", "#5b6880"  # tiles lie on black in either theme
+BINS = 110  # of a spectrum's curve
+STYLE = "width:100%;height:auto;display:block"
+
+
+class Tile(NamedTuple):
+    """One object in a row.
+
+    Attributes:
+        picture: HTML of its picture: `draw_objects` makes it; empty for an object without that modality.
+        caption: Lines under it, plain text.
+        outlined: Whether it is marked: the query, or its partner.
+    """
+
+    picture: str
+    caption: Sequence[str] = ()
+    outlined: bool = False
+
+
+def tile_row(tiles: Sequence[Tile], width: int) -> str:
+    """Objects side by side, in a row of `width` places; lies within an element of class sky."""
+    cells = []
+    for tile in tiles:
+        text = "<br>".join(html.escape(line) for line in tile.caption if line)
+        caption = f"<figcaption>{text}</figcaption>" if text else ""
+        picture = tile.picture or _square("", "Not observed")
+        cells.append(f'<figure class="{"query" if tile.outlined else ""}">{picture}{caption}</figure>')
+    return f'<div class="row neighbours" style="--n:{width}">{"".join(cells)}</div>'
+
+
+def draw_objects(folder: Path, survey: Survey, modality: str, rows: Sequence[int] | np.ndarray) -> Mapping[int, str]:
+    """Pictures of objects, each drawn once.
+
+    Args:
+        folder: The survey.
+        survey: Its description.
+        modality: "image" or "spectrum".
+        rows: Catalogue rows; they may repeat.
+
+    Returns:
+        HTML by row; of objects that have the modality.
+
+    Raises:
+        ValueError: The survey has no spectra.
+    """
+    wanted = having(folder, sorted({int(row) for row in rows}), modality)
+    if modality == "spectrum":
+        if survey.spectrum is None:
+            raise ValueError(f"{folder}: survey {survey.name!r} has no spectra")
+        wave = survey.spectrum.grid.angstrom()
+        return {row: spectrum_tile(wave, s) for row, s in zip(wanted, read_spectra(folder, wanted), strict=True)}
+    drawn = {}
+    for row, (image, valid) in zip(wanted, read_cutouts(folder, wanted), strict=True):
+        drawn[row] = f'<img alt="" src="{pictures.data_uri(galaxy_picture(image, valid, survey))}">'
+    return drawn
+
+
+def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> str:
+    """A spectrum as a small square SVG: means of the flux in bins, weighted by inverse variance.
+
+    The curve fills the height from the 1% to the 99.5% quantile of the bins; the line is zero flux.
+
+    Args:
+        wave: [L] angstrom.
+        spectrum: Flux and inverse variance.
+    """
+    bins = min(BINS, len(wave))
+    edges = np.linspace(wave[0], wave[-1], bins + 1)
+    place = np.clip(np.searchsorted(edges, wave, side="right") - 1, 0, bins - 1)
+    weight = np.bincount(place, spectrum.ivar.astype(np.float64), bins)
+    total = np.bincount(place, spectrum.ivar.astype(np.float64) * np.nan_to_num(spectrum.flux), bins)
+    seen = np.flatnonzero(weight > 0)
+    body = ""
+    if len(seen):
+        value = total[seen] / weight[seen]
+        low, high = min(0.0, float(np.quantile(value, 0.01))), float(np.quantile(value, 0.995))
+        span = max(high - low, 1e-30)
+        y = SIDE * (0.72 - 0.62 * np.clip((value - low) / span, -0.1, 1.1))
+        x = SIDE * (seen + 0.5) / bins
+        zero = SIDE * (0.72 + 0.62 * low / span)
+        body += f'<path d="M0 {zero:.1f}H{SIDE}" stroke="{AXIS}" stroke-width=".6"/>'
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+        body += f'<polyline points="{points}" fill="none" stroke="{LINE}" stroke-width="1"/>'
+    return _square(body, "Spectrum")
+
+
+def _square(body: str, label: str) -> str:
+    back = f'<rect width="{SIDE}" height="{SIDE}" rx="6" fill="{SHADE}"/>'
+    return f'<svg viewBox="0 0 {SIDE} {SIDE}" style="{STYLE}" role="img" aria-label="{label}">{back}{body}</svg>'

@@ -1,0 +1,197 @@
+"""Filling a folder of features: in chunks, by any number of processes, continued where it was killed. See `features`.
+
+FEATURES/.fill/
+  plan.json              what will be in the folder
+  chunk-000000 ...       CRC-32s of a finished chunk's rows
+  lock                   held by the run that fills
+
+A chunk's numbers reach the disk before its file of CRCs gets its name, so a fill that is killed at any moment goes on with
+the chunks that have none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from armillary.engine.token_cache.cache import DTYPES, FORMAT, FeatureError, TokenLayout, refuse_difference
+
+__all__ = ["CHUNK_BYTES", "FeatureFill"]
+
+CHUNK_BYTES = 256 * 2**20
+"""What is written between two marks: as much is lost when a fill is killed."""
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+class FeatureFill:
+    """A folder of features that is being filled. One process prepares and finishes it; any number of them write.
+
+    Args:
+        folder: FEATURES.
+        layout: What will be in it.
+        made_of: What the features are made of, as JSON types.
+    """
+
+    def __init__(self, folder: Path, layout: TokenLayout, made_of: Mapping[str, Any]) -> None:
+        self.folder, self.layout, self.made_of = folder, layout, dict(made_of)
+        self.work = folder / ".fill"
+        self.chunk = max(1, CHUNK_BYTES // sum(map(layout.row_bytes, layout.names)))
+        self.chunks = [range(i, min(i + self.chunk, layout.samples)) for i in range(0, layout.samples, self.chunk)]
+
+    @contextmanager
+    def prepared(self, usage: Callable[[Path], Any] = shutil.disk_usage) -> Iterator[None]:
+        """Make the folder or continue it, and hold its lock.
+
+        Args:
+            usage: `shutil.disk_usage`.
+
+        Raises:
+            FeatureError: The folder holds something else, another run fills it, or the disk is too full.
+        """
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FeatureError(
+                f"data.features: a folder that can be written to, got {self.folder} ({error})"
+            ) from error
+        with open(self.work / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FeatureError(
+                    f"data.features: {self.folder} is being filled by another run; wait for it"
+                ) from error
+            try:
+                self._continue_or_begin(usage)
+                yield
+            finally:
+                if not (self.work / "plan.json").exists():  # nothing was begun, or all is finished
+                    shutil.rmtree(self.work, ignore_errors=True)
+
+    def _continue_or_begin(self, usage: Callable[[Path], Any]) -> None:
+        plan = self.work / "plan.json"
+        mine = {"format": FORMAT, **self.layout.to_json(), "chunk": self.chunk, **self.made_of}
+        mine = json.loads(json.dumps(mine))
+        if plan.exists():
+            refuse_difference(self.folder, json.loads(plan.read_text()), mine)
+        elif strangers := [p.name for p in self.folder.iterdir() if p != self.work]:
+            raise FeatureError(
+                f"data.features: an empty folder or cached features, got {self.folder} with {strangers[0]}"
+            )
+        needed = sum(self.layout.files().values())
+        there = sum(p.stat().st_blocks * 512 for p in self.folder.glob("*.bin"))
+        free = int(usage(self.folder).free)
+        if free < needed - there:
+            gib = 2**30
+            raise FeatureError(
+                f"data.features: {needed - there} bytes free ({(needed - there) / gib:.1f} GiB) for the tokens of "
+                f"{self.layout.samples} samples, {needed // max(1, self.layout.samples)} bytes each as "
+                f"{self.layout.dtype}, got {free / gib:.1f} GiB at {self.folder}"
+            )
+        if not plan.exists():
+            _write(plan, json.dumps(mine, indent=1).encode())
+        for name, size in self.layout.files().items():
+            path = self.folder / name
+            if not path.exists() and len(self.pending()) == len(self.chunks):
+                with open(path.with_suffix(".tmp"), "wb") as f:
+                    f.truncate(size)
+                os.replace(path.with_suffix(".tmp"), path)
+            if not path.is_file() or path.stat().st_size != size:
+                raise FeatureError(
+                    f"data.features: {path} must have {size} bytes; delete {self.folder} to fill it anew"
+                )
+
+    def pending(self) -> list[int]:
+        """Numbers of the chunks that are not finished."""
+        return [n for n, chunk in enumerate(self.chunks) if not self._is_done(self._mark(n), chunk)]
+
+    def _mark(self, number: int) -> Path:
+        return self.work / f"chunk-{number:06d}"
+
+    def _is_done(self, mark: Path, chunk: range) -> bool:
+        return mark.is_file() and mark.stat().st_size == 4 * len(chunk) * len(self.layout.names)
+
+    def write(self, number: int, parts: Iterable[tuple[int, Mapping[str, np.ndarray]]]) -> None:
+        """Write one chunk and mark it finished when it is on the disk.
+
+        Args:
+            number: Which one.
+            parts: (first place in the split, arrays [b, T, D] by name), together the whole chunk in order.
+
+        Raises:
+            FeatureError: A token is not finite or beyond the dtype, or has another shape.
+        """
+        chunk, names = self.chunks[number], self.layout.names
+        crc = np.zeros((len(chunk), len(names)), "<u4")
+        done = chunk.start
+        files = {name: os.open(self.folder / f"{name}.bin", os.O_WRONLY | os.O_CLOEXEC) for name in names}
+        try:
+            for first, arrays in parts:
+                if first != done:
+                    raise FeatureError(f"data.features: chunk {number} goes on at sample {done}, got {first}")
+                for k, name in enumerate(names):
+                    rows = self._stored(name, arrays, first)
+                    for i, row in enumerate(rows):
+                        crc[first - chunk.start + i, k] = zlib.crc32(row)
+                    _write_at(files[name], rows.tobytes(), first * self.layout.row_bytes(name))
+                done += len(arrays[names[0]])
+            if done != chunk.stop:
+                raise FeatureError(f"data.features: chunk {number} ends at sample {chunk.stop}, got {done}")
+            for file in files.values():
+                os.fsync(file)
+        finally:
+            for file in files.values():
+                os.close(file)
+        _write(self._mark(number), crc.tobytes())
+
+    def _stored(self, name: str, arrays: Mapping[str, np.ndarray], first: int) -> np.ndarray:
+        array, shape = arrays[name], self.layout.shapes[name]
+        if array.shape[1:] != shape:
+            raise FeatureError(f"data.features: {name} of shape {shape} a sample, got {array.shape[1:]}")
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(array).astype(DTYPES[self.layout.dtype])
+        bad = ~np.isfinite(stored).reshape(len(stored), -1).all(1)
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
+            largest = float(np.abs(array[i]).max())
+            hint = " (choose data.features_dtype float32)" if np.isfinite(largest) else ""
+            raise FeatureError(
+                f"data.features: finite {name} within {self.layout.dtype}, got {largest:g} in sample {first + i} of the "
+                f"split{hint}"
+            )
+        return stored
+
+    def finish(self) -> None:
+        """Write features.json, once every chunk is finished."""
+        if left := self.pending():
+            raise FeatureError(f"data.features: all chunks, got {len(left)} unfinished, first {left[0]}")
+        crc = b"".join(self._mark(number).read_bytes() for number in range(len(self.chunks)))
+        _write(self.folder / "rows.crc", crc)
+        record = {"format": FORMAT, **self.layout.to_json(), "made_of": self.made_of, "crc": zlib.crc32(crc)}
+        _write(self.folder / "features.json", json.dumps(record | {"complete": True}, indent=1).encode())
+        (self.work / "plan.json").unlink()
+
+
+def _write_at(file: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,233 @@
+"""Everything that can be known to be wrong with a run before it starts, all of it at once."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from armillary.engine.config.config_json import type_problems
+from armillary.engine.config.run import Run
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.token_cache.identity import encoder_prefixes
+from armillary.engine.zero.optim import build_groups
+from armillary.models.method import Method
+
+__all__ = ["checkpoint_bytes", "method_problems", "problems", "space_problems"]
+
+
+def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
+    """Check a run's record against its survey, its method and this machine.
+
+    Args:
+        run: The run.
+        world: Number of processes.
+        has_smoke: There is a preset for small machines to point to.
+
+    Returns:
+        `section.field: rule, got value`, one a broken rule; empty where the run can start.
+    """
+    found = type_problems(run)
+    if found:  # the rules below need the right types
+        return found
+    found += _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
+    found += [f"schedule.{p}" for p in run.schedule.problems()] + _features(run)
+    try:
+        survey = Survey.load(run.data.path)
+    except (FileNotFoundError, ValueError) as error:
+        return [*found, f"data.path: a packed survey, got {run.data.path} ({error})"]
+    count = survey.count(run.data.split)
+    if count == 0:
+        splits = ", ".join(sorted({s.split for s in survey.shards})) or "no split"
+        found.append(f"data.split: one that the survey has ({splits}), got {run.data.split!r}")
+    elif count < run.train.global_batch:
+        found.append(f"train.global_batch: at most the {count} samples of the split, got {run.train.global_batch}")
+    for name in ("problems", "build", "input_spec"):
+        if not callable(getattr(run.views, name, None)):
+            return [*found, f"views: an object with a method `{name}`, got {type(run.views).__name__}"]
+    views = _in_section("views", run.views.problems(survey))
+    method = [] if views else _in_section("method", run.method.problems(run.views.input_spec(survey)))
+    return found + views + method
+
+
+def _in_section(name: str, rules: list[str]) -> list[str]:
+    """Put the section's name before rules that do not have one (a method may complain about `views.global_size`)."""
+    return [r if r.startswith(("views.", "method.")) else f"{name}.{r}" for r in rules]
+
+
+def _numbers(run: Run, world: int) -> list[str]:
+    found: list[str] = []
+
+    def rule(field: str, value: object, ok: bool, text: str) -> None:
+        if not ok:
+            found.append(f"{field}: {text}, got {value!r}")
+
+    def at_least(field: str, value: float | None, least: float) -> None:
+        if value is not None:
+            rule(field, value, math.isfinite(value) and value >= least, f"a finite number >= {least}")
+
+    def above_zero(field: str, value: float | None) -> None:
+        if value is not None:
+            rule(field, value, math.isfinite(value) and value > 0, "a finite number > 0")
+
+    rule("name", run.name, re.fullmatch(r"[\w.+-]+", run.name) is not None and run.name.strip(".") != "",
+         "letters, digits and _ . + - only, for it names a folder")  # fmt: skip
+    at_least("seed", run.seed, 0)
+    at_least("data.threads", run.data.threads, 1)
+    at_least("data.prefetch", run.data.prefetch, 1)
+    above_zero("optim.lr", run.optim.lr)
+    at_least("optim.lr_reference_batch", run.optim.lr_reference_batch, 1)
+    rule("optim.betas", run.optim.betas, all(0 <= b < 1 for b in run.optim.betas), "two numbers, 0 <= beta < 1")
+    above_zero("optim.eps", run.optim.eps)
+    above_zero("optim.clip_norm", run.optim.clip_norm)
+    at_least("optim.freeze_last_layer_steps", run.optim.freeze_last_layer_steps, 0)
+    at_least("train.steps", run.train.steps, 1)
+    at_least("train.global_batch", run.train.global_batch, 1)
+    at_least("train.micro_batch", run.train.micro_batch, 1)
+    at_least("train.max_bad_steps", run.train.max_bad_steps, 1)
+    at_least("checkpoint.every_steps", run.checkpoint.every_steps, 1)
+    above_zero("checkpoint.every_minutes", run.checkpoint.every_minutes)
+    at_least("checkpoint.keep", run.checkpoint.keep, 1)
+    at_least("telemetry.every_steps", run.telemetry.every_steps, 1)
+    together = run.train.micro_batch * world
+    if run.train.micro_batch >= 1 and run.train.global_batch >= 1:
+        rule("train.global_batch", run.train.global_batch, run.train.global_batch % together == 0,
+             f"a multiple of micro_batch * ranks = {run.train.micro_batch} * {world} = {together}")  # fmt: skip
+        accumulates = run.train.precision == "bf16" and run.train.global_batch > together
+        rule("train.zero_stage", run.train.zero_stage, run.train.zero_stage != 1 or not accumulates,
+             "2 or 3 for bf16 with several micro-batches a step, which DeepSpeed sums in bf16 under 1")  # fmt: skip
+    return found
+
+
+def _device(run: Run, world: int, has_smoke: bool) -> list[str]:
+    if run.resolved_device == "cpu":
+        return _interpreted(run)
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if here == 0:
+        way = "`--preset smoke`, a small variant for CPUs, or `--device cpu`" if has_smoke else "`--device cpu`"
+        return [f"device: a CUDA device, got none on this machine; use {way}"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if local > here:
+        return [f"device: a GPU for each of the {local} ranks on this machine, got {here}"]
+    if run.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return [f'train.precision: "fp32" on this GPU, which has no bf16, got {run.train.precision!r}']
+    return []
+
+
+def _interpreted(run: Run) -> list[str]:
+    """Triton's kernels run on a CPU only where tests interpret them."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return []
+    sections = {"method": run.method, "optim": run.optim, "views": run.views}
+    return [
+        f"{name}.impl: auto or reference on a CPU, got 'triton'"
+        for name, section in sections.items()
+        if getattr(section, "impl", None) == "triton"
+    ]
+
+
+def _folder(run: Run) -> list[str]:
+    folder = run.folder.absolute()
+    parent = next(p for p in [folder, *folder.parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        return [f"out: a folder that can be written to, got {run.out} ({parent} is not)"]
+    return []
+
+
+def _features(run: Run) -> list[str]:
+    """Rules for training on cached tokens."""
+    folder = run.data.features
+    if folder is None:
+        return []
+    found = []
+    if getattr(run.views, "augmented", True):
+        found.append(f"data.features: only without augmentation, got {run.views}")
+    for name in ("columns", "targets"):
+        if value := getattr(run.views, name, ()):
+            found.append(f"views.{name}: none with data.features, which holds tokens only, got {value}")
+    if run.train.zero_stage == 3:
+        found.append("train.zero_stage: 1 or 2 with data.features, for the encoders run outside of DeepSpeed, got 3")
+    if run.data.on_corrupt != "error":
+        found.append(
+            f'data.on_corrupt: "error" with data.features, which needs every sample, got {run.data.on_corrupt!r}'
+        )
+    if folder.exists() and not folder.is_dir():
+        found.append(f"data.features: a folder, got {folder}")
+    return found
+
+
+def _frozen(run: Run, method: Method) -> list[str]:
+    """Whether there is anything frozen to cache."""
+    if run.data.features is None:
+        return []
+    if type(method).tokens is Method.tokens:
+        return [
+            f"data.features: a method with frozen encoders, got {type(method).__name__}, which has no tokens to cache"
+        ]
+    prefixes = tuple(encoder_prefixes(run, method).values())
+    trained = [n for n, p in method.named_parameters() if p.requires_grad and n.startswith(prefixes)]
+    if trained and all(prefixes):
+        return [f"data.features: frozen encoders, got {len(trained)} trained parameters, first {trained[0]}"]
+    return []
+
+
+def method_problems(run: Run, method: Method) -> list[str]:
+    """What only the built method can tell: schedules it needs, parameters nobody trains, shapes ZeRO cannot take."""
+    found = [
+        f"schedule.{name}: a schedule, for {type(run.method).__name__} needs it, got None"
+        for name in method.required_scalars
+        if getattr(run.schedule, name, None) is None
+    ]
+    if method.teacher_pairs() and run.schedule.ema_momentum is None:
+        found.append("schedule.ema_momentum: a schedule, for the method has a teacher, got None")
+    found += [
+        f"method: parameter {name} must have at least one dimension, for DeepSpeed cannot broadcast a scalar"
+        for name, p in method.named_parameters()
+        if p.ndim == 0
+    ]
+    found += _frozen(run, method)
+    try:
+        build_groups(method)
+    except ValueError as error:
+        found.append(f"method: {error}")
+    return found
+
+
+def checkpoint_bytes(method: Method) -> int:
+    """Size of one checkpoint, all ranks together: fp32 weight, two moments and the average."""
+    students = {id(s) for s, _ in method.teacher_pairs()}
+    teachers = {id(t) for _, t in method.teacher_pairs()}
+    total = 0
+    for p in method.parameters():
+        if p.requires_grad:
+            total += p.numel() * (16 if id(p) in students else 12)
+        elif id(p) not in teachers:
+            total += p.numel() * 4
+    return total
+
+
+def space_problems(run: Run, method: Method, usage: Callable[[Path], object] = shutil.disk_usage) -> list[str]:
+    """Whether the disk takes the checkpoints that are yet to be written beside the ones there.
+
+    Args:
+        run: The run.
+        method: The built method.
+        usage: `shutil.disk_usage`.
+    """
+    size = checkpoint_bytes(method)
+    folder = run.folder.absolute()
+    there = len([p for p in (folder / "checkpoints").glob("step-*")])
+    needed = size * max(1, run.checkpoint.keep + 1 - there)
+    free = int(usage(next(p for p in [folder, *folder.parents] if p.exists())).free)  # type: ignore[attr-defined]
+    if free >= needed:
+        return []
+    gib = 2**30
+    return [
+        f"out: {needed / gib:.2f} GiB free for checkpoints of {size / gib:.2f} GiB (checkpoint.keep = "
+        f"{run.checkpoint.keep}, and one being written), got {free / gib:.2f} GiB at {run.out}"
+    ]

@@ -1,0 +1,158 @@
+"""Start a training run from its recipe's command line.
+
+A recipe ends in `main(RECIPE, smoke=SMOKE, ...)`. The command line chooses a preset and changes any field:
+
+    deepspeed recipes/dinov2_vitl.py --preset smoke --optim.lr 1e-4
+
+Exit codes: 0 done; 1 crashed; 2 bad input, said before anything starts; 3 stopped because losses or gradients stayed
+non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM or SIGINT after saving (run it again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from armillary.engine.config.run import Run
+
+__all__ = ["EXIT_BAD_INPUT", "EXIT_CHECKPOINT", "EXIT_NON_FINITE", "EXIT_STOPPED", "main", "run_to_exit_code", "start"]
+
+EXIT_BAD_INPUT = 2
+EXIT_NON_FINITE = 3
+EXIT_CHECKPOINT = 4
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def main(recipe: Run, **presets: Run) -> None:
+    """Run a recipe from its file; ends the process with an exit code (see the module's description).
+
+    Args:
+        recipe: The recipe.
+        presets: Variants that `--preset NAME` chooses.
+    """
+    sys.exit(start(recipe, presets, sys.argv[1:]))
+
+
+def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_loader: Any = None) -> int:
+    """`main` as a function: parse, check, train.
+
+    Args:
+        recipe: The recipe.
+        presets: Variants by name.
+        arguments: Command line without the program's name.
+        open_loader: Replaces `trainer.open_loader`.
+
+    Returns:
+        Exit code.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--preset", choices=sorted(presets), default=None)
+    own.add_argument("--restore", type=Path, default=None)
+    own.add_argument("--init-from", type=Path, default=None)
+    own.add_argument("--local_rank", "--local-rank", type=int, default=None)  # put there by launchers, also in RANK
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        with _Muted(not first):
+            chosen, rest = own.parse_known_args(list(arguments))
+            run = _override(recipe if chosen.preset is None else presets[chosen.preset], presets, rest)
+    except SystemExit as error:
+        return _leave(int(error.code or 0), first)
+    from armillary.engine.train.checks import problems
+
+    found = problems(run, int(os.environ.get("WORLD_SIZE", "1")), "smoke" in presets and chosen.preset != "smoke")
+    for option in ("restore", "init_from"):
+        path = getattr(chosen, option)
+        if path is not None and not path.exists():
+            found.append(f"--{option.replace('_', '-')}: an existing file, got {path}")
+    if found:
+        if first:
+            print(f"{run.name}: this run cannot start:", *(f"  {p}" for p in found), sep="\n", file=sys.stderr)
+        return _leave(EXIT_BAD_INPUT, first)
+    return run_to_exit_code(run, restore=chosen.restore, init_from=chosen.init_from, open_loader=open_loader)
+
+
+def run_to_exit_code(
+    run: Run, *, restore: Path | None = None, init_from: Path | None = None, open_loader: Any = None
+) -> int:
+    """`trainer.train`, with every foreseen end turned into an exit code and a message without a traceback.
+
+    Returns:
+        Exit code, see the module's description.
+    """
+    from armillary.engine.train import trainer
+    from armillary.engine.weights.checkpoint import CheckpointError
+
+    me = trainer.ranks()
+    loaders = {} if open_loader is None else {"open_loader": open_loader}
+    try:
+        trainer.train(run, restore=restore, init_from=init_from, **loaders)
+        return 0
+    except trainer.Stopped:
+        return EXIT_STOPPED
+    except trainer.BadInput as error:
+        code, message = EXIT_BAD_INPUT, f"{run.name}: this run cannot start:\n" + _indent(str(error))
+    except trainer.NonFinite as error:
+        code, message = EXIT_NON_FINITE, f"{run.name}: stopped: {error}"
+    except CheckpointError as error:
+        code, message = EXIT_CHECKPOINT, f"{run.name}: {error}"
+    except Exception:
+        if me.world == 1:
+            raise
+        # Communication that is under way would keep this process from ending, and with it the launcher and all ranks.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    if me.rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # the launcher kills everybody when the first rank leaves; rank 0 has something to say
+    return code
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def _override(base: Run, presets: dict[str, Run], arguments: list[str]) -> Run:
+    import tyro
+
+    options = "Besides the fields: "
+    if presets:
+        options += f"--preset {{{','.join(sorted(presets))}}} chooses a variant of the recipe; "
+    options += (
+        "--restore PATH continues a portable export; "
+        "--init-from FILE starts from the encoder in a safetensors or public DINOv2 file."
+    )
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[Run], default=base, args=arguments, description=options, prog=Path(sys.argv[0]).name
+    )
+
+
+class _Muted:
+    """Nothing is printed inside: every rank parses, one speaks."""
+
+    def __init__(self, mute: bool):
+        self.mute = mute
+
+    def __enter__(self) -> None:
+        if self.mute:
+            self.kept = sys.stdout, sys.stderr
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+
+    def __exit__(self, *_: object) -> None:
+        if self.mute:
+            sys.stdout.close()
+            sys.stdout, sys.stderr = self.kept
+
+
+def _leave(code: int, first: bool) -> int:
+    """Let rank 0 speak before the launcher, seeing another rank gone, kills it."""
+    if not first and code:
+        time.sleep(5)
+    return code

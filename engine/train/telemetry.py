@@ -1,0 +1,288 @@
+"""What a run says while it goes: progress bar or lines, metrics.jsonl, TensorBoard.
+
+metrics.jsonl gets one line a step. Its values stay on the device until a line is due on the screen (or a checkpoint),
+and are only then reduced over ranks, so that a step costs no synchronisation for the log's sake.
+Throughput, MFU, data wait and memory belong to the interval that the step is in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from armillary.engine.config.run import Run
+from armillary.models.method import Losses, Method
+
+__all__ = ["PEAK_TFLOPS", "Meter", "measure_gemm", "peak_flops"]
+
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "GH200": 989.4,
+    "L40S": 362.1,
+    "L4": 121.0,
+    "A100": 311.9,
+    "A40": 149.7,
+    "A10": 125.0,
+    "RTX 4090": 165.2,
+}
+"""Dense bf16 tensor-core rates of the makers' data sheets, TFLOP/s; the first name found in the device's counts."""
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Best measured matrix-product rate of this process, FLOP/s.
+
+    Args:
+        device: Where.
+        dtype: Of both factors.
+        size: Side of the square factors; chosen by device where None.
+    """
+    n = size or (8192 if device.type == "cuda" else 1024)
+    a = torch.full((n, n), 0.5, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+    return best
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """The rate that MFU refers to, FLOP/s a rank, and its name: data sheet for known GPUs in bf16, else measured."""
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for key, tflops in PEAK_TFLOPS.items():
+            if key in name:
+                return tflops * 1e12, f"{name} dense bf16, {tflops:g} TFLOP/s"
+    rate = measure_gemm(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return rate, f"measured {precision} GEMM rate, {rate / 1e12:.3g} TFLOP/s a rank"
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines of steps that a resumed run will do again, and a line cut short by a crash."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+
+
+class Meter:
+    """Collects every step's numbers on all ranks; rank 0 writes them.
+
+    Args:
+        run: The run.
+        method: For its FLOPs, monitor and warnings.
+        device: Where losses are.
+        first_step: Steps already done.
+        console: Replaces standard output.
+    """
+
+    def __init__(self, run: Run, method: Method, device: torch.device, first_step: int, console: Console | None = None):
+        self.run, self.method, self.device = run, method, device
+        self.world, self.speaks = dist.get_world_size(), dist.get_rank() == 0
+        self.console = console or Console(file=sys.stdout, soft_wrap=True)
+        self.peak, self.peak_name = peak_flops(device, run.train.precision)
+        self._sums: dict[str, Tensor] = {}
+        self._parts = 0
+        self._rows: list[dict[str, Tensor]] = []
+        self._known: list[dict[str, float | int]] = []
+        self._began = time.perf_counter()
+        self._timed = 0
+        self._waited = 0.0
+        self._bar: Progress | None = None
+        self._board: Any = None
+        if self.speaks:
+            _keep_until(run.folder / "metrics.jsonl", first_step)
+            self._lines = open(run.folder / "metrics.jsonl", "a", buffering=1)
+            if run.telemetry.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=first_step + 1)
+            self._introduce(first_step)
+            if self.console.is_terminal:
+                self._bar = Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.fields[line]}"),
+                    console=self.console,
+                )
+                self._bar.start()
+                self._task = self._bar.add_task(run.name, total=run.train.steps, completed=first_step, line="")
+
+    def _introduce(self, first_step: int) -> None:
+        train, trained = (
+            self.run.train,
+            sum(getattr(p, "ds_numel", p.numel()) for p in self.method.parameters() if p.requires_grad),
+        )
+        self.console.print(
+            f"{self.run.name}: step {first_step} of {train.steps}, {self.world} x {self.device.type}, "
+            f"ZeRO-{train.zero_stage}, {train.precision}, batch {train.global_batch} = {self.world} ranks x "
+            f"{self.run.accumulation(self.world)} x {train.micro_batch}, {trained / 1e6:.3g}M trained parameters, "
+            f"{self.method.flops_per_sample() / 1e9:.3g} GFLOP a sample; MFU is of {self.peak_name}; "
+            f"writing to {self.run.folder}",
+            highlight=False,
+        )
+
+    def say(self, text: str, loud: bool = False) -> None:
+        """Print a line, on rank 0."""
+        if self.speaks:
+            self.console.print(text, style="bold red" if loud else None, markup=False, highlight=False)
+
+    def add(self, losses: Losses) -> None:
+        """Take the losses of a micro-batch."""
+        for name, value in {"loss": losses.total, **losses.terms}.items():
+            value = value.detach().float().reshape(())
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._parts += 1
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of this rank over the micro-batches added since the last step, a scalar on the device."""
+        return self._sums["loss"] / self._parts
+
+    def end_step(self, step: int, known: Mapping[str, float | int], waited: float) -> None:
+        """Close a step.
+
+        Args:
+            step: Steps done, this one included.
+            known: Numbers that all ranks have already: norms, schedules, counters.
+            waited: Seconds that this rank has waited for data since the start.
+        """
+        self._rows.append({name: total / self._parts for name, total in self._sums.items()})
+        self._known.append({"step": step, **known})
+        self._sums, self._parts = {}, 0
+        self._timed += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        if step % self.run.telemetry.every_steps == 0 or step == self.run.train.steps:
+            self.flush(waited)
+
+    def flush(self, waited: float) -> None:
+        """Reduce over ranks and write what has been collected; all ranks together.
+
+        Args:
+            waited: Seconds that this rank has waited for data since the start.
+        """
+        if not self._rows:
+            return
+        names, values, highest = self._reduce()
+        now = time.perf_counter()
+        seconds = now - self._began
+        wait, peak = self._over_ranks(waited - self._waited, self._peak_gib())
+        rate = self.run.train.global_batch * self._timed / seconds if self._timed else math.nan
+        interval = {
+            "images_per_s": rate,
+            "mfu": rate * self.method.flops_per_sample() / (self.world * self.peak),
+            "data_wait": wait / seconds,
+            "peak_gib": peak,
+        }
+        measures = self.method.monitor()
+        for i, known in enumerate(self._known):
+            line = {**known, **{n: v for n, v in zip(names, values[i], strict=True) if v is not None}}
+            line |= {"loss_max": highest[i], **interval}
+            if i == len(self._known) - 1:
+                line |= {f"monitor/{name}": value for name, value in measures.items()}
+            self._write(line)
+        if self.speaks:
+            self._show(line)
+        for warning in self.method.warnings(measures):
+            self.say(f"WARNING: {warning}", loud=True)
+        self._rows, self._known = [], []
+        self._began, self._waited, self._timed = now, waited, 0
+
+    def _reduce(self) -> tuple[list[str], list[list[float | None]], list[float]]:
+        """Means over ranks of what was collected.
+
+        A method may leave a term out on some ranks or steps (no masks, no spectra): its mean is over those that have it.
+
+        Returns:
+            (names; by step, the mean of each, None where no rank has it; by step, the highest loss of any rank)
+        """
+        gathered: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(gathered, list(dict.fromkeys(name for row in self._rows for name in row)))
+        names = list(dict.fromkeys(name for own in gathered for name in own))
+        zero = torch.zeros((), device=self.device)
+        sums = torch.stack([torch.stack([row.get(name, zero) for name in names]) for row in self._rows]).double()
+        having = torch.tensor([[float(n in row) for n in names] for row in self._rows], dtype=torch.float64)
+        both = torch.stack([sums, having.to(self.device)])
+        top = torch.stack([row["loss"] for row in self._rows]).double()
+        dist.all_reduce(both)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        totals, counts = both.tolist()
+        means = [[t / c if c else None for t, c in zip(*row, strict=True)] for row in zip(totals, counts, strict=True)]
+        return names, means, top.tolist()
+
+    def _over_ranks(self, mean: float, largest: float) -> tuple[float, float]:
+        """Mean over ranks of one number, and the largest of another."""
+        values = torch.tensor([mean, largest], dtype=torch.float64, device=self.device)
+        every = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(every, values)
+        return sum(float(v[0]) for v in every) / self.world, max(float(v[1]) for v in every)
+
+    def restart_clock(self, waited: float) -> None:
+        """Leave what has passed since the last flush (start-up, a checkpoint) out of the throughput."""
+        self._began, self._waited, self._timed = time.perf_counter(), waited, 0
+
+    def _peak_gib(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def _write(self, line: Mapping[str, float | int]) -> None:
+        if not self.speaks:
+            return
+        plain = {k: v if math.isfinite(v) else None for k, v in line.items()}
+        self._lines.write(json.dumps(plain) + "\n")
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step" and math.isfinite(value):
+                    self._board.add_scalar(name, value, int(line["step"]))
+
+    def _show(self, line: Mapping[str, float | int]) -> None:
+        norms = " ".join(f"{k.partition('/')[2]} {v:.3g}" for k, v in line.items() if k.startswith("grad_norm/"))
+        text = (
+            f"loss {line['loss']:.4f} (max {line['loss_max']:.4f})  grad {norms}  lr {line['learning_rate']:.3g}  "
+            f"{line['images_per_s']:.4g} images/s  MFU {line['mfu']:.1%}  wait {line['data_wait']:.0%}  "
+            f"{line['peak_gib']:.2f} GiB  skipped {line['skipped']}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, line=text)
+        else:
+            self.say(f"step {line['step']}/{self.run.train.steps}  {text}")
+
+    def close(self) -> None:
+        """Close files and bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self.speaks:
+            self._lines.close()
+        if self._board is not None:
+            self._board.close()

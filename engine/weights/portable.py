@@ -1,0 +1,123 @@
+"""Moving a run to another number of ranks or another ZeRO stage: one safetensors file with everything by name.
+
+The file holds the fp32 weights, both moments, the teacher's average, frozen parameters and buffers, whole, and in its
+metadata the checkpoint's state.json: step, counters, loader, run. It is made from a checkpoint's files alone, without a
+process group, and read piecewise by each rank. Only random states are left behind: streams of dropout start anew, seeded
+by (seed, step, rank); data order, augmentation and masks do not depend on ranks and continue unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armillary.engine.config.config_json import differences, to_json
+from armillary.engine.config.run import Run
+from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest, open_archive, restore_layout
+from armillary.engine.weights.tensors import Archive, Entry, write_tensors
+from armillary.engine.zero.partition import Layout
+
+__all__ = ["changes", "export_portable", "find_checkpoint", "open_portable", "restore"]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: a checkpoint's folder itself, or the newest one of a run's folder.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    found = latest(path / "checkpoints") or latest(path)
+    if found is None:
+        raise CheckpointError(f"{path}: no checkpoint here (checkpoints/latest is missing)")
+    return found
+
+
+def export_portable(checkpoint: Path, file: Path, verify: bool = True) -> None:
+    """Merge a checkpoint's shards into one file.
+
+    Args:
+        checkpoint: The checkpoint's own folder.
+        file: File to write; it appears when it is complete.
+        verify: Check the hashes of the shards first.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        OSError: The file cannot be written.
+    """
+    archive, state = open_archive(checkpoint, verify)
+    entries = [
+        Entry(key, archive.shape(key), _dtype(archive, key), _reader(archive, key))
+        for key in archive.pieces
+        if not key.startswith("rng/")
+    ]
+    temporary = file.with_name(file.name + ".tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_tensors(temporary, entries, {"state": json.dumps(state), "format": "armillary-portable"})
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _dtype(archive: Archive, key: str) -> torch.dtype:
+    return archive.read(key, 0, min(1, math.prod(archive.shape(key)))).dtype
+
+
+def _reader(archive: Archive, key: str) -> Callable[[], Tensor]:
+    return lambda: archive.whole(key)
+
+
+def open_portable(path: Path) -> tuple[Archive, dict[str, Any]]:
+    """Open a portable file, or the newest checkpoint of a run's folder, for reading.
+
+    Returns:
+        (its tensors, its state)
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    if path.is_dir():
+        return open_archive(find_checkpoint(path))
+    try:
+        archive = Archive([path])
+        return archive, json.loads(archive.metadata[0]["state"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a portable export: {error}") from error
+
+
+def restore(path: Path, layout: Layout) -> tuple[Progress, dict[str, Any]]:
+    """Fill this rank's shards from a portable file (or a checkpoint of any number of ranks).
+
+    Args:
+        path: Portable file, or a run's or checkpoint's folder.
+        layout: This rank's shards.
+
+    Returns:
+        (the counters it was saved with, its state)
+
+    Raises:
+        CheckpointError: Its parameters are not the method's.
+    """
+    archive, state = open_portable(path)
+    restore_layout(archive, layout)
+    progress = Progress(**state["progress"])
+    layout.applied_steps = progress.applied
+    return progress, state
+
+
+def changes(state: dict[str, Any], run: Run) -> list[str]:
+    """What a restored run does otherwise than the run it comes from, one line a field, for the log."""
+    return [
+        f"  {name}: was {old!r}, now {new!r}"
+        for name, (old, new) in differences(state["run"], to_json(run)).items()
+        if name not in ("name", "out")
+    ]

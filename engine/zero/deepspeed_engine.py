@@ -1,0 +1,261 @@
+"""DeepSpeed: its configuration from a run, the process group, and the step between backward and update.
+
+`Sharded` is what the trainer sees. It reaches the method only through DeepSpeed's engine, as ZeRO-3 requires.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from armillary.engine.config.run import Run
+from armillary.engine.zero.optim import AdamW, build_groups, squared_norms
+from armillary.engine.zero.partition import Layout, build_layout
+from armillary.models.method import Batch, Losses, Method
+
+__all__ = ["Ranks", "Sharded", "Verdict", "ranks", "start_processes"]
+
+BUCKET = 50_000_000
+"""Elements a gradient bucket holds at most; DeepSpeed allocates it whole."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers: global rank, rank in this machine, number of processes."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+
+def ranks() -> Ranks:
+    """Read the launcher's environment; a process that nobody launched is the only one."""
+    get = os.environ.get
+    return Ranks(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), int(get("WORLD_SIZE", "1")))
+
+
+def start_processes(device: str) -> torch.device:
+    """Choose DeepSpeed's accelerator, join the process group and return this process's device.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    me = ranks()
+    os.environ["DS_ACCELERATOR"] = device
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer versions of torch have replaced.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Compiling this operator for the CPU backend takes 40 seconds; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device == "cuda":
+        torch.cuda.set_device(me.local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    backend = "nccl" if device == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=timedelta(minutes=30), verbose=False)
+    return torch.device("cuda", me.local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Args:
+        run: The run.
+        world: Number of processes.
+        trained: Number of trained parameters.
+    """
+    train = run.train
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": run.resolved_device == "cuda",
+        "reduce_bucket_size": min(BUCKET, max(trained, 2)),
+        "allgather_bucket_size": BUCKET,
+    }
+    if train.zero_stage == 3:
+        # Small parameters are cut like all others, or a teacher's could not be refreshed by a local copy.
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": min(BUCKET, max(trained, 2))}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": run.accumulation(world),
+        "gradient_clipping": 0.0,  # the optimizer clips, by group
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "communication_data_type": "fp32",  # summing bf16 gradients over ranks or micro-batches loses small ones
+        "steps_per_print": 1_000_000_000,
+    }
+    if train.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        # Under stage 1 this would choose another optimizer of DeepSpeed's, which dies of a NaN; `checks` keeps stage 1
+        # with bf16 to one micro-batch a step, where nothing is accumulated.
+        config["data_types"] = {"grad_accum_dtype": "bf16" if train.zero_stage == 1 else "fp32"}
+    return config
+
+
+def _plain_output(_method: nn.Module, _inputs: Any, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
+    """Forward hook: DeepSpeed finds the outputs that backward starts from in tensors, tuples and dicts only."""
+    return losses.total, losses.terms
+
+
+def _see_into_dataclasses() -> None:
+    """Let ZeRO-3 find tensors in dataclasses that modules return.
+
+    It gathers a module's parameters again for backward through the module's outputs, which it finds in tensors, tuples
+    and dicts only; in anything else it warns, and backward meets empty parameters.
+    """
+    from deepspeed.runtime.zero import parameter_offload, utils
+
+    known = utils.apply_to_tensors_only
+    if getattr(known, "sees_dataclasses", False):
+        return
+
+    def apply_to_tensors_only(function: Any, value: Any, warning_msg_fn: Any = None) -> Any:
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return known(function, value, warning_msg_fn)
+        seen = copy.copy(value)
+        for field in dataclasses.fields(value):
+            item = apply_to_tensors_only(function, getattr(value, field.name), warning_msg_fn)
+            object.__setattr__(seen, field.name, item)  # also where it is frozen
+        return seen
+
+    apply_to_tensors_only.sees_dataclasses = True  # type: ignore[attr-defined]
+    utils.apply_to_tensors_only = parameter_offload.apply_to_tensors_only = apply_to_tensors_only
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks agree on between backward and step.
+
+    Attributes:
+        finite: Loss and gradients are finite, so the step changes the weights.
+        loss: Mean loss over ranks and micro-batches.
+        norms: Gradient norm of each clip group, before clipping.
+        flags: Sum over ranks of the flags handed in.
+    """
+
+    finite: bool
+    loss: float
+    norms: dict[str, float]
+    flags: tuple[float, ...]
+
+
+class Sharded:
+    """A method under ZeRO with its optimizer.
+
+    Args:
+        run: The run.
+        method: Freshly built, on the CPU, float32, equal on all ranks.
+        device: Result of `start_processes`.
+
+    Attributes:
+        method: The method; call it through `forward`.
+        layout: This rank's shards.
+        accumulation: Micro-batches a step.
+    """
+
+    def __init__(self, run: Run, method: Method, device: torch.device):
+        import deepspeed
+        from deepspeed.utils import logger
+
+        self.world = dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.device = device
+        self.method = method
+        self.accumulation = run.accumulation(self.world)
+        groups = build_groups(method)
+        optim = run.optim
+        self.optimizer = AdamW(
+            groups, optim.betas, optim.eps, optim.clip_norm, optim.freeze_last_layer_steps, optim.impl
+        )
+        buffers = {name: b.clone() for name, b in method.named_buffers()}
+        config = deepspeed_config(run, self.world, sum(p.numel() for g in groups for p in g["params"]))
+        logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not its own
+        if run.train.zero_stage == 3:
+            _see_into_dataclasses()
+        method.register_forward_hook(_plain_output)  # before DeepSpeed's own hooks, which see its result
+        self.engine, *_ = deepspeed.initialize(model=method, optimizer=self.optimizer, config=config)
+        logger.setLevel(logging.WARNING)
+        self._restore_buffers(buffers)
+        self._saved_buffers: dict[str, Tensor] = {}
+        self.layout: Layout = build_layout(self.engine, method, self.optimizer)
+        if run.train.compile:
+            self.engine.compile()
+        self.engine.train()
+
+    def _restore_buffers(self, originals: Mapping[str, Tensor]) -> None:
+        """Undo a conversion of buffers to bf16: running statistics (centres) stall in it."""
+        for name, original in originals.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.method.get_submodule(owner)
+            if getattr(module, leaf).dtype != original.dtype:
+                setattr(module, leaf, original.to(self.device))
+
+    def forward(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
+        """One micro-batch."""
+        if self.engine.micro_steps % self.accumulation == 0:
+            self._saved_buffers = {name: b.clone() for name, b in self.method.named_buffers()}
+        total, terms = self.engine(batch, scalars)
+        return Losses(total, terms)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, averaged over micro-batches and ranks."""
+        self.engine.backward(loss)
+
+    def agree(self, loss: Tensor, flags: Sequence[float] = ()) -> Verdict:
+        """The one collective of a step besides ZeRO's own: after the last backward, before `step`.
+
+        Args:
+            loss: This rank's mean loss over micro-batches, a scalar.
+            flags: Numbers of this rank to be summed over ranks, such as a request to stop.
+        """
+        own = torch.tensor(list(flags), dtype=torch.float64, device=self.device)
+        squared = squared_norms(self.layout.gradients(), self.device)
+        message = torch.cat([loss.detach().double().reshape(1), own, squared])
+        dist.all_reduce(message)
+        total, *rest = message.tolist()
+        # A loss that is not finite may leave finite gradients behind (clamps, detached parts); it still is no step.
+        finite = self.optimizer.set_clip([s + 0.0 * total for s in rest[len(flags) :]])
+        return Verdict(finite, total / self.world, dict(self.optimizer.norms), tuple(rest[: len(flags)]))
+
+    def step(self) -> None:
+        """At the end of each micro-batch; after the last one the optimizer acts and the teacher follows.
+
+        Where the step is skipped, what forward did to buffers is undone too: a running mean that has taken in a NaN
+        would make all later steps NaN.
+        """
+        last = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        if last and self.optimizer.skip:
+            with torch.no_grad():
+                for name, buffer in self.method.named_buffers():
+                    buffer.copy_(self._saved_buffers[name])
+        elif last:
+            self.layout.refresh_teacher()
+
+    def destroy(self) -> None:
+        """Leave the process group, all ranks together."""
+        dist.barrier()
+        self.engine.destroy()
+        dist.destroy_process_group()

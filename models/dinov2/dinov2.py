@@ -1,0 +1,410 @@
+"""DINOv2: self-distillation of class tokens (DINO) and masked patches (iBOT) with a spread term (KoLeo).
+
+The student sees all crops, some patches of the global ones hidden; the teacher, an exponential moving average of it,
+sees the whole global crops. Student class tokens predict the teacher's assignment of the same galaxy's other crops to
+prototypes; student mask tokens predict the teacher's assignment of the hidden patches.
+
+Shape legend: B samples, G global and L local crops a sample, T patches of a global crop, M masked patches of a batch,
+D width, V prototypes. Crops are crop-major: all first crops, then all second ones.
+
+Source: Oquab et al. 2023 (arXiv:2304.07193); weights, factors and schedules of the released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from armillary.kernels.launch import IMPLS, Impl
+from armillary.kernels.objective.prototype_loss import Term, prototype_loss
+from armillary.kernels.tokens.attention import BACKENDS
+from armillary.models.dinov2.centering import SoftmaxCentre, sinkhorn_bias
+from armillary.models.dinov2.collapse import CollapseMonitor
+from armillary.models.dinov2.dino_head import DINOHead, Head
+from armillary.models.dinov2.koleo import koleo_loss
+from armillary.models.dinov2.masking import masks
+from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
+from armillary.models.vit.vit import VisionTransformer, ViT
+
+__all__ = ["DINOv2", "DINOv2Method"]
+
+
+@dataclass(frozen=True)
+class DINOv2(MethodConfig):
+    """Configuration. The defaults are AstroCLIP's released ViT-L/12 pre-training.
+
+    Attributes:
+        vit: Encoder.
+        head: Projection head of the class tokens, and of the patches unless `separate_head`.
+        ibot_head: Projection head of the patches, used with `separate_head`.
+        separate_head: Whether patches have a head of their own.
+        centering: "softmax" (running mean of the logits) or "sinkhorn".
+        center_momentum: Weight of the old centre (softmax).
+        sinkhorn_iterations: Iterations (sinkhorn).
+        student_temperature: Temperature of the student's softmax; the teacher's is a schedule.
+        dino_weight: Weight of the class-token loss.
+        ibot_weight: Weight of the masked-patch loss; 0 leaves it out.
+        koleo_weight: Weight of KoLeo, summed over the global crops; 0 leaves it out.
+        masked_crops: Fraction of the global crops that are masked.
+        mask_ratio: Least and greatest fraction of a masked crop's patches.
+        masking: "block" or "random".
+        layer_decay: Learning-rate factor from a block to the one below it.
+        patch_embed_lr: Further factor of the patch projection.
+        attention: Backend, see `armillary.kernels.tokens.attention`.
+        impl: Implementation of the encoder's and the loss's kernels, see `armillary.kernels.launch`.
+        checkpoint_activations: Recompute the student's blocks in the backward pass.
+        readout: What `encode` returns first: "cls" or "mean" (of the patch tokens).
+    """
+
+    vit: ViT = field(default_factory=ViT)
+    head: Head = field(default_factory=Head)
+    ibot_head: Head = field(default_factory=Head)
+    separate_head: bool = False
+    centering: Literal["softmax", "sinkhorn"] = "softmax"
+    center_momentum: float = 0.9
+    sinkhorn_iterations: int = 3
+    student_temperature: float = 0.1
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    masked_crops: float = 0.5
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    masking: Literal["block", "random"] = "block"
+    layer_decay: float = 0.9
+    patch_embed_lr: float = 0.2
+    attention: Literal["auto", "flash_attn", "torch", "dense"] = "auto"
+    impl: Impl = "auto"
+    checkpoint_activations: bool = False
+    readout: Literal["cls", "mean"] = "cls"
+
+    def problems(self, inputs: InputSpec) -> list[str]:
+        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
+        found = [f"vit.{p}" for p in self.vit.problems()]
+        found += [f"head.{p}" for p in self.head.problems()]
+        if self.separate_head:
+            found += [f"ibot_head.{p}" for p in self.ibot_head.problems()]
+        for name, choices in (
+            ("centering", ("softmax", "sinkhorn")),
+            ("masking", ("block", "random")),
+            ("attention", BACKENDS),
+            ("impl", IMPLS),
+            ("readout", ("cls", "mean")),
+        ):
+            if getattr(self, name) not in choices:
+                found.append(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("dino_weight", "ibot_weight", "koleo_weight"):
+            if not getattr(self, name) >= 0:
+                found.append(f"{name}: must be at least 0, got {getattr(self, name)}")
+        for name in ("student_temperature", "layer_decay", "patch_embed_lr"):
+            if not getattr(self, name) > 0:
+                found.append(f"{name}: must be positive, got {getattr(self, name)}")
+        if not 0 <= self.center_momentum < 1:
+            found.append(f"center_momentum: must be in [0, 1), got {self.center_momentum}")
+        if self.sinkhorn_iterations < 1:
+            found.append(f"sinkhorn_iterations: must be at least 1, got {self.sinkhorn_iterations}")
+        if not 0 <= self.masked_crops <= 1:
+            found.append(f"masked_crops: must be in [0, 1], got {self.masked_crops}")
+        low, high = self.mask_ratio
+        if not 0 <= low <= high <= 1:
+            found.append(f"mask_ratio: must be 0 <= low <= high <= 1, got {self.mask_ratio}")
+        if inputs.channels != self.vit.channels:
+            found.append(f"vit.channels: must be the views' {inputs.channels}, got {self.vit.channels}")
+        if inputs.n_global < 2:
+            found.append(f"views.n_global: must be at least 2 (crops predict each other), got {inputs.n_global}")
+        sizes = [("global_size", inputs.global_size)]
+        sizes += [("local_size", inputs.local_size)] if inputs.n_local else []
+        for name, size in sizes:
+            if self.vit.patch_size >= 1 and (size < self.vit.patch_size or size % self.vit.patch_size):
+                found.append(f"views.{name}: must be a multiple of vit.patch_size {self.vit.patch_size}, got {size}")
+        return found
+
+    def build(self, inputs: InputSpec) -> DINOv2Method:
+        """Build the method with freshly initialised parameters (from torch's global generator).
+
+        Raises:
+            ValueError: The configuration breaks a rule; all of them are listed.
+        """
+        problems = self.problems(inputs)
+        if problems:
+            raise ValueError("DINOv2: " + "; ".join(problems))
+        return DINOv2Method(self, inputs)
+
+
+class _Projected(NamedTuple):
+    """Output of a network; a tuple, so that DeepSpeed finds the tensors in it."""
+
+    backbone_cls: Tensor  # [G*B, D] class tokens of the global crops, before the head
+    cls: Tensor  # [(G+L)*B, b] normalised features, global crops first
+    patches: Tensor  # [M, b]
+    prototypes: Tensor  # [V, b]
+    patch_prototypes: Tensor  # [V', b]; the same tensor with a shared head
+
+
+class _Network(nn.Module):
+    """Encoder and heads: the student, or the teacher."""
+
+    def __init__(self, config: DINOv2, drop_path: float) -> None:
+        super().__init__()
+        vit = replace(config.vit, drop_path=drop_path)
+        self.backbone = VisionTransformer(vit, config.attention, config.checkpoint_activations, config.impl)
+        self.dino_head = DINOHead(config.head, vit.dim)
+        self.ibot_head = DINOHead(config.ibot_head, vit.dim) if config.separate_head else None
+
+    def forward(self, crops: list[Tensor], mask: Tensor | None, select: Tensor) -> _Projected:
+        """Encode crops and project the class tokens and the selected patches of the first group."""
+        tokens = self.backbone(crops, mask=mask, select=select)
+        cls, patches = torch.cat(tokens.cls), tokens.patches[0]
+        if self.ibot_head is None:
+            features, prototypes = self.dino_head(torch.cat([cls, patches]))
+            cls_features, patch_features = features.split([len(cls), len(patches)])
+            return _Projected(tokens.cls[0], cls_features, patch_features, prototypes, prototypes)
+        cls_features, prototypes = self.dino_head(cls)
+        patch_features, patch_prototypes = self.ibot_head(patches)
+        return _Projected(tokens.cls[0], cls_features, patch_features, prototypes, patch_prototypes)
+
+
+class DINOv2Method(Method):
+    """Student, teacher and objective; see `DINOv2`."""
+
+    required_scalars = ("teacher_temperature",)
+
+    def __init__(self, config: DINOv2, inputs: InputSpec) -> None:
+        super().__init__()
+        self.config, self.inputs = config, inputs
+        self.student = _Network(config, config.vit.drop_path)
+        self.teacher = _Network(config, 0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        if not self._uses_masks:
+            self.student.backbone.mask_token.requires_grad_(False)  # no gradient would ever reach it
+        if config.centering == "softmax":
+            patch_head = config.ibot_head if config.separate_head else config.head
+            self.dino_center = SoftmaxCentre(config.head.prototypes, config.center_momentum)
+            self.ibot_center = SoftmaxCentre(patch_head.prototypes, config.center_momentum)
+        self._collapse = CollapseMonitor()
+
+    @property
+    def _uses_masks(self) -> bool:
+        return self.config.ibot_weight > 0 and self.config.masked_crops > 0
+
+    def prepare(self, batch: Batch, key: BatchKey) -> Batch:
+        """Add `mask` [G*B, T] and `mask_index` [M]; nothing where the recipe masks nothing."""
+        if not self._uses_masks:
+            return batch
+        side = self.inputs.global_size // self.config.vit.patch_size
+        mask = masks(
+            batch["position"],
+            key,
+            self.inputs.n_global,
+            (side, side),
+            crop_fraction=self.config.masked_crops,
+            ratio_range=self.config.mask_ratio,
+            kind=self.config.masking,
+        )
+        prepared = batch.copy()
+        prepared["mask"] = mask
+        prepared["mask_index"] = mask.flatten().nonzero().squeeze(1)
+        return prepared
+
+    def training_step(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
+        """Losses of one micro-batch.
+
+        Args:
+            batch: `global_crops` [G*B, C, S, S], `local_crops` [L*B, C, s, s] where L > 0, `mask` [G*B, T] and, if
+                `prepare` made it, `mask_index`.
+            scalars: `teacher_temperature`.
+
+        Returns:
+            Total and the terms `dino_global`, `dino_local`, `ibot`, `koleo`, weighted as they enter it.
+
+        Raises:
+            ValueError: The crops do not fit the inputs that the method was built for.
+        """
+        crops, size = self._crops(batch)
+        mask, select = self._masked(batch, crops[0])
+        temperature = float(scalars["teacher_temperature"])
+        with torch.no_grad():
+            teacher = self.teacher(crops[:1], None, select)
+        biases, finish = self._center(teacher, temperature)
+        student = self.student(crops, mask, select)
+        losses = self._losses(student, teacher, mask, select, size, biases, temperature)
+        for f in finish:
+            f()
+        if self.training:
+            rows = slice(0, size)  # one crop a sample: crops of one galaxy are not independent rows
+            self._collapse.update(teacher.backbone_cls[rows], teacher.cls[rows], teacher.prototypes, temperature)
+        return losses
+
+    def _crops(self, batch: Batch) -> tuple[list[Tensor], int]:
+        g, n_local = self.inputs.n_global, self.inputs.n_local
+        crops = [batch["global_crops"]]
+        size, rest = divmod(len(crops[0]), g)
+        if rest or not size:
+            raise ValueError(f"global_crops: needs {g} crops of each of at least one sample, got {len(crops[0])}")
+        if n_local:
+            crops.append(batch["local_crops"])
+            if len(crops[1]) != n_local * size:
+                raise ValueError(f"local_crops: needs {n_local} crops of {size} samples, got {len(crops[1])}")
+        return crops, size
+
+    def _masked(self, batch: Batch, crops: Tensor) -> tuple[Tensor | None, Tensor]:
+        if not self._uses_masks:
+            return None, torch.zeros(0, dtype=torch.int64, device=crops.device)
+        if "mask" not in batch:
+            raise ValueError("mask: missing from the batch; `prepare` adds it")
+        mask = batch["mask"]
+        index = batch.get("mask_index")
+        return mask, mask.flatten().nonzero().squeeze(1) if index is None else index
+
+    def _center(self, teacher: _Projected, temperature: float) -> tuple[list[Tensor], list[Callable[[], None]]]:
+        """Biases of the class-token and patch targets, and what is left to do after the step."""
+        config = self.config
+        pairs = [(teacher.cls, teacher.prototypes)]
+        if self._uses_masks:
+            pairs.append((teacher.patches, teacher.patch_prototypes))
+        if config.centering == "sinkhorn":
+            return [
+                sinkhorn_bias(f, w, temperature, config.sinkhorn_iterations, impl=config.impl) for f, w in pairs
+            ], []
+        centres = [self.dino_center, self.ibot_center][: len(pairs)]
+        biases = [centre.bias(temperature) for centre in centres]
+        return biases, [centre.start_update(f, w) for centre, (f, w) in zip(centres, pairs, strict=True)]
+
+    def _losses(
+        self,
+        student: _Projected,
+        teacher: _Projected,
+        mask: Tensor | None,
+        select: Tensor,
+        size: int,
+        biases: list[Tensor],
+        temperature: float,
+    ) -> Losses:
+        config, g = self.config, self.inputs.n_global
+        pairs = self._pairs()
+        n_pairs = sum(map(sum, pairs))
+        weight = torch.full((1, 1), config.dino_weight / (n_pairs * size), device=select.device)
+        dino = Term(student.cls.unflatten(0, (-1, size)), teacher.cls.unflatten(0, (g, size)), pairs, weight, biases[0])
+        terms = [(dino, student.prototypes, teacher.prototypes)]
+        if mask is not None:
+            # every masked crop counts the same, whatever its number of masked patches
+            per_crop = mask.sum(1).clamp(min=1).reciprocal() * (config.ibot_weight / len(mask))
+            patch_weight = per_crop.index_select(0, select // mask.shape[1])[None]
+            ibot = Term(student.patches[None], teacher.patches[None], ((1.0,),), patch_weight, biases[1])
+            terms.append((ibot, student.patch_prototypes, teacher.patch_prototypes))
+        # With a shared head one call takes both, so that the gradient of the prototypes is formed once.
+        calls = [terms] if not config.separate_head else [[term] for term in terms]
+        total = torch.zeros((), device=select.device)
+        rows: list[Tensor] = []
+        for call in calls:
+            part, losses = prototype_loss(
+                [term for term, _, _ in call],
+                *call[0][1:],
+                student_temperature=config.student_temperature,
+                teacher_temperature=temperature,
+                impl=config.impl,
+            )
+            total = total + part
+            rows += losses
+        logged = {"dino_global": (rows[0][:g] * weight).sum()}
+        if self.inputs.n_local:
+            logged["dino_local"] = (rows[0][g:] * weight).sum()
+        if mask is not None:
+            logged["ibot"] = (rows[1] * patch_weight).sum()
+        if config.koleo_weight:
+            koleo = sum((koleo_loss(x) for x in student.backbone_cls.split(size)), torch.zeros_like(total))
+            logged["koleo"] = config.koleo_weight * koleo.detach()
+            total = total + config.koleo_weight * koleo
+        return Losses(total, logged)
+
+    def _pairs(self) -> tuple[tuple[float, ...], ...]:
+        """Which teacher crops (columns) a student crop (rows, global ones first) predicts: all but itself."""
+        g, n_local = self.inputs.n_global, self.inputs.n_local
+        return tuple(tuple(float(s != t) for t in range(g)) for s in range(g)) + ((1.0,) * g,) * n_local
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Groups as in the released code: layer-wise decay, none of biases, norms and gains, clipping a submodule."""
+        groups: dict[tuple[float, float, str, bool], ParameterGroup] = {}
+        for name, parameter in self.student.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            submodule, _, rest = name.partition(".")
+            lr = self._lr_scale(rest) if submodule == "backbone" else 1.0
+            decay = 0.0 if rest.endswith(".bias") or "norm" in rest or "gamma" in rest else 1.0
+            key = (lr, decay, submodule, rest.startswith("last_layer."))
+            group = groups.setdefault(key, ParameterGroup({}, *key))
+            group.params[f"student.{name}"] = parameter
+        return list(groups.values())
+
+    def _lr_scale(self, name: str) -> float:
+        """Learning-rate factor of a parameter of the encoder."""
+        depth, decay = self.config.vit.depth, self.config.layer_decay
+        if name.startswith("blocks."):
+            return decay ** (depth - int(name.split(".")[1]))
+        if name.startswith("patch_embed."):
+            return decay ** (depth + 1) * self.config.patch_embed_lr
+        return 1.0 if name.startswith("norm.") else decay ** (depth + 1)
+
+    def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(student, teacher) parameters, without those that are not trained."""
+        pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
+        return [(s, t) for s, t in pairs if s.requires_grad]
+
+    def readouts(self) -> dict[str, Readout]:
+        """Class token and mean patch token, the configured readout first."""
+        titles = {"cls": "DINOv2", "mean": "DINOv2, mean patch"}
+        first = self.config.readout
+        return {name: Readout(titles[name], "image") for name in (first, *(titles.keys() - {first}))}
+
+    def encoders(self) -> dict[str, str]:
+        """The image encoder is the teacher's."""
+        return {"image": "teacher.backbone."}
+
+    def flops_per_sample(self) -> float:
+        """Matrix-product FLOPs of one training sample, forward and backward, recomputation not counted.
+
+        Of the last blocks only the tokens that are used are counted, as only they are computed; the released code
+        computes all, which adds about 3 % to a ViT-L.
+        """
+        config, inputs, vit = self.config, self.inputs, self.config.vit
+        g, n_local = inputs.n_global, inputs.n_local
+        masked = 0.0  # masked patches of a global crop, on average
+        if self._uses_masks:
+            masked = config.masked_crops * sum(config.mask_ratio) / 2 * vit.patches(inputs.global_size)
+        kept = 1 - vit.drop_path
+        total = g * vit.flops(inputs.global_size, selected=1 + masked)
+        total += 3 * g * vit.flops(inputs.global_size, kept=kept, selected=1 + masked)
+        if n_local:
+            total += 3 * n_local * vit.flops(inputs.local_size, kept=kept, selected=1)
+        patch_head = config.ibot_head if config.separate_head else config.head
+        total += (g + 3 * (g + n_local)) * config.head.flops(vit.dim)
+        return total + 4 * g * masked * patch_head.flops(vit.dim)
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        """Embeddings by the teacher's encoder, after the final norm.
+
+        Args:
+            batch: `crop` [B, C, S, S] float32, stretched as in training; any side that is a multiple of the patch size.
+
+        Returns:
+            "cls" [B, D] class token and "mean" [B, D] mean of the patch tokens, float32; the configured readout first.
+        """
+        if "crop" not in batch:
+            raise ValueError("DINOv2: embeds images, but the batch has no `crop`")
+        tokens = self.teacher.backbone([batch["crop"]])
+        found = {"cls": tokens.cls[0].float(), "mean": tokens.patches[0].float().mean(1)}
+        first = self.config.readout
+        return {first: found.pop(first), **found}
+
+    def monitor(self) -> dict[str, float]:
+        """`effective_rank` and `prototypes_in_use` of the teacher, over `window_rows` recent samples of this rank."""
+        return self._collapse.measure()
+
+    def warnings(self, measures: Mapping[str, float]) -> list[str]:
+        """Signs of collapse in a result of `monitor`."""
+        return self._collapse.warnings(measures, self.config.head.prototypes)

@@ -1,0 +1,283 @@
+"""Mixture of geometry experts: a feed-forward layer whose experts live in flat, spherical and hyperbolic space.
+
+It takes the place of a transformer's MLP. A gate mixes three experts of the same size, and the Euclidean one can be
+loaded from the MLP that it replaces, so that a pretrained model starts where it was:
+
+    layer = GeometryExperts(GeometryFFN(dim=1536, hidden=8960, body="swiglu", bias=False))
+    layer.load_mlp(block.mlp.state_dict())
+    layer.prefer("euclidean", probability=0.9)
+    y, logits = layer(x)
+
+Parameters, all read in this module's own forward (E, S, H is the experts' order; 2 stands for gate and up of SwiGLU):
+
+    router_weight [3, D]                          router_bias [3]
+    up_weight     [3, H, D] or [3, 2, H, D]       up_bias     [3, H] or [3, 2, H]
+    down_weight   [3, D, H]                       down_bias   [3, D]
+    log_temperature [1], kappa [1], moebius_bias [D] (a tangent vector at 0), curvature.offset [1]
+
+Shape legend: M tokens, D width, H hidden width.
+
+Source: Galaxy-Walker (arXiv:2503.18578), equations 4 to 7; hard routing: Switch Transformer (arXiv:2101.03961).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from armillary.kernels.geometry.geometry_combine import CLIP, EXPERTS
+from armillary.kernels.geometry.geometry_ffn import ROUTINGS, Routing, geometry_ffn
+from armillary.kernels.launch import Impl
+from armillary.kernels.mlp.up_projection import ACTIVATIONS, Activation
+from armillary.models.geometry.manifolds import Curvature, exp0
+
+__all__ = ["GateStatistics", "GeometryExperts", "GeometryFFN", "Mixture", "gate_statistics"]
+
+# The hyperbolic map saturates, and a saturated row has no radial gradient: this expert's output starts that much smaller
+# than the others'.
+HYPERBOLIC_GAIN = 0.1
+
+
+@dataclass(frozen=True)
+class GeometryFFN:
+    """Shape and geometry of a mixture of geometry experts. The defaults are those of Galaxy-Walker's released code.
+
+    Attributes:
+        dim: Width D.
+        hidden: Hidden width H of each expert.
+        body: "gelu", "gelu_tanh" or "swiglu".
+        bias: Whether the experts' linear layers have biases (Qwen2's have none).
+        routing: "soft" mixes all three experts; "top1" computes only that of the greatest logit for each token, at a third
+            of the cost, but the host waits for the device once a layer.
+        temperature: What the gate's logits are divided by, at the start.
+        learn_temperature: Whether it is trained; it stays positive, being an exponential.
+        kappa: Radius of the sphere at the start; trained.
+        curvature: c of the Poincare ball (curvature -c) at the start; trained.
+        curvature_min: Least c.
+        curvature_max: Greatest c.
+        moebius_bias: Whether the hyperbolic expert has a bias that is added on the ball.
+        input_radius: Euclidean radius at which the rows of a LayerNorm enter the ball; below 1 / sqrt(curvature_max).
+        clip: Where the tangent norm sqrt(c) |u| of the hyperbolic expert is cut: tanh(2.3) = 0.98 of the ball's radius.
+    """
+
+    dim: int = 1024
+    hidden: int = 4096
+    body: Activation = "gelu"
+    bias: bool = True
+    routing: Routing = "soft"
+    temperature: float = 0.1
+    learn_temperature: bool = True
+    kappa: float = 1.0
+    curvature: float = 1.0
+    curvature_min: float = 0.01
+    curvature_max: float = 2.0
+    moebius_bias: bool = False
+    input_radius: float = 0.5
+    clip: float = CLIP
+
+    def problems(self) -> list[str]:
+        """Every rule that the configuration breaks, as `field: rule, got value`."""
+        found = [
+            f"{name}: must be at least 1, got {getattr(self, name)}"
+            for name in ("dim", "hidden")
+            if getattr(self, name) < 1
+        ]
+        for name, known in (("body", ACTIVATIONS), ("routing", ROUTINGS)):
+            if getattr(self, name) not in known:
+                found.append(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        found += [
+            f"{name}: must be positive, got {getattr(self, name)}"
+            for name in ("temperature", "input_radius", "clip")
+            if not getattr(self, name) > 0
+        ]
+        if not 0 < self.curvature_min < self.curvature < self.curvature_max < math.inf:
+            bounds = f"{self.curvature_min} and {self.curvature_max}"
+            found.append(
+                f"curvature: must lie between curvature_min > 0 and curvature_max, got {self.curvature}, {bounds}"
+            )
+        elif not self.input_radius**2 * self.curvature_max < 1:
+            limit = self.curvature_max**-0.5
+            found.append(f"input_radius: must be below 1 / sqrt(curvature_max) = {limit:.3g}, got {self.input_radius}")
+        return found
+
+    def flops(self) -> float:
+        """Matrix-product FLOPs of one token, forward: 2 a multiply-add."""
+        matrices = 3 if self.body == "swiglu" else 2
+        experts = 3 if self.routing == "soft" else 1
+        return 2.0 * self.dim * (experts * matrices * self.hidden + 3)
+
+
+class Mixture(NamedTuple):
+    """What the layer returns. A tuple, so that DeepSpeed finds the tensors in it.
+
+    Attributes:
+        y: [..., D] in the input's dtype.
+        logits: [..., 3] float32, of the gate, divided by its temperature; for the log or a balance loss.
+    """
+
+    y: Tensor
+    logits: Tensor
+
+
+class GateStatistics(NamedTuple):
+    """How a gate spreads tokens over the Euclidean, spherical and hyperbolic expert. Tensors, so that nothing waits.
+
+    Attributes:
+        share: [3], mean gate of each expert; sums to 1.
+        chosen: [3], fraction of the tokens whose greatest gate it is.
+        entropy: [], mean entropy of a token's gate in units of log 3: 1 where all are equal, 0 where one decides.
+    """
+
+    share: Tensor
+    chosen: Tensor
+    entropy: Tensor
+
+
+def gate_statistics(logits: Tensor) -> GateStatistics:
+    """Statistics of a gate's logits.
+
+    Args:
+        logits: [..., 3], at least one token.
+    """
+    logits = logits.detach().flatten(0, -2)
+    log_gates = logits.log_softmax(1)
+    gates = log_gates.exp()
+    chosen = (logits.argmax(1, keepdim=True) == torch.arange(3, device=logits.device)).float().mean(0)
+    return GateStatistics(gates.mean(0), chosen, -(gates * log_gates).sum(1).mean() / math.log(3))
+
+
+class GeometryExperts(nn.Module):
+    """The layer.
+
+    Args:
+        config: Shape and geometry.
+        impl: Implementation, see `armillary.kernels.launch`.
+
+    Raises:
+        ValueError: The configuration breaks a rule.
+    """
+
+    def __init__(self, config: GeometryFFN, impl: Impl = "auto") -> None:
+        super().__init__()
+        problems = config.problems()
+        if problems:
+            raise ValueError("GeometryFFN: " + "; ".join(problems))
+        self.config = config
+        self.impl = impl
+        d, h = config.dim, config.hidden
+        halves = (2, h) if config.body == "swiglu" else (h,)
+        self.router_weight = nn.Parameter(torch.empty(3, d))
+        self.router_bias = nn.Parameter(torch.empty(3))
+        self.up_weight = nn.Parameter(torch.empty(3, *halves, d))
+        self.up_bias = nn.Parameter(torch.empty(3, *halves)) if config.bias else None
+        self.down_weight = nn.Parameter(torch.empty(3, d, h))
+        self.down_bias = nn.Parameter(torch.empty(3, d)) if config.bias else None
+        self.log_temperature = nn.Parameter(torch.empty(1), requires_grad=config.learn_temperature)
+        self.kappa = nn.Parameter(torch.empty(1))
+        self.curvature = Curvature(config.curvature, config.curvature_min, config.curvature_max)
+        self.moebius_bias = nn.Parameter(torch.empty(d)) if config.moebius_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise from torch's global generator: a gate that starts even, biases of 0, a small hyperbolic expert."""
+        nn.init.trunc_normal_(self.router_weight, std=0.02 * self.config.temperature)
+        nn.init.trunc_normal_(self.up_weight, std=0.02)
+        nn.init.trunc_normal_(self.down_weight, std=0.02)
+        with torch.no_grad():
+            self.down_weight[2].mul_(HYPERBOLIC_GAIN)
+        for bias in (self.router_bias, self.up_bias, self.down_bias, self.moebius_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        nn.init.constant_(self.log_temperature, math.log(self.config.temperature))
+        nn.init.constant_(self.kappa, self.config.kappa)
+        self.curvature.reset_parameters()
+
+    def forward(self, x: Tensor) -> Mixture:
+        """Mix the experts' outputs.
+
+        Args:
+            x: [..., D], the output of a norm, in the parameters' dtype.
+        """
+        config = self.config
+        wide = torch.promote_types(x.dtype, torch.float32)
+        c = self.curvature().to(wide)
+        bias = None if self.moebius_bias is None else exp0(self.moebius_bias.to(wide), c, impl=self.impl)
+        y, logits = geometry_ffn(
+            x.reshape(-1, config.dim).contiguous(),
+            self.router_weight,
+            self.router_bias,
+            self.log_temperature.to(wide).exp().squeeze(0),
+            self.up_weight,
+            self.up_bias,
+            self.down_weight,
+            self.down_bias,
+            self.kappa.to(wide).squeeze(0),
+            c,
+            bias,
+            body=config.body,
+            input_scale=config.input_radius / math.sqrt(config.dim),
+            routing=config.routing,
+            clip=config.clip,
+            impl=self.impl,
+        )
+        return Mixture(y.view(x.shape), logits.view(*x.shape[:-1], 3))
+
+    @torch.no_grad()
+    def load_mlp(self, state: Mapping[str, Tensor]) -> None:
+        """Copy an MLP's weights into the Euclidean expert.
+
+        Args:
+            state: The MLP's state dict: `gate_proj`, `up_proj` and `down_proj` for the body "swiglu" (Qwen2, Llama), `fc1`
+                and `fc2` for the others, each with `.weight` and, where this layer has biases, `.bias`.
+
+        Raises:
+            ValueError: A tensor is missing, too many, or of the wrong shape. Nothing has been copied then.
+        """
+        gated = self.config.body == "swiglu"
+        targets = {
+            ("gate_proj" if gated else "fc1") + ".weight": self.up_weight[0, 0] if gated else self.up_weight[0],
+            ("down_proj" if gated else "fc2") + ".weight": self.down_weight[0],
+        }
+        if gated:
+            targets["up_proj.weight"] = self.up_weight[0, 1]
+        if self.up_bias is not None and self.down_bias is not None:
+            targets[("gate_proj" if gated else "fc1") + ".bias"] = self.up_bias[0, 0] if gated else self.up_bias[0]
+            targets[("down_proj" if gated else "fc2") + ".bias"] = self.down_bias[0]
+            if gated:
+                targets["up_proj.bias"] = self.up_bias[0, 1]
+        if set(state) != set(targets):
+            raise ValueError(f"load_mlp: state must have {', '.join(sorted(targets))}, got {', '.join(sorted(state))}")
+        for name, target in targets.items():
+            if state[name].shape != target.shape:
+                got = list(state[name].shape)
+                raise ValueError(f"load_mlp: {name} must have shape {list(target.shape)}, got {got}")
+        for name, target in targets.items():
+            target.copy_(state[name])
+
+    @torch.no_grad()
+    def prefer(self, expert: str, probability: float) -> None:
+        """Set the gate so that it gives one expert the same share at every token, at the present temperature.
+
+        The gate's weight becomes 0 and still learns. With probability 1 the other experts get exactly nothing, and no
+        gradient either, so the layer equals that expert.
+
+        Args:
+            expert: "euclidean", "spherical" or "hyperbolic".
+            probability: Its share, in (0, 1]; the others share the rest evenly.
+
+        Raises:
+            ValueError: No such expert or probability.
+        """
+        if expert not in EXPERTS:
+            raise ValueError(f"prefer: expert must be one of {', '.join(EXPERTS)}, got {expert!r}")
+        if not 0 < probability <= 1:
+            raise ValueError(f"prefer: probability must be in (0, 1], got {probability}")
+        logit = math.log(2 * probability / (1 - probability)) if probability < 1 else 1e4
+        nn.init.zeros_(self.router_weight)
+        nn.init.zeros_(self.router_bias)
+        self.router_bias[EXPERTS.index(expert)] = logit * float(self.log_temperature.exp())

@@ -1,0 +1,182 @@
+"""One block of the vision transformer: attention and MLP over packed tokens, with the work left out that is not used.
+
+Every parameter is read in the `forward` of the module that owns it, called as a module: ZeRO-3 gathers parameters for
+that time only.
+
+Shape legend: P packed tokens of all crops, Q selected tokens, D width, N samples of a group, L tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armillary.kernels.launch import Impl
+from armillary.kernels.mlp.linear_gelu import Approximate, gelu_linear, linear_gelu
+from armillary.kernels.tokens.attention import Layout, attention
+from armillary.models.vit.residual_stream import ResidualNorm, Stream
+from armillary.models.vit.stochastic_depth import Subset, branch_scale
+
+__all__ = ["Block", "Drop", "LinearGelu", "Selected"]
+
+Drop = tuple[Subset | None, Subset | None]  # samples that run a block's attention and its MLP; None: all of them
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The Q tokens that the last block computes: all class tokens and the selected patches.
+
+    Attributes:
+        tokens: [Q] their place in [P], crop by crop, the class token first.
+        order: [Q] sorts them into all class tokens, then the selected patches.
+        samples: [Q] crop of each of `tokens`, counted over all groups.
+        queries: Layout of `tokens`.
+    """
+
+    tokens: Tensor
+    order: Tensor
+    samples: Tensor
+    queries: Layout
+
+
+class _GainLinear(nn.Linear):
+    """A linear layer whose outputs are multiplied by a LayerScale gain.
+
+    The gain multiplies the weight's rows instead of the outputs: a pass over the weight replaces one over all tokens,
+    and two in the backward pass.
+    """
+
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, gain[:, None] * self.weight, gain * self.bias)
+
+
+class _LayerScale(nn.Module):
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
+
+    def forward(self) -> Tensor:
+        # A copy: ZeRO-3 takes the parameter away again when this returns.
+        return self.gamma.clone()
+
+
+class _QKV(nn.Linear):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [P, D]; with `tokens` [Q], queries of those rows only."""
+        d = self.in_features
+        if tokens is None:
+            q, k, v = F.linear(x, self.weight, self.bias).split(d, dim=1)
+            return q, k, v
+        k, v = F.linear(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
+        return F.linear(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, heads: int, backend: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = backend
+        self.qkv = _QKV(dim, 3 * dim)
+        self.proj = _GainLinear(dim, dim)
+
+    def forward(self, x: Tensor, layout: Layout, gain: Tensor, selected: Selected | None = None) -> Tensor:
+        tokens, queries = (None, None) if selected is None else (selected.tokens, selected.queries)
+        q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.qkv(x, tokens))
+        return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
+
+
+class LinearGelu(nn.Linear):
+    """The first linear layer of an MLP with its GELU."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, approximate: Approximate, impl: Impl
+    ) -> tuple[Tensor | None, Tensor]:
+        """z and a of `armillary.kernels.mlp.linear_gelu`, for `gelu_linear`."""
+        return linear_gelu(x, self.weight, self.bias, approximate=approximate, impl=impl)
+
+
+class _GeluLinear(nn.Linear):
+    """As `_GainLinear`, of what `LinearGelu` returns."""
+
+    def forward(  # type: ignore[override]
+        self, z: Tensor | None, a: Tensor, gain: Tensor, approximate: Approximate, impl: Impl
+    ) -> Tensor:
+        return gelu_linear(z, a, gain[:, None] * self.weight, gain * self.bias, approximate=approximate, impl=impl)
+
+
+class _MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int, gelu: str, impl: Impl) -> None:
+        super().__init__()
+        self.approximate: Approximate = "tanh" if gelu == "tanh" else "none"
+        self.impl = impl
+        self.fc1 = LinearGelu(dim, hidden)
+        self.fc2 = _GeluLinear(hidden, dim)
+
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:
+        z, a = self.fc1(x, self.approximate, self.impl)
+        return self.fc2(z, a, gain, self.approximate, self.impl)
+
+
+class Block(nn.Module):
+    """Attention and MLP with their norms and gains.
+
+    Args:
+        dim: Width D.
+        heads: Attention heads.
+        hidden: Hidden width of the MLP.
+        layer_scale: Initial gain of both residual branches.
+        backend: Attention backend, see `armillary.kernels.tokens.attention`.
+        gelu: Form of the MLP's GELU, "erf" or "tanh".
+        impl: Implementation of norms and MLP, see `armillary.kernels.launch`.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, hidden: int, layer_scale: float, backend: str, gelu: str, impl: Impl
+    ) -> None:
+        super().__init__()
+        self.norm1 = ResidualNorm(dim, impl)
+        self.attn = _Attention(dim, heads, backend)
+        self.ls1 = _LayerScale(dim, layer_scale)
+        self.norm2 = ResidualNorm(dim, impl)
+        self.mlp = _MLP(dim, hidden, gelu, impl)
+        self.ls2 = _LayerScale(dim, layer_scale)
+
+    def forward(self, stream: Stream, layout: Layout, drop: Drop, selected: Selected | None = None) -> Stream:
+        """Run both branches; the MLP's output is left for the next norm to add.
+
+        Args:
+            stream: [P, D] tokens.
+            layout: Their layout.
+            drop: The samples that run each branch.
+            selected: Tokens to compute; the result holds only these [Q, D].
+        """
+        if selected is not None:
+            return self._selected(stream, layout, drop, selected)
+        for_attention, for_mlp = drop
+        x, y = self.norm1(stream, for_attention)
+        y = self.attn(y, layout if for_attention is None else for_attention.layout, self.ls1())
+        x, y = self.norm2(Stream(x, y, for_attention), for_mlp)
+        return Stream(x, self.mlp(y, self.ls2()), for_mlp)
+
+    def _selected(self, stream: Stream, layout: Layout, drop: Drop, selected: Selected) -> Stream:
+        """Stochastic depth multiplies the selected tokens by 0 or the branch's scale.
+
+        Only the device knows how many tokens a subset of the samples has, and they are few.
+        """
+        order = selected.order
+
+        def scaled(y: Tensor, subset: Subset | None) -> Tensor:
+            samples = selected.samples.index_select(0, order)
+            return y if subset is None else y * branch_scale(subset, y).index_select(0, samples)
+
+        for_attention, for_mlp = drop
+        x, y = self.norm1(stream)
+        y = self.attn(y, layout, self.ls1(), selected).index_select(0, order)
+        x = x.index_select(0, selected.tokens).index_select(0, order)
+        x, y = self.norm2(Stream(x, scaled(y, for_attention)))
+        return Stream(x, scaled(self.mlp(y, self.ls2()), for_mlp))

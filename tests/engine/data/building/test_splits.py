@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+
+from armillary.engine.data.building.splits import (
+    ByKey,
+    ByRandom,
+    ByRange,
+    BySky,
+    BySkyOrKey,
+    BySource,
+    hash_keys,
+    parse_split,
+)
+from armillary.engine.data.sources.source import Rows
+
+
+def rows(keys, splits=None, **columns):
+    arrays = {k: v if isinstance(v[0], str) else np.asarray(v, float) for k, v in columns.items()}
+    return Rows(list(keys), arrays, splits)
+
+
+def assign(rule, table):
+    return rule.assign(table, hash_keys(table.keys))
+
+
+def test_hashes_are_fixed_forever():
+    # BLAKE2b of the key, 16 bytes, as two little-endian numbers: a change would move samples between splits
+    assert hash_keys(["galaxy"]).tolist() == [[11556313109997847613, 11401028331586898166]]
+    assert hash_keys([]).shape == (0, 2)
+
+
+def test_by_key_takes_the_fraction_and_grows_monotonically():
+    table = rows([f"k{i}" for i in range(4000)])
+    small, large = assign(ByKey(0.1), table), assign(ByKey(0.3), table)
+    assert small.count("test") == pytest.approx(400, abs=60)
+    assert all(b == "test" for a, b in zip(small, large, strict=True) if a == "test")
+    assert set(assign(ByKey(0), table)) == {"train"}
+    assert assign(ByKey(0.1), rows(table.keys[::-1]))[::-1] == small
+
+
+def test_by_sky_keeps_neighbours_together():
+    rng = np.random.default_rng(0)
+    ra, dec = rng.uniform(0, 360, 3000), np.rad2deg(np.arcsin(rng.uniform(-1, 1, 3000)))
+    strip, around = np.clip(np.floor(dec), -1, 0), 359  # the two strips at the equator have 359 cells
+    cells = (np.floor(ra / 360 * around) + 0.5) * 360 / around, strip + 0.5
+    centre = rows([f"a{i}" for i in range(3000)], ra=cells[0], dec=cells[1])
+    near = rows([f"b{i}" for i in range(3000)], ra=cells[0] + 0.3, dec=cells[1] - 0.3)
+    assert assign(BySky(0.2), centre) == assign(BySky(0.2), near)
+    everywhere = Rows([str(i) for i in range(3000)], {"ra": ra, "dec": dec})
+    assert assign(BySky(0.2, cell_deg=5), everywhere).count("test") == pytest.approx(600, abs=150)
+
+
+@pytest.mark.parametrize(("ra", "dec"), [(0.0, 90.0), (360.0, -90.0), (0.0, 0.0)])
+def test_by_sky_reaches_poles_and_wraps(ra, dec):
+    assert assign(BySky(), rows(["a"], ra=[ra], dec=[dec])) == assign(BySky(), rows(["b"], ra=[ra % 360], dec=[dec]))
+
+
+def test_by_range():
+    table = rows("abcd", ra=[0, 10, 20, 350], z=[0.1, 0.2, 0.3, 0.4])
+    assert assign(ByRange("ra", 10, 20), table) == ["train", "test", "train", "train"]
+    assert assign(ByRange("ra", 350, 10), table) == ["test", "train", "train", "test"]
+    assert assign(ByRange("z", 0.25, 9), table) == ["train", "train", "test", "test"]
+
+
+def test_by_source():
+    assert assign(BySource(), rows("ab", ["train", "valid_2"])) == ["train", "valid_2"]
+    with pytest.raises(ValueError, match="key 'b': the source assigns it no split"):
+        assign(BySource(), rows("ab", ["train", None]))
+    with pytest.raises(ValueError, match="key 'a': the source assigns it no split"):
+        assign(BySource(), rows("ab"))
+    with pytest.raises(ValueError, match="split '../x': use letters"):
+        assign(BySource(), rows("ab", ["train", "../x"]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "columns", "match"),
+    [
+        (ByRange("z", 0, 1), {"ra": [1]}, "split by 'z': no such column; there are ra"),
+        (ByRange("type", 0, 1), {"type": ["Sa"]}, "split by 'type': the column holds text"),
+        (BySky(), {"ra": [np.nan], "dec": [0]}, "split by 'ra': unknown for 1 samples, first 'a'"),
+    ],
+)
+def test_rules_that_do_not_fit(rule, columns, match):
+    with pytest.raises(ValueError, match=match):
+        assign(rule, rows("a", **columns))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ByKey(1.0), "test_fraction: must be at least 0 and below 1"),
+        (lambda: BySky(-0.1), "test_fraction"),
+        (lambda: BySky(0.1, cell_deg=0), "cell_deg: must be above 0"),
+        (lambda: ByRange("z", 1, 1), "1 is not below 1"),
+        (lambda: ByRange("ra", float("nan"), 1), "needs two finite numbers"),
+    ],
+)
+def test_rules_check_their_values(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_rules_from_text():
+    assert parse_split("key", None) == ByKey(0.1) and parse_split("key", 0.3) == ByKey(0.3)
+    assert parse_split("sky", 0.2) == BySky(0.2) and parse_split("source", None) == BySource()
+    assert parse_split("ra:350:10", None) == ByRange("ra", 350, 10)
+    for text, fraction, match in [
+        ("half", None, "must be auto, key, random:SEED, sky, healpix.*source or COLUMN:LOW:HIGH"),
+        ("z:a:b", None, "split 'z:a:b': could not convert"),
+        ("z:2:1", None, "2.0 is not below 1.0"),
+        ("source", 0.1, "test_fraction: has no effect with split 'source'"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            parse_split(text, fraction)
+
+
+def test_by_sky_or_key_uses_the_position_where_there_is_one():
+    keys = [f"k{i}" for i in range(400)]
+    ra = np.linspace(0, 40, 400)
+    ra[1::2] = np.nan
+    table = Rows(keys, {"ra": ra, "dec": np.zeros(400)})
+    hashes = hash_keys(keys)
+    got = BySkyOrKey(0.3).assign(table, hashes)
+    placed = list(range(0, 400, 2))
+    assert [got[i] for i in placed] == BySky(0.3).assign(table.take(placed), hashes[placed])
+    assert got[1::2] == ByKey(0.3).assign(table, hashes)[1::2]
+    assert parse_split("auto", None) == BySkyOrKey()
+
+
+def test_random_splits_differ_by_seed_and_not_by_order():
+    keys = [f"g{i}" for i in range(4000)]
+    rows = Rows(keys, {})
+    first, second = (ByRandom(0.25, seed).assign(rows, np.zeros((4000, 2), np.uint64)) for seed in (0, 1))
+    share = np.mean([s == "test" for s in first])
+    both = np.mean([a == b == "test" for a, b in zip(first, second, strict=True)])
+    assert abs(share - 0.25) < 0.03 and abs(both - 0.0625) < 0.02
+    turned = Rows(keys[::-1], {})
+    assert ByRandom(0.25, 0).assign(turned, np.zeros((4000, 2), np.uint64)) == first[::-1]
+    assert parse_split("random:7", 0.3) == ByRandom(0.3, 7)
+    with pytest.raises(ValueError, match="split: must be auto"):
+        parse_split("random", None)

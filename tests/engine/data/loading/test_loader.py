@@ -1,0 +1,637 @@
+"""Loader and readers: the same batches from both readers and any number of ranks, exact resume, damage, clean ends."""
+
+import gc
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dali_here import needs_dali
+
+from armillary.engine.data.format import codec
+from armillary.engine.data.format.shards import ShardWriter, write_index
+from armillary.engine.data.format.survey import Statistics, Survey
+from armillary.engine.data.loading import readers
+from armillary.engine.data.loading.decoding import decode_padded, pad_blobs
+from armillary.engine.data.loading.epoch_order import Plan, micro_batches
+from armillary.engine.data.loading.loader import Loader, SequentialLoader
+
+BOTH = pytest.mark.parametrize("reader", [pytest.param("dali", marks=needs_dali), "webdataset"])
+CPU = torch.device("cpu")
+SHAPE = (2, 9, 7)
+COUNTS = {"train": (7, 1, 12, 5), "test": (3, 2)}
+STEP = (0.125, 0.25)
+
+
+def image_of(row: int) -> np.ndarray:
+    """What a row's image decodes to: its row in every pixel and a pattern on top, all multiples of the steps."""
+    pattern = np.random.default_rng(row).integers(-40, 40, SHAPE).astype(np.float32)
+    return np.float32(row) + pattern * np.float32(0.25)
+
+
+def valid_of(row: int) -> np.ndarray | None:
+    if row % 9 != 4:
+        return None
+    valid = np.ones(SHAPE, bool)
+    valid[:, 2:4] = False
+    return valid
+
+
+def pack(folder: Path, name: str = "bitplane", masks: bool = True, counts=COUNTS) -> Path:
+    folder.mkdir(exist_ok=True)
+    records, rows = [], iter(range(sum(map(sum, counts.values()))))
+    for split, shards in counts.items():
+        for number, count in enumerate(shards):
+            with ShardWriter(folder / f"{split}-{number:06d}.tar", split) as writer:
+                for row in islice(rows, count):
+                    valid = valid_of(row) if masks else None
+                    blob = codec.encode(image_of(row), STEP if name == "bitplane" else None, valid)
+                    writer.add(f"g{row:05d}", {"img": blob})
+            write_index(writer.path, writer.members)
+            records.append(writer.record)
+    two = (1.0, 1.0)
+    steps = STEP if name == "bitplane" else ()
+    statistics = Statistics(two, two, two, (two, two), 1)
+    Survey("toy", ("g", "r"), *SHAPE[1:], 0.262, "nanomaggy", name, two, steps, tuple(records), statistics).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory) -> Path:
+    return pack(tmp_path_factory.mktemp("survey") / "s")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """No thread, descriptor or index folder of ours outlives a test."""
+
+    def ours():
+        gc.collect()
+        threads = {t.name for t in threading.enumerate() if t.name.startswith("armillary")}
+        tars = {
+            os.readlink(f"/proc/self/fd/{n}")
+            for n in os.listdir("/proc/self/fd")
+            if Path(f"/proc/self/fd/{n}").exists()
+        }
+        folders = {name for name in os.listdir("/dev/shm") if name.startswith("armillary-index-")}
+        return threads | {t for t in tars if t.endswith(".tar")} | folders
+
+    yield
+    end = time.monotonic() + 10
+    while (left := ours()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left
+
+
+def load(folder, **options) -> Loader:
+    settings = {"micro_batch": 4, "device": "cpu", "reader": "webdataset", "seed": 3}
+    return Loader(folder, **{**settings, **options})
+
+
+def plain(batch) -> dict:
+    return {name: tensor.clone() for name, tensor in batch.items()}
+
+
+def take(loader: Loader, count: int) -> list[dict]:
+    return [plain(batch) for batch in islice(loader, count)]
+
+
+def assert_same(left: list[dict], right: list[dict]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+def assert_right(batch) -> None:
+    """A batch holds exactly what was packed for its rows."""
+    rows = batch["row"].tolist()
+    masks = [valid_of(row) for row in rows]
+    assert ("valid" in batch) == any(mask is not None for mask in masks)
+    for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        image = image_of(row) if mask is None else np.where(mask, image_of(row), np.float32(0))
+        np.testing.assert_array_equal(batch["image"][i].numpy(), image)
+        if "valid" in batch:
+            np.testing.assert_array_equal(batch["valid"][i].numpy(), np.ones(SHAPE, bool) if mask is None else mask)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["bitplane", "float16"])
+def test_batches_hold_the_plan(tmp_path, reader, name):
+    folder = pack(tmp_path / "s", name)
+    with load(folder, reader=reader) as loader:
+        batches = take(loader, 14)
+    plan = Plan.of(Survey.load(folder), "train", seed=3)
+    wanted = micro_batches(plan, 0, 0, micro_batch=4, accumulation=1, rank=0, world=1)
+    for batch, request in zip(batches, wanted, strict=False):
+        assert batch["row"].tolist() == request.row.tolist()
+        assert batch["position"].tolist() == request.position.tolist()
+        assert batch["row"].dtype == batch["position"].dtype == torch.int64
+        assert_right(batch)
+    assert any("valid" in b for b in batches) and any("valid" not in b for b in batches)
+
+
+@needs_dali
+def test_readers_agree_on_everything(survey):
+    with load(survey, reader="dali") as a, load(survey, reader="webdataset", threads=1, prefetch=1) as b:
+        assert_same(take(a, 20), take(b, 20))
+
+
+@BOTH
+@pytest.mark.parametrize("world,accumulation", [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)])
+def test_global_batches_do_not_depend_on_ranks(survey, reader, world, accumulation):
+    with load(survey, micro_batch=8) as alone:
+        whole = take(alone, 5)
+    size = 8 // (world * accumulation)
+    loaders = [
+        load(survey, micro_batch=size, accumulation=accumulation, rank=r, world=world, reader=reader)
+        for r in range(world)
+    ]
+    for batch in whole:
+        parts = [plain(part) for _ in range(accumulation) for part in map(next, loaders)]
+        for name in ("row", "position", "image"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), batch[name])
+    assert len({str(loader.state_dict()) for loader in loaders}) == 1
+    for loader in loaders:
+        loader.close()
+
+
+@BOTH
+@pytest.mark.parametrize("handed_out", [0, 1, 5, 6, 7, 13])  # an epoch has 6 global batches
+def test_resume_is_the_suffix(survey, reader, handed_out):
+    with load(survey, reader=reader) as loader:
+        take(loader, handed_out)
+        state = loader.state_dict()
+        rest = take(loader, 8)
+    assert (state["epoch"], state["position"]) == (handed_out // 6, handed_out % 6 * 4)
+    with load(survey, reader=reader, seed=99) as again:
+        again.load_state_dict(state)
+        assert again.state_dict() == state
+        assert_same(take(again, 8), rest)
+
+
+@needs_dali
+def test_resume_with_other_ranks_and_reader(survey):
+    with load(survey, micro_batch=8, reader="dali") as loader:
+        take(loader, 2)
+        state = loader.state_dict()
+        rest = take(loader, 4)
+    ranks = [load(survey, micro_batch=2, accumulation=2, rank=r, world=2, seed=0) for r in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    for batch in rest:
+        rows = [part["row"] for _ in range(2) for part in map(next, ranks)]
+        assert torch.equal(torch.cat(rows), batch["row"])
+    for rank in ranks:
+        rank.close()
+
+
+def test_loading_a_state_drops_what_was_prefetched_and_may_go_back(survey):
+    with load(survey, prefetch=4) as loader:
+        start = loader.state_dict()
+        first = take(loader, 3)
+        loader.load_state_dict(start)
+        assert_same(take(loader, 3), first)
+
+
+def test_state_stays_at_the_global_batch_that_is_not_complete(survey):
+    with load(survey, micro_batch=2, accumulation=3) as loader:
+        positions = []
+        for _ in range(7):
+            next(loader)
+            positions.append(loader.state_dict()["position"])
+    assert positions == [0, 0, 6, 6, 6, 12, 12]
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"global_batch": 8}, "saved with global batches of 8 samples, this loader's have 4.*product is 8"),
+        ({"samples": 26}, "saved for a split of 26 samples, this one has 25"),
+        ({"position": 3}, "epoch 0, position 3 is not the start of a global batch of 4 in epochs of 24"),
+        ({"position": 24}, "position 24 is not the start"),
+        ({"epoch": -1}, "epoch -1, position 0 is not the start"),
+        ({"seed": None}, "seed must be whole numbers"),
+        ({"epoch": "1", "position": 0.0}, "epoch, position must be whole numbers"),
+    ],
+)
+def test_states_that_are_refused(survey, change, message):
+    with load(survey) as loader:
+        before = loader.state_dict()
+        with pytest.raises(ValueError, match=message):
+            loader.load_state_dict({**before, **change})
+        assert loader.state_dict() == before
+
+
+def damage(folder: Path, row: int) -> Path:
+    """Flip a byte in the middle of a train row's blob."""
+    begins = np.cumsum((0, *COUNTS["train"]))
+    shard = int(np.searchsorted(begins, row, side="right")) - 1
+    tar = folder / f"train-{shard:06d}.tar"
+    offset, size = map(int, tar.with_suffix(".idx").read_text().splitlines()[1 + row - begins[shard]].split()[1:3])
+    content = bytearray(tar.read_bytes())
+    content[offset + size // 2] ^= 0x10
+    tar.write_bytes(content)
+    return tar
+
+
+def rows_in_order(folder: Path, epoch: int = 0) -> list[int]:
+    return Plan.of(Survey.load(folder), "train", seed=3).rows(epoch, 0, 25).tolist()
+
+
+@BOTH
+def test_a_corrupt_sample_is_named(tmp_path, reader):
+    folder = pack(tmp_path / "s")
+    row = rows_in_order(folder)[9]
+    tar = damage(folder, row)
+    with load(folder, reader=reader) as loader:
+        take(loader, 2)
+        for _ in range(2):  # and again, if someone goes on
+            with pytest.raises(codec.CorruptBlob, match=f"sample 'g{row:05d}' .position 9 of epoch 0, row {row}") as e:
+                next(loader)
+        assert str(tar) in str(e.value) and "CRC-32" in str(e.value) and "on_corrupt='skip'" in str(e.value)
+        assert loader.state_dict()["position"] == 8 and loader.corrupt == 0
+
+
+@BOTH
+@pytest.mark.parametrize("world,size", [(1, 8), (2, 2)])
+def test_a_skipped_sample_is_replaced_by_the_next_for_any_number_of_ranks(tmp_path, caplog, reader, world, size):
+    folder = pack(tmp_path / "s")
+    order = rows_in_order(folder)
+    for place in (3, 11, 12, 24):  # 11 and 12: the next one is corrupt too; 24: not in this epoch
+        damage(folder, order[place])
+    wanted = list(order)
+    wanted[3], wanted[11], wanted[12] = order[4], order[13], order[13]
+    ranks = [
+        load(folder, micro_batch=size, accumulation=8 // size // world, rank=r, world=world, reader=reader,
+             on_corrupt="skip")
+        for r in range(world)
+    ]  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        parts = [plain(p) for _ in range(24 // size // world) for p in map(next, ranks)]
+    for part in parts:
+        assert_right(part)
+    assert torch.cat([p["row"] for p in parts]).tolist() == wanted[:24]
+    assert torch.cat([p["position"] for p in parts]).tolist() == list(range(24))
+    assert sum(rank.corrupt for rank in ranks) == 3
+    assert f"replaced by sample 'g{order[4]:05d}'" in caplog.text
+    for rank in ranks:
+        rank.close()
+
+
+def test_skipping_gives_up_where_nothing_is_left(tmp_path):
+    folder = pack(tmp_path / "s", counts={"train": (3,)})
+    for row in range(3):
+        damage(folder, row)
+    with (
+        load(folder, micro_batch=2, on_corrupt="skip") as loader,
+        pytest.raises(codec.CorruptBlob, match="and so are the samples after it.*armillary data check"),
+    ):
+        next(loader)
+
+
+def test_an_image_of_another_size_is_corrupt(tmp_path):
+    folder = pack(tmp_path / "s")
+    text = (folder / "survey.json").read_text()
+    (folder / "survey.json").write_text(text.replace('"width": 7', '"width": 8'))
+    with load(folder) as loader, pytest.raises(codec.CorruptBlob, match="shape is 2x9x7, expected 2x9x8"):
+        next(loader)
+
+
+@pytest.mark.parametrize("claimed", ["bitplane", "float16"])
+def test_a_blob_of_another_codec_is_corrupt(tmp_path, claimed):
+    packed = {"bitplane": "float16", "float16": "bitplane"}[claimed]
+    folder = pack(tmp_path / "s", packed)
+    text = (folder / "survey.json").read_text()
+    (folder / "survey.json").write_text(text.replace(f'"codec": "{packed}"', f'"codec": "{claimed}"'))
+    with (
+        load(folder) as loader,
+        pytest.raises(codec.CorruptBlob, match=f"codec is {packed}, the survey's is {claimed}"),
+    ):
+        next(loader)
+
+
+def test_an_empty_blob_is_corrupt(tmp_path):
+    folder = pack(tmp_path / "s", counts={"train": (3,)})
+    index = folder / "train-000000.idx"
+    lines = index.read_text().splitlines()
+    lines[2] = " ".join([*lines[2].split()[:2], "0", lines[2].split()[3]])
+    index.write_text("\n".join(lines) + "\n")
+    with (
+        load(folder, micro_batch=3) as loader,
+        pytest.raises(codec.CorruptBlob, match="0 bytes from byte .* corrupt: 0"),
+    ):
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    "break_it,error,message",
+    [
+        (lambda f: (f / "survey.json").unlink(), FileNotFoundError, "no survey here"),
+        (
+            lambda f: (f / "train-000002.idx").unlink(),
+            FileNotFoundError,
+            "train-000002.idx.*missing; write it anew: python -c",
+        ),
+        (lambda f: (f / "train-000001.tar").unlink(), FileNotFoundError, "train-000001.tar.*missing; copy it again"),
+        (
+            lambda f: os.truncate(f / "train-000003.tar", 1000),
+            ValueError,
+            "1000 bytes, but survey.json says.*truncated",
+        ),
+        (lambda f: os.truncate(f / "train-000003.tar", 10**5), ValueError, "not the file that was packed"),
+    ],
+)
+def test_damage_found_before_the_start(tmp_path, break_it, error, message):
+    folder = pack(tmp_path / "s")
+    break_it(folder)
+    with pytest.raises(error, match=message):
+        load(folder)
+    if error is ValueError:
+        load(folder, micro_batch=2, split="test").close()  # the damage is in another split
+        load(folder, micro_batch=2, rank=0, world=2).close()  # shard 3 is looked at by rank 1
+
+
+def test_the_cure_for_a_missing_index_works(tmp_path):
+    folder = pack(tmp_path / "s")
+    index = folder / "train-000002.idx"
+    content = index.read_bytes()
+    index.unlink()
+    with pytest.raises(FileNotFoundError) as e:
+        load(folder)
+    exec(str(e.value).partition('python -c "')[2].removesuffix('"'), {})
+    assert index.read_bytes() == content
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("", "not a complete DALI index"),
+        ("v1.2 3\nimg 512 100 a.img\n", "not a complete DALI index"),
+        ("v1.1 0\n", "not a complete DALI index"),
+        ("v1.2 1\nimg 512 100 a.img\n", "1 samples, but survey.json says 3; write it anew"),
+    ],
+)
+def test_an_index_that_does_not_fit(tmp_path, reader, content, message):
+    folder = pack(tmp_path / "s", counts={"train": (3,)})
+    (folder / "train-000000.idx").write_text(content)
+    with load(folder, reader=reader, micro_batch=3) as loader, pytest.raises(ValueError, match=message):
+        next(loader)
+
+
+def test_an_index_line_that_says_nothing(tmp_path):
+    folder = pack(tmp_path / "s", counts={"train": (1,)})
+    (folder / "train-000000.idx").write_text("v1.2 1\nimg 512 a.img\n")
+    with load(folder, micro_batch=1) as loader, pytest.raises(ValueError, match="line 2 is b'img 512 a.img'"):
+        next(loader)
+
+
+@BOTH
+def test_a_tar_cut_short_during_the_run(tmp_path, reader):
+    folder = pack(tmp_path / "s", counts={"train": (5,)})
+    with load(folder, reader=reader, micro_batch=5) as loader:
+        os.truncate(folder / "train-000000.tar", 700)
+        with pytest.raises(OSError, match="train-000000.tar: ends .* bytes before sample 'g0000") as e:
+            next(loader)
+    assert any("of epoch 0" in note for note in e.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"split": "nowhere"}, "no split 'nowhere'; it has test .5., train .25."),
+        ({"micro_batch": 3, "accumulation": 3, "world": 3}, "split 'train' has 25 samples, fewer than.*27.*world 3"),
+        ({"micro_batch": 0}, "micro_batch: must be at least 1, got 0"),
+        ({"accumulation": 0}, "accumulation: must be at least 1, got 0"),
+        ({"rank": 2, "world": 2}, r"rank: must be in \[0, world = 2\), got 2"),
+        ({"threads": 0}, "threads: must be at least 1, got 0"),
+        ({"prefetch": 0}, "prefetch: must be at least 1, got 0"),
+        ({"on_corrupt": "ignore"}, "on_corrupt: must be error or skip, got 'ignore'"),
+        ({"reader": "tar"}, "reader: must be one of auto, dali, webdataset, got 'tar'"),
+        ({"seed": -3}, "seed: must be in"),
+    ],
+)
+def test_bad_settings(survey, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(survey, **options)
+
+
+@pytest.mark.parametrize("installed", [pytest.param(True, marks=needs_dali), False])
+def test_auto_takes_dali_where_it_is(survey, monkeypatch, caplog, installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "armillary.engine.data.loading.readers_dali", None)
+    with caplog.at_level(logging.INFO, logger=readers.__name__), load(survey, reader="auto") as loader:
+        assert_right(next(loader))
+    assert ("reader: DALI" in caplog.text) == installed
+    assert ("reader: webdataset, because DALI cannot be imported" in caplog.text) != installed
+
+
+def test_dali_asked_for_and_missing(survey, monkeypatch):
+    monkeypatch.setitem(sys.modules, "armillary.engine.data.loading.readers_dali", None)
+    with pytest.raises(ModuleNotFoundError, match="reader: DALI cannot be imported.*or use reader='webdataset'"):
+        load(survey, reader="dali")
+
+
+def test_views_then_prepare_run_in_the_thread_with_the_key(survey):
+    seen = []
+
+    def views(batch, key):
+        seen.append((threading.current_thread().name, key, torch.is_grad_enabled()))
+        return {"row": batch["row"], "position": batch["position"], "global_crops": batch["image"] * 2}
+
+    def prepare(batch, key):
+        return {**batch, "mask": batch["global_crops"] > 0}
+
+    with load(survey, micro_batch=2, accumulation=2, rank=1, world=2, views=views, prepare=prepare) as loader:
+        batch = next(loader)
+    assert batch.keys() == {"row", "position", "global_crops", "mask"}
+    name, key, grad = seen[0]
+    assert name == "armillary-loader" and not grad
+    assert (key.seed, key.epoch, key.first_position, key.global_batch) == (3, 0, 0, 8)
+    assert batch["position"].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("keep", ["nothing", "image", "view"])
+def test_batches_that_are_kept_are_not_overwritten(survey, keep):
+    """The decoder reuses an image's memory only where the batch does not refer to it."""
+
+    def views(batch, key):
+        kept = {"nothing": {}, "image": {"image": batch["image"]}, "view": {"global_crops": batch["image"][:, :1, 2:5]}}
+        return {"row": batch["row"], "total": batch["image"].sum((1, 2, 3)), **kept[keep]}
+
+    with load(survey, views=views, prefetch=3) as loader:
+        batches = list(islice(loader, 12))
+    for batch in batches:
+        images = np.stack([
+            image_of(r) if valid_of(r) is None else np.where(valid_of(r), image_of(r), 0) for r in batch["row"].tolist()
+        ])  # fmt: skip
+        np.testing.assert_allclose(batch["total"].numpy(), images.sum((1, 2, 3)), rtol=1e-5)
+        if keep == "image":
+            np.testing.assert_array_equal(batch["image"].numpy(), images)
+        if keep == "view":
+            np.testing.assert_array_equal(batch["global_crops"].numpy(), images[:, :1, 2:5])
+
+
+def test_an_error_of_the_views_comes_with_its_place(survey):
+    def views(batch, key):
+        if key.first_position == 8:
+            raise KeyError("psf")
+        return batch
+
+    with load(survey, views=views) as loader:
+        take(loader, 2)
+        with pytest.raises(KeyError, match="psf") as e:
+            next(loader)
+    assert any("positions 8 ... 11 of epoch 0 (from train-" in note for note in e.value.__notes__)
+
+
+def test_waiting_is_counted(survey):
+    def slow(batch, key):
+        time.sleep(0.1)
+        return batch
+
+    with load(survey, views=slow, prefetch=1) as loader:
+        take(loader, 3)
+        assert 0.2 < loader.wait_seconds < 5
+
+
+def test_no_more_than_prefetch_batches_are_made_ahead(survey):
+    made = []
+    with load(survey, views=lambda batch, key: made.append(key) or batch, prefetch=2) as loader:
+        next(loader)
+        time.sleep(0.3)
+        assert len(made) <= 1 + 2 + 1  # handed out, ready, and one waiting for room
+
+
+@BOTH
+def test_a_loader_that_is_dropped_ends_its_threads(survey, reader):
+    loader = load(survey, reader=reader)
+    next(loader)
+    del loader  # the fixture looks for what is left
+
+
+def test_a_closed_loader_says_so(survey):
+    loader = load(survey)
+    loader.close()
+    loader.close()
+    with pytest.raises(ValueError, match="loader: it is closed"):
+        next(loader)
+
+
+def _rows_in_child(loader, queue):
+    queue.put([next(loader)["row"].tolist() for _ in range(3)])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("started", [False, True])
+def test_a_forked_process_goes_on_by_itself(survey, started):
+    context = multiprocessing.get_context("fork")
+    with load(survey, threads=1) as loader, load(survey) as reference:
+        if started:
+            next(loader), next(reference)
+        queue = context.SimpleQueue()
+        child = context.Process(target=_rows_in_child, args=(loader, queue))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        wanted = [next(reference)["row"].tolist() for _ in range(3)]
+        assert queue.get() == wanted
+        assert [next(loader)["row"].tolist() for _ in range(3)] == wanted
+
+
+@BOTH
+def test_a_process_may_end_with_its_loader_open(survey, reader):
+    program = (
+        "import sys; from armillary.engine.data.loading.loader import Loader\n"
+        f"loader = Loader({str(survey)!r}, micro_batch=4, device='cpu', reader={reader!r})\n"
+        "print(next(loader)['image'].shape[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "4\n", done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@BOTH
+def test_more_runs_than_a_segment_holds(tmp_path, reader):
+    """Shards of one sample: every sample is a stretch of its own, in several segments."""
+    folder = pack(tmp_path / "s", counts={"train": (1,) * 300})
+    with load(folder, reader=reader, micro_batch=7) as loader:
+        rows = torch.cat([batch["row"] for batch in islice(loader, 90)]).tolist()
+    assert sorted(rows[:294]) == sorted(set(rows[:294]))
+    plan = Plan.of(Survey.load(folder), "train", seed=3)
+    assert rows == np.concatenate([plan.rows(e, 0, 294) for e in range(3)])[:630].tolist()
+
+
+@BOTH
+@pytest.mark.parametrize("batch,sizes", [(10, [10, 10, 5]), (25, [25]), (64, [25]), (1, [1] * 25)])
+def test_sequential_covers_a_split_once_in_order(survey, reader, batch, sizes):
+    loader = SequentialLoader(survey, split="train", batch=batch, device="cpu", reader=reader)
+    for _ in range(2):
+        batches = [plain(b) for b in loader]
+        assert [len(b["row"]) for b in batches] == sizes and len(loader) == len(sizes)
+        assert torch.cat([b["row"] for b in batches]).tolist() == list(range(25))
+        for b in batches:
+            assert_right(b)
+    test = SequentialLoader(survey, split="test", batch=4, device="cpu", reader=reader)
+    assert torch.cat([b["row"] for b in test]).tolist() == [25, 26, 27, 28, 29]
+
+
+@BOTH
+def test_sequential_leaves_corrupt_samples_out(tmp_path, reader, caplog):
+    folder = pack(tmp_path / "s")
+    for row in (0, 1, 2, 9):
+        damage(folder, row)
+    options = {"split": "train", "batch": 3, "device": "cpu", "reader": reader}
+    loader = SequentialLoader(folder, on_corrupt="skip", **options)
+    rows = torch.cat([b["row"] for b in loader]).tolist()
+    assert rows == [r for r in range(25) if r not in (0, 1, 2, 9)]
+    assert loader.corrupt == 4 and caplog.text.count("left out") == 4
+    with pytest.raises(codec.CorruptBlob, match="sample 'g00000'"):
+        list(SequentialLoader(folder, **options))
+
+
+def test_sequential_may_be_left_early(survey):
+    loader = SequentialLoader(survey, split="train", batch=2, device="cpu", reader="webdataset")
+    for batch in loader:
+        assert batch["row"].tolist() == [0, 1]
+        break
+
+
+@pytest.mark.parametrize("name", ["bitplane", "float16"])
+def test_decoding_on_a_device_gives_the_same_images(name):
+    """What a GPU runs (here the kernel's CPU path): pad, copy, decode."""
+    blobs = [codec.encode(image_of(r), STEP if name == "bitplane" else None, valid_of(r)) for r in (3, 4, 5, 13)]
+    out, valid_out = np.empty((4, *SHAPE), np.float32), np.empty((4, *SHAPE), bool)
+    assert codec.decode_batch(blobs, out, valid_out) == []
+    padded = pad_blobs([blobs[0], memoryview(blobs[1]), np.frombuffer(blobs[2], np.uint8), blobs[3]], CPU)
+    assert padded.shape[1] % 16 == 0 and padded.shape[1] >= max(map(len, blobs))
+    image, valid = decode_padded(padded, [len(b) for b in blobs], name, *SHAPE, masks=True)
+    np.testing.assert_array_equal(image.numpy(), out)
+    np.testing.assert_array_equal(valid.numpy(), valid_out)
+    image, valid = decode_padded(pad_blobs(blobs[:1], CPU), [len(blobs[0])], name, *SHAPE, masks=False)
+    np.testing.assert_array_equal(image.numpy(), out[:1])
+    assert valid is None
+    assert pad_blobs([], CPU).shape == (0, 16)
+
+
+@pytest.mark.gpu
+@BOTH
+@pytest.mark.parametrize("name", ["bitplane", "float16"])
+def test_the_gpu_gets_the_same_batches(tmp_path, reader, name):
+    folder = pack(tmp_path / "s", name)
+    damage(folder, 8)
+    with load(folder, on_corrupt="skip") as cpu:
+        wanted = take(cpu, 14)
+    with load(folder, on_corrupt="skip", reader=reader, device="cuda") as gpu:
+        found = [{k: v.cpu() for k, v in batch.items()} for batch in islice(gpu, 14)]
+    assert_same(found, wanted)

@@ -1,0 +1,404 @@
+import json
+import re
+import types
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from armillary.engine.cli import main as command
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.evaluate import cli
+from armillary.engine.evaluate.embedding.cutouts import read_cutouts
+from armillary.engine.evaluate.embedding.embed import Pipeline
+from armillary.engine.evaluate.embedding.embeddings import Embeddings
+from armillary.engine.evaluate.page.run_log import Logbook, flatten
+from armillary.engine.evaluate.probes.baselines import asinh_pixels
+from armillary.engine.evaluate.probes.probes import KNN
+from armillary.engine.evaluate.runs import evaluate as evaluate_module
+from armillary.engine.evaluate.runs.evaluate import embed_features, evaluate_embeddings
+from armillary.engine.evaluate.runs.evaluation import PCA_ASINH, PCA_INPUT, TRAINED, UNTRAINED, judge_label
+from armillary.engine.evaluate.runs.report import Gallery, layout_map
+from armillary.engine.evaluate.study.options import Options
+from armillary.models.method import Batch
+
+QUICK = Options(resamples=50)
+
+
+class Page(HTMLParser):
+    """Checks nesting, gathers links, ids and text."""
+
+    VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.links, self.ids, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                self.links.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check_self_contained(path):
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.links
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links), page.links
+    assert not re.search(r"https?://|@import|<script|<link|<iframe|url\((?!#)", text)
+    assert len(set(page.ids)) == len(page.ids), "ids repeat"
+    assert not re.search(r"#0102\d\d", text), "a placeholder colour is left"
+    return " ".join(page.text), text
+
+
+def batches_of(folder):
+    splits = np.array(pq.read_table(folder / "catalog.parquet")["split"].to_pylist())
+
+    def batches(name):
+        rows = np.flatnonzero(splits == name)
+        for i in range(0, len(rows), 16):
+            images = [image for image, _ in read_cutouts(folder, rows[i : i + 16])]
+            yield Batch(row=torch.from_numpy(rows[i : i + 16]), image=torch.from_numpy(np.stack(images)))
+
+    return batches
+
+
+def good_encoder(batch):
+    """Colours: what tells the redshift."""
+    x = batch["crop"]
+    flux = x.clamp(-1, 20).sum((2, 3))
+    ratio = flux / flux.norm(dim=1, keepdim=True)
+    corners = torch.cat([x[:, :, :3, :3], x[:, :, -3:, -3:]], 1)  # noise, so that the rank is not that of two colours
+    return {"e": torch.cat([ratio, 0.15 * corners.flatten(1)], 1)}
+
+
+@pytest.fixture(scope="session")
+def encoders():
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 8, 5)
+
+    def untrained(batch):
+        return {"e": layer(batch["crop"]).flatten(1)[:, ::7]}
+
+    return good_encoder, untrained
+
+
+@pytest.fixture(scope="session")
+def features(survey_dir, encoders):
+    view = asinh_pixels(Survey.load(survey_dir))
+    return embed_features(
+        survey_dir,
+        {TRAINED: Pipeline(view, encoders[0]), UNTRAINED: Pipeline(view, encoders[1])},
+        batches_of(survey_dir),
+        QUICK,
+        metadata={TRAINED: {"run": "toy"}},
+    )
+
+
+def test_features_cover_both_splits_and_the_baselines(survey_dir, features):
+    survey = Survey.load(survey_dir)
+    assert list(features) == [TRAINED, UNTRAINED, PCA_INPUT, PCA_ASINH]
+    for name, e in features.items():
+        assert (e.split == "train").sum() == survey.count("train")
+        assert (e.split == "test").sum() == survey.count("test")
+        assert e.metadata["features"] == name
+    assert features[TRAINED].metadata["run"] == "toy"
+
+
+def test_samples_are_limited(survey_dir, encoders):
+    view = asinh_pixels(Survey.load(survey_dir))
+    few = embed_features(
+        survey_dir, {TRAINED: Pipeline(view, encoders[0])}, batches_of(survey_dir), Options(samples=19)
+    )
+    assert len(few[TRAINED]) == 38
+
+
+def test_report_with_labels(survey_dir, features, run_dir, tmp_path):
+    out = tmp_path / "out" / "report.html"
+
+    def augment(batch, key):
+        return Batch(global_crops=torch.cat([batch["image"]] * 2), local_crops=batch["image"][:, :, 4:12, 4:12])
+
+    verdict = evaluate_embeddings(
+        survey_dir,
+        features,
+        Logbook.read(run_dir),
+        out,
+        QUICK,
+        view=asinh_pixels(Survey.load(survey_dir)),
+        augment=augment,
+    )
+    words, text = check_self_contained(out)
+    for expected in (
+        "toy <run>",
+        "0123456789ab+changes",
+        "recipes/toy.py --name",
+        "PCA-64 of the encoder's input",
+        "PCA-8 of the encoder's input",
+        "Aim reached",
+        "No collapse",
+        "60 of 64 prototypes are in use",
+        "half of 64",
+        "images a second",
+        "method.head.prototypes",
+        "local crops",
+        "samples without it were left out",
+        "NMAD",
+        "outliers > 0.05, %",
+    ):
+        assert expected in words, expected
+    assert "<run>" not in text.replace("&lt;run&gt;", "")
+    result = verdict.result
+    assert result.train + result.test == 64  # every fifth of 80 has no label
+    assert result.dropped == 16
+    head = result.methods[0].scores
+    assert head.r2 > 0.8
+    metrics = json.loads(out.with_name("metrics.json").read_text())
+    assert metrics["methods"][0]["r2"] == pytest.approx(head.r2)
+    assert metrics["aims_reached"] == verdict.aims_reached
+    assert metrics["label"]["test"] == result.test
+    assert len(metrics["aims"]) == 3
+    assert verdict.exit_code == 0
+
+
+def test_missed_aims_are_said(survey_dir, features, run_dir, tmp_path):
+    swapped = {TRAINED: features[UNTRAINED], UNTRAINED: features[TRAINED]}
+    verdict = evaluate_embeddings(survey_dir, swapped, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+    words, _ = check_self_contained(tmp_path / "r.html")
+    assert verdict.aims_reached is False
+    assert "Aim missed" in words
+    assert any(line.startswith("NOT reached") for line in verdict.lines())
+    assert "What the encoder sees" not in words
+
+
+def test_report_without_labels(make_survey, encoders, tmp_path):
+    folder = make_survey(count=30, labelled=False, bands=("r",))
+    view = asinh_pixels(Survey.load(folder))
+    features = embed_features(
+        folder, {TRAINED: Pipeline(view, lambda x: {"e": x["crop"].flatten(1)})}, batches_of(folder), QUICK
+    )
+    (tmp_path / "run.json").write_text("{}")
+    verdict = evaluate_embeddings(folder, features, Logbook.read(tmp_path), tmp_path / "r.html", QUICK)
+    words, _ = check_self_contained(tmp_path / "r.html")
+    assert "no label 'redshift'" in words
+    assert "holds no metrics.jsonl" in words
+    assert "unnamed run" in words
+    assert verdict.result is None
+    assert verdict.aims_reached is None
+    assert json.loads((tmp_path / "metrics.json").read_text())["missing"]
+
+
+def test_display_pictures(make_survey, run_dir, tmp_path):
+    folder = make_survey(count=60, unit="count", bands=("R", "G", "B"), pixel_scale_arcsec=None)
+    view = asinh_pixels(Survey.load(folder))
+    features = embed_features(folder, {TRAINED: Pipeline(view, good_encoder)}, batches_of(folder), QUICK)
+    few = Options(resamples=20)
+    verdict = evaluate_embeddings(folder, {TRAINED: features[TRAINED]}, Logbook.read(run_dir), tmp_path / "r.html", few)
+    words, _ = check_self_contained(tmp_path / "r.html")
+    assert "Display pictures, as they are." in words
+    assert verdict.result.aims == ()
+    assert verdict.aims_reached is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (Options(label="kind"), "is text"),
+        (Options(label="mass"), "no label 'mass'"),
+        (Options(test_split="holdout"), "nothing of the holdout split"),
+    ],
+)
+def test_labels_that_cannot_be_predicted(survey_dir, features, run_dir, tmp_path, options, said):
+    small = {TRAINED: features[TRAINED]}
+    verdict = evaluate_embeddings(survey_dir, small, Logbook.read(run_dir), tmp_path / "r.html", options)
+    assert said in verdict.missing
+    assert said.replace("'", "&#x27;") in (tmp_path / "r.html").read_text().replace("'", "&#x27;")
+
+
+def test_collapse_sets_the_exit_code(survey_dir, features, run_dir, tmp_path):
+    e = features[TRAINED]
+    flat = np.outer(np.arange(len(e)), np.ones(4)).astype(np.float32)
+    collapsed = {TRAINED: Embeddings(e.key, e.split, flat)}
+    verdict = evaluate_embeddings(survey_dir, collapsed, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+    assert verdict.exit_code == 1
+    assert "Collapsed" in check_self_contained(tmp_path / "r.html")[0]
+
+
+def test_few_prototypes_are_a_collapse(survey_dir, features, run_dir, tmp_path):
+    with open(run_dir / "metrics.jsonl", "a") as f:
+        f.write('\n{"step": 40, "loss": 1.0, "monitor/prototypes_in_use": 20.0}\n')
+    verdict = evaluate_embeddings(
+        survey_dir, {TRAINED: features[TRAINED]}, Logbook.read(run_dir), tmp_path / "r.html", QUICK
+    )
+    assert verdict.exit_code == 1
+    assert "20 of 64 prototypes" in verdict.collapse.reasons[0]
+
+
+def test_embeddings_of_another_survey(survey_dir, run_dir, tmp_path):
+    stranger = Embeddings(np.array(["x"], object), np.array(["test"], object), np.ones((1, 3), np.float32))
+    with pytest.raises(ValueError, match="1 keys are not in"):
+        evaluate_embeddings(survey_dir, {TRAINED: stranger}, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+    with pytest.raises(ValueError, match="at least one encoder"):
+        evaluate_embeddings(survey_dir, {}, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+
+
+def test_too_few_labels_give_a_page_without_them(make_survey, run_dir, tmp_path):
+    folder = make_survey(count=8)
+    view = asinh_pixels(Survey.load(folder))
+    features = embed_features(folder, {TRAINED: Pipeline(view, good_encoder)}, batches_of(folder), QUICK)
+    verdict = evaluate_embeddings(folder, features, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+    assert "20 are needed" in verdict.missing
+    check_self_contained(tmp_path / "r.html")
+
+
+def test_constant_label_leaves_aims_unreached(features):
+    train, test = (features[TRAINED].vector[features[TRAINED].split == s] for s in ("train", "test"))
+    result = judge_label(
+        {TRAINED: (train, test), UNTRAINED: (train, test)},
+        np.full(len(train), 0.2),
+        np.full(len(test), 0.2),
+        label="redshift",
+        redshift=True,
+        probes={TRAINED: (KNN(3),), UNTRAINED: (KNN(3),)},
+        resamples=20,
+    )
+    assert np.isnan(result.methods[0].scores.r2)
+    assert not result.aims[0].reached
+
+
+@pytest.mark.parametrize("options", [{"samples": 1}, {"test_split": "train"}])
+def test_bad_options(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Options(**options)
+
+
+def test_report_command(survey_dir, features, run_dir, tmp_path, capsys):
+    paths = []
+    for number, name in enumerate((TRAINED, UNTRAINED)):
+        paths.append(tmp_path / f"{number}.parquet")
+        features[name].save(paths[-1])
+    arguments = [str(run_dir), "--data", str(survey_dir), "--embeddings", *map(str, paths), "--resamples", "20"]
+    out = tmp_path / "page.html"
+    assert command(["report", *arguments, "-o", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "no collapse: effective rank" in said
+    assert "over the untrained encoder" in said
+    check_self_contained(out)
+    twice = [str(run_dir), "--data", str(survey_dir), "--embeddings", str(paths[0]), str(paths[0])]
+    assert command(["report", *twice]) == 2
+    assert "two files hold the same kind" in capsys.readouterr().err
+
+
+def test_no_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="use --device cpu"):
+        cli.choose_device("cuda")
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 60])
+def test_map_of_any_number(count):
+    points, method = layout_map(np.random.default_rng(0).normal(size=(count, 5)).astype(np.float32))
+    assert points.shape == (count, 2)
+    assert np.isfinite(points).all()
+    assert method == ("t-SNE" if count == 60 else "principal components")
+
+
+def test_map_of_equal_embeddings():
+    points, _ = layout_map(np.ones((60, 5), np.float32))
+    assert np.isfinite(points).all()
+
+
+def test_gallery_checks_lengths():
+    picture = [np.zeros((4, 4, 3), np.uint8)] * 2
+    with pytest.raises(ValueError, match="as many embeddings as pictures"):
+        Gallery("test", np.zeros((3, 2)), None, picture)
+    with pytest.raises(ValueError, match="one or more"):
+        Gallery("test", np.zeros((0, 2)), None, [])
+
+
+def test_logbook_of_a_broken_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run.json is missing"):
+        Logbook.read(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="not a run's record"):
+        Logbook.read(tmp_path)
+
+
+def test_logbook_reads_what_is_whole(run_dir):
+    book = Logbook.read(run_dir)
+    assert book.name == "toy <run>"
+    assert len(book.series["loss"][0]) == 30
+    assert "mfu" not in book.series
+    np.testing.assert_array_equal(book.series["monitor/effective_rank"][0], [10, 20, 30])
+    assert set(book.losses()) == {"dino", "koleo"}
+    assert set(book.monitors()) == {"prototypes_in_use", "effective_rank"}
+    assert book.prototypes() == 64
+    assert book.last("effective_rank") == 10.0
+    assert book.last("nothing") is None
+
+
+def test_flatten_unwraps_records():
+    nested = {"$type": "x:Y", "a": {"$path": "/p"}, "b": [1, 2], "c": [{"d": None}], "e": {}}
+    assert dict(flatten(nested)) == {"a": "/p", "b": "1, 2", "c[0].d": "None"}
+
+
+def test_run_to_verdict(monkeypatch, survey_dir, run_dir, tmp_path, encoders, capsys):
+    """`armillary evaluate` and `embed` with the real loader; only the encoder is a toy."""
+    survey = Survey.load(survey_dir)
+    view = asinh_pixels(survey)
+    views = types.SimpleNamespace(
+        build=lambda survey, device: lambda batch, key: Batch(global_crops=batch["image"]), modalities=("image",)
+    )
+    run = types.SimpleNamespace(views=views)
+    monkeypatch.setattr(cli.Run, "load", lambda folder: run)
+
+    def load_pipeline(folder, survey, device, *, trained=True, readout=None):
+        return Pipeline(view, encoders[0 if trained else 1], readout), {"run": "toy", "trained": str(trained)}, run
+
+    monkeypatch.setattr(evaluate_module, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(cli, "load_pipeline", load_pipeline)
+    common = [str(run_dir), "--data", str(survey_dir), "--batch", "13", "--device", "cpu"]
+    assert command(["evaluate", *common, "--resamples", "20"]) == 0
+    folder = run_dir / "evaluation"
+    assert {p.name for p in folder.iterdir()} == {
+        "embeddings-trained-encoder.parquet",
+        "embeddings-untrained-encoder.parquet",
+        "embeddings-pca-64-of-the-encoders-input.parquet",
+        "embeddings-pca-64-of-asinh-pixels.parquet",
+        "metrics.json",
+        "report.html",
+    }
+    assert "global crops" in check_self_contained(folder / "report.html")[0]
+
+    out = tmp_path / "embedded.parquet"
+    assert command(["embed", *common, "-o", str(out)]) == 0
+    assert f"{survey.count()} embeddings" in capsys.readouterr().out
+    again, first = Embeddings.load(out), Embeddings.load(folder / "embeddings-trained-encoder.parquet")
+    np.testing.assert_allclose(again.aligned(first.key), first.vector, atol=1e-6)
+    assert command(["embed", *common, "-o", str(out), "--split", "test", "--untrained"]) == 0
+    only = Embeddings.load(out)
+    assert set(only.split) == {"test"}
+    assert only.metadata["features"] == UNTRAINED
+    assert command(["embed", *common, "-o", str(out), "--split", "nowhere"]) == 2
+    assert "no samples in 'nowhere'; the survey has" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""What a run writes about itself."""
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from armillary.engine.config.run import Telemetry
+from armillary.engine.train.telemetry import Meter, measure_gemm, peak_flops
+from armillary.models.method import InputSpec, Losses
+
+CPU = torch.device("cpu")
+KNOWN = {"grad_norm/all": 1.0, "learning_rate": 0.1, "skipped": 0}
+
+
+@pytest.fixture
+def method(run):
+    return run.method.build(InputSpec(channels=10, global_size=1))
+
+
+@pytest.fixture
+def screen():
+    return Console(file=io.StringIO(), width=400)
+
+
+@pytest.fixture
+def meter(run, method, screen, one_process):
+    run.folder.mkdir(parents=True)
+    meter = Meter(replace(run, telemetry=Telemetry(every_steps=2, tensorboard=False)), method, CPU, 0, screen)
+    yield meter
+    meter.close()
+
+
+def lines(run):
+    return [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def step(meter, number, *values, **known):
+    for value in values:
+        meter.add(Losses(torch.tensor(value), {"part": torch.tensor(2 * value)}))
+    meter.end_step(number, KNOWN | known, waited=0.0)
+
+
+def test_one_line_a_step_with_means_over_micro_batches(run, meter, screen):
+    step(meter, 1, 1.0, 3.0)
+    assert (run.folder / "metrics.jsonl").read_text() == ""  # nothing leaves the device before it is due
+    step(meter, 2, 5.0)
+    first, second = lines(run)
+    assert (first["step"], first["loss"], first["part"], first["loss_max"]) == (1, 2.0, 4.0, 2.0)
+    assert second["loss"] == 5.0 and second["monitor/center"] == 0.0 and "monitor/center" not in first
+    assert first["mfu"] > 0 and first["peak_gib"] > 0
+    text = screen.file.getvalue()
+    assert "step 2/8  loss 5.0000" in text and "step 1/8" not in text and "measured fp32 GEMM rate" in text
+
+
+def test_non_finite_numbers_are_null(run, meter):
+    step(meter, 1, math.nan)
+    step(meter, 2, math.inf, **{"grad_norm/all": math.nan})
+    assert [x["loss"] for x in lines(run)] == [None, None] and lines(run)[1]["grad_norm/all"] is None
+
+
+def test_terms_may_come_and_go(run, meter):
+    step(meter, 1, 1.0)
+    meter.add(Losses(torch.tensor(4.0)))
+    meter.end_step(2, KNOWN, waited=0.0)
+    assert "part" in lines(run)[0] and "part" not in lines(run)[1]
+
+
+def test_warnings_of_the_method_are_loud(run, meter, method, screen):
+    method.center.fill_(1e4)
+    step(meter, 1, 1.0)
+    step(meter, 2, 1.0)
+    assert "WARNING: the centre runs away" in screen.file.getvalue()
+
+
+def test_data_wait_is_a_share_of_the_interval(run, meter, monkeypatch):
+    clock = iter([10.0, 10.0, 20.0, 20.0, 30.0])
+    monkeypatch.setattr("armillary.engine.train.telemetry.time.perf_counter", lambda: next(clock))
+    meter.restart_clock(0.0)
+    meter.add(Losses(torch.tensor(1.0)))
+    meter.end_step(1, KNOWN, waited=3.0)
+    meter.add(Losses(torch.tensor(1.0)))
+    monkeypatch.setattr("armillary.engine.train.telemetry.time.perf_counter", lambda: 18.0)
+    meter.end_step(2, KNOWN, waited=4.0)
+    assert lines(run)[0]["data_wait"] == pytest.approx(0.5)
+    assert lines(run)[0]["images_per_s"] == pytest.approx(2 * 8 / 8.0)
+
+
+def test_a_resumed_run_drops_lines_it_will_write_again(run, method, screen, one_process):
+    run.folder.mkdir(parents=True)
+    path = run.folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": k, "loss": 1}) + "\n" for k in range(1, 7)) + '{"step": 7, "lo')
+    meter = Meter(run, method, CPU, 4, screen)
+    step(meter, 5, 1.0)
+    meter.flush(0.0)
+    meter.close()
+    assert [x["step"] for x in lines(run)] == [1, 2, 3, 4, 5]
+
+
+def test_bar_and_tensorboard(run, method, one_process):
+    run.folder.mkdir(parents=True)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=300)
+    meter = Meter(replace(run, telemetry=Telemetry(every_steps=1)), method, CPU, 0, terminal)
+    step(meter, 1, 1.5)
+    meter.close()
+    assert "loss 1.5000" in terminal.file.getvalue() and "1/8" in terminal.file.getvalue()
+    assert list((run.folder / "tensorboard").iterdir())
+
+
+def test_peak_is_named():
+    rate, name = peak_flops(CPU, "fp32")
+    assert rate > 1e8 and name.startswith("measured fp32 GEMM rate")
+    assert measure_gemm(CPU, torch.float32, 64) > 0

@@ -1,0 +1,144 @@
+"""What the trainer decides before and around the loop; whole runs are in test_training.py."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import toy
+from plain import FACTS, progress, scrambled
+
+from armillary.engine.config.provenance import facts, survey_fingerprint
+from armillary.engine.config.run import Schedules
+from armillary.engine.train import start, trainer
+from armillary.engine.train.trainer import BadInput, NonFinite, Stopped
+from armillary.engine.weights import checkpoint
+from armillary.engine.weights.checkpoint import CheckpointError, Progress
+from armillary.engine.zero.deepspeed_engine import Verdict, deepspeed_config, ranks
+from armillary.models.method import InputSpec
+
+INPUTS = InputSpec(channels=10, global_size=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (Stopped(), 75, ""),
+        (BadInput("a: b\nc: d"), 2, "toy: this run cannot start:\n  a: b\n  c: d"),
+        (NonFinite("why"), 3, "toy: stopped: why"),
+        (CheckpointError("full"), 4, "toy: full"),
+    ],
+)
+def test_ends_have_their_exit_codes(run, monkeypatch, capsys, error, code, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(trainer, "train", fail)
+    assert start.run_to_exit_code(run) == code
+    assert capsys.readouterr().err.strip() == message
+
+
+def test_an_error_nobody_foresaw_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        start.run_to_exit_code(run)
+
+
+def test_the_method_is_checked_before_processes_start(run):
+    with pytest.raises(BadInput, match="schedule.teacher_temperature: a schedule"):
+        trainer.train(replace(run, schedule=Schedules()), open_loader=toy.open_toy_loader)
+    assert not run.folder.exists()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_before_processes_start(run, one_process):
+    known = facts(toy.Survey.load(run.data.path)) | {"inputs": FACTS["inputs"]}
+    checkpoint.save(run.folder / "checkpoints", scrambled(run), progress(), run, known)
+    method = run.method.build(INPUTS)
+    assert trainer._startable(run, method, known, 1) == run.folder / "checkpoints" / "step-00000003"
+    with pytest.raises(BadInput, match="optim.lr: 0.02, as in"):
+        trainer._startable(replace(run, optim=replace(run.optim, lr=1.0)), method, known, 1)
+    with pytest.raises(BadInput, match="1 ranks under ZeRO-2"):
+        trainer._startable(run, method, known, 2)
+
+
+def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):
+    (tmp_path / "x.safetensors").write_text("no")
+    with pytest.raises(BadInput, match="--init-from: .*not a safetensors file"):
+        trainer.train(run, init_from=tmp_path / "x.safetensors", open_loader=toy.open_toy_loader)
+
+
+def test_signals_ask_to_stop_and_are_given_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stop = trainer._StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.asked
+    os.kill(os.getpid(), signal.SIGINT)  # the second one: the next SIGINT interrupts
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    stop.forget()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+class FakeMeter:
+    def __init__(self):
+        self.said = []
+
+    def say(self, text, loud=False):
+        self.said.append(text)
+
+    def flush(self, waited):
+        self.said.append("flush")
+
+
+def test_skipped_steps_are_told_and_counted_out(run):
+    loop = trainer._Loop.__new__(trainer._Loop)
+    loop.run, loop.meter, loop.loader = run, FakeMeter(), toy.ToyLoader(run, 0, 1, None)
+    loop.progress = Progress(step=7, bad_in_a_row=9)
+    bad = Verdict(False, float("nan"), {"all": float("inf")}, ())
+    loop._judge(replace(bad, finite=True))
+    assert loop.meter.said == []
+    loop._judge(bad)
+    assert "step 7 skipped, 9 in a row: loss nan, gradient norms all inf" in loop.meter.said[0]
+    loop.progress.bad_in_a_row = 10
+    with pytest.raises(NonFinite, match="10 steps in a row.*train.max_bad_steps = 10"):
+        loop._judge(bad)
+
+
+def test_a_checkpoint_by_time_is_rank_0s_decision(run):
+    loop = trainer._Loop.__new__(trainer._Loop)
+    loop.saved_at, loop.sharded = time.monotonic() - 61, SimpleNamespace(rank=0)
+    for minutes, due in ((None, False), (1.0, True), (2.0, False)):
+        loop.run = replace(run, checkpoint=replace(run.checkpoint, every_minutes=minutes))
+        assert loop._due() is due
+    loop.run, loop.sharded.rank = replace(run, checkpoint=replace(run.checkpoint, every_minutes=1.0)), 1
+    assert loop._due() is False
+
+
+def test_ranks_are_read_from_the_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (ranks().rank, ranks().world) == (0, 1)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (ranks().rank, ranks().local_rank, ranks().world) == (5, 1, 8)
+
+
+def test_deepspeed_config(run):
+    config = deepspeed_config(run, 2, 1000)
+    assert config["gradient_accumulation_steps"] == 2 and config["train_micro_batch_size_per_gpu"] == 2
+    assert "bf16" not in config and config["gradient_clipping"] == 0
+    three = deepspeed_config(replace(run, train=replace(run.train, precision="bf16", zero_stage=3)), 1, 1000)
+    assert three["bf16"] == {"enabled": True} and three["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert three["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+
+
+def test_facts_tell_surveys_apart(survey, tmp_path):
+    first = toy.Survey.load(survey)
+    other = toy.Survey.load(toy.toy_survey(tmp_path / "other", count=999))
+    assert survey_fingerprint(first) != survey_fingerprint(other)
+    assert survey_fingerprint(first) == survey_fingerprint(replace(first, name="renamed", provenance={"x": 1}))
+    known = facts(first)
+    assert known["versions"]["torch"] and known["command"] and len(known["survey"]) == 64

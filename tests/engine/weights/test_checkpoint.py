@@ -1,0 +1,311 @@
+"""Checkpoints and portable exports: exactness, atomicity, refusals; and the files they are made of."""
+
+import json
+import random
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from plain import FACTS, progress, scrambled
+from safetensors.torch import load_file, save_file
+
+from armillary.engine.config.config_json import to_json
+from armillary.engine.weights import checkpoint, portable
+from armillary.engine.weights.checkpoint import CheckpointError, Progress
+from armillary.engine.weights.tensors import Archive, Entry, write_tensors
+
+
+def everything(layout):
+    """All that a checkpoint promises to keep, as one dictionary."""
+    found = {f"{k}/{f.name}": t.clone() for f in layout.fragments for k, t in layout.state(f).items()}
+    found |= {n: p.detach().clone() for n, p in layout.method.named_parameters() if "student" not in n}
+    return found | {n: b.clone() for n, b in checkpoint.persistent_buffers(layout.method).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def folder(run):
+    return run.folder / "checkpoints"
+
+
+@pytest.fixture
+def saved(run, folder, one_process):
+    """A checkpoint at step 3 and the layout it is of."""
+    layout = scrambled(run)
+    layout.refresh_teacher()
+    return checkpoint.save(folder, layout, progress(), run, FACTS), layout
+
+
+def write_world(run, folder, world, step=3):
+    """A checkpoint of several ranks, without processes."""
+    temporary = folder / "tmp-x"
+    temporary.mkdir(parents=True)
+    layouts = [scrambled(run, rank=r, world=world) for r in range(world)]
+    records = [checkpoint._write_shard(temporary / f"shard-{r:05d}.safetensors", x) for r, x in enumerate(layouts)]
+    final = folder / f"step-{step:08d}"
+    checkpoint._finish(folder, temporary, final, records, progress(step), run, FACTS | {"world": world})
+    return final
+
+
+def test_everything_comes_back(run, saved):
+    path, layout = saved
+    torch.rand(3), np.random.rand(2), random.random()  # noqa: NPY002
+    draws = torch.rand(4), np.random.rand(4), random.random()  # noqa: NPY002
+    other = scrambled(run, seed=2)
+    assert not same(everything(other), everything(layout))
+    got = checkpoint.load(path, other, verify=True)
+    assert same(everything(other), everything(layout)) and got == progress()
+    assert other.applied_steps == 2
+    checkpoint.load_random(path, 0)
+    torch.rand(3), np.random.rand(2), random.random()  # noqa: NPY002
+    again = torch.rand(4), np.random.rand(4), random.random()  # noqa: NPY002
+    assert torch.equal(draws[0], again[0]) and (draws[1] == again[1]).all() and draws[2] == again[2]
+
+
+def test_no_scratch_and_no_teacher_is_stored(saved):
+    keys = set(load_file(saved[0] / "shard-00000.safetensors"))
+    assert "buffer/center" in keys and "buffer/scratch" not in keys
+    assert not any("teacher" in k for k in keys)
+    assert {"rng/torch", "rng/numpy"} <= keys and "ema/extra" not in keys
+
+
+def test_newest_are_kept_and_temporary_ones_cleaned(run, folder, saved):
+    (folder / "tmp-step-00000009").mkdir()
+    for step in (4, 5, 6):
+        checkpoint.save(folder, saved[1], progress(step), run, FACTS)
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["latest", "step-00000005", "step-00000006"]
+    assert checkpoint.latest(folder).name == "step-00000006"
+
+
+def test_the_one_that_latest_names_is_never_deleted(folder, saved):
+    for step in (7, 8, 9):
+        (folder / f"step-{step:08d}").mkdir()
+    checkpoint._retain(folder, keep=1)
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000003", "step-00000009"]
+
+
+def test_a_complete_one_that_latest_never_named_is_replaced(run, folder, saved):
+    (folder / "step-00000004").mkdir()
+    (folder / "step-00000004" / "junk").write_text("")
+    checkpoint.save(folder, saved[1], progress(4), run, FACTS)
+    checkpoint.open_archive(folder / "step-00000004", verify=True)
+    assert not (folder / "step-00000004" / "junk").exists()
+
+
+def test_saving_the_same_step_again_changes_nothing(run, folder, saved):
+    before = (saved[0] / "manifest.json").stat().st_mtime_ns
+    assert checkpoint.save(folder, scrambled(run, seed=7), progress(), run, FACTS) == saved[0]
+    assert (saved[0] / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("at", ["write_tensors", "_write_text"])
+def test_a_failed_write_leaves_the_former_one(run, folder, saved, monkeypatch, at):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, at, full)
+    with pytest.raises(CheckpointError, match="rank 0: .*No space left on device.*step-00000003 is intact"):
+        checkpoint.save(folder, saved[1], progress(4), run, FACTS)
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000003"]
+    checkpoint.open_archive(saved[0], verify=True)
+
+
+def test_the_first_failed_write_says_so(run, folder, one_process, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_write_shard", lambda *_: (_ for _ in ()).throw(OSError("broken")))
+    with pytest.raises(CheckpointError, match="broken.*there is no earlier one"):
+        checkpoint.save(folder, scrambled(run), progress(), run, FACTS)
+
+
+def test_there_is_no_latest_in_an_empty_folder(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+
+
+def damage_size(path):
+    with open(path / "shard-00000.safetensors", "ab") as f:
+        f.write(b"x")
+
+
+def damage_bytes(path):
+    with open(path / "shard-00000.safetensors", "r+b") as f:
+        f.seek(-5, 2)
+        f.write(b"\xff\xff")
+
+
+@pytest.mark.parametrize(
+    ("damage", "verify", "message"),
+    [
+        (damage_size, False, "bytes expected, got"),
+        (damage_bytes, True, "SHA-256 differs"),
+        (lambda p: (p / "state.json").unlink(), False, "expected, got None"),
+        (lambda p: (p / "manifest.json").unlink(), False, "not a complete checkpoint"),
+        (lambda p: (p / "manifest.json").write_text("{"), False, "not a complete checkpoint"),
+    ],
+)
+def test_damage_is_found(saved, damage, verify, message):
+    damage(saved[0])
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.open_archive(saved[0], verify)
+
+
+def test_another_format_is_refused(saved):
+    state = json.loads((saved[0] / "state.json").read_text()) | {"format": 99}
+    text = json.dumps(state)
+    (saved[0] / "state.json").write_text(text)
+    manifest = json.loads((saved[0] / "manifest.json").read_text())
+    manifest["state.json"]["bytes"] = len(text)
+    (saved[0] / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="checkpoint format 99"):
+        checkpoint.open_archive(saved[0])
+
+
+def test_other_parameters_are_refused_by_name_and_nothing_is_touched(run, saved):
+    wide = scrambled(replace(run, method=replace(run.method, width=25, frozen_input=True)))
+    before = everything(wide)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(saved[0], wide)
+    text = str(error.value)
+    assert "weight/student.stem.weight: (24, 10) in the checkpoint, (25, 10) in the method" in text
+    assert "frozen/projection.weight: not in the checkpoint" in text
+    assert same(everything(wide), before)
+    frozen = scrambled(replace(run, method=replace(run.method, frozen_input=True)))
+    checkpoint.save(saved[0].parent, frozen, progress(4), run, FACTS)
+    with pytest.raises(CheckpointError, match="frozen/projection.bias: not in the method"):
+        checkpoint.load(saved[0].parent / "step-00000004", scrambled(run))
+
+
+def state_of(run, world=2):
+    return {"run": json.loads(json.dumps(to_json(run))), "world": world, "survey": FACTS["survey"]}
+
+
+def test_the_same_run_may_continue(run, folder):
+    longer = replace(
+        run, train=replace(run.train, steps=99), telemetry=replace(run.telemetry, every_steps=1), name="renamed"
+    )
+    assert checkpoint.same_run_problems(state_of(run), run, 2, FACTS, folder) == []
+    assert checkpoint.same_run_problems(state_of(run), longer, 2, FACTS, folder) == []
+
+
+def test_another_run_is_refused_field_by_field(run, folder):
+    other = replace(run, optim=replace(run.optim, lr=9.0), seed=6, train=replace(run.train, zero_stage=3))
+    found = checkpoint.same_run_problems(state_of(run), other, 2, FACTS, folder)
+    assert [p.split(":")[0] for p in found] == ["optim.lr", "seed"]
+    assert "0.02, as in" in found[0] and "got 9.0" in found[0]
+    (found,) = checkpoint.same_run_problems(state_of(run), run, 2, FACTS | {"survey": "0"}, folder)
+    assert found.startswith("data.path: the survey that")
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 2), (2, 3), (4, 1)])
+def test_other_ranks_or_stages_are_pointed_to_the_portable_way(run, folder, world, stage):
+    other = replace(run, train=replace(run.train, zero_stage=stage))
+    (found,) = checkpoint.same_run_problems(state_of(run), other, world, FACTS, folder)
+    assert "2 ranks under ZeRO-2" in found and f"got {world} under ZeRO-{stage}" in found
+    assert "--format portable" in found and "--restore FILE" in found
+
+
+@pytest.mark.parametrize("was", [1, 2, 5])
+@pytest.mark.parametrize("now", [1, 3, 40])
+def test_portable_fits_any_number_of_ranks(run, folder, tmp_path, was, now):
+    """More ranks than some parameters have elements: pieces may be empty."""
+    run = replace(run, method=replace(run.method, frozen_input=True))
+    file = tmp_path / "out" / "portable.safetensors"
+    portable.export_portable(write_world(run, folder, was), file)
+    whole = load_file(file)
+    expected = scrambled(run)
+    for rank in range(now):
+        layout = scrambled(run, seed=3, rank=rank, world=now)
+        got, state = portable.restore(file, layout)
+        assert got == progress() and state["world"] == was and layout.applied_steps == 2
+        for f in layout.fragments:
+            for kind, tensor in layout.state(f).items():
+                assert torch.equal(tensor, whole[f"{kind}/{f.name}"].reshape(-1)[f.start : f.start + f.length])
+    reference = {f"{k}/{f.name}": t.reshape(f.shape) for f in expected.fragments for k, t in expected.state(f).items()}
+    assert all(torch.equal(whole[k], v) for k, v in reference.items())
+    assert torch.equal(whole["frozen/projection.weight"], expected.method.projection.weight)
+    assert not any(k.startswith("rng/") for k in whole)
+
+
+def test_portable_reads_run_and_checkpoint_folders_too(run, folder):
+    path = write_world(run, folder, 3)
+    for source in (path, run.folder, folder):
+        layout = scrambled(run, seed=3)
+        assert portable.restore(source, layout)[0] == progress()
+        assert same(everything(layout), everything(restored(run, path)))
+
+
+def restored(run, path):
+    layout = scrambled(run, seed=4)
+    portable.restore(path, layout)
+    return layout
+
+
+def test_portable_refuses_what_it_is_not(run, tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for path in (tmp_path / "other.safetensors", tmp_path / "text.safetensors"):
+        with pytest.raises(CheckpointError, match="not a portable export"):
+            portable.open_portable(path)
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        portable.open_portable(tmp_path)
+
+
+def test_changes_are_listed(run):
+    other = replace(run, name="other", train=replace(run.train, zero_stage=3, micro_batch=4))
+    assert portable.changes(state_of(run), other) == [
+        "  train.micro_batch: was 2, now 4",
+        "  train.zero_stage: was 2, now 3",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (2, 0, 4)], ids=str)
+def test_files_are_safetensors(tmp_path, dtype, shape):
+    tensor = (torch.randn(shape) * 50).to(dtype)
+    size, digest = write_tensors(tmp_path / "f", [Entry.of("a", tensor), Entry.of("b", tensor)], {"note": "x"})
+    assert size == (tmp_path / "f").stat().st_size and len(digest) == 64
+    back = load_file(tmp_path / "f")["b"]
+    assert back.dtype == dtype and back.shape == tensor.shape and torch.equal(back, tensor)
+    assert torch.equal(Archive([tmp_path / "f"]).whole("a"), tensor) or tensor.numel() == 0
+
+
+def test_a_transposed_tensor_is_written_as_it_reads(tmp_path):
+    tensor = torch.arange(12.0).reshape(3, 4).T
+    write_tensors(tmp_path / "f", [Entry.of("a", tensor)], {})
+    assert torch.equal(load_file(tmp_path / "f")["a"], tensor)
+
+
+def test_an_entry_that_breaks_its_promise(tmp_path):
+    with pytest.raises(ValueError, match="a: announced .3,., got .2,."):
+        write_tensors(tmp_path / "f", [Entry("a", (3,), torch.float32, lambda: torch.zeros(2))], {})
+
+
+def test_pieces_overlap_or_leave_gaps(tmp_path):
+    def piece(name, start, values):
+        write_tensors(
+            tmp_path / name,
+            [Entry.of("a", torch.tensor(values))],
+            {"pieces": json.dumps({"a": [start, [2, 3]]})},
+        )
+        return tmp_path / name
+
+    first, second, far = piece("1", 0, [0.0, 1.0, 2.0]), piece("2", 2, [2.0, 3.0, 4.0, 5.0]), piece("3", 4, [4.0, 5.0])
+    assert Archive([second, first]).whole("a").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert Archive([first, second]).read("a", 1, 3).tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="a: elements from 3 on are in none of the files"):
+        Archive([first, far]).whole("a")
+    with pytest.raises(KeyError):
+        Archive([first]).whole("b")
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "bad").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match="bad: not a readable safetensors file"):
+        Archive([tmp_path / "bad"])
+
+
+def test_progress_is_plain_json():
+    assert Progress(**json.loads(json.dumps(asdict(progress())))) == progress()

@@ -1,0 +1,225 @@
+import pytest
+import torch
+import triton
+import triton.language as tl
+from aot import ARCHITECTURES, SHARED_LIMIT, resources
+from products import ACTIVATIONS, PATHS, assert_as_good, blocks_of, double, force_path, row_of
+
+from armillary.kernels.mlp import gemm
+from armillary.kernels.mlp import up_projection as module
+from armillary.kernels.mlp.gemm import place_tile
+from armillary.kernels.mlp.up_projection import up_projection, up_projection_reference
+
+CASES = {  # (M, K, H, E), bias, row scale
+    "odd": ((37, 19, 45, 2), True, True),
+    "whole columns": ((40, 24, 64, 2), True, True),
+    "one expert, bias": ((33, 40, 72, 1), True, False),
+    "one expert, scale": ((5, 8, 64, 1), False, True),
+    "bare": ((35, 16, 64, 2), False, False),
+    "ones": ((1, 1, 1, 1), True, True),
+}
+
+
+def inputs(shape, activation, device, dtype=torch.float32, bias=True, scale=True):
+    m, k, h, experts = shape
+    rows = (experts, 2, h) if activation == "swiglu" else (experts, h)
+    x, weight, b = torch.randn(m, k), torch.randn(*rows, k) * k**-0.5, torch.randn(rows)
+    row_scale = (torch.rand(experts, m) + 0.5).to(device) if scale else None
+    x, weight, b = (t.to(device, dtype) for t in (x, weight, b))
+    return x, weight, b if bias else None, row_scale, activation
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_equals_the_reference(path, activation, case, device, monkeypatch, poison_empty):
+    force_path(monkeypatch, module, path)
+    check(inputs(case[0], activation, device, torch.float32, *case[1:]))
+
+
+@pytest.mark.parametrize("case", [CASES["odd"], CASES["whole columns"]], ids=["odd", "whole columns"])
+@pytest.mark.parametrize("path", PATHS)
+def test_half_precision(path, case, device, monkeypatch, poison_empty):
+    """float16: the interpreter multiplies bit patterns for bfloat16, which the GPU test covers."""
+    force_path(monkeypatch, module, path)
+    check(inputs(case[0], "gelu", device, torch.float16, *case[1:]))
+
+
+def check(given):
+    eager, right = up_projection_reference(*given), up_projection_reference(*double(*given))
+    z, a = up_projection(*given, impl="triton")
+    assert z.dtype == a.dtype == given[0].dtype
+    for got, *others in zip((z, a), eager, right, strict=True):
+        assert_as_good(got, *others)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("scale", [True, False], ids=["scale", "no scale"])
+@pytest.mark.parametrize("path", PATHS)
+def test_without_z(path, scale, activation, device, monkeypatch, poison_empty):
+    force_path(monkeypatch, module, path)
+    given = inputs((37, 24, 64, 2), activation, device, scale=scale)
+    z, a = up_projection(*given, save_z=False, impl="triton")
+    assert z is None
+    torch.testing.assert_close(a, up_projection(*given, impl="triton")[1])
+
+
+def test_descriptors_only_where_they_can_be(device, monkeypatch):
+    """Odd strides, an offset that is not aligned and a width of broken tiles all take plain pointers."""
+    force_path(monkeypatch, module, "tma")
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    launches = []
+    launch = module.launch_persistent
+    monkeypatch.setattr(module, "launch_persistent", lambda *a, **k: (launches.append(1), launch(*a, **k)))
+    wide = 64 if device == "cpu" else 256
+    for (m, k, h, e), expected in {
+        (7, 24, wide, 2): 1,
+        (7, 23, wide, 2): 0,
+        (7, 24, wide + 8, 2): 0,
+        (7, 24, wide + 4, 1): 0,
+    }.items():
+        launches.clear()
+        given = inputs((m, k, h, e), "gelu", device, dtype)
+        up_projection(*given, impl="triton")
+        assert len(launches) == expected, (m, k, h, e)
+    x, *others = inputs((7, 24, wide, 2), "gelu", device, dtype)
+    shifted = torch.empty(x.numel() + 1, device=device, dtype=dtype)[1:].view_as(x).copy_(x)
+    launches.clear()
+    z, _ = up_projection(shifted, *others, impl="triton")
+    assert not launches
+    torch.testing.assert_close(z, up_projection(x, *others, impl="triton")[0])
+
+
+def test_memory_for_descriptors_is_found_in_any_thread_and_leaves_no_trace():
+    """Triton keeps the allocator in a context variable, which autograd's threads do not inherit."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from triton.runtime import _allocation
+
+    before = _allocation._allocator.get()
+    found = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: found.append(
+                (grid, args, options, _allocation._allocator.get()(300, 128, None))
+            )
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(gemm.launch_persistent, Kernel(), 7, torch.zeros(1), "argument", BLOCK=4).result()
+    ((grid, args, options, memory),) = found
+    assert grid == (2,) and args == ("argument", 2) and options == {"BLOCK": 4} and memory.numel() == 300
+    assert _allocation._allocator.get() is before
+
+
+@triton.jit
+def _places(out_ptr, M, E, H, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    tile = tl.program_id(0)
+    m0, e, h0 = place_tile(tile, M, E, H, BM, BN, GROUP)
+    tl.store(out_ptr + 3 * tile, m0)
+    tl.store(out_ptr + 3 * tile + 1, e)
+    tl.store(out_ptr + 3 * tile + 2, h0)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("m, experts, h", [(1, 1, 1), (65, 3, 100), (160, 1, 64), (200, 2, 33)])
+def test_every_tile_is_placed_once(m, experts, h, group, device):
+    tiles = triton.cdiv(m, 16) * experts * triton.cdiv(h, 32)
+    out = torch.zeros(tiles, 3, dtype=torch.int32, device=device)
+    _places[(tiles,)](out, m, experts, h, BM=16, BN=32, GROUP=group)
+    right = {(i, e, j) for i in range(0, m, 16) for e in range(experts) for j in range(0, h, 32)}
+    placed = [tuple(row) for row in out.tolist()]
+    assert len(placed) == len(right) and set(placed) == right
+    rows = [p[0] // 16 for p in placed[: group * experts * triton.cdiv(h, 32)]]
+    assert max(rows) < group  # a band before the next: what it reads stays in the L2 cache
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_empty(path, device, monkeypatch):
+    force_path(monkeypatch, module, path)
+    z, a = up_projection(*inputs((0, 16, 64, 3), "swiglu", device), impl="triton")
+    assert z.shape == (0, 3, 2, 64) and a.shape == (0, 3, 64)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_bad_row_spoils_no_other(path, value, device, monkeypatch):
+    force_path(monkeypatch, module, path)
+    x, *others = inputs((40, 24, 64, 2), "gelu", device)
+    right = up_projection(x, *others, impl="triton")
+    x[17, 3] = value
+    for got, good in zip(up_projection(x, *others, impl="triton"), right, strict=True):
+        assert not got[17].isfinite().all()
+        keep = torch.arange(40, device=device) != 17
+        assert torch.equal(got[keep], good[keep])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_of_the_reference(activation):
+    x, weight, bias, scale, _ = double(*inputs((4, 3, 5, 2), activation, "cpu"))
+    given = [t.requires_grad_() for t in (x, weight, bias, scale)]
+    assert torch.autograd.gradcheck(lambda *t: up_projection_reference(*t, activation), given)
+    assert torch.autograd.gradgradcheck(lambda *t: up_projection_reference(*t, activation), given, fast_mode=True)
+
+
+def test_reference_impl_takes_any_float():
+    given = inputs((5, 4, 6, 2), "gelu", "cpu")
+    z, a = up_projection(*double(*given))
+    assert z.dtype == a.dtype == torch.float64 and not z.requires_grad
+    assert up_projection(*given, save_z=False)[0] is None
+    with pytest.raises(ValueError, match=r'up_projection: impl must be "reference" or "auto" for torch.float64'):
+        up_projection(*double(*given), impl="triton")
+
+
+EXPERTS = dict(bias_ptr="*bf16", scale_ptr="*fp32", z_ptr="*bf16", a_ptr="*bf16", M="i32", E="i32", H="i32")
+VIT = {"scale_ptr": None, "E": 1}
+COMPILED = {  # one form for each architecture: the compiler takes seconds
+    "fused, experts, erf, sm_80": ("_fused_kernel", "gelu", {}, (80,)),
+    "fused, experts, erf": ("_fused_kernel", "gelu", {}, (90, 100)),
+    "tma, ViT, erf": ("_tma_kernel", "gelu", VIT, (90,)),
+    "tma, experts, swiglu": ("_tma_kernel", "swiglu", {}, (100,)),
+    "elementwise, experts, erf": ("_elementwise_kernel", "gelu", {}, ARCHITECTURES),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel, activation, fixed, architectures", COMPILED.values(), ids=COMPILED)
+def test_compiles_without_spilling(kernel, activation, fixed, architectures):
+    table = {"_fused_kernel": module.FUSED, "_tma_kernel": module.LAUNCH, "_elementwise_kernel": module.ELEMENTWISE}
+    (row,) = {id(row): row for row in (row_of(table[kernel], sm) for sm in architectures)}.values()
+    signature, constants = {"x_ptr": "*bf16", "w_ptr": "*bf16", **EXPERTS, "K": "i32"}, {"EVEN": True}
+    if kernel == "_tma_kernel":
+        signature, constants = signature | {"programs": "i32"}, {}
+        assert row.path == "tma"
+    elif kernel == "_elementwise_kernel":
+        signature, constants = {"p_ptr": "*bf16", **EXPERTS}, {}
+    gated = activation == "swiglu"
+    for sm, used in resources(
+        f"armillary.kernels.mlp.up_projection:{kernel}",
+        {name: kind for name, kind in signature.items() if name not in fixed},
+        {**constants, **fixed, "GATED": gated, "TANH": activation == "gelu_tanh", **blocks_of(row, gated)},
+        divisible=("H", "K"),
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+        architectures=architectures,
+    ).items():
+        assert used.stack == used.local == 0, (sm, used)
+        assert used.shared <= SHARED_LIMIT[sm], (sm, used)
+        if sm == 90 and kernel != "_elementwise_kernel":
+            assert "wgmma.mma_async" in used.ptx
+        if kernel == "_tma_kernel":
+            assert "cp.async.bulk.tensor" in used.ptx
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_training_shape(path, activation, monkeypatch):
+    force_path(monkeypatch, module, path)
+    given = inputs((8000, 1024, 4096, 3), activation, "cuda", torch.bfloat16)
+    for row_scale in (given[3], None):
+        given = (*given[:3], row_scale, activation)
+        eager, right = up_projection_reference(*given), up_projection_reference(*double(*given))
+        for got, *others in zip(up_projection(*given, impl="triton"), eager, right, strict=True):
+            assert_as_good(got, *others)

@@ -1,0 +1,115 @@
+"""Starts the toy recipe in real processes, with or without the deepspeed launcher, each in a session of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("toy.py")
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Ended:
+    """Exit codes by process (one for the launcher), output of all, seconds."""
+
+    codes: list[int]
+    output: str
+    seconds: float
+
+    @property
+    def code(self) -> int:
+        """The exit code where all agree."""
+        assert len(set(self.codes)) == 1, f"{self.codes}\n{self.output}"
+        return self.codes[0]
+
+
+class Site:
+    """A folder with a survey, where runs are started."""
+
+    def __init__(self, folder: Path):
+        import toy
+
+        self.runs = folder / "runs"
+        self.survey = toy.toy_survey(folder / "survey")
+        self.live: list[subprocess.Popen] = []
+
+    def start(
+        self, *arguments: str, world: int = 2, launcher: bool = False, script: Path = SCRIPT, **environment: str
+    ) -> list:
+        """Start processes without waiting for them; world = 0 is one process that knows nothing of launchers."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        common = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        common |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOY_OUT": str(self.runs)}
+        common |= {"TOY_SURVEY": str(self.survey), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | environment
+        if launcher:
+            program = str(Path(sys.executable).with_name("deepspeed"))
+            commands = [([program, "--num_gpus", str(world), "--master_port", port, str(script), *arguments], {})]
+            common["PATH"] = f"{Path(sys.executable).parent}:{common['PATH']}"
+        else:
+            commands = [
+                (
+                    [sys.executable, str(script), *arguments],
+                    {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)} if world else {},
+                )
+                for r in range(max(world, 1))
+            ]
+        started = [
+            subprocess.Popen(
+                command,
+                env=common | own,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                cwd=ROOT,
+            )
+            for command, own in commands
+        ]
+        self.live += started
+        return started
+
+    def wait(self, processes: list, timeout: float = 150) -> Ended:
+        """Wait until all have ended; whoever outlives the timeout is killed, with a failure."""
+        begin = time.monotonic()
+        texts = []
+        try:
+            for p in processes:
+                texts.append(p.communicate(timeout=max(1, timeout - (time.monotonic() - begin)))[0])
+        except subprocess.TimeoutExpired:
+            self.stop(processes)
+            pytest.fail(f"still running after {timeout} s: " + "".join(p.communicate()[0] for p in processes))
+        return Ended([p.returncode for p in processes], "".join(texts), time.monotonic() - begin)
+
+    def go(self, *arguments: str, **options) -> Ended:
+        """Start and wait."""
+        return self.wait(self.start(*arguments, **options))
+
+    def stop(self, processes: list) -> None:
+        """SIGKILL whole sessions: nothing a test started outlives it."""
+        for p in processes:
+            try:
+                os.killpg(p.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def metrics(self, name: str) -> list[dict]:
+        """Lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.runs / name / "metrics.jsonl").read_text().splitlines()]
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        """Folder of a checkpoint."""
+        return self.runs / name / "checkpoints" / f"step-{step:08d}"
+
+    def latest(self, name: str) -> str:
+        """What `latest` says."""
+        return (self.runs / name / "checkpoints" / "latest").read_text()
