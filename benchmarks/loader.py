@@ -41,7 +41,7 @@ from torch import Tensor
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format import codec
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
-from armillary.engine.data.loading.readers import ShardFiles
+from armillary.engine.data.loading.shard_files import ShardFiles
 from armillary.engine.data.sources.source import Sample
 
 PER_SHARD = 512

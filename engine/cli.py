@@ -27,14 +27,14 @@ import armillary
 __all__ = ["COMMANDS", "export", "main"]
 
 COMMANDS = {
-    "data build": ("armillary.engine.data.inspect.cli", "build", "pack files into a survey"),
-    "data check": ("armillary.engine.data.inspect.cli", "check", "verify a survey's files"),
-    "data kinds": ("armillary.engine.data.inspect.cli", "kinds", "list what can be read"),
-    "data leaks": ("armillary.engine.data.inspect.cli", "leaks", "look for objects in two splits"),
-    "data show": ("armillary.engine.data.inspect.cli", "show", "draw samples of a survey"),
-    "data stats": ("armillary.engine.data.inspect.cli", "stats", "histograms, redshifts, sky coverage"),
-    "data export": ("armillary.engine.data.inspect.cli", "export", "write samples as FITS, HDF5 or Parquet"),
-    "data simulate": ("armillary.engine.data.simulate.survey", "simulate", "make a survey of simulated galaxies"),
+    "data build": ("armillary.engine.data.cli", "build", "pack files into a survey"),
+    "data check": ("armillary.engine.data.cli", "check", "verify a survey's files"),
+    "data kinds": ("armillary.engine.data.cli", "kinds", "list what can be read"),
+    "data leaks": ("armillary.engine.data.cli", "leaks", "look for objects in two splits"),
+    "data show": ("armillary.engine.data.cli", "show", "draw samples of a survey"),
+    "data stats": ("armillary.engine.data.cli", "stats", "histograms, redshifts, sky coverage"),
+    "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
+    "data simulate": ("armillary.engine.data.simulate.cli", "simulate", "make a survey of simulated galaxies"),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),

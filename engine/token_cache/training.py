@@ -25,7 +25,7 @@ from armillary.engine.data.format.survey import MODALITIES, Survey
 from armillary.engine.data.loading.catalog_loader import RowLoader
 from armillary.engine.data.loading.epoch_order import Plan
 from armillary.engine.data.loading.loader import SequentialLoader
-from armillary.engine.data.loading.readers import ShardFiles
+from armillary.engine.data.loading.shard_files import ShardFiles
 from armillary.engine.token_cache.cache import CachedTokens, FeatureCache, FeatureError, TokenLayout, refuse_difference
 from armillary.engine.token_cache.fill import FeatureFill
 from armillary.engine.token_cache.identity import compare_probe, made_of, probe_tokens

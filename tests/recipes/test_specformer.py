@@ -13,9 +13,10 @@ from processes import ROOT, recipe, run
 from armillary.engine.config.config_json import from_json, to_json
 from armillary.engine.config.run import Run
 from armillary.engine.data.building.build import build
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, Survey, WaveGrid
 from armillary.engine.data.loading.loader import Loader
-from armillary.engine.data.sources.source import Sample, Spectrum
+from armillary.engine.data.sources.source import Sample
 from armillary.engine.data.sources.surveys.desi import DESI_GRID, DesiCoadds
 from armillary.engine.data.sources.surveys.sdss import SDSS_GRID, SdssSpectra
 from armillary.engine.data.views.objects import Objects

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from armillary.engine.config.config_json import from_json, to_json
 from armillary.engine.config.run import Run
 from armillary.engine.data.building.build import build
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, Survey, WaveGrid
-from armillary.engine.data.sources.source import Sample, Spectrum
+from armillary.engine.data.sources.source import Sample
 from armillary.engine.evaluate.embedding.embed import embed, open_batches
 from armillary.engine.evaluate.embedding.encoder import load_pipeline
 from armillary.engine.train.checks import problems

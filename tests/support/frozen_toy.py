@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Telemetry, Training
 from armillary.engine.config.schedule import Constant, Schedules
 from armillary.engine.data.building.build import build
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
-from armillary.engine.data.sources.source import Sample, Spectrum
+from armillary.engine.data.sources.source import Sample
 from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.engine.data.views.objects import Objects
 from armillary.engine.data.views.stretch import ToRGB

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, VectorRecord, WaveGrid
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, Spectrum
+from armillary.engine.data.sources.source import BadSample, Rows, Sample
 
 GRID = WaveGrid("linear", 4000.0, 1.0, 64)
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, VectorRecord, WaveGrid
-from armillary.engine.data.sources.source import Sample, Spectrum
+from armillary.engine.data.sources.source import Sample
 
 GRID = WaveGrid("linear", 3600.0, 0.8, 501)
 VECTORS = (

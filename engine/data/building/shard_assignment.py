@@ -13,7 +13,8 @@ import numpy as np
 from armillary.engine.data.building.cluster import Cluster
 from armillary.engine.data.building.splits import SplitRule, hash_keys
 from armillary.engine.data.building.workers import Workers
-from armillary.engine.data.sources.source import BadSample, Described, Source, describe, key_problem
+from armillary.engine.data.format.shards import key_problem
+from armillary.engine.data.sources.source import BadSample, Described, Source, describe
 
 __all__ = ["Layout", "ShardPlan", "lay_out"]
 

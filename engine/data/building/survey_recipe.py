@@ -217,7 +217,7 @@ def start(preparation: Preparation, arguments: Sequence[str]) -> int:
     """
     default = _Command(out=tyro.MISSING, survey=preparation)
     command = tyro.cli(tyro.conf.AvoidSubcommands[_Command], default=default, args=arguments)
-    from armillary.engine.data.inspect.cli import summary  # which imports rich
+    from armillary.engine.data.format.summary import summary  # which imports rich
 
     try:
         survey = prepare(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,23 @@ from pathlib import Path
 from types import TracebackType
 
 from armillary.engine.data.format.survey import MODALITIES, ShardRecord
-from armillary.engine.data.sources.source import key_problem
 
-__all__ = ["Member", "Part", "ShardWriter", "fsync_folder", "parse_line", "read_index", "read_members", "write_index"]
+__all__ = [
+    "Member",
+    "Part",
+    "ShardWriter",
+    "fsync_folder",
+    "key_problem",
+    "parse_line",
+    "read_index",
+    "read_members",
+    "write_index",
+]
 
 EXTENSIONS = tuple(MODALITIES.values())
 INDEX_VERSION = "v1.2"
+MAX_KEY = 96  # a USTAR name field holds 100 bytes, of which ".img" takes four
+KEY = re.compile(rf"[A-Za-z0-9_+=-]{{1,{MAX_KEY}}}")
 BLOCK = 512  # bytes of a tar header, and the unit that contents are padded to
 
 
@@ -63,6 +75,13 @@ class Member:
     def part(self, extension: str) -> Part | None:
         """The blob of a modality; None where the sample lacks it."""
         return next((part for part in self.parts if part.extension == extension), None)
+
+
+def key_problem(key: str) -> str | None:
+    """Why a key cannot name a member of a shard; None if it can."""
+    if KEY.fullmatch(key):
+        return None
+    return f"key {key!r}: must be 1 to {MAX_KEY} letters, digits or any of _ + = -"
 
 
 class ShardWriter:

@@ -10,19 +10,33 @@ the kernel that decodes images. `float16` stores both bands in half precision in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from armillary.engine.data.format import codec
-from armillary.engine.data.sources.source import Spectrum
 
-__all__ = ["decode_spectrum", "encode_spectrum", "flux_and_ivar"]
+__all__ = ["Spectrum", "decode_spectrum", "encode_spectrum", "flux_and_ivar"]
 
 STEP_FRACTION = 1 / 8
 STEP_PERCENTILE = 10
 LOG_IVAR_STEP = 1 / 32
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One spectrum on the source's wavelength grid.
+
+    Attributes:
+        flux: [L] float32 in the source's unit; 0 where there is no data.
+        ivar: [L] float32 inverse variance in 1 / unit^2; 0 where a pixel carries no data.
+    """
+
+    flux: np.ndarray
+    ivar: np.ndarray
 
 
 def encode_spectrum(spectrum: Spectrum, kind: str = "bitplane") -> bytes:

@@ -15,7 +15,7 @@ from armillary.engine.data.format import codec, spectra
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.format.vectors import decode_vectors
 from armillary.engine.data.loading.epoch_order import MicroBatch, Plan
-from armillary.engine.data.loading.readers import PAD_TO, Blob, Blobs, ShardFiles
+from armillary.engine.data.loading.shard_files import PAD_TO, Blob, Blobs, ShardFiles
 from armillary.models.method import Batch
 
 __all__ = ["BatchMaker", "OnCorrupt", "decode_padded", "pad_blobs"]

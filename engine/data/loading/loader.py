@@ -17,7 +17,8 @@ import torch
 from armillary.engine.data.loading.batches import EndlessBatches, OnePass
 from armillary.engine.data.loading.decoding import BatchMaker, OnCorrupt
 from armillary.engine.data.loading.epoch_order import MicroBatch
-from armillary.engine.data.loading.readers import Reader, ReaderName, ShardFiles, make_reader
+from armillary.engine.data.loading.readers import Reader, ReaderName, make_reader
+from armillary.engine.data.loading.shard_files import ShardFiles
 from armillary.engine.data.loading.stream import Making, Prefetcher, Source, Transform
 
 __all__ = ["Loader", "SequentialLoader", "ShardSource"]

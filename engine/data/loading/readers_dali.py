@@ -26,7 +26,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from armillary.engine.data.format.shards import INDEX_VERSION
 from armillary.engine.data.format.survey import MODALITIES
 from armillary.engine.data.loading.epoch_order import MicroBatch
-from armillary.engine.data.loading.readers import PAD_TO, Blobs, ShardFiles
+from armillary.engine.data.loading.shard_files import PAD_TO, Blobs, ShardFiles
 
 __all__ = ["DaliReader", "segments"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import webdataset as wds
 
 from armillary.engine.data.loading.epoch_order import MicroBatch
-from armillary.engine.data.loading.readers import Blobs, ShardFiles
+from armillary.engine.data.loading.shard_files import Blobs, ShardFiles
 
 __all__ = ["WebdatasetReader"]
 

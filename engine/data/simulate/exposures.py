@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.engine.data.sources.source import Spectrum
+from armillary.engine.data.format.spectra import Spectrum
 
 __all__ = ["Exposure"]
 

@@ -18,6 +18,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from armillary.engine.data.format.shards import MAX_KEY
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, VectorRecord
 
 __all__ = [
@@ -28,7 +30,6 @@ __all__ = [
     "Sample",
     "Source",
     "Spectral",
-    "Spectrum",
     "Traceable",
     "Vectorial",
     "centre_crop",
@@ -36,30 +37,13 @@ __all__ = [
     "digest",
     "inputs",
     "key_from_name",
-    "key_problem",
     "spectrum_of",
     "vectors_of",
 ]
 
-MAX_KEY = 96  # a USTAR name field holds 100 bytes, of which ".img" takes four
-KEY = re.compile(rf"[A-Za-z0-9_+=-]{{1,{MAX_KEY}}}")
-
 
 class BadSample(ValueError):
     """One sample is unusable. The message names its file, row or key and says why; the builder stops or skips."""
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """One spectrum on the source's wavelength grid.
-
-    Attributes:
-        flux: [L] float32 in the source's unit; 0 where there is no data.
-        ivar: [L] float32 inverse variance in 1 / unit^2; 0 where a pixel carries no data.
-    """
-
-    flux: np.ndarray
-    ivar: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -235,13 +219,6 @@ def spectrum_of(source: Source) -> SpectrumRecord | None:
 def vectors_of(source: Source) -> tuple[VectorRecord, ...]:
     """The vectors of any source."""
     return source.vectors if isinstance(source, Vectorial) else ()
-
-
-def key_problem(key: str) -> str | None:
-    """Why a key cannot name a member of a shard; None if it can."""
-    if KEY.fullmatch(key):
-        return None
-    return f"key {key!r}: must be 1 to {MAX_KEY} letters, digits or any of _ + = -"
 
 
 def key_from_name(name: str) -> str:

@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 
 from armillary.engine.data.format import codec
 from armillary.engine.data.format.shards import Member, Part, read_index
-from armillary.engine.data.format.spectra import decode_spectrum
+from armillary.engine.data.format.spectra import Spectrum, decode_spectrum
 from armillary.engine.data.format.survey import MODALITIES, Survey
-from armillary.engine.data.sources.source import Spectrum
 
 __all__ = ["having", "read_cutouts", "read_spectra"]
 

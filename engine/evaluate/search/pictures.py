@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.colour import galaxy_picture
-from armillary.engine.data.sources.source import Spectrum
 from armillary.engine.evaluate.embedding.cutouts import having, read_cutouts, read_spectra
 from armillary.engine.evaluate.page import pictures
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from armillary.engine.data.building.build import build
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, Statistics, Survey, WaveGrid
-from armillary.engine.data.sources.source import Sample, Spectrum
+from armillary.engine.data.sources.source import Sample
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.evaluate.study.study import FeatureSet, Study
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import WaveGrid
 from armillary.engine.data.sources.files.fits_tables import (
     READ_ERRORS,
@@ -16,7 +17,6 @@ from armillary.engine.data.sources.files.fits_tables import (
     open_fits,
     position_problem,
 )
-from armillary.engine.data.sources.source import Spectrum
 
 __all__ = ["DESI_GRID", "LABELS", "UNNAMED", "CoaddFile"]
 

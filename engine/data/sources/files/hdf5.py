@@ -19,8 +19,9 @@ import h5py
 import numpy as np
 import pyarrow as pa
 
+from armillary.engine.data.format.shards import key_problem
 from armillary.engine.data.format.survey import CATALOG_COLUMNS
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, key_problem
+from armillary.engine.data.sources.source import BadSample, Rows, Sample
 
 __all__ = [
     "HDF5_SUFFIXES",

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.sources.files.hdf5 import (
     HDF5_SUFFIXES,
@@ -36,7 +37,7 @@ from armillary.engine.data.sources.files.hdf5 import (
     refuse_repeats,
 )
 from armillary.engine.data.sources.files.nested_parquet import dense, open_parquet
-from armillary.engine.data.sources.source import Rows, Spectrum, centre_crop
+from armillary.engine.data.sources.source import Rows, centre_crop
 
 __all__ = ["AstroClipPairs", "constant_ivar"]
 

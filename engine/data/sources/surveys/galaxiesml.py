@@ -21,6 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.sources.files.hdf5 import (
     HDF5_SUFFIXES,
@@ -36,7 +37,7 @@ from armillary.engine.data.sources.files.hdf5 import (
     plain,
     refuse_repeats,
 )
-from armillary.engine.data.sources.source import Rows, Spectrum, centre_crop
+from armillary.engine.data.sources.source import Rows, centre_crop
 
 __all__ = ["GalaxiesML", "GalaxiesMLSpectra", "bin_spectrum"]
 

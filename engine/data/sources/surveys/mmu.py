@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.sources.files.hdf5 import (
     HDF5_SUFFIXES,
@@ -42,7 +43,7 @@ from armillary.engine.data.sources.files.mmu_files import (
     scalars,
 )
 from armillary.engine.data.sources.files.nested_parquet import open_parquet
-from armillary.engine.data.sources.source import Rows, Spectrum, centre_crop, key_from_name
+from armillary.engine.data.sources.source import Rows, centre_crop, key_from_name
 
 __all__ = ["SDSS_GRID", "MultimodalUniverse", "place_on_grid"]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.sources.files.fits_tables import (
     FLUX_UNIT,
@@ -30,7 +31,7 @@ from armillary.engine.data.sources.files.fits_tables import (
     position_problem,
 )
 from armillary.engine.data.sources.resample import pixel_edges, rebin
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, Spectrum, key_from_name
+from armillary.engine.data.sources.source import BadSample, Rows, Sample, key_from_name
 
 __all__ = ["SDSS_GRID", "SdssSpectra"]
 

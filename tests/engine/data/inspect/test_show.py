@@ -6,8 +6,8 @@ import pytest
 import tyro
 from PIL import Image
 
+from armillary.engine.data import cli
 from armillary.engine.data.format.survey import Statistics, Survey
-from armillary.engine.data.inspect import cli
 from armillary.engine.data.inspect.colour import lupton_rgb
 from armillary.engine.data.inspect.show import draw_mosaic, read_samples
 from armillary.engine.data.sources import kinds

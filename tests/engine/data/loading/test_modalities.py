@@ -10,13 +10,13 @@ from mixed import GRID, VECTORS, Mixed
 
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format import codec
-from armillary.engine.data.format.spectra import LOG_IVAR_STEP, decode_spectrum, encode_spectrum
+from armillary.engine.data.format.spectra import LOG_IVAR_STEP, Spectrum, decode_spectrum, encode_spectrum
 from armillary.engine.data.format.survey import Survey, VectorRecord, WaveGrid
 from armillary.engine.data.format.vectors import decode_vectors, encode_vectors
 from armillary.engine.data.inspect.check import check_survey
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
 from armillary.engine.data.sources.packed import PackedSurvey
-from armillary.engine.data.sources.source import BadSample, Spectrum
+from armillary.engine.data.sources.source import BadSample
 
 READERS = ["webdataset", pytest.param("dali", marks=pytest.mark.skipif(sys.platform != "linux", reason="DALI"))]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.packed import PackedSurvey
-from armillary.engine.data.sources.source import Spectrum
 from armillary.engine.evaluate.embedding.cutouts import read_cutouts, read_spectra
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.evaluate.search.pictures import Tile, draw_objects, spectrum_tile, tile_row

@@ -12,10 +12,11 @@ from astropy.io import fits
 from astropy.table import MaskedColumn, Table
 
 from armillary.engine.data.building.build import build
+from armillary.engine.data.format.shards import key_problem
 from armillary.engine.data.sources.files.tables import TableRows
 from armillary.engine.data.sources.joined import Joined, Key, Match
 from armillary.engine.data.sources.packed import PackedSurvey
-from armillary.engine.data.sources.source import BadSample, key_problem
+from armillary.engine.data.sources.source import BadSample
 
 IDS = 39627_000_000_000_001 + np.arange(6)  # above 2^53: the last digits are lost in float64
 COLUMNS = {

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from armillary.engine.data.format.shards import key_problem
 from armillary.engine.data.sources.files.labels import read_labels
-from armillary.engine.data.sources.source import BadSample, key_from_name, key_problem
+from armillary.engine.data.sources.source import BadSample, key_from_name
 from armillary.engine.data.sources.surveys.images import Pictures
 
 

@@ -6,7 +6,6 @@ The top-level command (`armillary.engine.cli`) mounts these functions with tyro 
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from armillary.engine.data.building.build import build as build_survey
 from armillary.engine.data.building.splits import parse_split
+from armillary.engine.data.format.summary import summary
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.check import check_survey
 from armillary.engine.data.inspect.export import unpack
@@ -26,7 +26,7 @@ from armillary.engine.data.inspect.stats import draw_statistics, summarise_label
 from armillary.engine.data.sources.kinds import KINDS, open_source, parse_options
 from armillary.engine.data.sources.selected import Selected
 
-__all__ = ["build", "check", "export", "kinds", "leaks", "show", "stats", "summary"]
+__all__ = ["build", "check", "export", "kinds", "leaks", "show", "stats"]
 
 
 def build(
@@ -270,42 +270,3 @@ def export(
         written = unpack(survey, out, format, split=split, progress=lambda n: bar.update(task, advance=n))
     print(f"wrote {written:,} samples to {out}")
     return 0
-
-
-def summary(survey: Survey) -> Table:
-    """A table of what a survey holds."""
-    table = Table("", "value", title=f"survey {survey.name}", show_header=False)
-    splits = Counter[str]()
-    for shard in survey.shards:
-        splits[shard.split] += shard.count
-    size = sum(s.bytes for s in survey.shards)
-    scale = "unknown scale" if survey.pixel_scale_arcsec is None else f"{survey.pixel_scale_arcsec:g} arcsec a pixel"
-    table.add_row("samples", ", ".join(f"{n:,} {split}" for split, n in splits.items()))
-    if survey.bands:
-        images = f"{' '.join(survey.bands)}, {survey.width} x {survey.height} pixels, {scale}, {survey.unit}"
-        table.add_row("images", images)
-    if survey.spectrum is not None:
-        wave = survey.spectrum.grid.angstrom()
-        table.add_row(
-            "spectra", f"{len(wave):,} pixels, {wave[0]:,.1f} to {wave[-1]:,.1f} angstrom, {survey.spectrum.unit}"
-        )
-    for vector in survey.vectors:
-        table.add_row(vector.name, f"{vector.size} components, {vector.unit}")
-    table.add_row(
-        "shards",
-        f"{len(survey.shards)}, {size / 2**20:,.1f} MiB, {size / 1024 / max(survey.count(), 1):,.1f} KiB a sample",
-    )
-    table.add_row("codec", f"{survey.codec}{f', steps {_numbers(survey.step)}' if survey.step else ''}")
-    if survey.bands:
-        table.add_row("sky sigma", _numbers(survey.sky_sigma))
-        table.add_row("mean", _numbers(survey.statistics.mean))
-        table.add_row("std", _numbers(survey.statistics.std))
-    table.add_row("labels", "\n".join(f"{k}: {v}" for k, v in survey.labels.items()) or "none")
-    skipped = survey.provenance.get("skipped", {}).get("count", 0)
-    if skipped:
-        table.add_row("skipped", f"{skipped} unusable samples were left out")
-    return table
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return "  ".join(f"{v:.4g}" for v in values)
