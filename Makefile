@@ -56,10 +56,10 @@ train = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators
 PAIRS := $(RUNS)/demo-astroclip
 demo-astroclip: install
 	$(BIN)/armillary data simulate --spectra --count 5000 --out $(PAIRS)/survey
-	rm -rf $(addprefix $(PAIRS)/,dinov2 specformer astroclip features resnet18 conv_attention photometry)
+	rm -rf $(addprefix $(PAIRS)/,dinov2 specformer astroclip tokens resnet18 conv_attention photometry)
 	$(call train,dinov2_vitl,smoke,$(PAIRS)) --name dinov2
 	$(call train,specformer,smoke,$(PAIRS)) --name specformer
-	$(call train,astroclip,smoke,$(PAIRS)) --name astroclip --data.features $(PAIRS)/features \
+	$(call train,astroclip,smoke,$(PAIRS)) --name astroclip --data.token-cache $(PAIRS)/tokens \
 	  --method.image-from $(PAIRS)/dinov2 --method.spectrum-from $(PAIRS)/specformer
 	$(call train,supervised,smoke,$(PAIRS)) --name resnet18
 	$(call train,supervised,smoke_conv_attention,$(PAIRS)) --name conv_attention

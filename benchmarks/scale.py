@@ -26,7 +26,7 @@ import torch
 from common import append_rows
 
 from armillary.engine.data.format.survey import ShardRecord, Statistics, Survey
-from armillary.engine.data.loading.epoch_order import Plan, micro_batches
+from armillary.engine.data.loading.epoch_order import EpochOrder, micro_batches
 from armillary.engine.data.loading.loader import ShardSource
 
 SAMPLES = 76_446_849
@@ -89,7 +89,7 @@ def start(folder: Path, rank: int) -> dict[str, float]:
     }
 
 
-def walk(plan: Plan, world: int, micro_batch: int) -> tuple[int, int]:
+def walk(plan: EpochOrder, world: int, micro_batch: int) -> tuple[int, int]:
     """Read plans of all ranks for an epoch: samples read once, and samples read more than once."""
     seen = np.zeros(plan.samples, np.uint8)
     steps = plan.epoch_length(world * micro_batch) // (world * micro_batch)
@@ -121,7 +121,7 @@ def main() -> None:
         ]
         row: dict[str, object] = {"benchmark": "start", "samples": args.samples, "world": WORLD}
         row |= {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
-        plan = Plan.of(Survey.load(folder), "train", seed=0)
+        plan = EpochOrder.of(Survey.load(folder), "train", seed=0)
         begin = time.perf_counter()
         once, often = walk(plan, WORLD, MICRO_BATCH)
         row |= {"epoch_walk_s": time.perf_counter() - begin, "read_once": once, "read_more_than_once": often}

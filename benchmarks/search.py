@@ -8,7 +8,7 @@ is the share of the exact ten nearest neighbours that the IVF-PQ index finds amo
 vectors with noise. A real embedding has another geometry: compare settings with these figures, not surveys. Nothing is
 printed before the exact index has agreed with a product in float64.
 
-The bytes of a full survey at the end are computed by `Plan.memory_bytes`, not measured.
+The bytes of a full survey at the end are computed by `IndexSettings.memory_bytes`, not measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from common import append_rows, timed
 
 from armillary.engine.evaluate.search.index import Index
-from armillary.engine.evaluate.search.index_settings import Plan
+from armillary.engine.evaluate.search.index_settings import IndexSettings
 from armillary.engine.evaluate.search.retrieval import found_again
 from armillary.engine.evaluate.search.vectors import unit
 
@@ -87,7 +87,7 @@ def main() -> None:
     exact_s = time.perf_counter() - start
     check_exact(exact, vectors, queries[:8])
     truth = exact.search(queries, K).row
-    plan = Plan.choose(args.vectors, args.dimensions, "ivfpq", code_bytes=args.code_bytes)
+    plan = IndexSettings.choose(args.vectors, args.dimensions, "ivfpq", code_bytes=args.code_bytes)
     shared: dict[str, object] = {
         "benchmark": "search", "device": "cpu", "vectors": args.vectors, "dimensions": args.dimensions,
         "clusters": args.clusters, "spread": args.spread, "queries": args.queries, "k": K, "faiss": faiss.__version__,
@@ -123,7 +123,7 @@ def main() -> None:
     computed = plan.memory_bytes(args.vectors) / args.vectors
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"computed {computed:.1f} bytes a vector, measured {size:.1f}; peak of the process {peak:.2f} GiB")
-    full = Plan.choose(SURVEY, WIDTH)
+    full = IndexSettings.choose(SURVEY, WIDTH)
     print(f"\nComputed, not measured, for {SURVEY:,} vectors of {WIDTH} dimensions: {full}")
     print(
         f"  index {full.memory_bytes(SURVEY) / 2**30:.1f} GiB ({full.memory_bytes(SURVEY) / SURVEY:.1f} bytes a vector)"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from step_training import Clock, Subject
 
-from armillary.engine.data.loading.epoch_order import Plan
-from armillary.engine.token_cache.cache import CachedTokens, FeatureCache, TokenLayout
-from armillary.engine.token_cache.fill import FeatureFill
+from armillary.engine.data.loading.epoch_order import EpochOrder
+from armillary.engine.token_cache.cache import CachedTokens, TokenCache, TokenLayout
+from armillary.engine.token_cache.fill import TokenCacheFill
 from armillary.models.astroclip.astroclip import AstroCLIP
 from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import Batch, BatchKey, InputSpec, Method
@@ -143,7 +143,7 @@ class CachedCLIP(Subject):
     ) -> None:
         super().__init__(recomputed.config, recomputed.inputs)
         self._recomputed, self._folder, self._dtype, self._threads = recomputed, folder, dtype, threads
-        self._batches, self._plan = batches, Plan((batches * size,), (0,))
+        self._batches, self._plan = batches, EpochOrder((batches * size,), (0,))
         self._transform: CachedTokens | None = None
         self.gigabytes_per_pair = 0.0
 
@@ -172,7 +172,7 @@ class CachedCLIP(Subject):
         shapes = {name: x.shape[1:] for name, x in tokens(0).items()}
         layout = TokenLayout(self._plan.samples, self._dtype, shapes)
         self.gigabytes_per_pair = sum(map(layout.row_bytes, layout.names)) / 1e9
-        fill = FeatureFill(self._folder, layout, {})
+        fill = TokenCacheFill(self._folder, layout, {})
         with fill.prepared():
             made = {index: tokens(index) for index in range(self._batches)}
             for number, chunk in enumerate(fill.chunks):
@@ -180,4 +180,4 @@ class CachedCLIP(Subject):
                 fill.write(number, rows)
             fill.finish()
         dtype = next(p.dtype for p in method.parameters() if p.requires_grad)
-        self._transform = CachedTokens(FeatureCache(self._folder, self._plan), device, dtype, self._threads)
+        self._transform = CachedTokens(TokenCache(self._folder, self._plan), device, dtype, self._threads)

@@ -28,7 +28,7 @@ and are the released ones.
 Negatives come from one pass over one micro-batch. Contrasting a whole global batch takes `gather` and micro_batch * GPUs =
 global_batch, so PAPER wants 8 GPUs; with fewer the negatives get fewer, not the pairs.
 
-With frozen encoders and no augmentation, tokens may be computed once: `--data.features PATH`, 1.5 MB a pair in float16.
+With frozen encoders and no augmentation, tokens may be computed once: `--data.token-cache PATH`, 1.5 MB a pair in float16.
 
 The chain on a CPU, in minutes, on simulated pairs, with tokens from a cache:
 
@@ -45,7 +45,7 @@ from pathlib import Path
 from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Training
 from armillary.engine.config.schedule import Constant, Cosine, Schedules
 from armillary.engine.data.views.multi_crop import MultiCrop
-from armillary.engine.data.views.objects import Objects
+from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.data.views.stretch import AsinhWhiten, ToRGB, ZScore
 from armillary.engine.train.start import main
 from armillary.models.astroclip.astroclip import AstroCLIP
@@ -76,7 +76,7 @@ RECIPE = Run(
         gather=False,
         image_tokens="patches",
     ),
-    views=Objects(
+    views=ObjectViews(
         image=MultiCrop(global_size=144, n_global=1, placement="centre", hflip=0.0, vflip=0.0, stretch=ToRGB()),
         spectrum=True,
     ),
@@ -102,7 +102,7 @@ PAPER = replace(
         embedding=512,
         gather=True,
     ),
-    views=Objects(
+    views=ObjectViews(
         image=MultiCrop(global_size=144, n_global=1, placement="centre", rotation="any", stretch=ZScore()),
         spectrum=True,
     ),
@@ -123,13 +123,13 @@ SMOKE = Run(
         gather=True,
         image_tokens="patches",
     ),
-    views=Objects(
+    views=ObjectViews(
         image=MultiCrop(
             global_size=24, n_global=1, placement="centre", hflip=0.0, vflip=0.0, stretch=AsinhWhiten(ridge=0.03)
         ),
         spectrum=True,
     ),
-    data=Data(path=Path("runs/demo-astroclip/survey"), threads=1, features=Path("runs/demo-astroclip/features")),
+    data=Data(path=Path("runs/demo-astroclip/survey"), threads=1, token_cache=Path("runs/demo-astroclip/tokens")),
     optim=Optim(lr=3e-3, clip_norm=1.0),
     schedule=Schedules(learning_rate=Cosine(end=0.0, warmup_steps=50), weight_decay=Constant(0.05)),
     train=Training(steps=800, global_batch=256, micro_batch=128, precision="fp32", zero_stage=2),

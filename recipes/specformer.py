@@ -34,7 +34,7 @@ from pathlib import Path
 
 from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Training
 from armillary.engine.config.schedule import Constant, Cosine, Linear, Schedules
-from armillary.engine.data.views.objects import Objects
+from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.train.start import main
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
@@ -48,7 +48,7 @@ RECIPE = Run(
         chunks=6,
         chunk_tokens=50,
     ),
-    views=Objects(spectrum=True),
+    views=ObjectViews(spectrum=True),
     data=Data(path=Path("surveys/desi-pairs"), threads=8),
     optim=Optim(lr=1e-5, betas=(0.9, 0.95), clip_norm=1.0),
     schedule=Schedules(learning_rate=Linear(end=9.92e-6, warmup_steps=2_000), weight_decay=Constant(0.1)),
@@ -77,7 +77,7 @@ SMOKE = Run(
         chunks=6,
         chunk_tokens=12,
     ),
-    views=Objects(spectrum=True),
+    views=ObjectViews(spectrum=True),
     data=Data(path=Path("runs/demo-astroclip/survey"), threads=1),
     optim=Optim(lr=2e-3, betas=(0.9, 0.95), clip_norm=1.0),
     schedule=Schedules(learning_rate=Cosine(end=0.0, warmup_steps=50), weight_decay=Constant(0.1)),

@@ -37,7 +37,7 @@ from pathlib import Path
 from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Training
 from armillary.engine.config.schedule import Constant, Cosine, Schedules
 from armillary.engine.data.views.multi_crop import MultiCrop
-from armillary.engine.data.views.objects import Objects
+from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.data.views.stretch import AsinhWhiten, ToRGB
 from armillary.engine.train.start import main
 from armillary.models.supervised.photometry_mlp import PhotometryMLP
@@ -52,7 +52,9 @@ MAGNITUDES = ("mag_g", "mag_r", "mag_z")
 RECIPE = Run(
     name="supervised_resnet18",
     method=Regression(ResNet18()),
-    views=Objects(image=MultiCrop(global_size=144, n_global=1, placement="centre", stretch=ToRGB()), targets=LABELS),
+    views=ObjectViews(
+        image=MultiCrop(global_size=144, n_global=1, placement="centre", stretch=ToRGB()), targets=LABELS
+    ),
     data=Data(path=Path("surveys/desi-pairs"), threads=8),
     optim=Optim(lr=5e-4, clip_norm=None),
     schedule=Schedules(learning_rate=Cosine(end=0.0), weight_decay=Constant(0.0)),
@@ -70,21 +72,21 @@ CONV_ATTENTION = replace(
     RECIPE,
     name="supervised_conv_attention",
     method=Regression(ConvAttention()),
-    views=Objects(spectrum=True, targets=LABELS),
+    views=ObjectViews(spectrum=True, targets=LABELS),
 )
 
 PHOTOMETRY = replace(
     RECIPE,
     name="supervised_photometry",
     method=Regression(PhotometryMLP()),
-    views=Objects(columns=MAGNITUDES, targets=LABELS),
+    views=ObjectViews(columns=MAGNITUDES, targets=LABELS),
 )
 
 SMOKE = replace(
     RECIPE,
     name="supervised_resnet18_smoke",
     method=Regression(ResNet18(width=16)),
-    views=Objects(
+    views=ObjectViews(
         image=MultiCrop(
             global_size=48,
             n_global=1,

@@ -60,9 +60,9 @@ class Data:
         on_corrupt: What a corrupt sample does: end the run, or be replaced.
         threads: CPU threads a rank for decoding and augmentation.
         prefetch: Micro-batches made ahead.
-        features: Folder of cached token features of frozen encoders: filled by the first run, read by later ones. None:
+        token_cache: Folder of cached token features of frozen encoders: filled by the first run, read by later ones. None:
             the encoders run in every step.
-        features_dtype: How they are stored; float16 takes half the space and rounds to 2^-11 of a value.
+        token_cache_dtype: How they are stored; float16 takes half the space and rounds to 2^-11 of a value.
     """
 
     path: Path
@@ -71,8 +71,8 @@ class Data:
     on_corrupt: Literal["error", "skip"] = "error"
     threads: int = 2
     prefetch: int = 2
-    features: Path | None = None
-    features_dtype: Literal["float16", "float32"] = "float16"
+    token_cache: Path | None = None
+    token_cache_dtype: Literal["float16", "float32"] = "float16"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
 from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
 from armillary.engine.evaluate.embedding.encoder import load_pipeline
-from armillary.engine.evaluate.page.run_log import Logbook
+from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.runs.evaluate import evaluate_embeddings, evaluate_run
 from armillary.engine.evaluate.runs.evaluation import TRAINED, UNTRAINED, Verdict
 from armillary.engine.evaluate.study.options import DEFAULTS, Options, StudyOptions
@@ -142,7 +142,7 @@ def report(
         features[loaded.metadata.get("features", TRAINED if number == 0 else path.stem)] = loaded
     if len(features) != len(embeddings):
         raise ValueError("embeddings: two files hold the same kind of features; give one of each")
-    return _tell(evaluate_embeddings(data, features, Logbook.read(run), out, options))
+    return _tell(evaluate_embeddings(data, features, RunLog.read(run), out, options))
 
 
 def choose_device(name: DeviceName) -> torch.device:

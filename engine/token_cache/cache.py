@@ -1,10 +1,10 @@
-"""Token features of frozen encoders on disk, one file of flat numbers a tensor, for training that reads nothing else.
+"""Tokens of frozen encoders on disk, one file of flat numbers a tensor, for training that reads nothing else.
 
 FEATURES/
   image_tokens.bin       [N, T, D] float16 or float32, little-endian, C order: sample i of the split in stored order
   spectrum_tokens.bin    likewise; which of them there are depends on the method
   rows.crc               [N, K] uint32: CRC-32 of each sample's bytes in each of the K files, in the order of their names
-  features.json          what the features were made of, shapes, dtype, CRC-32 of rows.crc; written last
+  tokens.json          what the tokens were made of, shapes, dtype, CRC-32 of rows.crc; written last
   .fill/                 only while unfinished, see `feature_fill`
 
 Readers check every sample they read; that costs a core about a second for 1.5 GB.
@@ -32,23 +32,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from armillary.engine.data.loading.epoch_order import Plan
+from armillary.engine.data.loading.epoch_order import EpochOrder
 from armillary.engine.data.loading.retry import Retry
 from armillary.models.method import Batch, BatchKey
 
-__all__ = ["DTYPES", "FORMAT", "CachedTokens", "FeatureCache", "FeatureError", "TokenLayout", "refuse_difference"]
+__all__ = ["DTYPES", "FORMAT", "CachedTokens", "TokenCache", "TokenCacheError", "TokenLayout", "refuse_difference"]
 
 FORMAT = 1
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
 
-class FeatureError(ValueError):
-    """A folder of features cannot be filled or read; the message begins with `data.features`."""
+class TokenCacheError(ValueError):
+    """A folder of tokens cannot be filled or read; the message begins with `data.token_cache`."""
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where a sample's features lie.
+    """Where a sample's tokens lie.
 
     Attributes:
         samples: Samples N of the split.
@@ -79,21 +79,21 @@ class TokenLayout:
         return int(np.prod(self.shapes[name])) * DTYPES[self.dtype].itemsize
 
     def files(self) -> dict[str, int]:
-        """Bytes of every file but features.json, by its name."""
+        """Bytes of every file but tokens.json, by its name."""
         sizes = {f"{name}.bin": self.samples * self.row_bytes(name) for name in self.names}
         return sizes | {"rows.crc": 4 * self.samples * len(self.names)}
 
 
 def refuse_difference(folder: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds, or is being filled with, other features than the wanted ones.
+    """Refuse a folder that holds, or is being filled with, other tokens than the wanted ones.
 
     Raises:
-        FeatureError: Naming every field in which they differ.
+        TokenCacheError: Naming every field in which they differ.
     """
     found = _differences(theirs, json.loads(json.dumps(mine)))
     if found:
         listed = "; ".join(f"{name} {old!r} there, {new!r} here" for name, (old, new) in found.items())
-        raise FeatureError(f"data.features: {folder} holds other features ({listed}); choose another folder")
+        raise TokenCacheError(f"data.token_cache: {folder} holds other tokens ({listed}); choose another folder")
 
 
 def _differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
@@ -105,8 +105,8 @@ def _differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, An
     return {} if old == new else {where: (old, new)}
 
 
-class FeatureCache:
-    """A complete folder of features. Safe to use from several threads.
+class TokenCache:
+    """A complete folder of tokens. Safe to use from several threads.
 
     Args:
         folder: FEATURES.
@@ -114,33 +114,33 @@ class FeatureCache:
 
     Attributes:
         layout: Shapes and dtype.
-        made_of: What the features were made of.
+        made_of: What the tokens were made of.
 
     Raises:
-        FeatureError: There is no complete cache, it is damaged, or has another number of samples than the split.
+        TokenCacheError: There is no complete cache, it is damaged, or has another number of samples than the split.
     """
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: EpochOrder) -> None:
         self.folder = folder
         try:
-            record = json.loads((folder / "features.json").read_text())
+            record = json.loads((folder / "tokens.json").read_text())
             self.layout, self.made_of = TokenLayout.from_json(record), record["made_of"]
             wanted, complete = record["crc"], record["complete"] and record["format"] == FORMAT
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FeatureError(f"data.features: complete features, got {folder} ({error})") from error
+            raise TokenCacheError(f"data.token_cache: a complete token cache, got {folder} ({error})") from error
         for name, size in self.layout.files().items():
             path = folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
-                raise FeatureError(f"data.features: {path} must have {size} bytes, got {found}; delete {folder}")
+                raise TokenCacheError(f"data.token_cache: {path} must have {size} bytes, got {found}; delete {folder}")
         crc = (folder / "rows.crc").read_bytes()
         if not complete or zlib.crc32(crc) != wanted:
-            raise FeatureError(
-                f"data.features: {folder} is damaged: rows.crc is not what features.json says; delete it"
+            raise TokenCacheError(
+                f"data.token_cache: {folder} is damaged: rows.crc is not what tokens.json says; delete it"
             )
         if plan.samples != self.layout.samples:
-            raise FeatureError(
-                f"data.features: tokens of the {plan.samples} samples of the split, got {self.layout.samples} in {folder}"
+            raise TokenCacheError(
+                f"data.token_cache: tokens of the {plan.samples} samples of the split, got {self.layout.samples} in {folder}"
             )
         self._crc = np.frombuffer(crc, "<u4").reshape(self.layout.samples, -1)
         self._first_rows = np.asarray(plan.first_rows, np.int64)
@@ -154,12 +154,12 @@ class FeatureCache:
         """Places in the split of rows of the catalogue, [B] int64.
 
         Raises:
-            FeatureError: A row is not in the split.
+            TokenCacheError: A row is not in the split.
         """
         shard = np.searchsorted(self._first_rows, row, side="right") - 1
         within = row - self._first_rows[shard]
         if (bad := (shard < 0) | (within >= self._counts[shard])).any():
-            raise FeatureError(f"data.features: rows of the split, got row {row[bad][0]} of catalog.parquet")
+            raise TokenCacheError(f"data.token_cache: rows of the split, got row {row[bad][0]} of catalog.parquet")
         return self._begins[shard] + within
 
     def read_into(self, name: str, place: int, out: np.ndarray) -> None:
@@ -172,15 +172,15 @@ class FeatureCache:
 
         Raises:
             OSError: The file cannot be read, or is cut short.
-            FeatureError: The sample is corrupt.
+            TokenCacheError: The sample is corrupt.
         """
         size = self.layout.row_bytes(name)
         view = out.reshape(-1).view(np.uint8).data
         path = self.folder / f"{name}.bin"
         self._retry.call(lambda: self._fill(self._files[name], view, place * size, path), str(path))
         if zlib.crc32(view) != self._crc[place, self.layout.names.index(name)]:
-            raise FeatureError(
-                f"data.features: {path} is corrupt at sample {place} (bytes {place * size} ... {(place + 1) * size}); delete "
+            raise TokenCacheError(
+                f"data.token_cache: {path} is corrupt at sample {place} (bytes {place * size} ... {(place + 1) * size}); delete "
                 f"{self.folder} and start again: it is filled anew"
             )
 
@@ -206,15 +206,15 @@ class CachedTokens:
     """Adds cached tokens to batches of rows; a transform of `rows.RowLoader`.
 
     Args:
-        cache: The features.
+        cache: The tokens.
         device: Where batches are delivered; on a GPU the tokens go there from pinned memory, in the stored dtype.
         dtype: What tokens are on the device: that in which the method computes.
         threads: Threads that read.
     """
 
-    def __init__(self, cache: FeatureCache, device: torch.device, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, cache: TokenCache, device: torch.device, dtype: torch.dtype, threads: int) -> None:
         self._cache, self._device, self._dtype = cache, device, dtype
-        self._pool = ThreadPoolExecutor(threads, "armillary-features")
+        self._pool = ThreadPoolExecutor(threads, "armillary-tokens")
 
     def __call__(self, batch: Batch, key: BatchKey) -> Batch:
         """The batch with [B, T, D] tokens of its rows."""

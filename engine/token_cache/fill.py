@@ -1,4 +1,4 @@
-"""Filling a folder of features: in chunks, by any number of processes, continued where it was killed. See `features`.
+"""Filling a folder of tokens: in chunks, by any number of processes, continued where it was killed. See `cache`.
 
 FEATURES/.fill/
   plan.json              what will be in the folder
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from armillary.engine.token_cache.cache import DTYPES, FORMAT, FeatureError, TokenLayout, refuse_difference
+from armillary.engine.token_cache.cache import DTYPES, FORMAT, TokenCacheError, TokenLayout, refuse_difference
 
-__all__ = ["CHUNK_BYTES", "FeatureFill"]
+__all__ = ["CHUNK_BYTES", "TokenCacheFill"]
 
 CHUNK_BYTES = 256 * 2**20
 """What is written between two marks: as much is lost when a fill is killed."""
@@ -41,13 +41,13 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-class FeatureFill:
-    """A folder of features that is being filled. One process prepares and finishes it; any number of them write.
+class TokenCacheFill:
+    """A folder of tokens that is being filled. One process prepares and finishes it; any number of them write.
 
     Args:
         folder: FEATURES.
         layout: What will be in it.
-        made_of: What the features are made of, as JSON types.
+        made_of: What the tokens are made of, as JSON types.
     """
 
     def __init__(self, folder: Path, layout: TokenLayout, made_of: Mapping[str, Any]) -> None:
@@ -64,20 +64,20 @@ class FeatureFill:
             usage: `shutil.disk_usage`.
 
         Raises:
-            FeatureError: The folder holds something else, another run fills it, or the disk is too full.
+            TokenCacheError: The folder holds something else, another run fills it, or the disk is too full.
         """
         try:
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise FeatureError(
-                f"data.features: a folder that can be written to, got {self.folder} ({error})"
+            raise TokenCacheError(
+                f"data.token_cache: a folder that can be written to, got {self.folder} ({error})"
             ) from error
         with open(self.work / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise FeatureError(
-                    f"data.features: {self.folder} is being filled by another run; wait for it"
+                raise TokenCacheError(
+                    f"data.token_cache: {self.folder} is being filled by another run; wait for it"
                 ) from error
             try:
                 self._continue_or_begin(usage)
@@ -93,16 +93,16 @@ class FeatureFill:
         if plan.exists():
             refuse_difference(self.folder, json.loads(plan.read_text()), mine)
         elif strangers := [p.name for p in self.folder.iterdir() if p != self.work]:
-            raise FeatureError(
-                f"data.features: an empty folder or cached features, got {self.folder} with {strangers[0]}"
+            raise TokenCacheError(
+                f"data.token_cache: an empty folder or a token cache, got {self.folder} with {strangers[0]}"
             )
         needed = sum(self.layout.files().values())
         there = sum(p.stat().st_blocks * 512 for p in self.folder.glob("*.bin"))
         free = int(usage(self.folder).free)
         if free < needed - there:
             gib = 2**30
-            raise FeatureError(
-                f"data.features: {needed - there} bytes free ({(needed - there) / gib:.1f} GiB) for the tokens of "
+            raise TokenCacheError(
+                f"data.token_cache: {needed - there} bytes free ({(needed - there) / gib:.1f} GiB) for the tokens of "
                 f"{self.layout.samples} samples, {needed // max(1, self.layout.samples)} bytes each as "
                 f"{self.layout.dtype}, got {free / gib:.1f} GiB at {self.folder}"
             )
@@ -115,8 +115,8 @@ class FeatureFill:
                     f.truncate(size)
                 os.replace(path.with_suffix(".tmp"), path)
             if not path.is_file() or path.stat().st_size != size:
-                raise FeatureError(
-                    f"data.features: {path} must have {size} bytes; delete {self.folder} to fill it anew"
+                raise TokenCacheError(
+                    f"data.token_cache: {path} must have {size} bytes; delete {self.folder} to fill it anew"
                 )
 
     def pending(self) -> list[int]:
@@ -137,7 +137,7 @@ class FeatureFill:
             parts: (first place in the split, arrays [b, T, D] by name), together the whole chunk in order.
 
         Raises:
-            FeatureError: A token is not finite or beyond the dtype, or has another shape.
+            TokenCacheError: A token is not finite or beyond the dtype, or has another shape.
         """
         chunk, names = self.chunks[number], self.layout.names
         crc = np.zeros((len(chunk), len(names)), "<u4")
@@ -146,7 +146,7 @@ class FeatureFill:
         try:
             for first, arrays in parts:
                 if first != done:
-                    raise FeatureError(f"data.features: chunk {number} goes on at sample {done}, got {first}")
+                    raise TokenCacheError(f"data.token_cache: chunk {number} goes on at sample {done}, got {first}")
                 for k, name in enumerate(names):
                     rows = self._stored(name, arrays, first)
                     for i, row in enumerate(rows):
@@ -154,7 +154,7 @@ class FeatureFill:
                     _write_at(files[name], rows.tobytes(), first * self.layout.row_bytes(name))
                 done += len(arrays[names[0]])
             if done != chunk.stop:
-                raise FeatureError(f"data.features: chunk {number} ends at sample {chunk.stop}, got {done}")
+                raise TokenCacheError(f"data.token_cache: chunk {number} ends at sample {chunk.stop}, got {done}")
             for file in files.values():
                 os.fsync(file)
         finally:
@@ -165,28 +165,28 @@ class FeatureFill:
     def _stored(self, name: str, arrays: Mapping[str, np.ndarray], first: int) -> np.ndarray:
         array, shape = arrays[name], self.layout.shapes[name]
         if array.shape[1:] != shape:
-            raise FeatureError(f"data.features: {name} of shape {shape} a sample, got {array.shape[1:]}")
+            raise TokenCacheError(f"data.token_cache: {name} of shape {shape} a sample, got {array.shape[1:]}")
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(array).astype(DTYPES[self.layout.dtype])
         bad = ~np.isfinite(stored).reshape(len(stored), -1).all(1)
         if bad.any():
             i = int(np.flatnonzero(bad)[0])
             largest = float(np.abs(array[i]).max())
-            hint = " (choose data.features_dtype float32)" if np.isfinite(largest) else ""
-            raise FeatureError(
-                f"data.features: finite {name} within {self.layout.dtype}, got {largest:g} in sample {first + i} of the "
+            hint = " (choose data.token_cache_dtype float32)" if np.isfinite(largest) else ""
+            raise TokenCacheError(
+                f"data.token_cache: finite {name} within {self.layout.dtype}, got {largest:g} in sample {first + i} of the "
                 f"split{hint}"
             )
         return stored
 
     def finish(self) -> None:
-        """Write features.json, once every chunk is finished."""
+        """Write tokens.json, once every chunk is finished."""
         if left := self.pending():
-            raise FeatureError(f"data.features: all chunks, got {len(left)} unfinished, first {left[0]}")
+            raise TokenCacheError(f"data.token_cache: all chunks, got {len(left)} unfinished, first {left[0]}")
         crc = b"".join(self._mark(number).read_bytes() for number in range(len(self.chunks)))
         _write(self.folder / "rows.crc", crc)
         record = {"format": FORMAT, **self.layout.to_json(), "made_of": self.made_of, "crc": zlib.crc32(crc)}
-        _write(self.folder / "features.json", json.dumps(record | {"complete": True}, indent=1).encode())
+        _write(self.folder / "tokens.json", json.dumps(record | {"complete": True}, indent=1).encode())
         (self.work / "plan.json").unlink()
 
 

@@ -20,14 +20,14 @@ from armillary.engine.config.config_json import to_json
 from armillary.engine.config.provenance import survey_fingerprint
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.token_cache.cache import FeatureError
+from armillary.engine.token_cache.cache import TokenCacheError
 from armillary.engine.weights.tensors import state_digest
 from armillary.models.method import Batch, InputSpec, Method
 
 __all__ = ["compare_probe", "encoder_prefixes", "made_of", "probe_tokens"]
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-"""Relative error allowed between the tokens of made-up samples now and when the features were made: other devices, other
+"""Relative error allowed between the tokens of made-up samples now and when the tokens were made: other devices, other
 kernels and other shapes of a batch round differently."""
 
 
@@ -79,13 +79,13 @@ def probe_tokens(method: Method, inputs: InputSpec, device: torch.device) -> dic
     """Tokens [2, T, D] of two made-up samples, float32 on the CPU.
 
     Raises:
-        FeatureError: They depend on parameters that are trained.
+        TokenCacheError: They depend on parameters that are trained.
     """
     with torch.enable_grad():
         tokens = method.tokens(_made_up(inputs, device))
     for name, x in tokens.items():
         if x.requires_grad:
-            raise FeatureError(f"data.features: frozen encoders, got {name} that depend on trained parameters")
+            raise TokenCacheError(f"data.token_cache: frozen encoders, got {name} that depend on trained parameters")
     return {name: x.detach().float().cpu().contiguous() for name, x in tokens.items()}
 
 
@@ -93,13 +93,13 @@ def compare_probe(folder: Path, probe: dict[str, Tensor], precision: str) -> Non
     """Compare tokens of made-up samples with those of the encoder that filled a folder.
 
     Raises:
-        FeatureError: They differ by more than rounding.
+        TokenCacheError: They differ by more than rounding.
     """
     before = load_file(folder / "probe.safetensors")
     for name, now in probe.items():
         error = float((now - before[name]).norm() / before[name].norm().clamp(min=1e-30))
         if not error <= TOLERANCE[precision]:
-            raise FeatureError(
-                f"data.features: {folder} was filled by an encoder that gives other {name} (relative difference {error:.2g} "
+            raise TokenCacheError(
+                f"data.token_cache: {folder} was filled by an encoder that gives other {name} (relative difference {error:.2g} "
                 "on made-up samples, from a setting that the weights do not show); choose another folder"
             )

@@ -1,6 +1,6 @@
 """Training on frozen encoders: what they make of every sample is computed once, kept on disk, and read from there.
 
-`fill_features` brings `data.features` up to date before the loop; every rank fills chunks of its own. `feature_loader` then
+`fill_token_cache` brings `data.token_cache` up to date before the loop; every rank fills chunks of its own. `token_cache_loader` then
 opens a loader that reads these tokens and no shard.
 """
 
@@ -22,20 +22,20 @@ from torch import Tensor
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.codec import CorruptBlob
 from armillary.engine.data.format.survey import MODALITIES, Survey
-from armillary.engine.data.loading.catalog_loader import RowLoader
-from armillary.engine.data.loading.epoch_order import Plan
+from armillary.engine.data.loading.catalog_loader import CatalogLoader
+from armillary.engine.data.loading.epoch_order import EpochOrder
 from armillary.engine.data.loading.loader import SequentialLoader
 from armillary.engine.data.loading.shard_files import ShardFiles
-from armillary.engine.token_cache.cache import CachedTokens, FeatureCache, FeatureError, TokenLayout, refuse_difference
-from armillary.engine.token_cache.fill import FeatureFill
+from armillary.engine.token_cache.cache import CachedTokens, TokenCache, TokenCacheError, TokenLayout, refuse_difference
+from armillary.engine.token_cache.fill import TokenCacheFill
 from armillary.engine.token_cache.identity import compare_probe, made_of, probe_tokens
 from armillary.models.method import Batch, Method
 
 __all__ = [
-    "FeatureError",
+    "TokenCacheError",
     "Interrupted",
-    "feature_loader",
-    "fill_features",
+    "token_cache_loader",
+    "fill_token_cache",
 ]
 
 SAY_EVERY_S = 30.0
@@ -62,7 +62,7 @@ def _together(action: Callable[[], Any]) -> list[Any]:
     result, error = None, None
     try:
         result = action()
-    except (FeatureError, OSError, CorruptBlob) as caught:
+    except (TokenCacheError, OSError, CorruptBlob) as caught:
         error = caught
     gathered: list[Any] = [(result, None if error is None else str(error))]
     if dist.is_initialized():
@@ -70,11 +70,11 @@ def _together(action: Callable[[], Any]) -> list[Any]:
         dist.all_gather_object(gathered, mine)
     if messages := dict.fromkeys(text for _, text in gathered if text is not None):
         text = "; ".join(messages)
-        raise FeatureError(text if text.startswith("data.") else f"data.features: not filled: {text}") from error
+        raise TokenCacheError(text if text.startswith("data.") else f"data.token_cache: not filled: {text}") from error
     return [r for r, _ in gathered]
 
 
-def fill_features(
+def fill_token_cache(
     run: Run,
     method: Method,
     survey: Survey,
@@ -85,10 +85,10 @@ def fill_features(
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Fill `data.features` with tokens of every sample of the split, or check that it holds them. All ranks together.
+    """Fill `data.token_cache` with tokens of every sample of the split, or check that it holds them. All ranks together.
 
     Args:
-        run: The run; `data.features` is set.
+        run: The run; `data.token_cache` is set.
         method: With the encoders' weights in place, on `device`.
         survey: The run's survey.
         device: Where the encoders run.
@@ -98,20 +98,20 @@ def fill_features(
         say: Takes lines about the progress, on rank 0.
 
     Raises:
-        FeatureError: The folder holds something else, samples lack a modality, tokens cannot be stored, or a file system
+        TokenCacheError: The folder holds something else, samples lack a modality, tokens cannot be stored, or a file system
             fails; on all ranks.
         Interrupted: A rank was asked to stop; on all ranks.
     """
-    assert run.data.features is not None
-    folder = run.data.features
-    plan = Plan.of(survey, run.data.split, shuffle=False)
+    assert run.data.token_cache is not None
+    folder = run.data.token_cache
+    plan = EpochOrder.of(survey, run.data.split, shuffle=False)
     with _evaluating(method):
         inputs = run.views.input_spec(survey)
         probe: dict[str, Tensor] = {}
         _together(lambda: probe.update(probe_tokens(method, inputs, device)))
         shapes = {name: tuple(x.shape[1:]) for name, x in probe.items()}
-        fill = FeatureFill(
-            folder, TokenLayout(plan.samples, run.data.features_dtype, shapes), made_of(run, method, survey)
+        fill = TokenCacheFill(
+            folder, TokenLayout(plan.samples, run.data.token_cache_dtype, shapes), made_of(run, method, survey)
         )
         if any(_together(lambda: rank == 0 and _complete(fill, plan, probe, run.train.precision))):
             return
@@ -121,14 +121,14 @@ def fill_features(
             with torch.no_grad():
                 _fill_chunks(fill, pending, run, method, survey, device, rank, world, stop, say)
             _together(lambda: fill.finish() if rank == 0 else None)
-            say(f"features: {plan.samples} samples in {folder}")
+            say(f"token cache: {plan.samples} samples in {folder}")
 
 
-def _complete(fill: FeatureFill, plan: Plan, probe: dict[str, Tensor], precision: str) -> bool:
-    """Whether the folder is complete; it is refused where it holds other features."""
-    if not (fill.folder / "features.json").exists():
+def _complete(fill: TokenCacheFill, plan: EpochOrder, probe: dict[str, Tensor], precision: str) -> bool:
+    """Whether the folder is complete; it is refused where it holds other tokens."""
+    if not (fill.folder / "tokens.json").exists():
         return False
-    cache = FeatureCache(fill.folder, plan)
+    cache = TokenCache(fill.folder, plan)
     refuse_difference(
         fill.folder, {**cache.layout.to_json(), **cache.made_of}, {**fill.layout.to_json(), **fill.made_of}
     )
@@ -137,7 +137,7 @@ def _complete(fill: FeatureFill, plan: Plan, probe: dict[str, Tensor], precision
     return True
 
 
-def _prepare(held: ExitStack, fill: FeatureFill, run: Run, survey: Survey, probe: dict[str, Tensor]) -> None:
+def _prepare(held: ExitStack, fill: TokenCacheFill, run: Run, survey: Survey, probe: dict[str, Tensor]) -> None:
     """Refuse samples that lack a modality; then make the folder, or continue it."""
     files = ShardFiles(Path(run.data.path), survey, run.data.split)
     wanted = {name: MODALITIES[name] for name in run.views.modalities}
@@ -149,8 +149,8 @@ def _prepare(held: ExitStack, fill: FeatureFill, run: Run, survey: Survey, probe
                 lacking[name] += member.part(extension) is None
     if found := [f"{count} without {name}" for name, count in lacking.items() if count]:
         total = fill.layout.samples
-        raise FeatureError(
-            f"data.features: samples that have {' and '.join(wanted)}, got {', '.join(found)} among {total}; build the survey "
+        raise TokenCacheError(
+            f"data.token_cache: samples that have {' and '.join(wanted)}, got {', '.join(found)} among {total}; build the survey "
             "from objects that have them (a required match)"
         )
     held.enter_context(fill.prepared())
@@ -163,7 +163,7 @@ def _prepare(held: ExitStack, fill: FeatureFill, run: Run, survey: Survey, probe
 
 
 def _fill_chunks(
-    fill: FeatureFill,
+    fill: TokenCacheFill,
     pending: list[int],
     run: Run,
     method: Method,
@@ -197,7 +197,7 @@ def _fill_chunks(
                 said = time.monotonic()
                 rate = (first_left - left) / max(said - begin, 1e-9)
                 ahead = f", {left / rate / 60:.0f} min to go" if rate else ""
-                say(f"features: {total - left} of {total} samples{ahead}")
+                say(f"token cache: {total - left} of {total} samples{ahead}")
             number = mine[start // world] if start // world < len(mine) else None
             asked = _together(partial(_fill_one, fill, number, batches, method, stop))
             left -= sum(len(fill.chunks[n]) for n in pending[start : start + world])
@@ -206,7 +206,7 @@ def _fill_chunks(
 
 
 def _fill_one(
-    fill: FeatureFill, number: int | None, batches: Iterator[Batch], method: Method, stop: Callable[[], bool]
+    fill: TokenCacheFill, number: int | None, batches: Iterator[Batch], method: Method, stop: Callable[[], bool]
 ) -> bool:
     """Fill a chunk, where there is one for this rank; whether it shall leave."""
     if number is not None:
@@ -223,18 +223,18 @@ def _tokens(chunk: range, batches: Iterator[Batch], method: Method) -> Iterator[
         done += len(batch["row"])
 
 
-def feature_loader(
+def token_cache_loader(
     run: Run, method: Method, survey: Survey, device: torch.device, *, rank: int = 0, world: int = 1
-) -> RowLoader:
-    """The loader of a run whose features are filled.
+) -> CatalogLoader:
+    """The loader of a run whose tokens are filled.
 
     Raises:
-        FeatureError: They are not.
+        TokenCacheError: They are not.
     """
-    assert run.data.features is not None
-    cache = FeatureCache(run.data.features, Plan.of(survey, run.data.split))
+    assert run.data.token_cache is not None
+    cache = TokenCache(run.data.token_cache, EpochOrder.of(survey, run.data.split))
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    return RowLoader(
+    return CatalogLoader(
         run.data.path,
         split=run.data.split,
         micro_batch=run.train.micro_batch,

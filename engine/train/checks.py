@@ -141,38 +141,38 @@ def _folder(run: Run) -> list[str]:
 
 def _features(run: Run) -> list[str]:
     """Rules for training on cached tokens."""
-    folder = run.data.features
+    folder = run.data.token_cache
     if folder is None:
         return []
     found = []
     if getattr(run.views, "augmented", True):
-        found.append(f"data.features: only without augmentation, got {run.views}")
+        found.append(f"data.token_cache: only without augmentation, got {run.views}")
     for name in ("columns", "targets"):
         if value := getattr(run.views, name, ()):
-            found.append(f"views.{name}: none with data.features, which holds tokens only, got {value}")
+            found.append(f"views.{name}: none with data.token_cache, which holds tokens only, got {value}")
     if run.train.zero_stage == 3:
-        found.append("train.zero_stage: 1 or 2 with data.features, for the encoders run outside of DeepSpeed, got 3")
+        found.append("train.zero_stage: 1 or 2 with data.token_cache, for the encoders run outside of DeepSpeed, got 3")
     if run.data.on_corrupt != "error":
         found.append(
-            f'data.on_corrupt: "error" with data.features, which needs every sample, got {run.data.on_corrupt!r}'
+            f'data.on_corrupt: "error" with data.token_cache, which needs every sample, got {run.data.on_corrupt!r}'
         )
     if folder.exists() and not folder.is_dir():
-        found.append(f"data.features: a folder, got {folder}")
+        found.append(f"data.token_cache: a folder, got {folder}")
     return found
 
 
 def _frozen(run: Run, method: Method) -> list[str]:
     """Whether there is anything frozen to cache."""
-    if run.data.features is None:
+    if run.data.token_cache is None:
         return []
     if type(method).tokens is Method.tokens:
         return [
-            f"data.features: a method with frozen encoders, got {type(method).__name__}, which has no tokens to cache"
+            f"data.token_cache: a method with frozen encoders, got {type(method).__name__}, which has no tokens to cache"
         ]
     prefixes = tuple(encoder_prefixes(run, method).values())
     trained = [n for n, p in method.named_parameters() if p.requires_grad and n.startswith(prefixes)]
     if trained and all(prefixes):
-        return [f"data.features: frozen encoders, got {len(trained)} trained parameters, first {trained[0]}"]
+        return [f"data.token_cache: frozen encoders, got {len(trained)} trained parameters, first {trained[0]}"]
     return []
 
 

@@ -21,13 +21,13 @@ from armillary.engine.config.provenance import facts
 from armillary.engine.config.randomness import seed_everything
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.token_cache.training import FeatureError, Interrupted, feature_loader, fill_features
+from armillary.engine.token_cache.training import Interrupted, TokenCacheError, fill_token_cache, token_cache_loader
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.weights import checkpoint, portable
 from armillary.engine.weights.export import export_encoder
 from armillary.engine.weights.init_weights import fill_encoder, init_from_file
-from armillary.engine.zero.deepspeed_engine import Ranks, Sharded, Verdict, ranks, start_processes
+from armillary.engine.zero.deepspeed_engine import Ranks, Sharded, StepStatus, ranks, start_processes
 from armillary.models.method import Batch, Method
 
 __all__ = ["BadInput", "BatchSource", "NonFinite", "Stopped", "open_loader", "train"]
@@ -65,12 +65,12 @@ class BatchSource(Protocol):
 
 def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, me: Ranks) -> BatchSource:
     """The loader of a run's survey for one rank."""
-    from armillary.engine.data.loading.catalog_loader import RowLoader
+    from armillary.engine.data.loading.catalog_loader import CatalogLoader
     from armillary.engine.data.loading.loader import Loader
 
     data = run.data
-    if data.features is not None:
-        return feature_loader(run, method, survey, device, rank=me.rank, world=me.world)
+    if data.token_cache is not None:
+        return token_cache_loader(run, method, survey, device, rank=me.rank, world=me.world)
     views = run.views.build(survey, device)
     order: dict[str, Any] = {
         "split": data.split,
@@ -85,7 +85,7 @@ def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, 
         "prefetch": data.prefetch,
     }
     if not run.views.modalities:
-        return RowLoader(data.path, **order)
+        return CatalogLoader(data.path, **order)
     return Loader(
         data.path,
         **order,
@@ -151,7 +151,7 @@ def train(
     device = start_processes(run.resolved_device)
     sharded = Sharded(run, method, device)
     progress, note, set_random = _begin(run, sharded, newest, restore)
-    if run.data.features is not None:
+    if run.data.token_cache is not None:
         _bring_features(run, sharded, survey, me, stop)
     loader = open_loader(run, method, survey, device, me)
     if progress.loader:
@@ -219,14 +219,14 @@ def _bring_features(run: Run, sharded: Sharded, survey: Survey, me: Ranks, stop:
             print(text, flush=True)
 
     try:
-        fill_features(
+        fill_token_cache(
             run, sharded.method, survey, sharded.device, rank=me.rank, world=me.world, stop=lambda: stop.asked, say=say
         )
-    except (FeatureError, Interrupted) as error:  # all ranks are here
+    except (TokenCacheError, Interrupted) as error:  # all ranks are here
         sharded.destroy()
         stop.forget()
         if isinstance(error, Interrupted):
-            say("stopped by a signal while filling data.features; the same command continues")
+            say("stopped by a signal while filling data.token_cache; the same command continues")
             raise Stopped from error
         raise BadInput(str(error)) from error
 
@@ -286,12 +286,12 @@ class _Loop:
                 self.meter.say(f"stopped by a signal at step {self.progress.step}; the same command continues")
                 raise Stopped
 
-    def step(self, batches: Iterator[Batch]) -> Verdict:
+    def step(self, batches: Iterator[Batch]) -> StepStatus:
         """Consume one global batch."""
         sharded, progress = self.sharded, self.progress
         scalars = self.run.scalars(progress.step)
         sharded.optimizer.set_step(progress.step, scalars)
-        verdict: Verdict | None = None
+        verdict: StepStatus | None = None
         for micro in range(sharded.accumulation):
             losses = sharded.forward(next(batches), scalars)
             sharded.backward(losses.total)
@@ -312,7 +312,7 @@ class _Loop:
         minutes = self.run.checkpoint.every_minutes
         return minutes is not None and self.sharded.rank == 0 and time.monotonic() - self.saved_at > 60 * minutes
 
-    def _judge(self, verdict: Verdict) -> None:
+    def _judge(self, verdict: StepStatus) -> None:
         if verdict.finite:
             return
         bad, limit = self.progress.bad_in_a_row, self.run.train.max_bad_steps

@@ -35,7 +35,7 @@ from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.randomness import random_states, set_random_states
 from armillary.engine.config.run import Run
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
-from armillary.engine.zero.partition import Layout, persistent_buffers
+from armillary.engine.zero.partition import ZeroPartition, persistent_buffers
 
 __all__ = [
     "MAY_CHANGE",
@@ -62,8 +62,8 @@ MAY_CHANGE = (
     "data.reader",
     "data.threads",
     "data.prefetch",
-    "data.features",
-    "data.features_dtype",
+    "data.token_cache",
+    "data.token_cache_dtype",
     "train.steps",
     "train.compile",
     "train.max_bad_steps",
@@ -111,7 +111,7 @@ def _write_text(path: Path, text: str) -> tuple[int, str]:
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def _write_shard(path: Path, layout: Layout) -> tuple[int, str]:
+def _write_shard(path: Path, layout: ZeroPartition) -> tuple[int, str]:
     """Write what this rank owns."""
     entries: list[Entry] = []
     pieces: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -128,7 +128,7 @@ def _write_shard(path: Path, layout: Layout) -> tuple[int, str]:
     return write_tensors(path, entries, {"pieces": json.dumps(pieces), "random": json.dumps(rest)})
 
 
-def save(folder: Path, layout: Layout, progress: Progress, run: Run, facts: dict[str, Any]) -> Path:
+def save(folder: Path, layout: ZeroPartition, progress: Progress, run: Run, facts: dict[str, Any]) -> Path:
     """Write a checkpoint; all ranks together.
 
     Args:
@@ -300,7 +300,7 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
     ]
 
 
-def restore_layout(archive: Archive, layout: Layout) -> None:
+def restore_layout(archive: Archive, layout: ZeroPartition) -> None:
     """Fill this rank's shards, buffers and the model from an archive, whatever ranks wrote it.
 
     Raises:
@@ -338,7 +338,7 @@ def restore_layout(archive: Archive, layout: Layout) -> None:
     layout.refresh_teacher()
 
 
-def load(folder: Path, layout: Layout, verify: bool = False) -> Progress:
+def load(folder: Path, layout: ZeroPartition, verify: bool = False) -> Progress:
     """Continue from a checkpoint of the same ranks: weights, optimizer and buffers. See also `load_random`.
 
     Args:

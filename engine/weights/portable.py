@@ -22,7 +22,7 @@ from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.run import Run
 from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest, open_archive, restore_layout
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
-from armillary.engine.zero.partition import Layout
+from armillary.engine.zero.partition import ZeroPartition
 
 __all__ = ["changes", "export_portable", "find_checkpoint", "open_portable", "restore"]
 
@@ -94,7 +94,7 @@ def open_portable(path: Path) -> tuple[Archive, dict[str, Any]]:
         raise CheckpointError(f"{path}: not a portable export: {error}") from error
 
 
-def restore(path: Path, layout: Layout) -> tuple[Progress, dict[str, Any]]:
+def restore(path: Path, layout: ZeroPartition) -> tuple[Progress, dict[str, Any]]:
     """Fill this rank's shards from a portable file (or a checkpoint of any number of ranks).
 
     Args:

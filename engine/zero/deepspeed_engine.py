@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from armillary.engine.config.run import Run
 from armillary.engine.zero.optim import AdamW, build_groups, squared_norms
-from armillary.engine.zero.partition import Layout, build_layout
+from armillary.engine.zero.partition import ZeroPartition, build_layout
 from armillary.models.method import Batch, Losses, Method
 
-__all__ = ["Ranks", "Sharded", "Verdict", "ranks", "start_processes"]
+__all__ = ["Ranks", "Sharded", "StepStatus", "ranks", "start_processes"]
 
 BUCKET = 50_000_000
 """Elements a gradient bucket holds at most; DeepSpeed allocates it whole."""
@@ -145,7 +145,7 @@ def _see_into_dataclasses() -> None:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepStatus:
     """What all ranks agree on between backward and step.
 
     Attributes:
@@ -199,7 +199,7 @@ class Sharded:
         logger.setLevel(logging.WARNING)
         self._restore_buffers(buffers)
         self._saved_buffers: dict[str, Tensor] = {}
-        self.layout: Layout = build_layout(self.engine, method, self.optimizer)
+        self.layout: ZeroPartition = build_layout(self.engine, method, self.optimizer)
         if run.train.compile:
             self.engine.compile()
         self.engine.train()
@@ -223,7 +223,7 @@ class Sharded:
         """Gradients of one micro-batch, averaged over micro-batches and ranks."""
         self.engine.backward(loss)
 
-    def agree(self, loss: Tensor, flags: Sequence[float] = ()) -> Verdict:
+    def agree(self, loss: Tensor, flags: Sequence[float] = ()) -> StepStatus:
         """The one collective of a step besides ZeRO's own: after the last backward, before `step`.
 
         Args:
@@ -237,7 +237,7 @@ class Sharded:
         total, *rest = message.tolist()
         # A loss that is not finite may leave finite gradients behind (clamps, detached parts); it still is no step.
         finite = self.optimizer.set_clip([s + 0.0 * total for s in rest[len(flags) :]])
-        return Verdict(finite, total / self.world, dict(self.optimizer.norms), tuple(rest[: len(flags)]))
+        return StepStatus(finite, total / self.world, dict(self.optimizer.norms), tuple(rest[: len(flags)]))
 
     def step(self) -> None:
         """At the end of each micro-batch; after the last one the optimizer acts and the teacher follows.

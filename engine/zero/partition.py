@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from armillary.engine.zero.optim import STATE, AdamW
 from armillary.models.method import Method
 
-__all__ = ["Fragment", "Layout", "build_layout", "persistent_buffers"]
+__all__ = ["Fragment", "ZeroPartition", "build_layout", "persistent_buffers"]
 
 # torch 2.13 renamed it and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -59,7 +59,7 @@ def persistent_buffers(method: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-class Layout(ABC):
+class ZeroPartition(ABC):
     """Shards of this rank, for one ZeRO stage; made by `build_layout` after DeepSpeed has taken the parameters."""
 
     def __init__(self, engine: Any, method: Method, optimizer: AdamW):
@@ -136,7 +136,7 @@ class Layout(ABC):
         return found
 
 
-class _Replicated(Layout):
+class _Replicated(ZeroPartition):
     """ZeRO 1 and 2: every rank computes with whole weights, which are views of one flat buffer a group.
 
     Teachers are laid out in flat buffers of the same plan, so that refreshing one is a single all-gather into place.
@@ -194,7 +194,7 @@ class _Replicated(Layout):
                 yield Fragment(self.names[id(p)], tuple(p.shape), 0, p.numel(), -1, 0), p.data.reshape(-1)
 
 
-class _Partitioned(Layout):
+class _Partitioned(ZeroPartition):
     """ZeRO 3: every parameter is cut into equal pieces; teacher and student alike, so refreshing is a local copy."""
 
     def _masters(self) -> list[Tensor]:
@@ -266,7 +266,7 @@ class _Partitioned(Layout):
                 yield fragment, p.ds_tensor.data.narrow(0, 0, length)  # type: ignore[attr-defined]
 
 
-def build_layout(engine: Any, method: Method, optimizer: AdamW) -> Layout:
+def build_layout(engine: Any, method: Method, optimizer: AdamW) -> ZeroPartition:
     """Work out this rank's shards.
 
     Args:

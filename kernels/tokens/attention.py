@@ -1,7 +1,7 @@
 """Multi-head attention over packed sequences: softmax(Q Kᵀ / √d) V inside each sequence, nothing across them.
 
 Sequences of several lengths lie one after the other in one token axis, so that every other layer runs once over all of
-them. A `Layout` says where they begin. Queries may have a layout of their own (fewer queries than keys), which is how a
+them. A `PackedSequences` says where they begin. Queries may have a layout of their own (fewer queries than keys), which is how a
 last block computes only the tokens that are used.
 
 Shapes: q [Tq, H, d]; k, v [T, H, d]; result [Tq, H, d], in the dtype of q. Softmax runs in float32 for bfloat16 and
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BACKENDS", "Layout", "attention", "attention_reference", "check_backend"]
+__all__ = ["BACKENDS", "PackedSequences", "attention", "attention_reference", "check_backend"]
 
 BACKENDS = ("auto", "flash_attn", "torch", "dense")
 HALF = (torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ MAX_SCORES_BYTES = 256 << 20  # of one run on a CPU
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PackedSequences:
     """Where the sequences of a packed token axis begin.
 
     Attributes:
@@ -52,13 +52,13 @@ class Layout:
     runs: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
-    def from_runs(cls, runs: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> Layout:
-        """Layout of `count` sequences of `length` tokens for each (count, length); made once for equal arguments."""
+    def from_runs(cls, runs: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> PackedSequences:
+        """PackedSequences of `count` sequences of `length` tokens for each (count, length); made once for equal arguments."""
         return _layout(tuple((int(n), int(length)) for n, length in runs), torch.device(device))
 
     @classmethod
-    def from_lengths(cls, lengths: Tensor, max_len: int) -> Layout:
-        """Layout of ragged sequences from a tensor of lengths, without waiting for the device.
+    def from_lengths(cls, lengths: Tensor, max_len: int) -> PackedSequences:
+        """PackedSequences of ragged sequences from a tensor of lengths, without waiting for the device.
 
         Args:
             lengths: [N] integers on the tokens' device.
@@ -73,16 +73,22 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def _layout(runs: tuple[tuple[int, int], ...], device: torch.device) -> Layout:
+def _layout(runs: tuple[tuple[int, int], ...], device: torch.device) -> PackedSequences:
     if any(n < 0 or length < 1 for n, length in runs):
         raise ValueError(f"runs: counts must be >= 0 and lengths >= 1, got {runs}")
     starts = accumulate((length for n, length in runs for _ in range(n)), initial=0)
     cu_seqlens = torch.tensor(list(starts), dtype=torch.int32, device=device)
-    return Layout(cu_seqlens, max((length for n, length in runs if n), default=0), runs)
+    return PackedSequences(cu_seqlens, max((length for n, length in runs if n), default=0), runs)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, query_layout: Layout | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedSequences,
+    *,
+    query_layout: PackedSequences | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention inside each sequence of a packed token axis; see the module's docstring for the backends.
 
@@ -122,7 +128,7 @@ def attention(
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, query_layout: Layout | None = None
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedSequences, *, query_layout: PackedSequences | None = None
 ) -> Tensor:
     """The same result from one [Tq, T] score matrix with a block mask; arguments as `attention`."""
     of_query = _sequence_of_token(query_layout or layout, len(q))
@@ -139,7 +145,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: Layout) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedSequences, queries: PackedSequences) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise ValueError(f"{name}: must be [tokens, heads, head dim], got shape {tuple(x.shape)}")
@@ -173,7 +179,12 @@ def _flash_attn() -> Callable[..., Tensor] | None:
 
 
 def _varlen(
-    kernel: Callable[..., Tensor | tuple[Tensor, ...]], q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: Layout
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedSequences,
+    queries: PackedSequences,
 ) -> Tensor:
     # flash-attn 2 and torch's varlen_attn share these seven positional arguments (later ones differ between versions);
     # flash-attn 4 takes some of them by keyword only in part of its releases, so it gets names.
@@ -192,7 +203,7 @@ def _varlen(
     return out[0] if isinstance(out, tuple) else out
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: Layout) -> Tensor:
+def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: PackedSequences, queries: PackedSequences) -> Tensor:
     """One attention a run of equal key lengths; queries that are ragged within a run are padded there."""
     key_runs = layout.runs or _runs_of(_lengths(layout))
     lengths = iter(_lengths(queries))
@@ -232,7 +243,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), v).view(n, heads, length, dim)
 
 
-def _lengths(layout: Layout) -> list[int]:
+def _lengths(layout: PackedSequences) -> list[int]:
     if layout.runs is not None:
         return [length for n, length in layout.runs for _ in range(n)]
     return layout.cu_seqlens.diff().tolist()
@@ -248,7 +259,7 @@ def _runs_of(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-def _sequence_of_token(layout: Layout, tokens: int) -> Tensor:
+def _sequence_of_token(layout: PackedSequences, tokens: int) -> Tensor:
     """[T] index of the sequence that each token belongs to."""
     index = torch.arange(tokens, device=layout.cu_seqlens.device)
     return torch.searchsorted(layout.cu_seqlens, index, right=True, out_int32=True)

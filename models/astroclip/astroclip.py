@@ -226,7 +226,7 @@ class AstroCLIPMethod(Method):
     def _see(self, crop: Tensor) -> Tensor:
         """Image tokens [B, T, D] as the configuration chooses them."""
         kind = self.config.image_tokens
-        seen = self.image_encoder.backbone([crop], bare=kind == "patches")
+        seen = self.image_encoder.backbone([crop], patches_only=kind == "patches")
         return torch.cat([seen.cls[0][:, None], seen.patches[0]], dim=1) if kind == "all" else seen.patches[0]
 
     @torch.no_grad()
@@ -311,11 +311,13 @@ class AstroCLIPMethod(Method):
         Frozen encoders count forward only, and not at all where the last step had their tokens from a cache.
         """
         config, inputs, head = self.config, self.inputs, self.config.head
-        bare = config.image_tokens == "patches"
+        patches_only = config.image_tokens == "patches"
         patches = config.image.patches(inputs.global_size) + (config.image_tokens == "all")
         heads = head.flops(patches, config.image.dim)
         heads += head.flops(config.spectrum.tokens(inputs.pixels), config.spectrum.dim)
-        encoders = config.image.flops(inputs.global_size, bare=bare) + config.spectrum.flops(inputs.pixels)
+        encoders = config.image.flops(inputs.global_size, patches_only=patches_only) + config.spectrum.flops(
+            inputs.pixels
+        )
         passes = 0 if self._from_cache else 1 if config.freeze else 3
         return 3 * heads + passes * encoders
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from armillary.kernels.launch import IMPLS, Impl
 from armillary.kernels.mlp.linear_gelu import gelu_linear
-from armillary.kernels.tokens.attention import BACKENDS, Layout, attention
+from armillary.kernels.tokens.attention import BACKENDS, PackedSequences, attention
 from armillary.kernels.tokens.window_embed import count_windows, window_embed
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
 from armillary.models.vit.vit_block import LinearGelu
@@ -167,7 +167,7 @@ class _Attention(nn.Module):
         self.attention = nn.Linear(dim, 3 * dim)  # queries, keys, values
         self.projection = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: PackedSequences) -> Tensor:
         q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.attention(x).chunk(3, dim=1))
         return self.projection(attention(q, k, v, layout, backend=self.backend).flatten(1))
 
@@ -192,7 +192,7 @@ class _Block(nn.Module):
         self.layernorm2 = ResidualNorm(shape.dim, impl, NORM_EPS)
         self.mlp = _MLP(shape.dim, shape.hidden, impl)
 
-    def forward(self, stream: Stream, layout: Layout) -> Stream:
+    def forward(self, stream: Stream, layout: PackedSequences) -> Stream:
         x, y = self.layernorm1(stream)
         x, y = self.layernorm2(Stream(x, self.attention(y, layout)))
         return Stream(x, self.mlp(y))
@@ -270,7 +270,7 @@ class SpectrumTransformer(nn.Module):
             spectrum = fill_missing(spectrum, ivar)
         x = self.data_embed(spectrum.contiguous(), self.position_embed(), mask, self.shape, self.impl)
         spectra, tokens = x.shape[:2]
-        layout = Layout.from_runs(((spectra, tokens),), x.device)
+        layout = PackedSequences.from_runs(((spectra, tokens),), x.device)
         stream = Stream(x.flatten(0, 1))
         for block in self.blocks:
             stream = block(stream, layout)

@@ -18,7 +18,7 @@ from armillary.kernels.launch import Impl, use_triton
 from armillary.kernels.tokens.residual_norm import residual_add, residual_norm
 from armillary.models.vit.stochastic_depth import Subset, fork, join
 
-__all__ = ["ResidualNorm", "Stream", "settle"]
+__all__ = ["ResidualNorm", "Stream", "materialise"]
 
 
 class Stream(NamedTuple):
@@ -72,7 +72,7 @@ class ResidualNorm(nn.LayerNorm):
         return x, super().forward(branch)
 
 
-def settle(stream: Stream, impl: Impl) -> Stream:
+def materialise(stream: Stream, impl: Impl) -> Stream:
     """The stream with nothing left to add."""
     x, y, ran = stream
     if y is None:

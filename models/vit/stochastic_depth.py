@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.tokens.attention import Layout
+from armillary.kernels.tokens.attention import PackedSequences
 from armillary.kernels.tokens.residual_norm import Packing
 
 __all__ = ["Runs", "Subset", "branch_scale", "draw_subsets", "fork", "join", "split_groups"]
@@ -35,15 +35,15 @@ class Subset:
     Attributes:
         rows: For each group [n] int32: its samples, on the tokens' device.
         scales: For each group: the factor of the branch's output.
-        groups: Layout of the tokens of all samples.
+        groups: PackedSequences of the tokens of all samples.
         layout: Of the subset's packed tokens.
         packing: The same by sample, for `armillary.kernels.tokens.residual_norm`.
     """
 
     rows: tuple[Tensor, ...]
     scales: tuple[float, ...]
-    groups: Layout
-    layout: Layout
+    groups: PackedSequences
+    layout: PackedSequences
     packing: Packing
 
 
@@ -71,8 +71,8 @@ def draw_subsets(runs: Runs, rate: float, count: int, device: torch.device) -> l
     maps = (maps.pin_memory() if device.type == "cuda" else maps).to(device, non_blocking=True)
     *rows, start = maps.split([*kept, sum(n for n, _ in runs)], dim=1)
     scales = tuple(n / k for (n, _), k in zip(runs, kept, strict=True))
-    groups = Layout.from_runs(runs, device)
-    layout = Layout.from_runs([(k, length) for k, (_, length) in zip(kept, runs, strict=True)], device)
+    groups = PackedSequences.from_runs(runs, device)
+    layout = PackedSequences.from_runs([(k, length) for k, (_, length) in zip(kept, runs, strict=True)], device)
     sample, place, scale = _token_maps(runs, scales, device)
     return [
         Subset(
@@ -92,7 +92,7 @@ def _token_maps(runs: Runs, scales: tuple[float, ...], device: torch.device) -> 
     return sample.to(device, torch.int32), place.to(device, torch.int32), scale.to(device, torch.float32)
 
 
-def split_groups(x: Tensor, layout: Layout) -> list[Tensor]:
+def split_groups(x: Tensor, layout: PackedSequences) -> list[Tensor]:
     """Views [N, L*D] of packed tokens [P, D], one a group."""
     runs = layout.runs or ()
     ends = [0]

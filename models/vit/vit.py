@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.launch import IMPLS, Impl
-from armillary.kernels.tokens.attention import BACKENDS, Layout
+from armillary.kernels.tokens.attention import BACKENDS, PackedSequences
 from armillary.models.vit.patch_embed import PatchEmbed
-from armillary.models.vit.residual_stream import ResidualNorm, Stream, settle
+from armillary.models.vit.residual_stream import ResidualNorm, Stream, materialise
 from armillary.models.vit.stochastic_depth import Runs, draw_subsets
-from armillary.models.vit.vit_block import Block, Drop, Selected
+from armillary.models.vit.vit_block import Block, Drop, TokenSelection
 
 __all__ = ["Tokens", "ViT", "VisionTransformer"]
 
@@ -107,17 +107,19 @@ class ViT:
             raise ValueError(f"crop side: must be a positive multiple of patch_size {self.patch_size}, got {side}")
         return (side // self.patch_size) ** 2
 
-    def flops(self, side: int, *, kept: float = 1.0, selected: float | None = None, bare: bool = False) -> float:
+    def flops(
+        self, side: int, *, kept: float = 1.0, selected: float | None = None, patches_only: bool = False
+    ) -> float:
         """Matrix-product FLOPs of the forward pass of one crop: projections and attention, 2 a multiply-add.
 
         Args:
             side: Side of the crop in pixels.
             kept: Fraction of the samples that run a residual branch (1 - drop_path).
             selected: Tokens a crop that the last block computes, on average; all of them if absent.
-            bare: Of patches alone, see `VisionTransformer.forward`.
+            patches_only: Of patches alone, see `VisionTransformer.forward`.
         """
         patches = self.patches(side)
-        tokens = patches if bare else 1 + self.registers + patches
+        tokens = patches if patches_only else 1 + self.registers + patches
         matrices = 2 * self.dim * (4 * self.dim + 2 * self.hidden)  # qkv, proj, fc1, fc2
         block = kept * tokens * (matrices + 4 * tokens * self.dim)
         embed = 2 * patches * self.channels * self.patch_size**2 * self.dim
@@ -195,7 +197,7 @@ class VisionTransformer(nn.Module):
         mask: Tensor | None = None,
         select: Tensor | None = None,
         *,
-        bare: bool = False,
+        patches_only: bool = False,
     ) -> Tokens:
         """Encode groups of crops.
 
@@ -204,19 +206,19 @@ class VisionTransformer(nn.Module):
             mask: [N, T] bool for the first group: True where the mask token replaces the patch.
             select: [M] int64, ascending: patches of the first group to return, as `crop * T + patch`. The last block
                 then computes only them and the class tokens. All patches if absent.
-            bare: Patches alone: no class token, no registers and no position embedding, so that a crop is a set of patches
+            patches_only: Patches alone: no class token, no registers and no position embedding, so that a crop is a set of patches
                 whose order does not matter. AstroCLIP aligns images so.
 
         Returns:
-            Class and patch tokens after the final norm, in the parameters' dtype; no class tokens with `bare`.
+            Class and patch tokens after the final norm, in the parameters' dtype; no class tokens with `patches_only`.
 
         Raises:
             ValueError: A crop has the wrong number of channels or a side that is no multiple of the patch size, `mask` has
-                the wrong shape, or there is a mask or a selection of bare patches.
+                the wrong shape, or there is a mask or a selection of patches only.
         """
-        if bare and (mask is not None or select is not None):
-            raise ValueError("bare: takes neither mask nor select, which belong to training with class tokens")
-        x, runs = self._embed(crops, mask, bare)
+        if patches_only and (mask is not None or select is not None):
+            raise ValueError("patches_only: takes neither mask nor select, which belong to training with class tokens")
+        x, runs = self._embed(crops, mask, patches_only)
         layout, drops = self._plan(runs, x.device)
         stream = Stream(x)
         *blocks, last = zip(self.blocks, drops, strict=True)
@@ -231,7 +233,7 @@ class VisionTransformer(nn.Module):
             g.unflatten(0, (n, length))
             for g, (n, length) in zip(y.split([n * length for n, length in runs]), runs, strict=True)
         ]
-        if bare:
+        if patches_only:
             return Tokens((), tuple(groups))
         skip = 1 + self.config.registers
         return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
@@ -242,12 +244,12 @@ class VisionTransformer(nn.Module):
         # Settled, so that of a block's border only the tokens are kept; it costs another pass over them. The draws of
         # stochastic depth are arguments, so no generator has to be put back for the recomputation.
         return checkpoint(
-            lambda *args: settle(block(*args), self.impl), *args, use_reentrant=False, preserve_rng_state=False
+            lambda *args: materialise(block(*args), self.impl), *args, use_reentrant=False, preserve_rng_state=False
         )
 
-    def _embed(self, crops: Sequence[Tensor], mask: Tensor | None, bare: bool) -> tuple[Tensor, Runs]:
+    def _embed(self, crops: Sequence[Tensor], mask: Tensor | None, patches_only: bool) -> tuple[Tensor, Runs]:
         """Patch, class and register tokens of all crops, packed: [P, D], and (N, L) of each group."""
-        if bare:
+        if patches_only:
             return self._embed_bare(crops)
         positions, runs = [], []
         for crop in crops:
@@ -291,16 +293,16 @@ class VisionTransformer(nn.Module):
         return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
     @torch.compiler.disable
-    def _plan(self, runs: Runs, device: torch.device) -> tuple[Layout, list[Drop]]:
-        """Layout of the packed tokens, and which samples run each block's two branches."""
-        layout, depth = Layout.from_runs(runs, device), self.config.depth
+    def _plan(self, runs: Runs, device: torch.device) -> tuple[PackedSequences, list[Drop]]:
+        """PackedSequences of the packed tokens, and which samples run each block's two branches."""
+        layout, depth = PackedSequences.from_runs(runs, device), self.config.depth
         if not self.training or self.config.drop_path == 0:
             return layout, [(None, None)] * depth
         subsets = draw_subsets(runs, self.config.drop_path, 2 * depth, device)
         return layout, list(zip(subsets[::2], subsets[1::2], strict=True))
 
     @torch.compiler.disable
-    def _selected(self, runs: Runs, select: Tensor) -> Selected:
+    def _selected(self, runs: Runs, select: Tensor) -> TokenSelection:
         """Indices of the last block's tokens, made on the device without waiting for it."""
         device = select.device
         length = runs[0][1]
@@ -321,4 +323,4 @@ class VisionTransformer(nn.Module):
         samples = torch.empty_like(order)
         samples[cls_place] = torch.arange(n, device=device)
         samples[patch_place] = crop
-        return Selected(tokens, order, samples, Layout.from_lengths(per_crop + 1, length))
+        return TokenSelection(tokens, order, samples, PackedSequences.from_lengths(per_crop + 1, length))

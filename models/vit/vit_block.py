@@ -16,30 +16,30 @@ from torch import Tensor, nn
 
 from armillary.kernels.launch import Impl
 from armillary.kernels.mlp.linear_gelu import Approximate, gelu_linear, linear_gelu
-from armillary.kernels.tokens.attention import Layout, attention
+from armillary.kernels.tokens.attention import PackedSequences, attention
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
 from armillary.models.vit.stochastic_depth import Subset, branch_scale
 
-__all__ = ["Block", "Drop", "LinearGelu", "Selected"]
+__all__ = ["Block", "Drop", "LinearGelu", "TokenSelection"]
 
 Drop = tuple[Subset | None, Subset | None]  # samples that run a block's attention and its MLP; None: all of them
 
 
 @dataclass(frozen=True)
-class Selected:
+class TokenSelection:
     """The Q tokens that the last block computes: all class tokens and the selected patches.
 
     Attributes:
         tokens: [Q] their place in [P], crop by crop, the class token first.
         order: [Q] sorts them into all class tokens, then the selected patches.
         samples: [Q] crop of each of `tokens`, counted over all groups.
-        queries: Layout of `tokens`.
+        queries: PackedSequences of `tokens`.
     """
 
     tokens: Tensor
     order: Tensor
     samples: Tensor
-    queries: Layout
+    queries: PackedSequences
 
 
 class _GainLinear(nn.Linear):
@@ -84,7 +84,9 @@ class _Attention(nn.Module):
         self.qkv = _QKV(dim, 3 * dim)
         self.proj = _GainLinear(dim, dim)
 
-    def forward(self, x: Tensor, layout: Layout, gain: Tensor, selected: Selected | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: PackedSequences, gain: Tensor, selected: TokenSelection | None = None
+    ) -> Tensor:
         tokens, queries = (None, None) if selected is None else (selected.tokens, selected.queries)
         q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.qkv(x, tokens))
         return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
@@ -146,7 +148,9 @@ class Block(nn.Module):
         self.mlp = _MLP(dim, hidden, gelu, impl)
         self.ls2 = _LayerScale(dim, layer_scale)
 
-    def forward(self, stream: Stream, layout: Layout, drop: Drop, selected: Selected | None = None) -> Stream:
+    def forward(
+        self, stream: Stream, layout: PackedSequences, drop: Drop, selected: TokenSelection | None = None
+    ) -> Stream:
         """Run both branches; the MLP's output is left for the next norm to add.
 
         Args:
@@ -163,7 +167,7 @@ class Block(nn.Module):
         x, y = self.norm2(Stream(x, y, for_attention), for_mlp)
         return Stream(x, self.mlp(y, self.ls2()), for_mlp)
 
-    def _selected(self, stream: Stream, layout: Layout, drop: Drop, selected: Selected) -> Stream:
+    def _selected(self, stream: Stream, layout: PackedSequences, drop: Drop, selected: TokenSelection) -> Stream:
         """Stochastic depth multiplies the selected tokens by 0 or the branch's scale.
 
         Only the device knows how many tokens a subset of the samples has, and they are few.

@@ -105,9 +105,9 @@ def test_the_chain_of_three_runs(pairs, tmp_path):
 
     align = (*common, "--train.global-batch", 64, "--train.micro-batch", 32, "--schedule.learning-rate.warmup-steps", 2)
     align += ("--method.image-from", tmp_path / "dinov2", "--method.spectrum-from", tmp_path / "specformer")
-    features = ("--data.features", tmp_path / "features", "--data.features-dtype", "float32")
+    features = ("--data.token-cache", tmp_path / "features", "--data.token-cache-dtype", "float32")
     run(command("astroclip", *align, *features, "--name", "cached"))
-    run(command("astroclip", *align, "--data.features", "None", "--name", "direct"))
+    run(command("astroclip", *align, "--data.token-cache", "None", "--name", "direct"))
     np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "direct"), rtol=1e-4)
     assert losses(tmp_path / "cached")[0] == pytest.approx(
         2 * np.log(64) / 2, rel=0.3

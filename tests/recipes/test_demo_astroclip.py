@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     train("dinov2_vitl", "smoke", "dinov2", "--train.steps", 4, "--schedule.teacher-temperature.warmup-steps", 2)
     train("specformer", "smoke", "specformer", "--train.steps", 4)
     start = ["--method.image-from", folder / "dinov2", "--method.spectrum-from", folder / "specformer"]
-    train("astroclip", "smoke", "astroclip", "--train.steps", 30, *start, "--data.features", folder / "features")
+    train("astroclip", "smoke", "astroclip", "--train.steps", 30, *start, "--data.token-cache", folder / "features")
     train("supervised", "smoke_photometry", "photometry", "--train.steps", 30)
     return folder
 

@@ -19,7 +19,7 @@ from armillary.engine.data.loading.loader import Loader
 from armillary.engine.data.sources.source import Sample
 from armillary.engine.data.sources.surveys.desi import DESI_GRID, DesiCoadds
 from armillary.engine.data.sources.surveys.sdss import SDSS_GRID, SdssSpectra
-from armillary.engine.data.views.objects import Objects
+from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.train.checks import problems
 from armillary.engine.weights.export import export_specformer, load_encoder
 from armillary.models.method import BatchKey, InputSpec
@@ -152,7 +152,7 @@ def test_real_spectra_with_gaps(real_data, tmp_path, kind):
     """Packed, read and encoded with the released windows: the same encoder on all of them, pixels without data or not."""
     source = real_spectra(real_data, kind)
     survey = build(source, tmp_path / "packed", name="real", test_fraction=0, progress=False, on_bad="skip")
-    views = Objects(spectrum=True)
+    views = ObjectViews(spectrum=True)
     assert views.problems(survey) == []
     shape = SpecFormer(dim=48, depth=2, heads=2)
     method = SpecFormerPretraining(encoder=shape, chunks=6, chunk_tokens=30).build(views.input_spec(survey))

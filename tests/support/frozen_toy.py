@@ -25,7 +25,7 @@ from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.sources.source import Sample
 from armillary.engine.data.views.multi_crop import MultiCrop
-from armillary.engine.data.views.objects import Objects
+from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.data.views.stretch import ToRGB
 from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup
 
@@ -91,7 +91,7 @@ class Align(Method):
 
 @dataclass
 class Pairs:
-    """Objects with an image and a spectrum.
+    """ObjectViews with an image and a spectrum.
 
     Attributes:
         count: Samples.
@@ -135,7 +135,7 @@ def make_survey(folder: Path, source: Pairs | None = None) -> Path:
     return folder
 
 
-def frozen_run(out: Path, survey: Path, features: Path | None = None, **train: Any) -> Run:
+def frozen_run(out: Path, survey: Path, tokens: Path | None = None, **train: Any) -> Run:
     numbers: dict[str, Any] = {"steps": 12, "global_batch": 8, "micro_batch": 4, "precision": "fp32"} | train
     crop = MultiCrop(
         global_size=SIDE, local_size=0, n_global=1, n_local=0, placement="centre", hflip=0.0, vflip=0.0, stretch=ToRGB()
@@ -143,8 +143,8 @@ def frozen_run(out: Path, survey: Path, features: Path | None = None, **train: A
     return Run(
         name="frozen",
         method=AlignConfig(),
-        views=Objects(image=crop, spectrum=True),
-        data=Data(survey, reader="webdataset", features=features, features_dtype="float32"),
+        views=ObjectViews(image=crop, spectrum=True),
+        data=Data(survey, reader="webdataset", token_cache=tokens, token_cache_dtype="float32"),
         optim=Optim(lr=0.05),
         schedule=Schedules(learning_rate=Constant(), weight_decay=Constant(0.01)),
         train=Training(**numbers),

@@ -8,7 +8,7 @@ from toy import described_survey
 
 from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.zero.optim import AdamW, build_groups
-from armillary.engine.zero.partition import Fragment, Layout
+from armillary.engine.zero.partition import Fragment, ZeroPartition
 from armillary.models.method import InputSpec, Method
 
 FACTS = {
@@ -24,7 +24,7 @@ def progress(step: int = 3) -> Progress:
     return Progress(step, 1, 0, step - 1, {"seed": 5, "epoch": 0, "position": 8 * step})
 
 
-class PlainLayout(Layout):
+class PlainLayout(ZeroPartition):
     """A stand-in for the layouts that read DeepSpeed's optimizers; one master a parameter."""
 
     def __init__(self, method: Method, rank: int = 0, world: int = 1):

@@ -48,7 +48,7 @@ from armillary.engine.data.building.packing import (
     measure_sky,
     pack,
 )
-from armillary.engine.data.building.shard_assignment import Layout, lay_out
+from armillary.engine.data.building.shard_assignment import ShardAssignment, lay_out
 from armillary.engine.data.building.splits import ByKey, SplitRule
 from armillary.engine.data.building.workers import Workers
 from armillary.engine.data.format.shards import fsync_folder
@@ -212,7 +212,7 @@ def _build(
 def _measure(
     source: Source,
     workers: Workers | Cluster,
-    layout: Layout,
+    layout: ShardAssignment,
     options: dict[str, Any],
     on_bad: Literal["error", "skip"],
 ) -> Settings:
@@ -262,7 +262,7 @@ def _median_sigma(source: Source, sigmas: np.ndarray) -> np.ndarray:
     return sigma
 
 
-def _finish(source: Source, folder: Path, layout: Layout, journal: Journal, packed: list[Packed]) -> Survey:
+def _finish(source: Source, folder: Path, layout: ShardAssignment, journal: Journal, packed: list[Packed]) -> Survey:
     """Write catalog.parquet, then survey.json."""
     settings = journal.settings
     kept = [p for p in packed if p.record.count]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from armillary.engine.data.building.packing import BUILD_FOLDER, Settings
-from armillary.engine.data.building.shard_assignment import Layout
+from armillary.engine.data.building.shard_assignment import ShardAssignment
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.source import Source, inputs, spectrum_of, vectors_of
 
@@ -47,7 +47,7 @@ class Journal:
         os.replace(temporary, path)
 
 
-def identify(source: Source, options: dict[str, Any], layout: Layout) -> dict[str, Any]:
+def identify(source: Source, options: dict[str, Any], layout: ShardAssignment) -> dict[str, Any]:
     """Everything that determines the survey's bytes, as JSON would give it back."""
     identity = {
         **options,

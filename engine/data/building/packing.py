@@ -40,7 +40,7 @@ class Settings:
         shape: (C, H, W) of every image; zeros where there are no images.
         codec: "bitplane" or "float16", of images and spectra.
         step: Quantisation step per band in the flux unit; empty for float16.
-        sky_sigma: Sky noise per band in the flux unit.
+        sky_sigma: SkyNoise noise per band in the flux unit.
         label_types: "float64" or "string" by label.
         pixels: Pixels of every spectrum; 0 where there are none.
         vectors: Vectors of a sample, in stored order.
@@ -124,7 +124,7 @@ class SkyTask:
 
 
 @dataclass(frozen=True)
-class Sky:
+class SkyNoise:
     """Noise of some samples.
 
     Attributes:
@@ -143,7 +143,7 @@ def catalog_schema(label_types: dict[str, str]) -> pa.Schema:
     return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in (CATALOG_COLUMNS | label_types).items()])
 
 
-def measure_sky(source: Source, task: SkyTask) -> Sky:
+def measure_sky(source: Source, task: SkyTask) -> SkyNoise:
     """Measure the noise of some samples; see `measure.robust_sigma`."""
     sigmas: list[np.ndarray] = []
     shape: tuple[int, int, int] | None = None
@@ -163,7 +163,7 @@ def measure_sky(source: Source, task: SkyTask) -> Sky:
         if shape is None:
             shape = (sample.image.shape[0], sample.image.shape[1], sample.image.shape[2])
         sigmas.append(robust_sigma(sample.image, sample.valid))
-    return Sky(np.array(sigmas).reshape(len(sigmas), len(source.bands)), shape, types)
+    return SkyNoise(np.array(sigmas).reshape(len(sigmas), len(source.bands)), shape, types)
 
 
 def pack(source: Source, task: PackTask) -> Packed:

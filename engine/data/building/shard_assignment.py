@@ -16,7 +16,7 @@ from armillary.engine.data.building.workers import Workers
 from armillary.engine.data.format.shards import key_problem
 from armillary.engine.data.sources.source import BadSample, Described, Source, describe
 
-__all__ = ["Layout", "ShardPlan", "lay_out"]
+__all__ = ["ShardAssignment", "ShardPlan", "lay_out"]
 
 DESCRIBED_ROWS = 16384  # of a task that reads no pixels
 READ_ROWS = 64  # of a task that does
@@ -39,7 +39,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardAssignment:
     """All shards of a survey.
 
     Attributes:
@@ -71,7 +71,7 @@ class _Task:
 
 def lay_out(
     source: Source, workers: Workers | Cluster, rule: SplitRule, *, seed: int, samples_per_shard: int, on_bad: str
-) -> Layout:
+) -> ShardAssignment:
     """Describe all samples and assign them to shards.
 
     Args:
@@ -117,7 +117,7 @@ def lay_out(
         rows = order[codes[order] == names[split]]
         for number, first in enumerate(range(0, rows.size, samples_per_shard)):
             shards.append(ShardPlan(f"{split}-{number:06d}.tar", split, rows[first : first + samples_per_shard]))
-    return Layout(tuple(shards), bad, checksum.hexdigest())
+    return ShardAssignment(tuple(shards), bad, checksum.hexdigest())
 
 
 def _describe(source: Source, task: _Task) -> _Piece:

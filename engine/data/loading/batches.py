@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Literal, Self
 
 from armillary.engine.data.loading.epoch_order import micro_batches, sequential_batches
-from armillary.engine.data.loading.stream import Prefetcher, Source
+from armillary.engine.data.loading.stream import Prefetcher, SplitStream
 from armillary.models.method import Batch
 
 __all__ = ["EndlessBatches", "OnePass"]
@@ -43,7 +43,7 @@ class EndlessBatches:
 
     def __init__(
         self,
-        source: Source,
+        source: SplitStream,
         *,
         micro_batch: int,
         accumulation: int,
@@ -205,7 +205,7 @@ class OnePass:
 
     def __init__(
         self,
-        source: Source,
+        source: SplitStream,
         *,
         batch: int,
         on_corrupt: Literal["error", "drop"] = "error",

@@ -14,17 +14,17 @@ import torch
 from armillary.engine.data.loading.batches import EndlessBatches, OnePass
 from armillary.engine.data.loading.decoding import OnCorrupt
 from armillary.engine.data.loading.epoch_order import MicroBatch
-from armillary.engine.data.loading.stream import Making, Source, Transform
+from armillary.engine.data.loading.stream import BatchRecipe, SplitStream, Transform
 from armillary.models.method import Batch
 
-__all__ = ["RowLoader", "RowSource", "SequentialRowLoader"]
+__all__ = ["CatalogLoader", "RowSource", "SequentialRowLoader"]
 
 
-class RowSource(Source):
+class RowSource(SplitStream):
     """A split of which nothing is read but the plan."""
 
-    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> Making:
-        return Making(_unread(requests), self._make, _describe)
+    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> BatchRecipe:
+        return BatchRecipe(_unread(requests), self._make, _describe)
 
     def _make(self, request: MicroBatch, _: None) -> tuple[Batch, int]:
         named = {"row": request.row, "position": request.position}
@@ -46,7 +46,7 @@ def _describe(request: MicroBatch) -> str:
     return f"positions {request.position[0]} ... {request.position[-1]} of epoch {request.epoch}"
 
 
-class RowLoader(EndlessBatches):
+class CatalogLoader(EndlessBatches):
     """Endless micro-batches of one rank, over epochs: the rows that a `Loader` of the same arguments would read.
 
     Args:

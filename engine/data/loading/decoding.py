@@ -14,7 +14,7 @@ from torch import Tensor
 from armillary.engine.data.format import codec, spectra
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.format.vectors import decode_vectors
-from armillary.engine.data.loading.epoch_order import MicroBatch, Plan
+from armillary.engine.data.loading.epoch_order import EpochOrder, MicroBatch
 from armillary.engine.data.loading.shard_files import PAD_TO, Blob, Blobs, ShardFiles
 from armillary.models.method import Batch
 
@@ -45,7 +45,7 @@ class BatchMaker:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: EpochOrder,
         files: ShardFiles,
         survey: Survey,
         *,

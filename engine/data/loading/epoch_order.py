@@ -23,7 +23,7 @@ import numpy as np
 
 from armillary.engine.data.format.survey import Survey
 
-__all__ = ["MicroBatch", "Plan", "micro_batch_starts", "micro_batches", "sequential_batches"]
+__all__ = ["MicroBatch", "EpochOrder", "micro_batch_starts", "micro_batches", "sequential_batches"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def _permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochOrder:
     """The global order of a split.
 
     Attributes:
@@ -85,8 +85,8 @@ class Plan:
             raise ValueError(f"seed: must be in [0, 2^64), got {self.seed}")
 
     @classmethod
-    def of(cls, survey: Survey, split: str, *, seed: int = 0, shuffle: bool = True) -> Plan:
-        """Plan of one split of a survey.
+    def of(cls, survey: Survey, split: str, *, seed: int = 0, shuffle: bool = True) -> EpochOrder:
+        """EpochOrder of one split of a survey.
 
         Raises:
             ValueError: The survey has no such split.
@@ -172,7 +172,7 @@ def micro_batch_starts(first: int, *, micro_batch: int, accumulation: int, rank:
 
 
 def micro_batches(
-    plan: Plan, epoch: int, position: int, *, micro_batch: int, accumulation: int, rank: int, world: int
+    plan: EpochOrder, epoch: int, position: int, *, micro_batch: int, accumulation: int, rank: int, world: int
 ) -> Iterator[MicroBatch]:
     """Everything a rank reads from (epoch, position) on, without end.
 
@@ -196,7 +196,7 @@ def micro_batches(
         epoch, position = epoch + 1, 0
 
 
-def sequential_batches(plan: Plan, batch: int, parts: Iterable[range] | None = None) -> Iterator[MicroBatch]:
+def sequential_batches(plan: EpochOrder, batch: int, parts: Iterable[range] | None = None) -> Iterator[MicroBatch]:
     """Every sample of the plan's first epoch once; the last batch may be short.
 
     Args:

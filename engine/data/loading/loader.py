@@ -19,12 +19,12 @@ from armillary.engine.data.loading.decoding import BatchMaker, OnCorrupt
 from armillary.engine.data.loading.epoch_order import MicroBatch
 from armillary.engine.data.loading.readers import Reader, ReaderName, make_reader
 from armillary.engine.data.loading.shard_files import ShardFiles
-from armillary.engine.data.loading.stream import Making, Prefetcher, Source, Transform
+from armillary.engine.data.loading.stream import BatchRecipe, Prefetcher, SplitStream, Transform
 
 __all__ = ["Loader", "SequentialLoader", "ShardSource"]
 
 
-class ShardSource(Source):
+class ShardSource(SplitStream):
     """A split whose shards are read: its files and the reader.
 
     Where `packed` is set or the first transform says so of itself (an attribute `packed`), batches reach it undecoded, as
@@ -74,7 +74,7 @@ class ShardSource(Source):
         """Stop reading ahead and close the tars."""
         self.reader.close()
 
-    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> Making:
+    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> BatchRecipe:
         maker = BatchMaker(
             self.plan,
             self.files,
@@ -84,7 +84,7 @@ class ShardSource(Source):
             on_corrupt=on_corrupt,
             packed=self.packed,
         )
-        return Making(Prefetcher(self.reader.read(requests), 1, "armillary-read"), maker.make, maker.describe)
+        return BatchRecipe(Prefetcher(self.reader.read(requests), 1, "armillary-read"), maker.make, maker.describe)
 
 
 class Loader(EndlessBatches):

@@ -15,10 +15,10 @@ import torch
 
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.loading.decoding import OnCorrupt
-from armillary.engine.data.loading.epoch_order import MicroBatch, Plan
+from armillary.engine.data.loading.epoch_order import EpochOrder, MicroBatch
 from armillary.models.method import Batch, BatchKey
 
-__all__ = ["Making", "Prefetcher", "Reads", "Source", "Transform"]
+__all__ = ["BatchRecipe", "Prefetcher", "PlannedReads", "SplitStream", "Transform"]
 
 DEEPER = 4  # times as many batches are kept ready, at most, where the consumer has had to wait
 
@@ -128,7 +128,7 @@ class Prefetcher(Generic[T]):
             self._thread.join()
 
 
-class Reads(Protocol):
+class PlannedReads(Protocol):
     """Planned micro-batches with what was read for each; must be closed."""
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, Any]]:
@@ -140,7 +140,7 @@ class Reads(Protocol):
         ...
 
 
-class Making(NamedTuple):
+class BatchRecipe(NamedTuple):
     """How a stream of batches is made.
 
     Attributes:
@@ -149,12 +149,12 @@ class Making(NamedTuple):
         describe: A micro-batch in words, for an error.
     """
 
-    reads: Reads
+    reads: PlannedReads
     make: Callable[[MicroBatch, Any], tuple[Batch, int]]
     describe: Callable[[MicroBatch], str]
 
 
-class Source(ABC):
+class SplitStream(ABC):
     """What all loaders share: a split of a survey, its order, and how a stream of batches is started.
 
     Attributes:
@@ -189,7 +189,7 @@ class Source(ABC):
             raise ValueError(f"timeout_s: must be positive, got {timeout_s}")
         self.folder, self.split = Path(folder), split
         self.survey = Survey.load(folder)
-        self.plan = Plan.of(self.survey, split, seed=seed, shuffle=shuffle)
+        self.plan = EpochOrder.of(self.survey, split, seed=seed, shuffle=shuffle)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             # The current device is one of the caller's thread; the loader's threads begin with device 0.
@@ -199,7 +199,7 @@ class Source(ABC):
         self.timeout_s = timeout_s
 
     @abstractmethod
-    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> Making:
+    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> BatchRecipe:
         """Begin to read these micro-batches. Runs in the loader's thread."""
 
     @abstractmethod

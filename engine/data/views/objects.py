@@ -18,11 +18,11 @@ from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.models.method import Batch, BatchKey, InputSpec
 
-__all__ = ["Objects"]
+__all__ = ["ObjectViews"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objects:
+class ObjectViews:
     """The recipe's description of what a method sees of an object. Every object must have all of it.
 
     Attributes:
@@ -119,9 +119,9 @@ class Objects:
 
 
 class _Objects:
-    """`Objects` fixed for a survey and a device."""
+    """`ObjectViews` fixed for a survey and a device."""
 
-    def __init__(self, views: Objects, survey: Survey, device: torch.device) -> None:
+    def __init__(self, views: ObjectViews, survey: Survey, device: torch.device) -> None:
         self.spectrum = views.spectrum
         self.crop = None if views.image is None else views.image.build(survey, device)
         self.packed = bool(getattr(self.crop, "packed", False))

@@ -20,7 +20,7 @@ import numpy as np
 
 from armillary.engine.data.sources.surveys.galaxyzoo import DECALS_QUESTIONS
 from armillary.engine.evaluate.morphology.figures import MorphologyResult, morphology_section
-from armillary.engine.evaluate.probes.perceptron import Training, soft_cross_entropy, train_perceptron
+from armillary.engine.evaluate.probes.perceptron import PerceptronTraining, soft_cross_entropy, train_perceptron
 from armillary.engine.evaluate.probes.probes import standardised
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 
@@ -49,7 +49,9 @@ class MorphologyOptions:
 
     questions: tuple[str, ...] = ()
     hidden: tuple[int, ...] = (128, 128, 128)
-    training: Training = field(default_factory=lambda: Training(25, 256, 1e-3, dropout=0.2, held_out=0.1))
+    training: PerceptronTraining = field(
+        default_factory=lambda: PerceptronTraining(25, 256, 1e-3, dropout=0.2, held_out=0.1)
+    )
     asked: float = 0.5
     min_votes: float = 34
     min_samples: int = 20

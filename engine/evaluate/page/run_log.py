@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Logbook", "flatten"]
+__all__ = ["RunLog", "flatten"]
 
 NOT_LOSSES = {
     "step", "epoch", "loss", "loss_max", "images_per_s", "tokens_per_s", "mfu", "data_wait", "peak_gib", "skipped",
@@ -19,7 +19,7 @@ NOT_LOSSES = {
 
 
 @dataclass(frozen=True)
-class Logbook:
+class RunLog:
     """A run's record and its numbers over the steps.
 
     Attributes:
@@ -31,7 +31,7 @@ class Logbook:
     series: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, run_dir: Path) -> Logbook:
+    def read(cls, run_dir: Path) -> RunLog:
         """Read a run's folder; a missing metrics.jsonl gives no series.
 
         Raises:

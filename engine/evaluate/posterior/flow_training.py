@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PRESETS", "FlowOptions", "Member", "train_members"]
+__all__ = ["PRESETS", "FlowOptions", "EnsembleFlow", "train_members"]
 
 RESTARTS = 3
 FINAL_LEARNING_RATE = 1e-6
@@ -101,7 +101,7 @@ PRESETS: dict[str, FlowOptions] = {
 
 
 @dataclass(frozen=True)
-class Member:
+class EnsembleFlow:
     """One trained flow.
 
     Attributes:
@@ -145,7 +145,7 @@ def _draw(number: int, rng: np.random.Generator, options: FlowOptions) -> _Plan:
     return _Plan(number, transforms, math.ceil(width), int(rng.integers(2**31)))
 
 
-def train_members(x: Tensor, t: Tensor, options: FlowOptions) -> tuple[Member, ...]:
+def train_members(x: Tensor, t: Tensor, options: FlowOptions) -> tuple[EnsembleFlow, ...]:
     """Draw and train the members, one after the other.
 
     Args:
@@ -160,7 +160,7 @@ def train_members(x: Tensor, t: Tensor, options: FlowOptions) -> tuple[Member, .
     return tuple(_train(_draw(number, rng, options), x, t, options) for number in range(options.members))
 
 
-def _train(plan: _Plan, x: Tensor, t: Tensor, options: FlowOptions) -> Member:
+def _train(plan: _Plan, x: Tensor, t: Tensor, options: FlowOptions) -> EnsembleFlow:
     """Train a member; where its loss is not finite, begin again with a tenth of the learning rate."""
     rate = options.learning_rate
     for _ in range(1 + RESTARTS):
@@ -175,7 +175,7 @@ def _train(plan: _Plan, x: Tensor, t: Tensor, options: FlowOptions) -> Member:
     )
 
 
-def _attempt(plan: _Plan, x: Tensor, t: Tensor, options: FlowOptions) -> Member | None:
+def _attempt(plan: _Plan, x: Tensor, t: Tensor, options: FlowOptions) -> EnsembleFlow | None:
     """One training; None as soon as a loss or gradient is not finite."""
     generator = torch.Generator().manual_seed(plan.seed)
     order = torch.randperm(len(x), generator=generator)
@@ -210,7 +210,7 @@ def _attempt(plan: _Plan, x: Tensor, t: Tensor, options: FlowOptions) -> Member 
             break
     flow.load_state_dict(best)
     flow.eval()
-    return Member(
+    return EnsembleFlow(
         flow, plan.transforms, plan.hidden, plan.seed, options.learning_rate, tuple(history), np.sort(held.numpy())
     )
 

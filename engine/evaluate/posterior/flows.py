@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from armillary.engine.evaluate.posterior.flow_scaling import Scaling
-from armillary.engine.evaluate.posterior.flow_training import PRESETS, FlowOptions, Member, train_members
+from armillary.engine.evaluate.posterior.flow_training import PRESETS, EnsembleFlow, FlowOptions, train_members
 
-__all__ = ["PRESETS", "FlowEnsemble", "FlowOptions", "Member", "NegativeLogLikelihood"]
+__all__ = ["PRESETS", "FlowEnsemble", "FlowOptions", "EnsembleFlow", "NegativeLogLikelihood"]
 
 LEAST_SAMPLES = 20
 CHUNK = 65536  # rows a pass: splines of 8 bins in 5 dimensions then need about 100 MB
@@ -63,7 +63,7 @@ class FlowEnsemble:
         dropped: Training samples left out because a parameter was unknown.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[EnsembleFlow, ...]
     scaling: Scaling
     dropped: int
 

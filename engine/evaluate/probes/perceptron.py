@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from armillary.models.supervised.regression import known_squares
 
-__all__ = ["Training", "masked_mse", "perceptron", "soft_cross_entropy", "train_perceptron"]
+__all__ = ["PerceptronTraining", "masked_mse", "perceptron", "soft_cross_entropy", "train_perceptron"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Training:
+class PerceptronTraining:
     """How a perceptron is trained.
 
     Attributes:
@@ -95,7 +95,7 @@ def soft_cross_entropy(logits: Tensor, share: Tensor) -> Tensor:
 
 
 def train_perceptron(
-    inputs: np.ndarray, targets: np.ndarray, loss: Loss, hidden: Sequence[int], training: Training
+    inputs: np.ndarray, targets: np.ndarray, loss: Loss, hidden: Sequence[int], training: PerceptronTraining
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Train a perceptron.
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from armillary.engine.evaluate.probes.perceptron import Training, masked_mse, train_perceptron
+from armillary.engine.evaluate.probes.perceptron import PerceptronTraining, masked_mse, train_perceptron
 
 __all__ = ["KNN", "MLP", "JointMLP", "Probe", "Ridge", "labelled", "nearest", "standardised"]
 
@@ -185,7 +185,7 @@ class JointMLP(Probe):
     """
 
     hidden: tuple[int, ...] = (32,)
-    training: Training = field(default_factory=Training)
+    training: PerceptronTraining = field(default_factory=PerceptronTraining)
 
     @property
     def name(self) -> str:

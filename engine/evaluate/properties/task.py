@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from armillary.engine.evaluate.probes.bins import quantile_strata, score_strata
-from armillary.engine.evaluate.probes.perceptron import Training
+from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
 from armillary.engine.evaluate.probes.probes import KNN, JointMLP, Probe
 from armillary.engine.evaluate.properties.figures import bias_section, prediction_section, strata_section
 from armillary.engine.evaluate.properties.results import (
@@ -57,7 +57,7 @@ class PropertyOptions:
     labels: tuple[str, ...] = ()
     neighbours: int = 64
     hidden: tuple[tuple[int, ...], ...] = ((32,), (64, 64))
-    training: Training = field(default_factory=Training)
+    training: PerceptronTraining = field(default_factory=PerceptronTraining)
     magnitude: str = ""
     strata: int = 6
     tomographic_bins: int = 5

@@ -20,7 +20,7 @@ from armillary.engine.evaluate.embedding.embed import Pipeline, embed, first_sam
 from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
 from armillary.engine.evaluate.embedding.encoder import load_pipeline
 from armillary.engine.evaluate.page.pictures import channels_rgb
-from armillary.engine.evaluate.page.run_log import Logbook
+from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.probes.baselines import PixelPCA, View, asinh_pixels
 from armillary.engine.evaluate.probes.collapse import assess
 from armillary.engine.evaluate.runs.evaluation import (
@@ -87,7 +87,7 @@ def evaluate_run(
 
     run_dir, survey_dir, out = Path(run_dir), Path(survey_dir), Path(out)
     device = torch.device(device)
-    survey, logbook = Survey.load(survey_dir), Logbook.read(run_dir)
+    survey, logbook = Survey.load(survey_dir), RunLog.read(run_dir)
     trained, about, run = load_pipeline(run_dir, survey, device, readout=readout)
     untrained, about_untrained, _ = load_pipeline(run_dir, survey, device, trained=False, readout=readout)
 
@@ -163,7 +163,7 @@ def embed_features(
 def evaluate_embeddings(
     survey_dir: Path,
     features: Mapping[str, Embeddings],
-    logbook: Logbook,
+    logbook: RunLog,
     report: Path,
     options: Options = DEFAULTS,
     *,

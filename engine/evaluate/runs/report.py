@@ -19,7 +19,7 @@ import numpy as np
 
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.page import figures, pictures
-from armillary.engine.evaluate.page.run_log import Logbook
+from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.page.style import CSS
 from armillary.engine.evaluate.probes.probes import nearest
 from armillary.engine.evaluate.runs import report_run
@@ -60,7 +60,7 @@ class Gallery:
             )
 
 
-def write_report(path: Path, verdict: Verdict, survey: Survey, logbook: Logbook, gallery: Gallery) -> None:
+def write_report(path: Path, verdict: Verdict, survey: Survey, logbook: RunLog, gallery: Gallery) -> None:
     """Write the page.
 
     Args:
@@ -135,7 +135,7 @@ def layout_map(vector: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
     return flat, "principal components"
 
 
-def run_header(title: str, survey: Survey, logbook: Logbook, more: Mapping[str, str] | None = None) -> str:
+def run_header(title: str, survey: Survey, logbook: RunLog, more: Mapping[str, str] | None = None) -> str:
     """Head of a page about a run: its name, its command and the facts of its training.
 
     Args:

@@ -8,12 +8,12 @@ import numpy as np
 
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.page import figures
-from armillary.engine.evaluate.page.run_log import Logbook, flatten
+from armillary.engine.evaluate.page.run_log import RunLog, flatten
 
 __all__ = ["provenance", "throughput", "training"]
 
 
-def training(logbook: Logbook) -> str:
+def training(logbook: RunLog) -> str:
     """Loss, its terms, health measures, schedules and gradient norms over the steps, as HTML."""
     series = logbook.series
     if "loss" not in series:
@@ -39,7 +39,7 @@ def training(logbook: Logbook) -> str:
     return f'<h2>Training</h2><div class="grid">{cards}</div>'
 
 
-def throughput(logbook: Logbook) -> str:
+def throughput(logbook: RunLog) -> str:
     """Medians and quantiles of images a second, MFU, data wait and memory, as HTML; nothing if none was logged."""
     shown: list[tuple[str, str]] = []
     for name, title, scale, form in (
@@ -61,7 +61,7 @@ def throughput(logbook: Logbook) -> str:
     )
 
 
-def provenance(survey: Survey, logbook: Logbook, name: str = "") -> str:
+def provenance(survey: Survey, logbook: RunLog, name: str = "") -> str:
     """The records of the run and of the survey, folded away, as HTML.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from armillary.engine.evaluate.page.run_log import Logbook
+from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.runs import report_run
 from armillary.engine.evaluate.runs.report import page, run_header
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
@@ -53,7 +53,7 @@ def save_measures(folder: Path, study: Study, outcomes: Sequence[Outcome]) -> No
 
 
 def write_study_report(
-    path: Path, title: str, study: Study, outcomes: Sequence[Outcome], logbooks: Mapping[str, Logbook]
+    path: Path, title: str, study: Study, outcomes: Sequence[Outcome], logbooks: Mapping[str, RunLog]
 ) -> None:
     """Write the page.
 

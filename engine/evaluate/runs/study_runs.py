@@ -16,7 +16,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embed import Pipeline, embed_readouts, first_samples, open_batches
 from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
 from armillary.engine.evaluate.embedding.encoder import Encoder
-from armillary.engine.evaluate.page.run_log import Logbook
+from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.runs.study_report import save_measures, write_study_report
 from armillary.engine.evaluate.runs.study_tasks import TASKS, left_out
 from armillary.engine.evaluate.study.options import StudyOptions
@@ -64,7 +64,7 @@ def evaluate_study(
     survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
     survey = Survey.load(survey_dir)
     encoders = [Encoder.load(run, survey, where) for run in runs]
-    logbooks = {e.run.name: Logbook.read(run) for e, run in zip(encoders, runs, strict=True)}
+    logbooks = {e.run.name: RunLog.read(run) for e, run in zip(encoders, runs, strict=True)}
     wanted = _wanted(encoders, survey)
     chosen = _chosen(options, survey, [e.method for e in encoders])
     out.mkdir(parents=True, exist_ok=True)

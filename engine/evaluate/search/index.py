@@ -7,7 +7,7 @@
 An exact index compares a query with every vector, at 4 D bytes each. Beyond a few million vectors an inverted file of
 product-quantised residuals (IVF-PQ, Jegou et al. 2011, behind an optimised rotation, OPQ, Ge et al. 2013) takes m + 8
 bytes a vector and looks at `probes` of its lists only. It is filled in pieces, so that the vectors themselves never lie in
-memory together; `Plan.memory_bytes` is the formula. Kept beside it as half-precision numbers in a memory-mapped file,
+memory together; `IndexSettings.memory_bytes` is the formula. Kept beside it as half-precision numbers in a memory-mapped file,
 they put the best candidates in their exact order.
 
 Shape legend: N indexed vectors, M queries, D embedding dimensions, k answers, m bytes of a code.
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from armillary.engine.evaluate.search.index_settings import Kind, Plan
+from armillary.engine.evaluate.search.index_settings import IndexSettings, Kind
 from armillary.engine.evaluate.search.vectors import CHUNK, ORIGIN, VectorFiles, difference, unit
 
 __all__ = ["Answers", "Index"]
@@ -61,7 +61,12 @@ class Index:
     """
 
     def __init__(
-        self, engine: Any, keys: pa.Array, plan: Plan, metadata: Mapping[str, str], kept: np.memmap | None = None
+        self,
+        engine: Any,
+        keys: pa.Array,
+        plan: IndexSettings,
+        metadata: Mapping[str, str],
+        kept: np.memmap | None = None,
     ) -> None:
         self._engine, self._kept = engine, kept
         self.keys, self.plan, self.metadata = keys, plan, dict(metadata)
@@ -91,7 +96,7 @@ class Index:
         keys: Sequence[str] | np.ndarray | None = None,
         *,
         kind: Kind = "auto",
-        plan: Plan | None = None,
+        plan: IndexSettings | None = None,
         metadata: Mapping[str, str] | None = None,
         keep: Path | None = None,
     ) -> Index:
@@ -100,7 +105,7 @@ class Index:
         Args:
             vectors: [N, D] floating, of any length but zero.
             keys: N different keys; "0", "1", ... if absent.
-            kind: "exact", "ivfpq", or "auto" (see `Plan.choose`).
+            kind: "exact", "ivfpq", or "auto" (see `IndexSettings.choose`).
             plan: In place of `kind`, every setting.
             metadata: Where the vectors come from.
             keep: File for the vectors in half precision, with which the candidates of an IVF-PQ index are re-ranked; an
@@ -121,11 +126,13 @@ class Index:
                 yield vectors[start : start + CHUNK]
 
         width = vectors.shape[1]
-        return cls._fill(names, width, chunks, plan or Plan.choose(len(names), width, kind), metadata or {}, keep)
+        return cls._fill(
+            names, width, chunks, plan or IndexSettings.choose(len(names), width, kind), metadata or {}, keep
+        )
 
     @classmethod
     def read_files(
-        cls, paths: Sequence[Path], *, kind: Kind = "auto", plan: Plan | None = None, keep: Path | None = None
+        cls, paths: Sequence[Path], *, kind: Kind = "auto", plan: IndexSettings | None = None, keep: Path | None = None
     ) -> Index:
         """Index files of embeddings, in pieces: the vectors never lie in memory together (but in an exact index).
 
@@ -140,7 +147,7 @@ class Index:
             ValueError: As for `build`, or the files are of different surveys, encoders or readouts.
         """
         files = VectorFiles.open(paths)
-        plan = plan or Plan.choose(len(files.keys), files.dimensions, kind)
+        plan = plan or IndexSettings.choose(len(files.keys), files.dimensions, kind)
         return cls._fill(files.keys, files.dimensions, files.chunks, plan, files.metadata, keep)
 
     @classmethod
@@ -149,7 +156,7 @@ class Index:
         keys: pa.Array,
         width: int,
         chunks: Callable[[], Iterator[np.ndarray]],
-        plan: Plan,
+        plan: IndexSettings,
         metadata: Mapping[str, str],
         keep: Path | None,
     ) -> Index:
@@ -316,7 +323,7 @@ class Index:
             about = json.loads((folder / "index.json").read_text())
             if about["version"] != VERSION:
                 raise ValueError(f"version {about['version']}, this program reads {VERSION}")
-            plan = Plan(**about["plan"])
+            plan = IndexSettings(**about["plan"])
             engine: Any = faiss.read_index(str(folder / "index.faiss"))
             keys = pq.read_table(folder / "keys.parquet")["key"].cast(pa.large_string()).combine_chunks()
             kept = folder / "vectors.npy"

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Kind", "Plan"]
+__all__ = ["Kind", "IndexSettings"]
 
 Kind = Literal["exact", "ivfpq", "auto"]
 
@@ -25,7 +25,7 @@ LEAST_PROBES = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class IndexSettings:
     """Layout of an index. Fields but the first two matter to "ivfpq" only.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plan:
         lists: int | None = None,
         code_bytes: int | None = None,
         probes: int | None = None,
-    ) -> Plan:
+    ) -> IndexSettings:
         """Settings for N vectors.
 
         There are 4 sqrt(N) lists, rounded to a power of two, fewer where that leaves too few training vectors for each;

@@ -16,14 +16,14 @@ import numpy as np
 
 from armillary.engine.evaluate.search.vectors import unit
 
-__all__ = ["Gains", "Ranks", "bootstrap_error", "closeness", "found_again", "gain_ndcg", "ndcg", "rank_partners"]
+__all__ = ["Gains", "PartnerRanks", "bootstrap_error", "closeness", "found_again", "gain_ndcg", "ndcg", "rank_partners"]
 
 DECIMALS = 6  # of a similarity; float32 products of unit vectors are good to a few 1e-7
 CHUNK = 512  # queries compared with all candidates at a time
 
 
 @dataclass(frozen=True)
-class Ranks:
+class PartnerRanks:
     """Where each query's partner is among the answers.
 
     Attributes:
@@ -64,7 +64,7 @@ class Ranks:
         return (total[last] - total[first]) / self.tied
 
 
-def rank_partners(queries: np.ndarray, candidates: np.ndarray) -> Ranks:
+def rank_partners(queries: np.ndarray, candidates: np.ndarray) -> PartnerRanks:
     """Rank the candidates by cosine for each query, whose partner is the candidate of the same row.
 
     Args:
@@ -80,7 +80,7 @@ def rank_partners(queries: np.ndarray, candidates: np.ndarray) -> Ranks:
     for rows, similarity in _similarities(queries, candidates):
         own = similarity[np.arange(len(rows)), rows][:, None]
         above[rows], tied[rows] = (similarity > own).sum(1), (similarity == own).sum(1)
-    return Ranks(len(candidates), above, tied)
+    return PartnerRanks(len(candidates), above, tied)
 
 
 def ndcg(gain: np.ndarray, similarity: np.ndarray, k: int) -> np.ndarray:

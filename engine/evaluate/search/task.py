@@ -21,7 +21,13 @@ from armillary.engine.evaluate.page import figures
 from armillary.engine.evaluate.probes.scores import MAD_TO_SIGMA, residuals
 from armillary.engine.evaluate.search.index import Answers, Index
 from armillary.engine.evaluate.search.pictures import Tile, draw_objects, tile_row
-from armillary.engine.evaluate.search.retrieval import Ranks, bootstrap_error, closeness, gain_ndcg, rank_partners
+from armillary.engine.evaluate.search.retrieval import (
+    PartnerRanks,
+    bootstrap_error,
+    closeness,
+    gain_ndcg,
+    rank_partners,
+)
 from armillary.engine.evaluate.study.study import FeatureSet, Measure, Outcome, Study
 
 __all__ = ["SearchOptions", "search"]
@@ -93,7 +99,7 @@ class _Found:
     """What one pair gave."""
 
     pair: _Pair
-    ranks: Ranks | None
+    ranks: PartnerRanks | None
     label: np.ndarray | None  # [M] NaN where unknown
     nearest: np.ndarray | None  # [M] label of the best answer that is another object
     measures: tuple[Measure, ...]

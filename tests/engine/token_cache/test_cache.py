@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from armillary.engine.data.loading.epoch_order import Plan
+from armillary.engine.data.loading.epoch_order import EpochOrder
 from armillary.engine.token_cache import fill as fill_module
-from armillary.engine.token_cache.cache import CachedTokens, FeatureCache, FeatureError, TokenLayout
-from armillary.engine.token_cache.fill import FeatureFill
+from armillary.engine.token_cache.cache import CachedTokens, TokenCache, TokenCacheError, TokenLayout
+from armillary.engine.token_cache.fill import TokenCacheFill
 
-PLAN = Plan((3, 0, 4, 6), (2, 5, 9, 13))  # rows 2 to 4, 9 to 12 and 13 to 18 of the catalogue
+PLAN = EpochOrder((3, 0, 4, 6), (2, 5, 9, 13))  # rows 2 to 4, 9 to 12 and 13 to 18 of the catalogue
 ROWS = [2, 3, 4, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
 SHAPES = {"image_tokens": (4, 3), "spectrum_tokens": (7, 2)}
 MADE_OF = {"survey": "abc", "views": {"size": 144}}
@@ -39,8 +39,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(fill_module, "CHUNK_BYTES", 5 * 4 * 26)
 
 
-def fill_of(folder: Path, dtype: str = "float32", made_of=MADE_OF, **changes) -> FeatureFill:
-    return FeatureFill(folder, TokenLayout(**{"samples": 13, "dtype": dtype, "shapes": SHAPES, **changes}), made_of)
+def fill_of(folder: Path, dtype: str = "float32", made_of=MADE_OF, **changes) -> TokenCacheFill:
+    return TokenCacheFill(folder, TokenLayout(**{"samples": 13, "dtype": dtype, "shapes": SHAPES, **changes}), made_of)
 
 
 def filled(folder: Path, dtype: str = "float32") -> Path:
@@ -53,7 +53,7 @@ def filled(folder: Path, dtype: str = "float32") -> Path:
 
 
 def read(folder: Path, rows: list[int], dtype=torch.float32) -> dict:
-    cache = FeatureCache(folder, PLAN)
+    cache = TokenCache(folder, PLAN)
     batch = CachedTokens(cache, torch.device("cpu"), dtype, 3)({"row": torch.tensor(rows)}, None)
     cache.close()
     return batch
@@ -104,12 +104,12 @@ def test_a_killed_fill_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), fill.prepared():
         fill.write(2, parts(fill.chunks[2]))
         fill.write(1, killed())
-    with pytest.raises(FeatureError, match="complete features, got"):
-        FeatureCache(tmp_path, PLAN)
+    with pytest.raises(TokenCacheError, match="a complete token cache, got"):
+        TokenCache(tmp_path, PLAN)
     again = fill_of(tmp_path)
     with again.prepared():
         assert again.pending() == [0, 1]
-        with pytest.raises(FeatureError, match="all chunks, got 2 unfinished, first 0"):
+        with pytest.raises(TokenCacheError, match="all chunks, got 2 unfinished, first 0"):
             again.finish()
         for number in again.pending():
             again.write(number, parts(again.chunks[number]))
@@ -120,7 +120,7 @@ def test_a_killed_fill_goes_on_with_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_two_runs_do_not_fill_one_folder(tmp_path):
-    with fill_of(tmp_path).prepared(), pytest.raises(FeatureError, match="filled by another run; wait"):
+    with fill_of(tmp_path).prepared(), pytest.raises(TokenCacheError, match="filled by another run; wait"):
         with fill_of(tmp_path).prepared():
             pass
 
@@ -139,13 +139,13 @@ def test_two_runs_do_not_fill_one_folder(tmp_path):
 def test_an_unfinished_fill_of_something_else_is_refused(tmp_path, change, message):
     with fill_of(tmp_path).prepared():
         pass
-    with pytest.raises(FeatureError, match=message), fill_of(tmp_path, **change).prepared():
+    with pytest.raises(TokenCacheError, match=message), fill_of(tmp_path, **change).prepared():
         pass
 
 
 def test_strangers_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FeatureError, match="an empty folder or cached features, got .* with notes.txt"):
+    with pytest.raises(TokenCacheError, match="an empty folder or a token cache, got .* with notes.txt"):
         with fill_of(tmp_path).prepared():
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
@@ -153,12 +153,12 @@ def test_strangers_are_left_alone(tmp_path):
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "f").write_text("mine")
-    with pytest.raises(FeatureError, match="a folder that can be written to"), fill_of(tmp_path / "f").prepared():
+    with pytest.raises(TokenCacheError, match="a folder that can be written to"), fill_of(tmp_path / "f").prepared():
         pass
 
 
 def test_a_full_disk_is_found_before_the_first_token(tmp_path):
-    with pytest.raises(FeatureError, match=r"1456 bytes free .*tokens of 13 samples, 112 bytes each as float32"):
+    with pytest.raises(TokenCacheError, match=r"1456 bytes free .*tokens of 13 samples, 112 bytes each as float32"):
         with fill_of(tmp_path).prepared(lambda folder: SimpleNamespace(free=1000)):
             pass
     assert not list(tmp_path.iterdir())
@@ -168,7 +168,7 @@ def test_a_full_disk_is_found_before_the_first_token(tmp_path):
     "value,dtype,message",
     [
         (np.nan, "float32", "finite image_tokens within float32, got nan in sample 1"),
-        (1e5, "float16", r"within float16, got 100000 in sample 1 .*choose data.features_dtype float32"),
+        (1e5, "float16", r"within float16, got 100000 in sample 1 .*choose data.token_cache_dtype float32"),
     ],
     ids=["nan", "overflow"],
 )
@@ -176,7 +176,7 @@ def test_tokens_that_cannot_be_stored_are_refused(tmp_path, value, dtype, messag
     fill = fill_of(tmp_path, dtype)
     first, arrays = next(parts(fill.chunks[0]))
     arrays["image_tokens"][1, 2, 0] = value
-    with pytest.raises(FeatureError, match=message), fill.prepared():
+    with pytest.raises(TokenCacheError, match=message), fill.prepared():
         fill.write(0, [(first, arrays)])
 
 
@@ -194,7 +194,7 @@ def test_tokens_that_cannot_be_stored_are_refused(tmp_path, value, dtype, messag
 )
 def test_parts_that_are_no_chunk_are_refused(tmp_path, handed, message):
     fill = fill_of(tmp_path)
-    with pytest.raises(FeatureError, match=message), fill.prepared():
+    with pytest.raises(TokenCacheError, match=message), fill.prepared():
         fill.write(0, handed(fill.chunks[0]))
     assert fill.pending() == [0, 1, 2]
 
@@ -209,7 +209,7 @@ def test_a_flipped_bit_is_found_when_its_sample_is_read(tmp_path):
     folder = filled(tmp_path / "f")
     flip(folder / "spectrum_tokens.bin", 9 * 56 + 3)
     assert len(read(folder, [row for row in ROWS if row != 15])["row"]) == 12
-    with pytest.raises(FeatureError, match="spectrum_tokens.bin is corrupt at sample 9 .bytes 504 ... 560."):
+    with pytest.raises(TokenCacheError, match="spectrum_tokens.bin is corrupt at sample 9 .bytes 504 ... 560."):
         read(folder, [2, 15])
 
 
@@ -219,22 +219,22 @@ def test_a_flipped_bit_is_found_when_its_sample_is_read(tmp_path):
         (lambda f: os.truncate(f / "image_tokens.bin", 600), "image_tokens.bin must have 624 bytes, got 600"),
         (lambda f: (f / "image_tokens.bin").unlink(), "image_tokens.bin must have 624 bytes, got None"),
         (lambda f: os.truncate(f / "rows.crc", 8), "rows.crc must have 104 bytes, got 8"),
-        (lambda f: flip(f / "rows.crc", 5), "is damaged: rows.crc is not what features.json says"),
-        (lambda f: os.truncate(f / "features.json", 40), "complete features, got"),
-        (lambda f: (f / "features.json").write_text("{}"), "complete features, got"),
+        (lambda f: flip(f / "rows.crc", 5), "is damaged: rows.crc is not what tokens.json says"),
+        (lambda f: os.truncate(f / "tokens.json", 40), "a complete token cache, got"),
+        (lambda f: (f / "tokens.json").write_text("{}"), "a complete token cache, got"),
     ],
     ids=["short", "missing", "short-crc", "crc", "short-json", "empty-json"],
 )
 def test_damage_is_found_when_the_folder_is_opened(tmp_path, damage, message):
     folder = filled(tmp_path / "f")
     damage(folder)
-    with pytest.raises(FeatureError, match=message):
-        FeatureCache(folder, PLAN)
+    with pytest.raises(TokenCacheError, match=message):
+        TokenCache(folder, PLAN)
 
 
 def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path):
     folder = filled(tmp_path / "f")
-    cache = FeatureCache(folder, PLAN)
+    cache = TokenCache(folder, PLAN)
     os.truncate(folder / "image_tokens.bin", 100)
     with pytest.raises(OSError, match="ends before byte 624: cut short since it was opened"):
         cache.read_into("image_tokens", 12, np.empty((4, 3), np.float32))
@@ -245,31 +245,31 @@ def test_a_file_cut_short_while_it_is_filled_is_refused(tmp_path):
     with fill.prepared():
         fill.write(0, parts(fill.chunks[0]))
     os.truncate(tmp_path / "image_tokens.bin", 100)
-    with pytest.raises(FeatureError, match="image_tokens.bin must have 624 bytes; delete .* to fill it anew"):
+    with pytest.raises(TokenCacheError, match="image_tokens.bin must have 624 bytes; delete .* to fill it anew"):
         with fill_of(tmp_path).prepared():
             pass
 
 
 @pytest.mark.parametrize("row", [0, 5, 8, 19])
 def test_rows_of_other_splits_have_no_tokens(tmp_path, row):
-    cache = FeatureCache(filled(tmp_path / "f"), PLAN)
-    with pytest.raises(FeatureError, match=f"rows of the split, got row {row} of catalog.parquet"):
+    cache = TokenCache(filled(tmp_path / "f"), PLAN)
+    with pytest.raises(TokenCacheError, match=f"rows of the split, got row {row} of catalog.parquet"):
         cache.places(np.array([2, row]))
 
 
 def test_another_split_is_refused(tmp_path):
-    with pytest.raises(FeatureError, match="tokens of the 7 samples of the split, got 13"):
-        FeatureCache(filled(tmp_path / "f"), Plan((7,), (0,)))
+    with pytest.raises(TokenCacheError, match="tokens of the 7 samples of the split, got 13"):
+        TokenCache(filled(tmp_path / "f"), EpochOrder((7,), (0,)))
 
 
 def test_an_open_cache_lets_go_of_its_files(tmp_path):
     folder = filled(tmp_path / "f")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cache = FeatureCache(folder, PLAN)
+        cache = TokenCache(folder, PLAN)
         del cache
     links = [
         os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{n}").exists()
     ]
     assert not [link for link in links if link.startswith(str(folder))]
-    assert json.loads((folder / "features.json").read_text())["complete"] is True
+    assert json.loads((folder / "tokens.json").read_text())["complete"] is True

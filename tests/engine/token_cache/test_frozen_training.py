@@ -29,11 +29,11 @@ def losses(site, name):
 
 def test_losses_are_bitwise_those_without_a_cache_also_resumed(site, start, tmp_path):
     assert start("plain", world=0).code == 0
-    cached = ("--data.features", str(tmp_path / "tokens"))
+    cached = ("--data.token-cache", str(tmp_path / "tokens"))
     half = start("cached", *cached, "--train.steps", "6", world=0)  # an epoch has 4 steps
     assert half.code == 0 and "samples in" in half.output, half.output
     rest = start("cached", *cached, world=0)
-    assert rest.code == 0 and "continuing" in rest.output and "features:" not in rest.output, rest.output
+    assert rest.code == 0 and "continuing" in rest.output and "token cache:" not in rest.output, rest.output
     assert losses(site, "cached") == losses(site, "plain")
     other = start("other", *cached, "--views.image.stretch.Q", "9", world=0)
     assert other.code == 2 and "views.image.stretch.Q 20" in other.output and "Traceback" not in other.output, (
@@ -44,13 +44,13 @@ def test_losses_are_bitwise_those_without_a_cache_also_resumed(site, start, tmp_
 def test_two_ranks_fill_together_and_go_on_after_a_kill(site, start, tmp_path):
     plain = start("plain-2")
     assert plain.code == 0, plain.output
-    cached = ("--data.features", str(tmp_path / "tokens"))
+    cached = ("--data.token-cache", str(tmp_path / "tokens"))
     died = start("cached-2", *cached, FAULT_CHUNK="5", FAULT_RANK="1", FAULT_SIGNAL=str(int(signal.SIGKILL)))
     assert -signal.SIGKILL in died.codes
     marks = sorted(p.name for p in (tmp_path / "tokens" / ".fill").glob("chunk-*"))
     assert "chunk-000003" in marks and "chunk-000005" not in marks
     asked = start("cached-2", *cached, FAULT_CHUNK="6", FAULT_RANK="1", FAULT_SIGNAL=str(int(signal.SIGTERM)))
-    assert asked.code == 75 and "stopped by a signal while filling data.features" in asked.output, asked.output
+    assert asked.code == 75 and "stopped by a signal while filling data.token_cache" in asked.output, asked.output
     done = start("cached-2", *cached)
     assert done.code == 0, done.output
     assert losses(site, "cached-2") == losses(site, "plain-2")

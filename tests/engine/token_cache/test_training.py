@@ -13,7 +13,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
 from armillary.engine.token_cache import fill as fill_module
 from armillary.engine.token_cache import training as cache_training
-from armillary.engine.token_cache.training import FeatureError, Interrupted, feature_loader, fill_features
+from armillary.engine.token_cache.training import Interrupted, TokenCacheError, fill_token_cache, token_cache_loader
 from armillary.engine.train.checks import method_problems, problems
 from armillary.engine.train.trainer import open_loader
 from armillary.engine.zero.deepspeed_engine import Ranks
@@ -33,7 +33,7 @@ def pairs(tmp_path_factory):
 def run(tmp_path, pairs, monkeypatch):
     """A run with a cache that is not filled; 7 samples a chunk."""
     monkeypatch.setattr(fill_module, "CHUNK_BYTES", 7 * 4 * 12 * (4 + 8))
-    return frozen_run(tmp_path / "runs", pairs, tmp_path / "features")
+    return frozen_run(tmp_path / "runs", pairs, tmp_path / "tokens")
 
 
 def method_of(run):
@@ -41,7 +41,7 @@ def method_of(run):
 
 
 def fill(run, method=None, **options):
-    fill_features(run, method_of(run) if method is None else method, Survey.load(run.data.path), CPU, **options)
+    fill_token_cache(run, method_of(run) if method is None else method, Survey.load(run.data.path), CPU, **options)
 
 
 def with_data(run, **changes):
@@ -80,12 +80,12 @@ def reading_loader(run, method):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_losses_are_those_of_training_without_the_cache(run, dtype):
-    run = with_data(run, features_dtype=dtype)
+    run = with_data(run, token_cache_dtype=dtype)
     method = method_of(run)
     without = losses(run, method, reading_loader(run, method), 20)
     method = method_of(run)
     fill(run, method)
-    cached = losses(run, method, feature_loader(run, method, Survey.load(run.data.path), CPU), 20)
+    cached = losses(run, method, token_cache_loader(run, method, Survey.load(run.data.path), CPU), 20)
     if dtype == "float32":
         assert cached == without
     else:
@@ -99,7 +99,7 @@ def test_reading_needs_no_shard(run, tmp_path):
     Survey.load(run.data.path).save(bare)
     run = with_data(run, path=bare)
     fill(run)
-    assert next(feature_loader(run, method_of(run), Survey.load(bare), CPU))["image_tokens"].shape == (4, 4, 12)
+    assert next(token_cache_loader(run, method_of(run), Survey.load(bare), CPU))["image_tokens"].shape == (4, 4, 12)
 
 
 def test_modules_keep_their_mode_and_the_generator_its_state(run):
@@ -129,12 +129,12 @@ def test_a_stopped_fill_goes_on_where_it_was(run):
     asked = iter([False, False, True])
     with pytest.raises(Interrupted):
         fill(run, method, stop=lambda: next(asked))
-    assert not (run.data.features / "features.json").exists()
+    assert not (run.data.token_cache / "tokens.json").exists()
     counted, said = Counted(method), []
     fill(run, method, say=said.append)
     total = Survey.load(run.data.path).count("train")
     assert counted.samples == 2 + total - 21  # two made-up samples
-    assert said[0] == f"features: 21 of {total} samples" and said[-1].startswith(f"features: {total} samples in")
+    assert said[0] == f"token cache: 21 of {total} samples" and said[-1].startswith(f"token cache: {total} samples in")
     fill(run, method)
     assert counted.samples == 4 + total - 21
 
@@ -166,7 +166,7 @@ def changed_setting(run):
         (changed_setting, "gives other image_tokens .relative difference 0.1 on made-up samples"),
         (lambda run: (with_data(run, split="test"), method_of(run)), "split 'train' there, 'test' here|tokens of the"),
         (
-            lambda run: (with_data(run, features_dtype="float16"), method_of(run)),
+            lambda run: (with_data(run, token_cache_dtype="float16"), method_of(run)),
             "dtype 'float32' there, 'float16' here",
         ),
     ],
@@ -179,7 +179,7 @@ def test_features_of_something_else_are_refused(run, change, message, unfinished
     else:
         fill(run)
     other, method = change(run)
-    with pytest.raises(FeatureError, match=message):
+    with pytest.raises(TokenCacheError, match=message):
         fill(other, method)
 
 
@@ -194,15 +194,17 @@ def test_heads_and_their_settings_may_change(run):
 def test_another_survey_is_refused(run, tmp_path):
     fill(run)
     other = with_data(run, path=make_survey(tmp_path / "other", Pairs(41)))
-    with pytest.raises(FeatureError, match="survey '.*' there|tokens of the"):
+    with pytest.raises(TokenCacheError, match="survey '.*' there|tokens of the"):
         fill(other)
 
 
 def test_samples_without_a_modality_are_counted(run, tmp_path):
     run = with_data(run, path=make_survey(tmp_path / "gaps", Pairs(40, lacking=tuple(range(0, 40, 2)))))
-    with pytest.raises(FeatureError, match=r"samples that have image and spectrum, got \d+ without spectrum among \d+"):
+    with pytest.raises(
+        TokenCacheError, match=r"samples that have image and spectrum, got \d+ without spectrum among \d+"
+    ):
         fill(run)
-    assert not run.data.features.exists() or not list(run.data.features.iterdir())
+    assert not run.data.token_cache.exists() or not list(run.data.token_cache.iterdir())
 
 
 def test_a_corrupt_sample_ends_the_fill(run, tmp_path):
@@ -212,14 +214,14 @@ def test_a_corrupt_sample_ends_the_fill(run, tmp_path):
     content = bytearray(tar.read_bytes())
     content[offset + size // 2] ^= 0x10
     tar.write_bytes(content)
-    with pytest.raises(FeatureError, match="not filled: .*is corrupt") as error:
+    with pytest.raises(TokenCacheError, match="not filled: .*is corrupt") as error:
         fill(with_data(run, path=folder))
     assert isinstance(error.value.__cause__, codec.CorruptBlob)
 
 
 def test_tokens_of_trained_encoders_are_refused(run):
     run = replace(run, method=AlignConfig(train_encoders=True))
-    with pytest.raises(FeatureError, match="got image_tokens that depend on trained parameters"):
+    with pytest.raises(TokenCacheError, match="got image_tokens that depend on trained parameters"):
         fill(run)
     assert any(
         "frozen encoders, got 4 trained parameters, first image.weight" in p
@@ -234,40 +236,43 @@ def augmented(run):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (augmented, "data.features: only without augmentation, got Objects"),
+        (augmented, "data.token_cache: only without augmentation, got Objects"),
         (
             lambda run: replace(run, train=replace(run.train, zero_stage=3)),
-            "train.zero_stage: 1 or 2 with data.features",
+            "train.zero_stage: 1 or 2 with data.token_cache",
         ),
-        (lambda run: with_data(run, on_corrupt="skip"), 'data.on_corrupt: "error" with data.features'),
-        (lambda run: replace(run, views=replace(run.views, targets=("z",))), "views.targets: none with data.features"),
-        (lambda run: with_data(run, features=run.data.path / "survey.json"), "data.features: a folder, got"),
+        (lambda run: with_data(run, on_corrupt="skip"), 'data.on_corrupt: "error" with data.token_cache'),
+        (
+            lambda run: replace(run, views=replace(run.views, targets=("z",))),
+            "views.targets: none with data.token_cache",
+        ),
+        (lambda run: with_data(run, token_cache=run.data.path / "survey.json"), "data.token_cache: a folder, got"),
     ],
     ids=["augmented", "zero-3", "skip", "targets", "file"],
 )
 def test_runs_that_cannot_use_a_cache(run, change, message):
     assert problems(run, 1) == []
     assert any(problem.startswith(message) for problem in problems(change(run), 1))
-    free = with_data(change(run), features=None)
-    assert not any("features" in problem for problem in problems(free, 1))
+    free = with_data(change(run), token_cache=None)
+    assert not any("tokens" in problem for problem in problems(free, 1))
 
 
 def test_a_method_without_frozen_encoders(run, tmp_path, survey):
     import toy
 
     other = toy.toy_run(tmp_path / "runs", survey)
-    other = with_data(other, features=tmp_path / "f")
+    other = with_data(other, token_cache=tmp_path / "f")
     found = method_problems(other, other.method.build(toy.ToyViews().input_spec(None)))
     assert any("a method with frozen encoders, got Toy, which has no tokens to cache" in problem for problem in found)
     assert method_problems(run, method_of(run)) == []
 
 
 def test_tokens_reach_a_bfloat16_run_in_bfloat16(run):
-    run = with_data(replace(run, train=replace(run.train, precision="bf16")), features_dtype="float16")
+    run = with_data(replace(run, train=replace(run.train, precision="bf16")), token_cache_dtype="float16")
     method = method_of(run).bfloat16()
     fill(run, method)
     survey = Survey.load(run.data.path)
-    with feature_loader(run, method, survey, CPU) as cached, reading_loader(run, method) as reading:
+    with token_cache_loader(run, method, survey, CPU) as cached, reading_loader(run, method) as reading:
         for a, b in islice(zip(cached, reading, strict=True), 3):
             for name, x in method.tokens(b).items():
                 assert a[name].dtype == torch.bfloat16
@@ -281,14 +286,14 @@ def test_tokens_on_a_gpu(run, precision):
     device, survey = torch.device("cuda"), Survey.load(run.data.path)
     method = method_of(run).to(device)
     method = method.bfloat16() if precision == "bf16" else method
-    fill_features(run, method, survey, device)
+    fill_token_cache(run, method, survey, device)
     view, read = run.views.build(survey, device), {}
     for batch in SequentialLoader(
         run.data.path, split="train", batch=4, device=device, views=view, modalities=run.views.modalities
     ):
         for name, x in method.tokens(batch).items():
             read |= {(name, row): value for row, value in zip(batch["row"].tolist(), x, strict=True)}
-    with feature_loader(run, method, survey, device) as cached:
+    with token_cache_loader(run, method, survey, device) as cached:
         for batch in islice(cached, 6):
             for name in ("image_tokens", "spectrum_tokens"):
                 wanted = torch.stack([read[name, row] for row in batch["row"].tolist()])
@@ -304,7 +309,7 @@ def test_tokens_on_a_gpu(run, precision):
     ids=["columns", "spectra"],
 )
 def test_the_trainer_opens_the_loader_that_the_views_need(run, views, modalities, kind):
-    run = with_data(replace(run, views=replace(run.views, **views)), features=None)
+    run = with_data(replace(run, views=replace(run.views, **views)), token_cache=None)
     assert run.views.modalities == modalities
     method = SimpleNamespace(prepare=lambda batch, key: batch)
     with open_loader(run, method, Survey.load(run.data.path), CPU, Ranks(0, 0, 1)) as loader:
@@ -319,7 +324,7 @@ def test_a_failure_of_one_rank_is_one_of_all(one_process):
         raise OSError(28, "No space left on device")
 
     assert cache_training._together(lambda: 3) == [3]
-    with pytest.raises(FeatureError, match="data.features: not filled: .*No space left"):
+    with pytest.raises(TokenCacheError, match="data.token_cache: not filled: .*No space left"):
         cache_training._together(fail)
 
 
@@ -341,6 +346,6 @@ def test_another_reading_of_the_same_weights_is_refused(run, tmp_path):
     first, method = aligned("patches")
     assert method_problems(first, method) == []
     fill(first, method)
-    assert losses(first, method, feature_loader(first, method, Survey.load(run.data.path), CPU), 6) == without
-    with pytest.raises(FeatureError, match="gives other image_tokens .relative difference .* from a setting"):
+    assert losses(first, method, token_cache_loader(first, method, Survey.load(run.data.path), CPU), 6) == without
+    with pytest.raises(TokenCacheError, match="gives other image_tokens .relative difference .* from a setting"):
         fill(*aligned("positioned"))

@@ -16,7 +16,7 @@ from armillary.engine.train import start, trainer
 from armillary.engine.train.trainer import BadInput, NonFinite, Stopped
 from armillary.engine.weights import checkpoint
 from armillary.engine.weights.checkpoint import CheckpointError, Progress
-from armillary.engine.zero.deepspeed_engine import Verdict, deepspeed_config, ranks
+from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config, ranks
 from armillary.models.method import InputSpec
 
 INPUTS = InputSpec(channels=10, global_size=1)
@@ -96,7 +96,7 @@ def test_skipped_steps_are_told_and_counted_out(run):
     loop = trainer._Loop.__new__(trainer._Loop)
     loop.run, loop.meter, loop.loader = run, FakeMeter(), toy.ToyLoader(run, 0, 1, None)
     loop.progress = Progress(step=7, bad_in_a_row=9)
-    bad = Verdict(False, float("nan"), {"all": float("inf")}, ())
+    bad = StepStatus(False, float("nan"), {"all": float("inf")}, ())
     loop._judge(replace(bad, finite=True))
     assert loop.meter.said == []
     loop._judge(bad)

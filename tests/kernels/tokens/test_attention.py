@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from armillary.kernels.tokens import attention as module
-from armillary.kernels.tokens.attention import Layout, attention, attention_reference
+from armillary.kernels.tokens.attention import PackedSequences, attention, attention_reference
 
 RUNS = {
     "one sequence": [(1, 7)],
@@ -38,20 +38,26 @@ def test_equals_one_attention_a_sequence(runs, backend, device):
     weights = torch.randn_like(expected)
     expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
     moved = [x.detach().to(device).requires_grad_() for x in inputs]
-    out = attention(*moved, Layout.from_runs(runs, device), backend=backend)
+    out = attention(*moved, PackedSequences.from_runs(runs, device), backend=backend)
     grads = torch.autograd.grad((out * weights.to(device)).sum(), moved)
     torch.testing.assert_close(out.cpu(), expected)
     for g, e in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(g.cpu(), e)
     with torch.no_grad():
-        torch.testing.assert_close(attention(*moved, Layout.from_runs(runs, device), backend=backend).cpu(), expected)
+        torch.testing.assert_close(
+            attention(*moved, PackedSequences.from_runs(runs, device), backend=backend).cpu(), expected
+        )
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["host knows the lengths", "device knows them"])
 def test_ragged_layout(known):
     lengths = [3, 3, 1, 6]
     q, k, v = qkv(sum(lengths), grad=False)
-    layout = Layout.from_runs([(1, n) for n in lengths]) if known else Layout.from_lengths(torch.tensor(lengths), 8)
+    layout = (
+        PackedSequences.from_runs([(1, n) for n in lengths])
+        if known
+        else PackedSequences.from_lengths(torch.tensor(lengths), 8)
+    )
     torch.testing.assert_close(attention(q, k, v, layout), by_hand(q, k, v, lengths))
 
 
@@ -62,8 +68,8 @@ def test_fewer_queries_than_keys(wanted):
     q, k, v = qkv(sum(lengths))
     starts = [0, 4, 8, 10]
     rows = torch.tensor([s + i for s, n in zip(starts, wanted, strict=True) for i in range(n)], dtype=torch.int64)
-    layout = Layout.from_runs([(2, 4), (2, 2)])
-    queries = Layout.from_lengths(torch.tensor(wanted), 4)
+    layout = PackedSequences.from_runs([(2, 4), (2, 2)])
+    queries = PackedSequences.from_lengths(torch.tensor(wanted), 4)
     expected = by_hand(q, k, v, lengths)[rows]
     weights = torch.randn_like(expected)
     want = torch.autograd.grad((expected * weights).sum(), (q, k, v))
@@ -79,7 +85,7 @@ def test_error_at_most_twice_that_of_the_reference(dtype):
     runs = [(3, 17), (4, 5)]
     exact = qkv(3 * 17 + 4 * 5, dim=64, grad=False)
     rounded = [x.to(dtype) for x in exact]
-    truth = attention_reference(*[x.double() for x in rounded], Layout.from_runs(runs))
+    truth = attention_reference(*[x.double() for x in rounded], PackedSequences.from_runs(runs))
 
     def eager(q, k, v):
         parts = []
@@ -92,13 +98,13 @@ def test_error_at_most_twice_that_of_the_reference(dtype):
     allowed = (eager(*rounded).double() - truth).abs().max()
     for grad in (False, True):
         inputs = [x.clone().requires_grad_(grad) for x in rounded]
-        error = (attention(*inputs, Layout.from_runs(runs)).double() - truth).abs().max()
+        error = (attention(*inputs, PackedSequences.from_runs(runs)).double() - truth).abs().max()
         assert error <= 2 * allowed
 
 
 def test_sequences_do_not_see_each_other():
     q, k, v = qkv(9, grad=False)
-    layout = Layout.from_runs([(1, 4), (1, 5)])
+    layout = PackedSequences.from_runs([(1, 4), (1, 5)])
     before = attention(q, k, v, layout)
     k[4:], v[4:] = 100.0, torch.nan
     after = attention(q, k, v, layout)
@@ -107,20 +113,20 @@ def test_sequences_do_not_see_each_other():
 
 
 def test_layouts_of_equal_runs_are_made_once():
-    assert Layout.from_runs([(2, 3)]) is Layout.from_runs(((2, 3),))
-    layout = Layout.from_runs([(2, 3), (1, 7)])
+    assert PackedSequences.from_runs([(2, 3)]) is PackedSequences.from_runs(((2, 3),))
+    layout = PackedSequences.from_runs([(2, 3), (1, 7)])
     assert layout.cu_seqlens.tolist() == [0, 3, 6, 13] and layout.cu_seqlens.dtype == torch.int32
     assert (layout.sequences, layout.max_len) == (3, 7)
 
 
 def test_no_tokens():
     q, k, v = qkv(0)
-    assert attention(q, k, v, Layout.from_runs([(0, 5)])).shape == (0, 2, 8)
+    assert attention(q, k, v, PackedSequences.from_runs([(0, 5)])).shape == (0, 2, 8)
 
 
 def test_gradcheck():
     q, k, v = qkv(7, heads=1, dim=3)
-    layout = Layout.from_runs([(2, 2), (1, 3)])
+    layout = PackedSequences.from_runs([(2, 2), (1, 3)])
     assert torch.autograd.gradcheck(lambda *x: attention(*x, layout), (q, k, v))
 
 
@@ -146,14 +152,14 @@ def test_flash_attention_is_found_and_called(monkeypatch, package):
         module._flash_attn.cache_clear()
     assert found is kernel
     q, k, v = qkv(5)
-    layout = Layout.from_runs([(1, 2), (1, 3)])
+    layout = PackedSequences.from_runs([(1, 2), (1, 3)])
     torch.testing.assert_close(module._varlen(found, q, k, v, layout, layout), by_hand(q, k, v, [2, 3]))
     assert seen["longest"] == (3, 3) and all(torch.equal(c, layout.cu_seqlens) for c in seen["cu"])
 
 
 def test_bad_inputs():
     q, k, v = qkv(6, grad=False)
-    layout = Layout.from_runs([(2, 3)])
+    layout = PackedSequences.from_runs([(2, 3)])
     with pytest.raises(ValueError, match=r"backend: must be one of auto, .*got 'xformers'"):
         attention(q, k, v, layout, backend="xformers")
     with pytest.raises(ValueError, match=r"backend: flash_attn needs CUDA tensors in bf16 or fp16, got torch.float64"):
@@ -167,11 +173,11 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match=r"q: must have k's heads and head dim \(2, 8\), got \(2, 4\)"):
         attention(q[..., :4], k, v, layout)
     with pytest.raises(ValueError, match=r"layout: describes 8 tokens, got 6"):
-        attention(q, k, v, Layout.from_runs([(2, 4)]))
+        attention(q, k, v, PackedSequences.from_runs([(2, 4)]))
     with pytest.raises(ValueError, match=r"query_layout: must have layout's 2 sequences, got 1"):
-        attention(q, k, v, layout, query_layout=Layout.from_runs([(1, 6)]))
+        attention(q, k, v, layout, query_layout=PackedSequences.from_runs([(1, 6)]))
     with pytest.raises(ValueError, match=r"runs: counts must be >= 0 and lengths >= 1"):
-        Layout.from_runs([(2, 0)])
+        PackedSequences.from_runs([(2, 0)])
 
 
 @pytest.mark.gpu
@@ -181,9 +187,9 @@ def test_half_precision_on_cuda(dtype, ragged):
     lengths = [16, 16, 5]
     exact = [x.cuda().to(dtype).detach().requires_grad_() for x in qkv(37, dim=64)]
     layout = (
-        Layout.from_lengths(torch.tensor(lengths, device="cuda"), 16)
+        PackedSequences.from_lengths(torch.tensor(lengths, device="cuda"), 16)
         if ragged
-        else Layout.from_runs([(2, 16), (1, 5)], "cuda")
+        else PackedSequences.from_runs([(2, 16), (1, 5)], "cuda")
     )
     out = attention(*exact, layout, backend="torch")
     truth = by_hand(*[x.double() for x in exact], lengths)

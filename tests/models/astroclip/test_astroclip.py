@@ -42,7 +42,7 @@ def test_step_is_infonce_of_the_heads_on_the_encoders_tokens(kind):
     vit, specformer = method.image_encoder.backbone, method.spectrum_encoder.backbone
     seen = vit([batch["crop"]])
     tokens = {
-        "patches": vit([batch["crop"]], bare=True).patches[0],
+        "patches": vit([batch["crop"]], patches_only=True).patches[0],
         "positioned": seen.patches[0],
         "all": torch.cat([seen.cls[0][:, None], seen.patches[0]], 1),
     }[kind]
@@ -125,7 +125,7 @@ def test_cached_tokens_stand_for_the_data():
     method(cached, {})
     head = TINY.head
     assert method.flops_per_sample() == 3 * (head.flops(T, 24) + head.flops(N, 20))
-    encoders = TINY.image.flops(16, bare=True) + TINY.spectrum.flops(63)
+    encoders = TINY.image.flops(16, patches_only=True) + TINY.spectrum.flops(63)
     assert before == method.flops_per_sample() + encoders
     assert TUNED.build(INPUTS).flops_per_sample() == method.flops_per_sample() + 3 * encoders
     whole, part = method.encode(batch), method.encode(cached)

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from armillary.kernels.tokens.attention import Layout
+from armillary.kernels.tokens.attention import PackedSequences
 from armillary.models.vit.stochastic_depth import branch_scale, draw_subsets, fork, join, split_groups
 
 RUNS = ((4, 3), (7, 2), (1, 5))
-LAYOUT = Layout.from_runs(RUNS)
+LAYOUT = PackedSequences.from_runs(RUNS)
 
 
 def branch(y):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from armillary.models.vit.residual_stream import settle
+from armillary.models.vit.residual_stream import materialise
 from armillary.models.vit.vit import VisionTransformer, ViT
 from armillary.models.vit.vit_block import _MLP
 
@@ -30,7 +30,7 @@ class WithoutNorm(torch.nn.Module):
     """The final norm left out."""
 
     def forward(self, stream):
-        return None, settle(stream, "reference").x
+        return None, materialise(stream, "reference").x
 
 
 def plain(model, image, mask=None):
@@ -84,17 +84,23 @@ def test_bare_patches_are_a_set(registers):
     """Without class token, registers and positions, whatever these are; the order of patches does not matter."""
     model = build(replace(TINY, registers=registers))
     groups = crops((2, 24), (3, (8, 16)))
-    tokens = model(groups, bare=True)
+    tokens = model(groups, patches_only=True)
     assert tokens.cls == ()
     twin = build(replace(TINY, registers=0))
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if k != "register_tokens"})
     with torch.no_grad():
         twin.cls_token.fill_(float("nan"))  # of no effect
         twin.pos_embed.fill_(float("nan"))
-    for image, patches, again in zip(groups, tokens.patches, twin(groups, bare=True).patches, strict=True):
+    for image, patches, again in zip(groups, tokens.patches, twin(groups, patches_only=True).patches, strict=True):
         assert torch.equal(again, patches)
         rows = image.roll(4, 2)  # one row of patches on
-        moved = model([rows], bare=True).patches[0].unflatten(1, (image.shape[2] // 4, -1)).roll(-1, 1).flatten(1, 2)
+        moved = (
+            model([rows], patches_only=True)
+            .patches[0]
+            .unflatten(1, (image.shape[2] // 4, -1))
+            .roll(-1, 1)
+            .flatten(1, 2)
+        )
         torch.testing.assert_close(moved, patches)
         torch.testing.assert_close(patches, bare_by_hand(model, image))
 
@@ -121,7 +127,7 @@ def test_bare_patches_on_kernels(device, poison_empty):
     results = []
     for impl in ("reference", "triton"):
         model = build(replace(TINY, depth=1, registers=1), impl=impl).to(device, torch.float32)
-        patches = model(images, bare=True).patches
+        patches = model(images, patches_only=True).patches
         sum(x.sin().sum() for x in patches).backward()
         unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
         assert unused == {"cls_token", "pos_embed", "register_tokens", "mask_token"}
@@ -317,7 +323,9 @@ def test_flops():
     assert 2 * (vit.flops(144) - vit.flops(144, selected=1 + 21.6)) == pytest.approx(5.1e9, rel=0.05)
     assert 3 * (2 * vit.flops(144, kept=0.7) + 8 * vit.flops(60, kept=0.7)) == pytest.approx(641.4e9, rel=3e-3)
     assert vit.flops(144, selected=145) == pytest.approx(vit.flops(144))
-    assert 0.98 < vit.flops(144, bare=True) / vit.flops(144) < 0.994  # 144 tokens of 145, attention their square
+    assert (
+        0.98 < vit.flops(144, patches_only=True) / vit.flops(144) < 0.994
+    )  # 144 tokens of 145, attention their square
 
 
 def test_bad_inputs():
@@ -331,9 +339,9 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match=r"mask: must be \(2, 36\), crops and patches, got \(2, 35\)"):
         model(crops((2, 24)), mask=torch.zeros(2, 35, dtype=torch.bool))
     with pytest.raises(ValueError, match="bare: takes neither mask nor select"):
-        model(crops((2, 24)), mask=torch.zeros(2, 36, dtype=torch.bool), bare=True)
+        model(crops((2, 24)), mask=torch.zeros(2, 36, dtype=torch.bool), patches_only=True)
     with pytest.raises(ValueError, match=r"crops: sides must be positive multiples"):
-        model([torch.zeros(2, 3, 24, 26)], bare=True)
+        model([torch.zeros(2, 3, 24, 26)], patches_only=True)
     with pytest.raises(ValueError, match=r"image_size: must be a multiple of patch_size 5, got 24.*heads: must divide"):
         VisionTransformer(replace(TINY, patch_size=5, heads=3))
     with pytest.raises(ValueError, match="backend: must be one of"):

@@ -11,7 +11,7 @@ from dali_here import needs_dali
 from armillary.engine.data.format import codec
 from armillary.engine.data.format.shards import ShardWriter, write_index
 from armillary.engine.data.format.survey import Statistics, Survey
-from armillary.engine.data.loading.catalog_loader import RowLoader, SequentialRowLoader
+from armillary.engine.data.loading.catalog_loader import CatalogLoader, SequentialRowLoader
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
 
 COUNTS = {"train": (7, 1, 12, 5), "test": (3, 2)}
@@ -55,12 +55,12 @@ def test_rows_are_those_of_the_loader_that_reads(survey, described, world, accum
     for rank in range(world):
         slices = {"micro_batch": 2, "accumulation": accumulation, "rank": rank, "world": world, "seed": 3}
         read = taken(Loader(survey, device="cpu", reader="webdataset", **slices), 30)
-        assert taken(RowLoader(described, device="cpu", **slices), 30) == read
+        assert taken(CatalogLoader(described, device="cpu", **slices), 30) == read
 
 
 @pytest.mark.parametrize("handed_out", [0, 5, 6, 13])  # an epoch has 6 global batches
 def test_states_are_exchanged_with_the_loader_that_reads(survey, described, handed_out):
-    with RowLoader(described, micro_batch=4, device="cpu", seed=3) as loader:
+    with CatalogLoader(described, micro_batch=4, device="cpu", seed=3) as loader:
         named(loader, handed_out)
         state, rest = loader.state_dict(), named(loader, 8)
         assert loader.epoch_length == 24 and loader.wait_seconds > 0
@@ -100,7 +100,7 @@ def test_transforms_run_ahead_in_the_loaders_thread(described):
     def prepare(batch, key):
         return {**batch, "targets": batch["columns"] + key.first_position}
 
-    with RowLoader(described, micro_batch=4, device="cpu", views=views, prepare=prepare) as loader:
+    with CatalogLoader(described, micro_batch=4, device="cpu", views=views, prepare=prepare) as loader:
         batches = list(islice(loader, 3))
     assert set(seen) == {"armillary-loader"} and len(seen) >= 3
     for number, batch in enumerate(batches):
@@ -112,7 +112,7 @@ def test_an_error_of_a_transform_names_the_batch(described):
         raise RuntimeError("no such column")
 
     with (
-        RowLoader(described, micro_batch=4, device="cpu", views=views) as loader,
+        CatalogLoader(described, micro_batch=4, device="cpu", views=views) as loader,
         pytest.raises(RuntimeError, match="no such column") as error,
     ):
         next(loader)
@@ -134,11 +134,11 @@ def test_an_error_of_a_transform_names_the_batch(described):
 )
 def test_bad_arguments(described, change, message):
     with pytest.raises(ValueError, match=message):
-        RowLoader(described, **{"micro_batch": 4, "device": "cpu", **change})
+        CatalogLoader(described, **{"micro_batch": 4, "device": "cpu", **change})
 
 
 def test_a_closed_loader_says_so(described):
-    loader = RowLoader(described, micro_batch=4, device="cpu")
+    loader = CatalogLoader(described, micro_batch=4, device="cpu")
     loader.close()
     with pytest.raises(ValueError, match="it is closed"):
         next(loader)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from armillary.engine.data.format.survey import ShardRecord, Statistics, Survey
-from armillary.engine.data.loading.epoch_order import Plan, micro_batches, sequential_batches
+from armillary.engine.data.loading.epoch_order import EpochOrder, micro_batches, sequential_batches
 
 COUNTS = (7, 1, 0, 12, 5)
 
 
-def plan_of(counts=COUNTS, **options) -> Plan:
+def plan_of(counts=COUNTS, **options) -> EpochOrder:
     first_rows = tuple(int(n) for n in np.cumsum((0, *counts))[:-1])
-    return Plan(tuple(counts), first_rows, **options)
+    return EpochOrder(tuple(counts), first_rows, **options)
 
 
 def survey_of(*shards: tuple[str, int]) -> Survey:
@@ -72,13 +72,13 @@ def test_rows_of_a_part_are_that_part_of_all_rows(first, count):
 
 def test_rows_count_the_shards_of_other_splits():
     survey = survey_of(("test", 3), ("train", 2), ("test", 4), ("train", 5))
-    assert Plan.of(survey, "train", shuffle=False).rows(0, 0, 7).tolist() == [3, 4, 9, 10, 11, 12, 13]
-    assert Plan.of(survey, "test", shuffle=False).rows(0, 0, 7).tolist() == [0, 1, 2, 5, 6, 7, 8]
+    assert EpochOrder.of(survey, "train", shuffle=False).rows(0, 0, 7).tolist() == [3, 4, 9, 10, 11, 12, 13]
+    assert EpochOrder.of(survey, "test", shuffle=False).rows(0, 0, 7).tolist() == [0, 1, 2, 5, 6, 7, 8]
 
 
 def test_shuffling_shards_of_one_split_does_not_depend_on_another():
-    alone = Plan.of(survey_of(("train", 2), ("train", 5)), "train").locate(0, np.arange(7))
-    among = Plan.of(survey_of(("test", 3), ("train", 2), ("train", 5)), "train").locate(0, np.arange(7))
+    alone = EpochOrder.of(survey_of(("train", 2), ("train", 5)), "train").locate(0, np.arange(7))
+    among = EpochOrder.of(survey_of(("test", 3), ("train", 2), ("train", 5)), "train").locate(0, np.arange(7))
     np.testing.assert_array_equal(alone, among)
 
 
@@ -145,16 +145,16 @@ def test_76_million_samples_start_fast_and_small():
     [
         (lambda: plan_of(seed=-1), r"seed: must be in \[0, 2\^64\), got -1"),
         (lambda: plan_of(counts=(3, -1)), "counts: must not be negative, got -1"),
-        (lambda: Plan((1, 2), (0,)), "2 shard counts but 1 first rows"),
+        (lambda: EpochOrder((1, 2), (0,)), "2 shard counts but 1 first rows"),
         (lambda: plan_of().epoch_length(26), "26 samples, but the split has only 25"),
         (lambda: plan_of().epoch_length(0), "must be at least 1, got 0"),
         (lambda: plan_of().rows(0, 20, 6), r"position: must be in \[0, 25\), got 20 ... 25"),
         (lambda: plan_of().rows(0, -1, 2), r"must be in \[0, 25\), got -1"),
         (
-            lambda: Plan.of(survey_of(("train", 9), ("test", 3)), "nowhere"),
+            lambda: EpochOrder.of(survey_of(("train", 9), ("test", 3)), "nowhere"),
             r"survey 'toy' has no split 'nowhere'; it has test \(3\), train \(9\)",
         ),
-        (lambda: Plan.of(survey_of(), "train"), "no split 'train'; it has none"),
+        (lambda: EpochOrder.of(survey_of(), "train"), "no split 'train'; it has none"),
     ],
 )
 def test_bad_inputs(make, message):

@@ -21,7 +21,7 @@ from armillary.engine.data.format.shards import ShardWriter, write_index
 from armillary.engine.data.format.survey import Statistics, Survey
 from armillary.engine.data.loading import readers
 from armillary.engine.data.loading.decoding import decode_padded, pad_blobs
-from armillary.engine.data.loading.epoch_order import Plan, micro_batches
+from armillary.engine.data.loading.epoch_order import EpochOrder, micro_batches
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
 
 BOTH = pytest.mark.parametrize("reader", [pytest.param("dali", marks=needs_dali), "webdataset"])
@@ -130,7 +130,7 @@ def test_batches_hold_the_plan(tmp_path, reader, name):
     folder = pack(tmp_path / "s", name)
     with load(folder, reader=reader) as loader:
         batches = take(loader, 14)
-    plan = Plan.of(Survey.load(folder), "train", seed=3)
+    plan = EpochOrder.of(Survey.load(folder), "train", seed=3)
     wanted = micro_batches(plan, 0, 0, micro_batch=4, accumulation=1, rank=0, world=1)
     for batch, request in zip(batches, wanted, strict=False):
         assert batch["row"].tolist() == request.row.tolist()
@@ -245,7 +245,7 @@ def damage(folder: Path, row: int) -> Path:
 
 
 def rows_in_order(folder: Path, epoch: int = 0) -> list[int]:
-    return Plan.of(Survey.load(folder), "train", seed=3).rows(epoch, 0, 25).tolist()
+    return EpochOrder.of(Survey.load(folder), "train", seed=3).rows(epoch, 0, 25).tolist()
 
 
 @BOTH
@@ -568,7 +568,7 @@ def test_more_runs_than_a_segment_holds(tmp_path, reader):
     with load(folder, reader=reader, micro_batch=7) as loader:
         rows = torch.cat([batch["row"] for batch in islice(loader, 90)]).tolist()
     assert sorted(rows[:294]) == sorted(set(rows[:294]))
-    plan = Plan.of(Survey.load(folder), "train", seed=3)
+    plan = EpochOrder.of(Survey.load(folder), "train", seed=3)
     assert rows == np.concatenate([plan.rows(e, 0, 294) for e in range(3)])[:630].tolist()
 
 

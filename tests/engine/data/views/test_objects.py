@@ -13,7 +13,7 @@ from armillary.engine.data.format.columns import Columns
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
 from armillary.engine.data.views.multi_crop import MultiCrop
-from armillary.engine.data.views.objects import Objects
+from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.data.views.stretch import ZScore
 from armillary.models.method import Batch, BatchKey, InputSpec
 
@@ -53,7 +53,7 @@ def known(folder, split):
 
 
 def test_input_spec_says_what_the_method_gets(folder):
-    views = Objects(image=CROP, spectrum=True, columns=("z",), targets=("z",))
+    views = ObjectViews(image=CROP, spectrum=True, columns=("z",), targets=("z",))
     z = known(folder, "train")
     spec = views.input_spec(Survey.load(folder))
     assert spec == InputSpec(
@@ -69,11 +69,11 @@ def test_input_spec_says_what_the_method_gets(folder):
         target_std=spec.column_std,
     )
     np.testing.assert_allclose((*spec.target_mean, *spec.target_std), (z.mean(), z.std()))
-    assert Objects(spectrum=True).input_spec(Survey.load(folder)) == InputSpec(n_global=1, pixels=501)
+    assert ObjectViews(spectrum=True).input_spec(Survey.load(folder)) == InputSpec(n_global=1, pixels=501)
 
 
 def test_a_training_batch(folder):
-    views = Objects(image=CROP, spectrum=True, targets=("z",))
+    views = ObjectViews(image=CROP, spectrum=True, targets=("z",))
     survey = Survey.load(folder)
     table = pq.read_table(folder / "catalog.parquet").to_pydict()
     options = {"micro_batch": 4, "device": "cpu", "seed": 5, "modalities": views.modalities}
@@ -120,19 +120,19 @@ def test_columns_of_another_survey_take_the_first_ones_moments(folder):
     ids=["still", "flip", "jitter", "turns", "flux", "place"],
 )
 def test_whether_anything_is_random(change, augmented):
-    assert Objects(image=replace(CROP, **change)).augmented is augmented
-    assert Objects(spectrum=True).augmented is False
+    assert ObjectViews(image=replace(CROP, **change)).augmented is augmented
+    assert ObjectViews(spectrum=True).augmented is False
 
 
 @pytest.mark.parametrize(
     ("views", "message"),
     [
-        (Objects(), "need an image, a spectrum or columns"),
-        (Objects(image=replace(CROP, n_global=2)), "views.image.n_global: must be 1, one crop an object, got 2"),
-        (Objects(image=replace(CROP, n_local=2, local_size=8)), "views.image.n_local: must be 0"),
-        (Objects(image=replace(CROP, global_size=99)), "views.image.global_size: must be in 1 .. 20"),
-        (Objects(columns=("mass",)), r"views.columns: must be labels of the survey \(z\), got 'mass'"),
-        (Objects(spectrum=True, targets=("age",)), "views.targets: must be labels"),
+        (ObjectViews(), "need an image, a spectrum or columns"),
+        (ObjectViews(image=replace(CROP, n_global=2)), "views.image.n_global: must be 1, one crop an object, got 2"),
+        (ObjectViews(image=replace(CROP, n_local=2, local_size=8)), "views.image.n_local: must be 0"),
+        (ObjectViews(image=replace(CROP, global_size=99)), "views.image.global_size: must be in 1 .. 20"),
+        (ObjectViews(columns=("mass",)), r"views.columns: must be labels of the survey \(z\), got 'mass'"),
+        (ObjectViews(spectrum=True, targets=("age",)), "views.targets: must be labels"),
     ],
     ids=["nothing", "two crops", "local crops", "too large", "no such column", "no such target"],
 )
@@ -151,7 +151,7 @@ def test_a_label_must_vary_and_be_known(folder, tmp_path):
     ):
         column = table.column_names.index("z")
         pq.write_table(table.set_column(column, "z", [np.full(40, value)]), tmp_path / "catalog.parquet")
-        assert message in Objects(targets=("z",), spectrum=True).problems(Survey.load(tmp_path))[0]
+        assert message in ObjectViews(targets=("z",), spectrum=True).problems(Survey.load(tmp_path))[0]
 
 
 def test_a_survey_without_spectra_is_refused(tmp_path):
@@ -159,16 +159,18 @@ def test_a_survey_without_spectra_is_refused(tmp_path):
         Whole(10, spectra=False, with_vectors=False), tmp_path / "s", name="pictures", test_fraction=0.2, progress=False
     )
     survey = Survey.load(tmp_path / "s")
-    assert Objects(spectrum=True).problems(survey) == [
+    assert ObjectViews(spectrum=True).problems(survey) == [
         "views.spectrum: needs a survey with spectra, but 'pictures' has only image"
     ]
-    view = Objects(image=CROP, spectrum=True).eval_view(survey, "cpu")
+    view = ObjectViews(image=CROP, spectrum=True).eval_view(survey, "cpu")
     assert view.modalities == ("image",)  # images can be embedded alone
     with pytest.raises(ValueError, match="survey 'pictures': has image, but the encoder reads spectrum"):
-        Objects(spectrum=True).eval_view(survey, "cpu")
+        ObjectViews(spectrum=True).eval_view(survey, "cpu")
 
 
-@pytest.mark.parametrize(("views", "lacks"), [(Objects(image=CROP), "image"), (Objects(spectrum=True), "spectrum")])
+@pytest.mark.parametrize(
+    ("views", "lacks"), [(ObjectViews(image=CROP), "image"), (ObjectViews(spectrum=True), "spectrum")]
+)
 def test_unpaired_objects_end_a_training_run(lacking, views, lacks):
     made = views.build(Survey.load(lacking), "cpu")
     with (
@@ -180,7 +182,7 @@ def test_unpaired_objects_end_a_training_run(lacking, views, lacks):
 
 
 def test_catalogue_columns_need_nothing_else(folder):
-    views = Objects(columns=("z",), targets=("z",))
+    views = ObjectViews(columns=("z",), targets=("z",))
     batch = views.build(Survey.load(folder), "cpu")(Batch(row=torch.arange(3), position=torch.arange(3)), KEY)
     assert views.modalities == () and batch["columns"].shape == (3, 1)
     assert set(batch) == {"row", "position", "columns", "targets"}

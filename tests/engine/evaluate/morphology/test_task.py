@@ -4,10 +4,10 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from armillary.engine.data.sources.surveys.galaxyzoo import DECALS_QUESTIONS
 from armillary.engine.evaluate.morphology.task import MorphologyOptions, accuracy, morphology, weighted_f1
-from armillary.engine.evaluate.probes.perceptron import Training
+from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
 
 QUICK = MorphologyOptions(
-    hidden=(32,), training=Training(60, 32, 3e-3, dropout=0.0, held_out=0.1), resamples=100, min_votes=34
+    hidden=(32,), training=PerceptronTraining(60, 32, 3e-3, dropout=0.0, held_out=0.1), resamples=100, min_votes=34
 )
 TRAIN, TEST = 300, 150
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from armillary.engine.evaluate.probes.perceptron import (
-    Training,
+    PerceptronTraining,
     masked_mse,
     perceptron,
     soft_cross_entropy,
@@ -47,7 +47,7 @@ def test_soft_cross_entropy_is_least_at_the_shares():
 
 def test_it_learns_a_line_and_repeats_whatever_the_global_seed():
     x, y = line()
-    training = Training(epochs=40, batch=32, dropout=0.0, learning_rate=3e-3)
+    training = PerceptronTraining(epochs=40, batch=32, dropout=0.0, learning_rate=3e-3)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     first = train_perceptron(x, y, masked_mse, (32,), training)(x)
@@ -65,7 +65,7 @@ def test_held_out_samples_choose_the_epoch():
     y = rng.normal(size=(60, 1))  # nothing to learn: the longer the worse
 
     def error(held_out):
-        training = Training(epochs=150, batch=8, dropout=0.0, learning_rate=1e-2, held_out=held_out)
+        training = PerceptronTraining(epochs=150, batch=8, dropout=0.0, learning_rate=1e-2, held_out=held_out)
         fresh = rng.normal(size=(500, 30)).astype(np.float32)
         return np.square(train_perceptron(x, y, masked_mse, (64,), training)(fresh)).mean()
 
@@ -74,7 +74,7 @@ def test_held_out_samples_choose_the_epoch():
 
 def test_dropout_is_off_when_predicting():
     x, y = line(50)
-    run = train_perceptron(x, y, masked_mse, (16,), Training(epochs=1, dropout=0.5))
+    run = train_perceptron(x, y, masked_mse, (16,), PerceptronTraining(epochs=1, dropout=0.5))
     np.testing.assert_array_equal(run(x), run(x))
 
 
@@ -91,7 +91,7 @@ def test_dropout_is_off_when_predicting():
 )
 def test_bad_training(change, message):
     with pytest.raises(ValueError, match=message):
-        Training(**change)
+        PerceptronTraining(**change)
 
 
 def test_bad_sizes():
@@ -99,6 +99,6 @@ def test_bad_sizes():
         perceptron(3, (), 1)
     x, y = line(4)
     with pytest.raises(ValueError, match="held_out: 0.1 of 4 training samples is 0; need more"):
-        train_perceptron(x, y, masked_mse, (4,), Training(held_out=0.1))
+        train_perceptron(x, y, masked_mse, (4,), PerceptronTraining(held_out=0.1))
     with pytest.raises(ValueError, match="choose a smaller learning_rate"):
-        train_perceptron(x, y, masked_mse, (4,), Training(learning_rate=1e30))
+        train_perceptron(x, y, masked_mse, (4,), PerceptronTraining(learning_rate=1e30))

@@ -4,7 +4,7 @@ from sklearn.linear_model import Ridge as SkRidge
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
-from armillary.engine.evaluate.probes.perceptron import Training
+from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
 from armillary.engine.evaluate.probes.probes import KNN, MLP, JointMLP, Ridge, labelled, nearest
 
 
@@ -120,7 +120,7 @@ def test_joint_mlp_learns_labels_of_any_unit_some_unknown(data):
     train, label, test, true = data
     labels = np.stack([1e6 + 1e5 * label, 1e-3 * label, np.full(200, 4.0)], 1)
     labels[::2, 0] = np.nan
-    probe = JointMLP((64, 64), Training(epochs=60, batch=16))
+    probe = JointMLP((64, 64), PerceptronTraining(epochs=60, batch=16))
     predicted = probe.predict_jointly(train, labels, test)
     assert np.corrcoef(predicted[:, 0], true)[0, 1] > 0.9
     assert np.corrcoef(predicted[:, 1], true)[0, 1] > 0.9

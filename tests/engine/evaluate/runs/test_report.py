@@ -14,7 +14,7 @@ from armillary.engine.evaluate import cli
 from armillary.engine.evaluate.embedding.cutouts import read_cutouts
 from armillary.engine.evaluate.embedding.embed import Pipeline
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
-from armillary.engine.evaluate.page.run_log import Logbook, flatten
+from armillary.engine.evaluate.page.run_log import RunLog, flatten
 from armillary.engine.evaluate.probes.baselines import asinh_pixels
 from armillary.engine.evaluate.probes.probes import KNN
 from armillary.engine.evaluate.runs import evaluate as evaluate_module
@@ -142,7 +142,7 @@ def test_report_with_labels(survey_dir, features, run_dir, tmp_path):
     verdict = evaluate_embeddings(
         survey_dir,
         features,
-        Logbook.read(run_dir),
+        RunLog.read(run_dir),
         out,
         QUICK,
         view=asinh_pixels(Survey.load(survey_dir)),
@@ -183,7 +183,7 @@ def test_report_with_labels(survey_dir, features, run_dir, tmp_path):
 
 def test_missed_aims_are_said(survey_dir, features, run_dir, tmp_path):
     swapped = {TRAINED: features[UNTRAINED], UNTRAINED: features[TRAINED]}
-    verdict = evaluate_embeddings(survey_dir, swapped, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+    verdict = evaluate_embeddings(survey_dir, swapped, RunLog.read(run_dir), tmp_path / "r.html", QUICK)
     words, _ = check_self_contained(tmp_path / "r.html")
     assert verdict.aims_reached is False
     assert "Aim missed" in words
@@ -198,7 +198,7 @@ def test_report_without_labels(make_survey, encoders, tmp_path):
         folder, {TRAINED: Pipeline(view, lambda x: {"e": x["crop"].flatten(1)})}, batches_of(folder), QUICK
     )
     (tmp_path / "run.json").write_text("{}")
-    verdict = evaluate_embeddings(folder, features, Logbook.read(tmp_path), tmp_path / "r.html", QUICK)
+    verdict = evaluate_embeddings(folder, features, RunLog.read(tmp_path), tmp_path / "r.html", QUICK)
     words, _ = check_self_contained(tmp_path / "r.html")
     assert "no label 'redshift'" in words
     assert "holds no metrics.jsonl" in words
@@ -213,7 +213,7 @@ def test_display_pictures(make_survey, run_dir, tmp_path):
     view = asinh_pixels(Survey.load(folder))
     features = embed_features(folder, {TRAINED: Pipeline(view, good_encoder)}, batches_of(folder), QUICK)
     few = Options(resamples=20)
-    verdict = evaluate_embeddings(folder, {TRAINED: features[TRAINED]}, Logbook.read(run_dir), tmp_path / "r.html", few)
+    verdict = evaluate_embeddings(folder, {TRAINED: features[TRAINED]}, RunLog.read(run_dir), tmp_path / "r.html", few)
     words, _ = check_self_contained(tmp_path / "r.html")
     assert "Display pictures, as they are." in words
     assert verdict.result.aims == ()
@@ -230,7 +230,7 @@ def test_display_pictures(make_survey, run_dir, tmp_path):
 )
 def test_labels_that_cannot_be_predicted(survey_dir, features, run_dir, tmp_path, options, said):
     small = {TRAINED: features[TRAINED]}
-    verdict = evaluate_embeddings(survey_dir, small, Logbook.read(run_dir), tmp_path / "r.html", options)
+    verdict = evaluate_embeddings(survey_dir, small, RunLog.read(run_dir), tmp_path / "r.html", options)
     assert said in verdict.missing
     assert said.replace("'", "&#x27;") in (tmp_path / "r.html").read_text().replace("'", "&#x27;")
 
@@ -239,7 +239,7 @@ def test_collapse_sets_the_exit_code(survey_dir, features, run_dir, tmp_path):
     e = features[TRAINED]
     flat = np.outer(np.arange(len(e)), np.ones(4)).astype(np.float32)
     collapsed = {TRAINED: Embeddings(e.key, e.split, flat)}
-    verdict = evaluate_embeddings(survey_dir, collapsed, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+    verdict = evaluate_embeddings(survey_dir, collapsed, RunLog.read(run_dir), tmp_path / "r.html", QUICK)
     assert verdict.exit_code == 1
     assert "Collapsed" in check_self_contained(tmp_path / "r.html")[0]
 
@@ -248,7 +248,7 @@ def test_few_prototypes_are_a_collapse(survey_dir, features, run_dir, tmp_path):
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write('\n{"step": 40, "loss": 1.0, "monitor/prototypes_in_use": 20.0}\n')
     verdict = evaluate_embeddings(
-        survey_dir, {TRAINED: features[TRAINED]}, Logbook.read(run_dir), tmp_path / "r.html", QUICK
+        survey_dir, {TRAINED: features[TRAINED]}, RunLog.read(run_dir), tmp_path / "r.html", QUICK
     )
     assert verdict.exit_code == 1
     assert "20 of 64 prototypes" in verdict.collapse.reasons[0]
@@ -257,16 +257,16 @@ def test_few_prototypes_are_a_collapse(survey_dir, features, run_dir, tmp_path):
 def test_embeddings_of_another_survey(survey_dir, run_dir, tmp_path):
     stranger = Embeddings(np.array(["x"], object), np.array(["test"], object), np.ones((1, 3), np.float32))
     with pytest.raises(ValueError, match="1 keys are not in"):
-        evaluate_embeddings(survey_dir, {TRAINED: stranger}, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+        evaluate_embeddings(survey_dir, {TRAINED: stranger}, RunLog.read(run_dir), tmp_path / "r.html", QUICK)
     with pytest.raises(ValueError, match="at least one encoder"):
-        evaluate_embeddings(survey_dir, {}, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+        evaluate_embeddings(survey_dir, {}, RunLog.read(run_dir), tmp_path / "r.html", QUICK)
 
 
 def test_too_few_labels_give_a_page_without_them(make_survey, run_dir, tmp_path):
     folder = make_survey(count=8)
     view = asinh_pixels(Survey.load(folder))
     features = embed_features(folder, {TRAINED: Pipeline(view, good_encoder)}, batches_of(folder), QUICK)
-    verdict = evaluate_embeddings(folder, features, Logbook.read(run_dir), tmp_path / "r.html", QUICK)
+    verdict = evaluate_embeddings(folder, features, RunLog.read(run_dir), tmp_path / "r.html", QUICK)
     assert "20 are needed" in verdict.missing
     check_self_contained(tmp_path / "r.html")
 
@@ -339,14 +339,14 @@ def test_gallery_checks_lengths():
 
 def test_logbook_of_a_broken_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="run.json is missing"):
-        Logbook.read(tmp_path)
+        RunLog.read(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="not a run's record"):
-        Logbook.read(tmp_path)
+        RunLog.read(tmp_path)
 
 
 def test_logbook_reads_what_is_whole(run_dir):
-    book = Logbook.read(run_dir)
+    book = RunLog.read(run_dir)
     assert book.name == "toy <run>"
     assert len(book.series["loss"][0]) == 30
     assert "mfu" not in book.series

@@ -7,7 +7,7 @@ import pytest
 
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.evaluate.search.index import Index
-from armillary.engine.evaluate.search.index_settings import Plan
+from armillary.engine.evaluate.search.index_settings import IndexSettings
 from armillary.engine.evaluate.search.retrieval import found_again
 from armillary.engine.evaluate.search.vectors import unit
 
@@ -50,7 +50,7 @@ def coded(tmp_path_factory):
         files.append(folder / f"{i}.parquet")
         split = np.full(len(keys[part]), "train", object)
         Embeddings(keys[part], split, vectors[part], ABOUT).save(files[-1])
-    plan = Plan.choose(COUNT, WIDTH, "ivfpq", code_bytes=3)
+    plan = IndexSettings.choose(COUNT, WIDTH, "ivfpq", code_bytes=3)
     index = Index.read_files(files, plan=plan, keep=folder / "kept.npy")
     index.save(folder / "ranked")
     shutil.copytree(folder / "ranked", folder / "codes")
@@ -157,25 +157,25 @@ def test_bytes_are_as_the_formula_says(coded):
     _, index, folder = coded
     size = (folder / "codes" / "index.faiss").stat().st_size
     assert size == pytest.approx(index.plan.memory_bytes(COUNT), rel=0.1)
-    exact = Plan.choose(1000, 64)
+    exact = IndexSettings.choose(1000, 64)
     assert exact.kind == "exact" and exact.memory_bytes(1000) == 256_000
 
 
 def test_plan_of_the_full_survey():
-    plan = Plan.choose(76_446_849, 1024)
+    plan = IndexSettings.choose(76_446_849, 1024)
     assert (plan.kind, plan.lists, plan.code_bytes, plan.probes) == ("ivfpq", 32_768, 64, 128)
     assert plan.training == 64 * 32_768
     assert plan.memory_bytes(76_446_849) < 6 * 2**30
-    assert Plan.choose(2**20, 1024).kind == "exact" and Plan.choose(2**20 + 1, 1024).kind == "ivfpq"
+    assert IndexSettings.choose(2**20, 1024).kind == "exact" and IndexSettings.choose(2**20 + 1, 1024).kind == "ivfpq"
 
 
 @pytest.mark.parametrize(("width", "code"), [(1024, 64), (96, 48), (100, 50), (67, None), (31, 31), (2 * 1021, None)])
 def test_bytes_of_a_code_divide_the_dimensions(width, code):
     if code is None:
         with pytest.raises(ValueError, match="have no divisor from"):
-            Plan.choose(10**6, width, "ivfpq")
+            IndexSettings.choose(10**6, width, "ivfpq")
     else:
-        assert Plan.choose(10**6, width, "ivfpq").code_bytes == code
+        assert IndexSettings.choose(10**6, width, "ivfpq").code_bytes == code
 
 
 def test_a_bad_vector_far_down_is_named():
@@ -252,15 +252,15 @@ def nan_row(vectors):
         (lambda v, i: i.search(v[:1], 0), "between 1 and the 300"),
         (lambda v, i: i.search(nan_row(v), 2), "not finite"),
         (lambda v, i: i.search(v, 2, leave_out=np.arange(3)), r"a row for each of 300 queries, got \(3,\)"),
-        (lambda v, i: Index.build(v, plan=Plan("exact", 5)), "plan: is for 5 dimensions, the vectors have 6"),
-        (lambda v, i: Index.build(v, plan=Plan("ivfpq", 6, 8, 3, 4, 9984)), "plan: trains on 9,984 vectors, but there are 300"),
+        (lambda v, i: Index.build(v, plan=IndexSettings("exact", 5)), "plan: is for 5 dimensions, the vectors have 6"),
+        (lambda v, i: Index.build(v, plan=IndexSettings("ivfpq", 6, 8, 3, 4, 9984)), "plan: trains on 9,984 vectors, but there are 300"),
         (lambda v, i: i.find("nobody"), "key 'nobody': none of the 300 here; they look like 'obj-00000'"),
         (lambda v, i: i.check({"survey": "sea"}), "another survey: the index holds those of 'sky', these are of 'sea'"),
         (lambda v, i: i.check({"encoder": "9"}), "another encoder"),
-        (lambda v, i: Plan("ivfpq", 8, 256, 3, 4, 20_000), "code_bytes: must divide the 8 dimensions, got 3"),
-        (lambda v, i: Plan("ivfpq", 8, 256, 4, 300, 20_000), "between 1 and the 256 lists, got 300"),
-        (lambda v, i: Plan("exact", 0), "dimensions: must be at least 1"),
-        (lambda v, i: Plan("ivfpq", 8, 256, 4, 4, 20_000).parameters(0), "between 1 and the 256 lists, got 0"),
+        (lambda v, i: IndexSettings("ivfpq", 8, 256, 3, 4, 20_000), "code_bytes: must divide the 8 dimensions, got 3"),
+        (lambda v, i: IndexSettings("ivfpq", 8, 256, 4, 300, 20_000), "between 1 and the 256 lists, got 300"),
+        (lambda v, i: IndexSettings("exact", 0), "dimensions: must be at least 1"),
+        (lambda v, i: IndexSettings("ivfpq", 8, 256, 4, 4, 20_000).parameters(0), "between 1 and the 256 lists, got 0"),
     ],
     ids=[
         "empty", "one_dimension", "too_few_keys", "repeated_keys", "not_finite", "no_direction", "no_such_kind",

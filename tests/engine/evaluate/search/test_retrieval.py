@@ -3,7 +3,7 @@ import pytest
 from sklearn.metrics import ndcg_score
 
 from armillary.engine.evaluate.search.retrieval import (
-    Ranks,
+    PartnerRanks,
     bootstrap_error,
     closeness,
     found_again,
@@ -71,7 +71,7 @@ def test_a_collapsed_encoder_scores_as_chance():
 
 
 def test_a_tie_is_worth_its_mean_over_orders():
-    ranks = Ranks(5, np.array([1]), np.array([3]))  # ranks 2, 3 and 4 are equally likely
+    ranks = PartnerRanks(5, np.array([1]), np.array([3]))  # ranks 2, 3 and 4 are equally likely
     assert ranks.rank()[0] == 3
     np.testing.assert_allclose([ranks.recall(k)[0] for k in (1, 2, 3, 4, 5)], [0, 1 / 3, 2 / 3, 1, 1])
     np.testing.assert_allclose(ranks.reciprocal()[0], (1 / 2 + 1 / 3 + 1 / 4) / 3)
