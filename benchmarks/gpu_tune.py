@@ -12,6 +12,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ MODULES = {
     "linear_gelu": ("up_projection", "down_gradient"),
     "prototype_loss": ("prototype_rows", "logsumexp"),
 }
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 0.1  # of repeats for a candidate
 TABLE_SECONDS = 100  # after which a table is left with the best so far
 PATHS: tuple[Literal["tma", "fused", "cublas"], ...] = ("tma", "fused", "cublas")
@@ -40,9 +42,15 @@ def tables_of(operation: str) -> dict[str, dict[int, Launch]]:
     return {
         f"{module}.{name}": value
         for module in MODULES.get(operation, (operation,))
-        for name, value in vars(importlib.import_module(f"armillary.kernels.{module}")).items()
+        for name, value in vars(importlib.import_module(_dotted(module))).items()
         if isinstance(value, dict) and value and all(isinstance(row, Launch) for row in value.values())
     }
+
+
+def _dotted(module: str) -> str:
+    """Full name of the kernel file of this name, whichever folder it is in."""
+    (found,) = (ROOT / "kernels").rglob(f"{module}.py")
+    return ".".join(("armillary", *found.relative_to(ROOT).with_suffix("").parts))
 
 
 def candidates(row: Launch) -> Iterator[Launch]:

@@ -35,11 +35,11 @@ FLOOR = 1e-7  # of the loss
 
 LARGE = {
     "adamw_ema": {"BLOCK": 1 << 16},
-    "patch_embed": {"TOKENS": 32, "WIDTH": 32, "STEP": 32, "ROWS": 32, "SPLIT": 2, "CROPS": 2},
-    "up_projection": {"BM": 16, "BN": 32, "BK": 16},
-    "down_gradient": {"BM": 16, "BN": 32, "BK": 16},
-    "geometry_rows": {"ROWS": 32, "PROGRAMS": 1},
-    "geometry_combine": {"PROGRAMS": 1},
+    "tokens.patch_embed": {"TOKENS": 32, "WIDTH": 32, "STEP": 32, "ROWS": 32, "SPLIT": 2, "CROPS": 2},
+    "mlp.up_projection": {"BM": 16, "BN": 32, "BK": 16},
+    "mlp.down_gradient": {"BM": 16, "BN": 32, "BK": 16},
+    "geometry.geometry_rows": {"ROWS": 32, "PROGRAMS": 1},
+    "geometry.geometry_combine": {"PROGRAMS": 1},
 }
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["DEFAULT_SEED", "simulate"]
+from armillary.engine.data.simulate.population import DEFAULT_SEED
 
-DEFAULT_SEED = 42017  # the population was tuned on other seeds
+__all__ = ["simulate"]
 
 
 def simulate(

@@ -15,11 +15,11 @@ import numpy as np
 
 from armillary.engine.data.format.survey import SpectrumRecord
 from armillary.engine.data.simulate.exposures import Exposure
-from armillary.engine.data.simulate.population import keyed_generator
+from armillary.engine.data.simulate.population import DEFAULT_SEED, keyed_generator
 from armillary.engine.data.simulate.scene import Scene
 from armillary.engine.data.simulate.spectra import Motion, SpectrumModel, fibre_share
 from armillary.engine.data.simulate.stellar_populations import STELLAR_LABELS, Stars, stars_of
-from armillary.engine.data.simulate.survey import DEFAULT_SEED, LEGACY, SimulatedSurvey
+from armillary.engine.data.simulate.survey import LEGACY, SimulatedSurvey
 from armillary.engine.data.simulate.votes import (
     VOTE_LABELS,
     Shape,

@@ -15,13 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from armillary.engine.data.simulate.population import Population, draw_population, half_light_radius, keyed_generator
+from armillary.engine.data.simulate.population import (
+    DEFAULT_SEED,
+    Population,
+    draw_population,
+    half_light_radius,
+    keyed_generator,
+)
 from armillary.engine.data.simulate.scene import Scene
 from armillary.engine.data.sources.source import Rows, Sample
 
 __all__ = ["LEGACY", "Band", "SimulatedSurvey"]
-
-DEFAULT_SEED = 42017  # the population was tuned on other seeds
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import toy
 
-from armillary.engine.config import run as run_module
 from armillary.engine.config.config_json import differences, from_json, packages_of, to_json, type_problems
 from armillary.engine.config.run import Data, Run
 from armillary.engine.config.schedule import Schedules
@@ -78,7 +77,7 @@ def test_bad_arguments_end_with_2(run, started, capsys, arguments, message):
 
 def test_only_rank_0_speaks(run, started, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(run_module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(start_module.time, "sleep", lambda _: None)
     assert start(run, {}, ["--nonsense", "1"]) == start(run, {}, ["--seed", "-1"]) == EXIT_BAD_INPUT
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""

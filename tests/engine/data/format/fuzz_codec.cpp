@@ -4,7 +4,7 @@
 #include <memory>
 #include <random>
 
-#include "../../csrc/codec_encode.h"
+#include "../../../../csrc/codec_encode.h"
 
 using namespace armillary::codec;
 

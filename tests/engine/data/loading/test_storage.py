@@ -13,7 +13,7 @@ import torch
 from mixed import Mixed
 
 from armillary.engine.data.building.build import build
-from armillary.engine.data.loading import readers, retry
+from armillary.engine.data.loading import retry, shard_files
 from armillary.engine.data.loading.loader import Loader
 from armillary.engine.data.loading.retry import Retry
 from armillary.engine.data.loading.stream import Prefetcher
@@ -35,7 +35,7 @@ def survey(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    monkeypatch.setattr(readers, "Retry", lambda: QUICK)
+    monkeypatch.setattr(shard_files, "Retry", lambda: QUICK)
 
 
 class Storage:

@@ -9,9 +9,10 @@ pytest.importorskip("galsim", reason="the simulation needs GalSim")
 filters = pytest.importorskip("speclite.filters", reason="the simulation needs filter curves")
 
 from armillary.engine.data.format.survey import Survey  # noqa: E402
+from armillary.engine.data.simulate.cli import simulate  # noqa: E402
 from armillary.engine.data.simulate.pairs import SimulatedPairs  # noqa: E402
 from armillary.engine.data.simulate.stellar_populations import STELLAR_LABELS, age_of_universe  # noqa: E402
-from armillary.engine.data.simulate.survey import SimulatedSurvey, simulate  # noqa: E402
+from armillary.engine.data.simulate.survey import SimulatedSurvey  # noqa: E402
 from armillary.engine.data.simulate.votes import ASKED, FOLLOWS  # noqa: E402
 from armillary.engine.data.sources.packed import PackedSurvey  # noqa: E402
 from armillary.engine.data.sources.source import Described, Spectral, spectrum_of  # noqa: E402

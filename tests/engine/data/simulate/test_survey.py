@@ -9,9 +9,10 @@ galsim = pytest.importorskip("galsim", reason="the simulation needs GalSim")
 pytest.importorskip("speclite", reason="the simulation needs filter curves")
 
 from armillary.engine.data.format.survey import Survey  # noqa: E402
+from armillary.engine.data.simulate.cli import simulate  # noqa: E402
 from armillary.engine.data.simulate.population import draw_population, half_light_radius, keyed_generator  # noqa: E402
 from armillary.engine.data.simulate.seds import TYPES, attenuation, colour_table  # noqa: E402
-from armillary.engine.data.simulate.survey import LEGACY, Band, SimulatedSurvey, simulate  # noqa: E402
+from armillary.engine.data.simulate.survey import LEGACY, Band, SimulatedSurvey  # noqa: E402
 from armillary.engine.data.sources.source import Described  # noqa: E402
 from armillary.engine.evaluate.embedding.cutouts import read_cutouts  # noqa: E402
 
