@@ -31,7 +31,7 @@ def presets():
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated") / "survey"
-    run(armillary("data", "simulate", "--spectra", "--out", folder, "--count", PAIRS, "--no-progress"))
+    armillary("data", "simulate", "--spectra", "--out", folder, "--count", PAIRS, "--no-progress")
     return folder
 
 
@@ -145,7 +145,7 @@ def test_the_chain_of_three_runs(chain, aligned, pairs):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_every_task_is_in_the_report(chain, aligned, pairs):
-    said = run(armillary("evaluate", chain / "astroclip", "--compare", chain / "photometry", "--out", chain / "out"))
+    said = armillary("evaluate", chain / "astroclip", "--compare", chain / "photometry", "--out", chain / "out")
     rows = pq.read_table(chain / "out" / "metrics.parquet").to_pylist()
     assert {row["task"] for row in rows} == set(TASKS) - {"attention"}  # that one is a picture
     record = json.loads((chain / "out" / "metrics.json").read_text())
@@ -167,12 +167,12 @@ def test_every_task_is_in_the_report(chain, aligned, pairs):
 def test_searching_and_embedding(chain, aligned, pairs):
     for readout in ("image", "spectrum"):
         out = chain / f"{readout}.parquet"
-        run(armillary("embed", chain / "astroclip", "--readout", readout, "-o", out))
+        armillary("embed", chain / "astroclip", "--readout", readout, "-o", out)
     key = pq.read_table(pairs / "catalog.parquet")["key"][3].as_py()
-    said = run(armillary("search", chain / "image.parquet", "--query", key, "-k", 3))
+    said = armillary("search", chain / "image.parquet", "--query", key, "-k", 3)
     assert key in said
     across = ["--query-embeddings", chain / "image.parquet"]
-    assert key in run(armillary("search", chain / "spectrum.parquet", "--query", key, "-k", 400, *across))
+    assert key in armillary("search", chain / "spectrum.parquet", "--query", key, "-k", 400, *across)
 
 
 @pytest.mark.slow
@@ -182,10 +182,10 @@ def test_bad_input_ends_before_work_starts(chain, aligned, pairs, tmp_path):
     said = run(recipe("--preset", "smoke", *place, "--method.image-from", tmp_path / "none", name="astroclip"), code=2)
     assert f"method.image_from: image encoder: {tmp_path / 'none'}: no such run or file; train it first" in said
     evaluate = ["evaluate", chain / "astroclip", "--out", tmp_path / "out"]
-    said = run(armillary(*evaluate, "--tasks", "telepathy"), code=2)
+    said = armillary(*evaluate, "--tasks", "telepathy", code=2)
     assert "tasks: must be of search, properties, posterior, morphology, masking, attention, got telepathy" in said
-    said = run(armillary(*evaluate, "--tasks", "properties", "--labels", "colour"), code=2)
+    said = armillary(*evaluate, "--tasks", "properties", "--labels", "colour", code=2)
     assert "properties: the survey has no label 'colour'; its labels: redshift" in said
-    said = run(armillary("evaluate", chain / "photometry", "--tasks", "masking", "--out", tmp_path / "out"), code=2)
+    said = armillary("evaluate", chain / "photometry", "--tasks", "masking", "--out", tmp_path / "out", code=2)
     assert "masking: it needs a survey with spectra and a run with a spectrum encoder" in said
     assert not (tmp_path / "out").exists()

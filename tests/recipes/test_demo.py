@@ -12,11 +12,11 @@ COSINE = "16-NN cosine"
 @pytest.mark.dist
 def test_demo_learns_redshift_without_labels(tmp_path):
     survey, training = tmp_path / "survey", tmp_path / "training"
-    run(armillary("data", "simulate", "--out", survey, "--count", 5000, "--no-progress"))
-    run(armillary("data", "check", survey))
+    armillary("data", "simulate", "--out", survey, "--count", 5000, "--no-progress")
+    armillary("data", "check", survey)
     smoke = ["--preset", "smoke", "--device", "cpu"]
     run(recipe(*smoke, "--data.path", survey, "--out", tmp_path, "--name", "training"))
-    assert "no collapse" in run(armillary("evaluate", training, "--data", survey, "--out", tmp_path))
+    assert "no collapse" in armillary("evaluate", training, "--data", survey, "--out", tmp_path)
 
     found = json.loads((tmp_path / "metrics.json").read_text())
     r2 = {m["features"]: m["r2"] for m in found["methods"] if m["probe"] == COSINE}

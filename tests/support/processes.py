@@ -1,10 +1,12 @@
-"""Starts commands and recipes as a user does: the `armillary` command, and recipes with or without the deepspeed launcher.
+"""Runs commands and recipes as a user does: the `armillary` command, and recipes with or without the deepspeed launcher.
 
 Without the launcher, ranks are started as Slurm or torchrun would: each with its own RANK. That leaves out the launcher's
 two processes, which import all of deepspeed before the first rank starts.
 """
 
+import contextlib
 import importlib
+import io
 import os
 import signal
 import socket
@@ -14,6 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from armillary.engine import cli
 from armillary.engine.config.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,9 +62,13 @@ class Job:
             return codes, self.output.read()
 
 
-def armillary(*arguments):
-    """The `armillary` command."""
-    return Command([[sys.executable, "-m", "armillary.engine.cli", *map(str, arguments)]], [{}])
+def armillary(*arguments, code=0):
+    """Run the `armillary` command in this process, which spares its imports; returns what it said."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        ended = cli.main([*map(str, arguments)])
+    assert ended == code, f"armillary {' '.join(map(str, arguments))}\nexit code {ended}\n{said.getvalue()[-4000:]}"
+    return said.getvalue()
 
 
 def recipe(*arguments, ranks=2, name="dinov2_vitl", launcher=False):
