@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from armillary.engine.evaluate.probes.distinct import distinct
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining, masked_mse, train_perceptron
 
 __all__ = ["KNN", "MLP", "JointMLP", "Probe", "Ridge", "labelled", "nearest", "standardised"]
@@ -64,7 +65,7 @@ class Probe(ABC):
 
 @dataclass(frozen=True)
 class KNN(Probe):
-    """Mean label of the nearest training samples, found exactly.
+    """Mean label of the nearest training samples, found exactly; equal ones at the edge share the places that are left.
 
     Attributes:
         neighbours: How many.
@@ -97,14 +98,21 @@ class KNN(Probe):
         return out
 
     def _predict(self, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-        from sklearn.neighbors import KNeighborsRegressor
-
         train, labels, test = _checked(train, labels, test)
         _check_neighbours(self.neighbours, len(train))
         if self.standardise:
             train, test = standardised(train, test)
-        model = KNeighborsRegressor(self.neighbours, weights=self.weights, metric=self.metric, algorithm="brute")
-        return model.fit(train, labels).predict(test).astype(np.float64)
+        known, asked = distinct(train), distinct(test)
+        index, distance = _search(known.vectors, asked.vectors, min(self.neighbours, len(known.vectors)), self.metric)
+        count = known.count[index]
+        before = np.cumsum(count, 1) - count
+        weight = np.clip(self.neighbours - before, 0, count).astype(np.float64)  # places that each distinct one takes
+        if self.weights == "distance":
+            same = distance == 0
+            with np.errstate(divide="ignore"):
+                weight *= np.where(same.any(1, keepdims=True), same, 1 / distance)
+        voted = (weight[:, :, None] * known.mean(labels)[index]).sum(1) / weight.sum(1, keepdims=True)
+        return voted[asked.of]
 
 
 @dataclass(frozen=True)
@@ -252,10 +260,14 @@ def nearest(
     Raises:
         ValueError: Shapes disagree, numbers are not finite, or there are fewer than `neighbours` training samples.
     """
-    from sklearn.neighbors import NearestNeighbors
-
     train, _, query = _checked(train, np.zeros(len(train)), query)
     _check_neighbours(neighbours, len(train))
+    return _search(train, query, neighbours, metric)
+
+
+def _search(train: np.ndarray, query: np.ndarray, neighbours: int, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.neighbors import NearestNeighbors
+
     model: Any = NearestNeighbors(n_neighbors=neighbours, metric=metric, algorithm="brute").fit(train)
     distance, index = model.kneighbors(query)
     return index, distance
@@ -268,9 +280,12 @@ def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
         train: [N, D] float32.
         test: [M, D] float32.
     """
-    mean, spread = train.mean(0), train.std(0)
-    spread = np.where(spread > 1e-7 * (np.abs(mean) + 1e-30), spread, np.inf).astype(np.float32)
-    return (train - mean) / spread, (test - mean) / spread
+    mean, spread = (
+        train.mean(0, dtype=np.float64),
+        train.std(0, dtype=np.float64),
+    )  # float32 sums drift at a million rows
+    spread = np.where(spread > 1e-7 * (np.abs(mean) + 1e-30), spread, np.inf)
+    return tuple(((part - mean) / spread).astype(np.float32) for part in (train, test))
 
 
 def _checked(
