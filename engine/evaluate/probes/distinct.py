@@ -21,18 +21,18 @@ class Distinct(NamedTuple):
     Attributes:
         vectors: [U, D], in an order that does not depend on that of the N.
         of: [N] the distinct row that each is equal to.
-        count: [U] how many are equal to each.
+        copies: [U] how many are equal to each.
     """
 
     vectors: np.ndarray
     of: np.ndarray
-    count: np.ndarray
+    copies: np.ndarray
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """[U, ...] means over equal vectors of [N, ...] values."""
-        total = np.zeros((len(self.count), *values.shape[1:]))
+        total = np.zeros((len(self.copies), *values.shape[1:]))
         np.add.at(total, self.of, values)
-        return total / self.count.reshape(-1, *[1] * (values.ndim - 1))
+        return total / self.copies.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def distinct(vectors: np.ndarray) -> Distinct:

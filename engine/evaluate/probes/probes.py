@@ -104,7 +104,7 @@ class KNN(Probe):
             train, test = standardised(train, test)
         known, asked = distinct(train), distinct(test)
         index, distance = _search(known.vectors, asked.vectors, min(self.neighbours, len(known.vectors)), self.metric)
-        count = known.count[index]
+        count = known.copies[index]
         before = np.cumsum(count, 1) - count
         weight = np.clip(self.neighbours - before, 0, count).astype(np.float64)  # places that each distinct one takes
         if self.weights == "distance":

@@ -13,8 +13,8 @@ def test_equal_rows_are_found_once(dtype, width):
     found = distinct(vectors)
     expected, count = np.unique(vectors, axis=0, return_counts=True)
     np.testing.assert_array_equal(found.vectors[found.of], vectors)
-    assert len(found.vectors) == len(expected) and sorted(found.count) == sorted(count)
-    np.testing.assert_array_equal(np.bincount(found.of), found.count)
+    assert len(found.vectors) == len(expected) and sorted(found.copies) == sorted(count)
+    np.testing.assert_array_equal(np.bincount(found.of), found.copies)
 
 
 def test_their_order_does_not_depend_on_that_of_the_rows():
