@@ -16,9 +16,6 @@ from scipy.spatial import cKDTree
 __all__ = ["Matches", "match_keys", "match_sky", "unit_vectors"]
 
 NAMED = 3  # repeated identifiers that an error names
-SAME = (
-    13  # decimals of a chord, 2e-8 arcsec: processors' sines differ in the last bits, and with them equal separations
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def match_sky(
 
     "one_to_one" takes pairs by increasing separation and uses every row at most once, so of two left rows that claim one
     right row the nearer gets it and the other its next candidate, if it has one. "nearest" gives every left row its
-    nearest right row, shared or not. Equal separations (to 2e-8 arcsec) go to the lower rows. Rows without a position stay alone.
+    nearest right row, shared or not. Equal separations go to the lower rows. Rows without a position stay alone.
 
     Args:
         ra: [N] degrees, NaN where unknown.
@@ -126,7 +123,7 @@ def match_sky(
     left = np.repeat(np.arange(mine.size), [len(n) for n in near])
     right = np.fromiter((j for n in near for j in n), np.int64, len(left))
     distance = np.linalg.norm(points[left] - tree.data[right], axis=1)
-    order = np.lexsort((right, left, np.round(distance, SAME)))
+    order = np.lexsort((right, left, distance))
     left, right, distance = left[order], right[order], distance[order]
     first = np.unique(left, return_index=True)[1]  # the nearest candidate of each left row
     nearest = right[first]

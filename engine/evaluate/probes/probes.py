@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from armillary.engine.evaluate.probes.distinct import distinct
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining, masked_mse, train_perceptron
 
 __all__ = ["KNN", "MLP", "JointMLP", "Probe", "Ridge", "labelled", "nearest", "standardised"]
@@ -65,7 +64,7 @@ class Probe(ABC):
 
 @dataclass(frozen=True)
 class KNN(Probe):
-    """Mean label of the nearest training samples, found exactly; equal ones at the edge share the places that are left.
+    """Mean label of the nearest training samples, found exactly.
 
     Attributes:
         neighbours: How many.
@@ -98,10 +97,13 @@ class KNN(Probe):
         return out
 
     def _predict(self, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+        from sklearn.neighbors import KNeighborsRegressor
+
         train, labels, test = _checked(train, labels, test)
         _check_neighbours(self.neighbours, len(train))
         if self.standardise:
             train, test = standardised(train, test)
+<<<<<<< HEAD
         known, asked = distinct(train), distinct(test)
         index, distance = _search(known.vectors, asked.vectors, min(self.neighbours, len(known.vectors)), self.metric)
         count = known.copies[index]
@@ -113,6 +115,10 @@ class KNN(Probe):
                 weight *= np.where(same.any(1, keepdims=True), same, 1 / distance)
         voted = (weight[:, :, None] * known.mean(labels)[index]).sum(1) / weight.sum(1, keepdims=True)
         return voted[asked.of]
+=======
+        model = KNeighborsRegressor(self.neighbours, weights=self.weights, metric=self.metric, algorithm="brute")
+        return model.fit(train, labels).predict(test).astype(np.float64)
+>>>>>>> parent of 5a923e5 (Equal vectors tie on every machine: in ranks, votes, search and matches)
 
 
 @dataclass(frozen=True)
@@ -260,14 +266,10 @@ def nearest(
     Raises:
         ValueError: Shapes disagree, numbers are not finite, or there are fewer than `neighbours` training samples.
     """
-    train, _, query = _checked(train, np.zeros(len(train)), query)
-    _check_neighbours(neighbours, len(train))
-    return _search(train, query, neighbours, metric)
-
-
-def _search(train: np.ndarray, query: np.ndarray, neighbours: int, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.neighbors import NearestNeighbors
 
+    train, _, query = _checked(train, np.zeros(len(train)), query)
+    _check_neighbours(neighbours, len(train))
     model: Any = NearestNeighbors(n_neighbors=neighbours, metric=metric, algorithm="brute").fit(train)
     distance, index = model.kneighbors(query)
     return index, distance
@@ -280,12 +282,9 @@ def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
         train: [N, D] float32.
         test: [M, D] float32.
     """
-    mean, spread = (
-        train.mean(0, dtype=np.float64),
-        train.std(0, dtype=np.float64),
-    )  # float32 sums drift at a million rows
-    spread = np.where(spread > 1e-7 * (np.abs(mean) + 1e-30), spread, np.inf)
-    return tuple(((part - mean) / spread).astype(np.float32) for part in (train, test))
+    mean, spread = train.mean(0), train.std(0)
+    spread = np.where(spread > 1e-7 * (np.abs(mean) + 1e-30), spread, np.inf).astype(np.float32)
+    return (train - mean) / spread, (test - mean) / spread
 
 
 def _checked(

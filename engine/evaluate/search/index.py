@@ -33,12 +33,11 @@ from armillary.engine.evaluate.search.vectors import CHUNK, ORIGIN, VectorFiles,
 __all__ = ["Answers", "Index"]
 
 CANDIDATES = 8  # fetched for each answer that is re-ranked
-SPARE = 16  # fetched besides the answers of an exact index, where equal vectors may lie across the edge
 VERSION = 1
 
 
 class Answers(NamedTuple):
-    """The best answers to M queries, best first; equal vectors, which are equally similar, by their rows.
+    """The best answers to M queries, best first.
 
     Attributes:
         row: [M, k] int64 places in the index.
@@ -229,27 +228,19 @@ class Index:
 
     def _candidates(self, queries: np.ndarray, k: int, probes: int | None) -> tuple[np.ndarray, np.ndarray]:
         if self.plan.kind == "exact":
-            _, row = self._engine.search(queries, min(k + SPARE, len(self)))
-            return self._in_order(queries, row, k)
+            similarity, row = self._engine.search(queries, k)
+            return similarity, row
         fetched = k if self._kept is None else min(CANDIDATES * k, len(self))
         similarity, row = self._engine.search(queries, fetched, params=self.plan.parameters(probes))
         # A query whose lists hold too few vectors gets rows of -1; such a one looks at all lists.
         if (short := (row < 0).any(1)).any():
             everywhere = self.plan.parameters(self.plan.lists)
             similarity[short], row[short] = self._engine.search(queries[short], fetched, params=everywhere)
-        return self._in_order(queries, row, k, similarity if self._kept is None else None)
-
-    def _in_order(
-        self, queries: np.ndarray, row: np.ndarray, k: int, similarity: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The first k by similarity, then by row. Unless given, similarities are sums of a row each, in one order of terms:
-        those of a matrix product differ in the last bit by the place of a vector, and equal vectors would not tie.
-        """
-        if similarity is None:
-            similarity = np.empty(row.shape, np.float32)
-            for i, query in enumerate(queries):
-                similarity[i] = (self.vectors(row[i]) * query).sum(1)
-        order = np.lexsort((row, -similarity), axis=1)[:, :k]
+        if self._kept is None:
+            return similarity, row
+        for i, query in enumerate(queries):
+            similarity[i] = self._kept[row[i]].astype(np.float32) @ query
+        order = np.argsort(-similarity, 1, kind="stable")[:, :k]
         return np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1)
 
     def find(self, key: str) -> int:
@@ -276,7 +267,7 @@ class Index:
                 "vectors: this IVF-PQ index holds codes only; look the query up in its file of embeddings, or build the "
                 "index with the vectors kept"
             )
-        return self._engine.reconstruct_batch(np.asarray(rows, np.int64))
+        return np.stack([self._engine.reconstruct(int(row)) for row in rows])
 
     def check(self, metadata: Mapping[str, str], names: Sequence[str] = ORIGIN) -> None:
         """Refuse embeddings that the index's own cannot be compared with; what either does not know is not compared.

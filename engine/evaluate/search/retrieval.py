@@ -1,8 +1,8 @@
 """How well a similarity search finds what it should: ranks of partners, recall, reciprocal rank, nDCG.
 
-Every similarity is compared exactly, by the cosine. Equal vectors are tied on every machine, as are nearly equal ones
-whose similarities round to the same millionth; a tie is worth what a random order of the tied would be worth on average.
-So an encoder that has collapsed scores as chance does, and no number depends on the order of the samples.
+Every similarity is compared exactly, by the cosine. Similarities that agree to 1e-6 are tied, and a tie is worth what a
+random order of the tied would be worth on average. So an encoder that has collapsed scores as chance does, and no
+number depends on the order of the samples.
 
 Shape legend: M queries, N candidates, D embedding dimensions, k answers.
 """
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from armillary.engine.evaluate.probes.distinct import distinct
 from armillary.engine.evaluate.search.vectors import unit
 
 __all__ = ["Gains", "PartnerRanks", "bootstrap_error", "closeness", "found_again", "gain_ndcg", "ndcg", "rank_partners"]
@@ -220,16 +218,11 @@ def bootstrap_error(
 
 
 def _similarities(queries: np.ndarray, candidates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of queries with their cosines [m, N] with all candidates, equal where the vectors are (see `distinct`)."""
-    left, right = distinct(unit(queries)), distinct(unit(candidates))
-    order = np.argsort(left.of, kind="stable")
-    edges = np.searchsorted(left.of[order], np.arange(0, len(left.vectors) + CHUNK, CHUNK))
-    for number, (first, last) in enumerate(pairwise(edges)):
-        start, rows = number * CHUNK, order[first:last]
-        similarity = np.round(left.vectors[start : start + CHUNK] @ right.vectors.T, DECIMALS)[:, right.of]
-        for at in range(0, len(rows), CHUNK):  # of a collapsed encoder all queries may be equal
-            some = rows[at : at + CHUNK]
-            yield some, similarity[left.of[some] - start]
+    """Rows of queries with their cosines [m, N] with all candidates, rounded so that what should be tied is."""
+    left, right = unit(queries), unit(candidates)
+    for start in range(0, len(left), CHUNK):
+        rows = np.arange(start, min(start + CHUNK, len(left)))
+        yield rows, np.round(left[rows] @ right.T, DECIMALS)
 
 
 def _discounts(k: int) -> np.ndarray:

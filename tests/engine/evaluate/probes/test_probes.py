@@ -5,7 +5,7 @@ from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
-from armillary.engine.evaluate.probes.probes import KNN, MLP, JointMLP, Ridge, labelled, nearest, standardised
+from armillary.engine.evaluate.probes.probes import KNN, MLP, JointMLP, Ridge, labelled, nearest
 
 
 @pytest.fixture
@@ -200,29 +200,3 @@ def test_bad_arrays(data):
         MLP().predict(train[:10], label[:10], test)
     with pytest.raises(ValueError, match="samples: need 1 or more"):
         KNN(1).predict(train[:1], label[:1], test[:0])
-
-
-def test_a_neighbour_at_no_distance_takes_all_weight(data):
-    train, label, test, _ = data
-    test = np.concatenate([train[[11]], test])
-    np.testing.assert_allclose(KNN(7, "euclidean", "distance").predict(train, label, test)[0], label[11], rtol=1e-6)
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_equal_neighbours_share_the_places_that_are_left(metric):
-    rng = np.random.default_rng(4)
-    train, labels = rng.normal(size=(70, 5)), rng.normal(size=70)
-    train[20:30] = train[20]
-    test = train[[20]] + 0.01 * rng.normal(size=(1, 5))
-    for order in (np.arange(70), rng.permutation(70)):
-        found = KNN(6, metric).predict(train[order], labels[order], test)
-        np.testing.assert_allclose(found, labels[20:30].mean(), rtol=1e-12)  # any six of the ten are as near
-
-
-def test_standardised_holds_at_large_offsets():
-    rng = np.random.default_rng(5)
-    train = (1000 + rng.normal(size=(200_000, 2))).astype(np.float32)
-    one, _ = standardised(train, train[:2])
-    # float32 sums were wrong by more than this from a million rows on; here the rounding of the input is 3e-5
-    np.testing.assert_allclose(one.mean(0, dtype=np.float64), 0, atol=1e-5)
-    np.testing.assert_allclose(one.std(0, dtype=np.float64), 1, atol=1e-5)
