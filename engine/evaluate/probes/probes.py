@@ -103,22 +103,8 @@ class KNN(Probe):
         _check_neighbours(self.neighbours, len(train))
         if self.standardise:
             train, test = standardised(train, test)
-<<<<<<< HEAD
-        known, asked = distinct(train), distinct(test)
-        index, distance = _search(known.vectors, asked.vectors, min(self.neighbours, len(known.vectors)), self.metric)
-        count = known.copies[index]
-        before = np.cumsum(count, 1) - count
-        weight = np.clip(self.neighbours - before, 0, count).astype(np.float64)  # places that each distinct one takes
-        if self.weights == "distance":
-            same = distance == 0
-            with np.errstate(divide="ignore"):
-                weight *= np.where(same.any(1, keepdims=True), same, 1 / distance)
-        voted = (weight[:, :, None] * known.mean(labels)[index]).sum(1) / weight.sum(1, keepdims=True)
-        return voted[asked.of]
-=======
         model = KNeighborsRegressor(self.neighbours, weights=self.weights, metric=self.metric, algorithm="brute")
         return model.fit(train, labels).predict(test).astype(np.float64)
->>>>>>> parent of 5a923e5 (Equal vectors tie on every machine: in ranks, votes, search and matches)
 
 
 @dataclass(frozen=True)
