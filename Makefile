@@ -101,7 +101,7 @@ bench: install
 
 # Without `install`: it needs neither the network nor most dependencies. The environment's Python, where there is one.
 bench-gpu:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
 	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip armillary/_C*.so

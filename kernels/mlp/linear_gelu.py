@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.launch import Impl, check_tensor, refuse, use_triton
+from armillary.kernels.launch import Impl, check_tensor, refuse, untraced, use_triton
 from armillary.kernels.mlp.down_gradient import down_gradient, down_gradient_reference
 from armillary.kernels.mlp.up_projection import Activation, up_projection, up_projection_reference
 
@@ -129,7 +129,7 @@ def _up(
     return (None if z is None else z.squeeze(1)), a.squeeze(1)
 
 
-@torch.compiler.disable
+@untraced
 def _linear_gelu_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
 ) -> tuple[Tensor | None, Tensor]:
@@ -138,7 +138,7 @@ def _linear_gelu_triton(
     return _up(x, weight, bias, activation, save_z=False)
 
 
-@torch.compiler.disable
+@untraced
 def _gelu_linear_triton(z: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     return _GeluLinear.apply(z, a, weight, bias, activation)
 

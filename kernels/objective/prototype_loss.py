@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.launch import Impl
+from armillary.kernels.launch import Impl, untraced
 from armillary.kernels.objective.prototype_rows import Scratch, prototype_rows_
 
 __all__ = ["Term", "prototype_loss", "prototype_loss_reference"]
@@ -53,7 +53,7 @@ class Term:
     bias: Tensor | None = None
 
 
-@torch.compiler.disable
+@untraced
 def prototype_loss(
     terms: Sequence[Term],
     prototypes: Tensor,
