@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from armillary.kernels.launch import FLOATS, Launch, check_tensor, refuse, settings
 
-__all__ = ["MAX_WIDTH", "Tiles", "check_rows", "scalar", "tiles", "wide"]
+__all__ = ["MAX_WIDTH", "Tiles", "check_rows", "load_rows", "row_tile", "scalar", "tiles", "wide"]
 
 MAX_WIDTH = 8192
 """Widest row: 16 elements a thread of 16 warps."""
@@ -50,6 +51,20 @@ def tiles(table: Mapping[int, Launch], x: Tensor) -> Tiles:
     held = max(1, min(tile // block, 32 * row.num_warps))
     options = {"ROWS": held, "BLOCK": block, "num_warps": row.num_warps * max(1, block // tile)}
     return Tiles(count, width, triton.cdiv(count, held), options)
+
+
+@triton.jit
+def row_tile(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows [ROWS, 1], the offsets of their elements [ROWS, BLOCK], and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    return row, row * width + column, (row < rows) & (column < width)
+
+
+@triton.jit
+def load_rows(x_ptr, at, inside):
+    """Elements of a tile in float32, 0 where there are none."""
+    return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
 
 
 def wide(x: Tensor) -> torch.dtype:
