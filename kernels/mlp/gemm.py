@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -23,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from armillary.kernels.launch import INTERPRETER, Launch, settings
+from armillary.kernels.rows import multiprocessors
 
 __all__ = [
     "COMPILED",
@@ -183,15 +183,10 @@ def launch_persistent(kernel: Any, tiles: int, x: Tensor, *args: Any, **options:
 
     The allocator of their memory is set for this launch only, and in this thread: autograd runs in threads of its own.
     """
-    programs = min(tiles, _multiprocessors(x.device.index or 0) if x.is_cuda else 2)
+    programs = min(tiles, multiprocessors(x.device.index or 0) if x.is_cuda else 2)
 
     def run() -> None:
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
         kernel[(programs,)](*args, programs, **options)
 
     copy_context().run(run)
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
