@@ -25,7 +25,8 @@ from armillary.kernels.mlp.gemm import Gemm
 __all__ = ["candidates", "tables_of", "tune_rows"]
 
 MODULES = {
-    "geometry_ffn": ("up_projection", "down_gradient", "geometry_combine", "geometry_rows"),
+    "geometry_combine": ("combine_forward", "combine_backward"),
+    "geometry_ffn": ("up_projection", "down_gradient", "combine_forward", "combine_backward", "geometry_rows"),
     "linear_gelu": ("up_projection", "down_gradient"),
     "prototype_loss": ("prototype_rows", "logsumexp"),
 }

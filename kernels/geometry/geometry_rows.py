@@ -27,9 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from armillary.kernels.geometry.curvature import A_MAX, log_coefficients, log_scale_reference
-from armillary.kernels.geometry.geometry_combine import programs, warps
 from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
-from armillary.kernels.rows import MAX_WIDTH, scalar, wide
+from armillary.kernels.rows import MAX_WIDTH, programs, scalar, warps, wide
 
 __all__ = ["geometry_rows", "geometry_rows_reference"]
 
@@ -183,15 +182,7 @@ class _GeometryRows(torch.autograd.Function):
             launch = settings(LAUNCH_FORWARD, x)
             tile = launch.blocks["ROWS"]
             _rows_fwd_kernel[(triton.cdiv(rows, tile),)](
-                x,
-                gate_weight,
-                gate_bias,
-                temperature,
-                c,
-                logits,
-                scale,
-                input_scale,
-                rows,
+                *(x, gate_weight, gate_bias, temperature, c, logits, scale, input_scale, rows),
                 D=dim,
                 BLOCK_D=triton.next_power_of_2(dim),
                 ROWS=tile,
@@ -217,17 +208,9 @@ class _GeometryRows(torch.autograd.Function):
         scalars = new(count, 5, dtype=torch.float32, device=x.device)
         if rows:
             _rows_bwd_kernel[(count,)](
-                x,
-                gate_weight,
-                temperature,
-                c,
-                logits,
+                *(x, gate_weight, temperature, c, logits),
                 *(None if g is None else g.contiguous() for g in (dy, dlogits, dscale)),
-                dx,
-                dweight,
-                scalars,
-                ctx.input_scale,
-                rows,
+                *(dx, dweight, scalars, ctx.input_scale, rows),
                 D=dim,
                 BLOCK_D=triton.next_power_of_2(dim),
                 LOGITS=dlogits is not None,
@@ -249,16 +232,7 @@ def check_gate(
     temperature: Tensor | float,
     input_scale: float,
 ) -> Tensor:
-    """The temperature as a 0-d tensor; ValueError unless input and gate are what the operation takes.
-
-    Args:
-        operation: Name for the error.
-        x: [M, D].
-        gate_weight: [3, D].
-        gate_bias: [3] or None.
-        temperature: A number or 0-d, > 0. The value of a tensor on a GPU is not looked at: the host would have to wait.
-        input_scale: Positive.
-    """
+    """The temperature as a 0-d tensor; ValueError unless input and gate are what `geometry_rows` takes."""
     check_tensor(operation, "x", x, ["M", "D"], dtypes=(*FLOATS, torch.float64))
     dim, dtypes = x.shape[1], (x.dtype, wide(x))
     if not 1 <= dim <= MAX_WIDTH:

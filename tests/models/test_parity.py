@@ -41,7 +41,7 @@ LARGE = {
     "mlp.up_projection": {"BM": 16, "BN": 32, "BK": 16},
     "mlp.down_gradient": {"BM": 16, "BN": 32, "BK": 16},
     "geometry.geometry_rows": {"ROWS": 32, "PROGRAMS": 1},
-    "geometry.geometry_combine": {"PROGRAMS": 1},
+    "geometry.combine_backward": {"PROGRAMS": 1},
 }
 
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from aot import ARCHITECTURES, SHARED_LIMIT, resources
-from products import ACTIVATIONS, PATHS, assert_as_good, blocks_of, double, force_path, row_of
+from products import ACTIVATIONS, COMPILED, PATHS, assert_as_good, assert_compiles, count_persistent, double, force_path
 
 from armillary.kernels.mlp import down_gradient as module
 from armillary.kernels.mlp.down_gradient import down_gradient, down_gradient_reference
@@ -83,9 +82,7 @@ def test_tiles_over_several_rows_and_columns(path, device, monkeypatch, poison_e
 def test_descriptors_only_where_they_can_be(device, monkeypatch):
     """An inner dimension of broken tiles would read the next expert's weights: such shapes take plain pointers."""
     force_path(monkeypatch, module, "tma")
-    launches = []
-    launch = module.launch_persistent
-    monkeypatch.setattr(module, "launch_persistent", lambda *a, **k: (launches.append(1), launch(*a, **k)))
+    launches = count_persistent(monkeypatch)
     dtype, h, d = (torch.float32, 64, 16) if device == "cpu" else (torch.float16, 256, 64)
     for shape, expected in {
         (7, d, h, 2): 1,
@@ -128,45 +125,10 @@ def test_same_bits_again(device, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first, down_gradient(*given, impl="triton"), strict=True))
 
 
-BF16 = dict.fromkeys(("z_ptr", "bias_ptr", "dz_ptr", "a_ptr"), "*bf16")
-EXPERTS = BF16 | dict.fromkeys(("scale_ptr", "columns_ptr", "rows_ptr"), "*fp32") | dict.fromkeys("MEH", "i32")
-VIT = {"scale_ptr": None, "rows_ptr": None, "E": 1}
-COMPILED = {  # one form for each architecture: the compiler takes seconds
-    "fused, experts, erf, sm_80": ("_fused_kernel", "gelu", {}, (80,)),
-    "fused, experts, erf": ("_fused_kernel", "gelu", {}, (90, 100)),
-    "tma, ViT, erf": ("_tma_kernel", "gelu", VIT, (90,)),
-    "tma, experts, swiglu": ("_tma_kernel", "swiglu", {}, (100,)),
-    "elementwise, experts, erf": ("_elementwise_kernel", "gelu", {}, ARCHITECTURES),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel, activation, fixed, architectures", COMPILED.values(), ids=COMPILED)
-def test_compiles_without_spilling(kernel, activation, fixed, architectures):
-    table = {"_fused_kernel": module.FUSED, "_tma_kernel": module.LAUNCH, "_elementwise_kernel": module.ELEMENTWISE}
-    (row,) = {id(row): row for row in (row_of(table[kernel], sm) for sm in architectures)}.values()
-    signature, constants = {"du_ptr": "*bf16", "w_ptr": "*bf16", **EXPERTS, "D": "i32"}, {"EVEN": True}
-    if kernel == "_tma_kernel":
-        signature, constants = signature | {"programs": "i32"}, {}
-        assert row.path == "tma"
-    elif kernel == "_elementwise_kernel":
-        signature, constants = {"da_ptr": "*bf16", **EXPERTS}, {}
-    gated = activation == "swiglu"
-    for sm, used in resources(
-        f"armillary.kernels.mlp.down_gradient:{kernel}",
-        {name: kind for name, kind in signature.items() if name not in fixed},
-        {**constants, **fixed, "GATED": gated, "TANH": activation == "gelu_tanh", **blocks_of(row, gated)},
-        divisible=("H", "D"),
-        num_warps=row.num_warps,
-        num_stages=row.num_stages,
-        architectures=architectures,
-    ).items():
-        assert used.stack == used.local == 0, (sm, used)
-        assert used.shared <= SHARED_LIMIT[sm], (sm, used)
-        if sm == 90 and kernel != "_elementwise_kernel":
-            assert "wgmma.mma_async" in used.ptx
-        if kernel == "_tma_kernel":
-            assert "cp.async.bulk.tensor" in used.ptx
+@pytest.mark.parametrize("kernel, activation, vit, architectures", COMPILED.values(), ids=COMPILED)
+def test_compiles_without_spilling(kernel, activation, vit, architectures):
+    assert_compiles(module, kernel, activation, vit, architectures)
 
 
 @pytest.mark.gpu

@@ -2,8 +2,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from aot import ARCHITECTURES, SHARED_LIMIT, resources
-from products import ACTIVATIONS, PATHS, assert_as_good, blocks_of, double, force_path, row_of
+from products import ACTIVATIONS, COMPILED, PATHS, assert_as_good, assert_compiles, count_persistent, double, force_path
 
 from armillary.kernels.mlp import gemm
 from armillary.kernels.mlp import up_projection as module
@@ -68,9 +67,7 @@ def test_descriptors_only_where_they_can_be(device, monkeypatch):
     """Odd strides, an offset that is not aligned and a width of broken tiles all take plain pointers."""
     force_path(monkeypatch, module, "tma")
     dtype = torch.float32 if device == "cpu" else torch.float16
-    launches = []
-    launch = module.launch_persistent
-    monkeypatch.setattr(module, "launch_persistent", lambda *a, **k: (launches.append(1), launch(*a, **k)))
+    launches = count_persistent(monkeypatch)
     wide = 64 if device == "cpu" else 256
     for (m, k, h, e), expected in {
         (7, 24, wide, 2): 1,
@@ -172,44 +169,10 @@ def test_reference_impl_takes_any_float():
         up_projection(*double(*given), impl="triton")
 
 
-EXPERTS = dict(bias_ptr="*bf16", scale_ptr="*fp32", z_ptr="*bf16", a_ptr="*bf16", M="i32", E="i32", H="i32")
-VIT = {"scale_ptr": None, "E": 1}
-COMPILED = {  # one form for each architecture: the compiler takes seconds
-    "fused, experts, erf, sm_80": ("_fused_kernel", "gelu", {}, (80,)),
-    "fused, experts, erf": ("_fused_kernel", "gelu", {}, (90, 100)),
-    "tma, ViT, erf": ("_tma_kernel", "gelu", VIT, (90,)),
-    "tma, experts, swiglu": ("_tma_kernel", "swiglu", {}, (100,)),
-    "elementwise, experts, erf": ("_elementwise_kernel", "gelu", {}, ARCHITECTURES),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel, activation, fixed, architectures", COMPILED.values(), ids=COMPILED)
-def test_compiles_without_spilling(kernel, activation, fixed, architectures):
-    table = {"_fused_kernel": module.FUSED, "_tma_kernel": module.LAUNCH, "_elementwise_kernel": module.ELEMENTWISE}
-    (row,) = {id(row): row for row in (row_of(table[kernel], sm) for sm in architectures)}.values()
-    signature, constants = {"x_ptr": "*bf16", "w_ptr": "*bf16", **EXPERTS, "K": "i32"}, {"EVEN": True}
-    if kernel == "_tma_kernel":
-        signature, constants = signature | {"programs": "i32"}, {}
-        assert row.path == "tma"
-    elif kernel == "_elementwise_kernel":
-        signature, constants = {"p_ptr": "*bf16", **EXPERTS}, {}
-    gated = activation == "swiglu"
-    for sm, used in resources(
-        f"armillary.kernels.mlp.up_projection:{kernel}",
-        {name: kind for name, kind in signature.items() if name not in fixed},
-        {**constants, **fixed, "GATED": gated, "TANH": activation == "gelu_tanh", **blocks_of(row, gated)},
-        divisible=("H", "K"),
-        num_warps=row.num_warps,
-        num_stages=row.num_stages,
-        architectures=architectures,
-    ).items():
-        assert used.stack == used.local == 0, (sm, used)
-        assert used.shared <= SHARED_LIMIT[sm], (sm, used)
-        if sm == 90 and kernel != "_elementwise_kernel":
-            assert "wgmma.mma_async" in used.ptx
-        if kernel == "_tma_kernel":
-            assert "cp.async.bulk.tensor" in used.ptx
+@pytest.mark.parametrize("kernel, activation, vit, architectures", COMPILED.values(), ids=COMPILED)
+def test_compiles_without_spilling(kernel, activation, vit, architectures):
+    assert_compiles(module, kernel, activation, vit, architectures)
 
 
 @pytest.mark.gpu
