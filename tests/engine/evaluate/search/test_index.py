@@ -125,14 +125,14 @@ def test_codes_find_most_neighbours_and_kept_vectors_nearly_all(coded):
     queries = clusters(200, seed=4)
     truth, _ = brute(vectors, queries, 10)
     codes = Index.load(folder / "codes")
-    assert found_again(codes.search(queries, 10, probes=64).row, truth).mean() > 0.8
+    # Over twelve seeds .809 with a spread of .012; .997 to .9935; .51 with a spread of .03. Five spreads are left.
+    assert found_again(codes.search(queries, 10, probes=64).row, truth).mean() > 0.75
     ranked = index.search(queries, 10, probes=64)
     assert found_again(ranked.row, truth).mean() > 0.98
     cosine = np.einsum("md,mkd->mk", unit(queries), unit(vectors)[ranked.row])
     np.testing.assert_allclose(ranked.similarity, cosine, atol=1e-3)  # of half-precision components
     assert (np.diff(ranked.similarity) <= 0).all()
-    few = found_again(codes.search(queries, 10, probes=1).row, truth).mean()
-    assert few < found_again(codes.search(queries, 10, probes=64).row, truth).mean()
+    assert found_again(codes.search(queries, 10, probes=1).row, truth).mean() < 0.65
 
 
 def test_short_lists_are_filled_up_from_all(coded):
