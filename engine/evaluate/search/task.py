@@ -26,6 +26,7 @@ from armillary.engine.evaluate.search.retrieval import (
     bootstrap_error,
     closeness,
     gain_ndcg,
+    nearest_other,
     rank_partners,
 )
 from armillary.engine.evaluate.study.study import FeatureSet, Measure, Outcome, Study
@@ -195,8 +196,7 @@ def _judge(study: Study, pair: _Pair, options: SearchOptions, labelled: bool) ->
             relevant = np.isfinite(value)
             if relevant.any():
                 add(options.label, f"ndcg@{DEPTH}", value[relevant], float(chance[relevant].mean()))
-            own = np.arange(len(queries))
-            first = Index.build(answers, kind="exact").search(queries, 1, leave_out=own).row[:, 0]
+            first = nearest_other(queries, answers, study.seed)
             nearest = np.full(count, np.nan)
             nearest[known] = label_known[first]
             away = residuals(label_known, label_known[first], redshift=redshift)
