@@ -17,7 +17,7 @@ from markupsafe import Markup
 from armillary.engine.evaluate.page.style import CSS
 
 __all__ = [
-    "Bold", "Groups", "card", "details", "figure", "grid", "header", "headline", "lines", "now", "number", "page", "picture",
+    "Bold", "Groups", "card", "details", "figure", "grid", "header", "headline", "lines", "now", "number", "page", "picture", "quiet",
     "row", "section", "sky", "stack", "subsection", "table", "verdicts", "write_page",
 ]  # fmt: skip
 
@@ -193,6 +193,11 @@ def number(
     if quiet or not np.isfinite(value):
         return _render("quiet", text)
     return _render("number", text, f"{error:{form.lstrip('+')}}" if np.isfinite(error) else "", bold)
+
+
+def quiet(text: str) -> Markup:
+    """Grey text."""
+    return _render("quiet", text)
 
 
 def headline(value: str, error: str, label: str, others: Iterable[tuple[str, str]]) -> Markup:

@@ -73,6 +73,7 @@ svg.chart text { font-family: inherit; }
 img { max-width: 100%; height: auto; display: block; }
 img.sheet { width: 100%; border-radius: 8px; background: #000; }
 .sky { background: #000; border-radius: 12px; padding: 10px; }
+.card .sky { margin-bottom: 12px; }
 .row { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: 6px; margin-bottom: 8px; }
 .row figure { margin: 0; position: relative; }
 .row img { width: 100%; border-radius: 6px; background: #000; }

@@ -45,6 +45,7 @@ BUILDERS = {
     "stack": lambda s: html.stack([s]),
     "sky": lambda s: html.sky(s),
     "table": lambda s: html.table([s, s], [(s, [[s, s], html.Bold([s, s])])], classes={1: "dot"}),
+    "quiet": lambda s: html.quiet(s),
     "headline": lambda s: html.headline(s, s, s, [(s, s)]),
     "verdicts": lambda s: html.verdicts([("yes", s, s)]),
     "details": lambda s: html.details(s, s),
