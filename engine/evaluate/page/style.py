@@ -55,6 +55,7 @@ ul.verdict li { display: grid; grid-template-columns: 6.4em 1fr; gap: 12px; padd
 ul.verdict li.yes { background: var(--good-bg); } ul.verdict li.no { background: var(--bad-bg); }
 ul.verdict li.note { background: var(--note-bg); }
 ul.verdict b { font-size: 13px; white-space: nowrap; }
+ul.verdict + .card { margin-top: 14px; }
 li.yes b { color: var(--good); } li.no b { color: var(--bad); } li.note b { color: var(--muted); }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
