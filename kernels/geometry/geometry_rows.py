@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.geometry.curvature import A_MAX, log_coefficients, log_scale_reference
+from armillary.kernels.geometry.curvature import log_coefficients, log_scale_reference
 from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
 from armillary.kernels.rows import MAX_WIDTH, programs, scalar, warps, wide
 
@@ -59,14 +59,13 @@ def _rows_fwd_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
-    A_MAX: tl.constexpr,
 ):  # one program: ROWS rows
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_D)
     valid = row < rows
     x = tl.load(x_ptr + row[:, None] * D + col[None, :], mask=valid[:, None] & (col < D)[None, :], other=0.0)
     x = x.to(tl.float32)
-    s, p = log_coefficients(input_scale * input_scale * tl.sum(x * x, 1), tl.load(c_ptr), A_MAX)
+    s, p = log_coefficients(input_scale * input_scale * tl.sum(x * x, 1), tl.load(c_ptr))
     tl.store(scale_ptr + row, tl.full([ROWS], 1.0, tl.float32), mask=valid)
     tl.store(scale_ptr + rows + row, tl.full([ROWS], 1.0, tl.float32), mask=valid)
     tl.store(scale_ptr + 2 * rows + row, input_scale * s, mask=valid)
@@ -99,7 +98,6 @@ def _rows_bwd_kernel(
     LOGITS: tl.constexpr,
     SCALE: tl.constexpr,
     DY: tl.constexpr,
-    A_MAX: tl.constexpr,
 ):  # one program: every num_programs-th row; dweight [programs, 3, D], scalar [programs, 5]: dbias, dtemperature, dc
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_D)
@@ -125,7 +123,7 @@ def _rows_bwd_kernel(
             dx += tl.load(dy_ptr + row * D + col, mask=inside, other=0.0).to(tl.float32)
         if SCALE:
             r2 = tl.sum(x * x, 0)
-            s, p = log_coefficients(input_scale * input_scale * r2, c, A_MAX)
+            s, p = log_coefficients(input_scale * input_scale * r2, c)
             pull = tl.load(dscale_ptr + 2 * rows + row) * input_scale * p
             dx += pull / tl.maximum(r2, 1e-30) * x
             dc += pull / (2.0 * c)
@@ -187,7 +185,6 @@ class _GeometryRows(torch.autograd.Function):
                 BLOCK_D=triton.next_power_of_2(dim),
                 ROWS=tile,
                 BIAS=gate_bias is not None,
-                A_MAX=A_MAX,
                 num_warps=warps(launch, dim),
             )
         ctx.save_for_backward(x, gate_weight, gate_bias, temperature, c, logits)
@@ -216,7 +213,6 @@ class _GeometryRows(torch.autograd.Function):
                 LOGITS=dlogits is not None,
                 SCALE=dscale is not None,
                 DY=dy is not None,
-                A_MAX=A_MAX,
                 num_warps=warps(launch, dim),
             )
         scalars = scalars.sum(0)

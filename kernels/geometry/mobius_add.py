@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.geometry.curvature import EDGE, conformal
+from armillary.kernels.geometry.curvature import EDGE, RIM_GAP, conformal
 from armillary.kernels.geometry.maps import RowMap, apply_map, check_map
 from armillary.kernels.launch import INTERPRETER, Impl, Launch, use_triton
 from armillary.kernels.rows import load_rows, row_tile, wide
@@ -52,15 +52,15 @@ def mobius_add_reference(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
 
 @triton.jit
 def _mobius_add_fwd_kernel(
-    x_ptr, y_ptr, c_ptr, f_ptr, rows, width, EDGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, y_ptr, c_ptr, f_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program: ROWS rows
     _, at, inside = row_tile(rows, width, ROWS, BLOCK)
     x = load_rows(x_ptr, at, inside)
     y = load_rows(y_ptr, at, inside)
     c = tl.load(c_ptr)
     w = x + y
-    b, _ = conformal(tl.sum(x * x, 1, keep_dims=True), c, EDGE)
-    e, _ = conformal(tl.sum(y * y, 1, keep_dims=True), c, EDGE)
+    b, _ = conformal(tl.sum(x * x, 1, keep_dims=True), c)
+    e, _ = conformal(tl.sum(y * y, 1, keep_dims=True), c)
     cw2 = c * tl.sum(w * w, 1, keep_dims=True)
     n = b * e + cw2
     tl.store(f_ptr + at, ((b / n) * w + (cw2 / n) * x).to(f_ptr.dtype.element_ty), mask=inside)
@@ -68,18 +68,7 @@ def _mobius_add_fwd_kernel(
 
 @triton.jit
 def _mobius_add_bwd_kernel(
-    x_ptr,
-    y_ptr,
-    c_ptr,
-    df_ptr,
-    dx_ptr,
-    dy_ptr,
-    dc_ptr,
-    rows,
-    width,
-    EDGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, y_ptr, c_ptr, df_ptr, dx_ptr, dy_ptr, dc_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program: ROWS rows and their sum of dL/dc
     _, at, inside = row_tile(rows, width, ROWS, BLOCK)
     x = load_rows(x_ptr, at, inside)
@@ -92,11 +81,11 @@ def _mobius_add_bwd_kernel(
     w2 = tl.sum(w * w, 1, keep_dims=True)
     gx = tl.sum(g * x, 1, keep_dims=True)
     gy = tl.sum(g * y, 1, keep_dims=True)
-    b, b_free = conformal(x2, c, EDGE)
-    e, e_free = conformal(y2, c, EDGE)
+    b, b_free = conformal(x2, c)
+    e, e_free = conformal(y2, c)
     cw2 = c * w2
     n = b * e + cw2
-    k = (gy + tl.minimum(c * y2, 1.0 - EDGE) * gx) / n / n
+    k = (gy + tl.minimum(c * y2, 1.0 - RIM_GAP) * gx) / n / n
     phi = (b * (gx + gy) + cw2 * gx) / n
     d_b = b_free * cw2 * k
     d_e = -e_free * b * phi / n
@@ -135,4 +124,4 @@ def mobius_add(x: Tensor, y: Tensor, c: Tensor | float, *, impl: Impl = "auto") 
     c = check_map("mobius_add", "c", c, x, y)
     if not use_triton("mobius_add", impl, x):
         return mobius_add_reference(x, y, c)
-    return apply_map(KERNELS, c, x, y, EDGE=EDGE)
+    return apply_map(KERNELS, c, x, y)

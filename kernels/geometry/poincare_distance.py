@@ -85,7 +85,7 @@ def _arsinh_coefficients(z2):
 
 @triton.jit
 def _poincare_distance_fwd_kernel(
-    x_ptr, y_ptr, c_ptr, d_ptr, rows, width, EDGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, y_ptr, c_ptr, d_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program: ROWS rows
     row, at, inside = row_tile(rows, width, ROWS, BLOCK)
     x = load_rows(x_ptr, at, inside)
@@ -93,8 +93,8 @@ def _poincare_distance_fwd_kernel(
     c = tl.load(c_ptr)
     w = x - y
     w2 = tl.sum(w * w, 1, keep_dims=True)
-    b, _ = conformal(tl.sum(x * x, 1, keep_dims=True), c, EDGE)
-    e, _ = conformal(tl.sum(y * y, 1, keep_dims=True), c, EDGE)
+    b, _ = conformal(tl.sum(x * x, 1, keep_dims=True), c)
+    e, _ = conformal(tl.sum(y * y, 1, keep_dims=True), c)
     k, _ = _arsinh_coefficients(c * w2 / (b * e))
     d = tl.where(w2 > 1e-30, 2.0 * tl.sqrt(w2) / tl.sqrt(b * e) * k, 0.0 * w2)  # a NaN goes through
     tl.store(d_ptr + row, d.to(d_ptr.dtype.element_ty), mask=row < rows)
@@ -102,18 +102,7 @@ def _poincare_distance_fwd_kernel(
 
 @triton.jit
 def _poincare_distance_bwd_kernel(
-    x_ptr,
-    y_ptr,
-    c_ptr,
-    dd_ptr,
-    dx_ptr,
-    dy_ptr,
-    dc_ptr,
-    rows,
-    width,
-    EDGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, y_ptr, c_ptr, dd_ptr, dx_ptr, dy_ptr, dc_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program: ROWS rows and their sum of dL/dc
     row, at, inside = row_tile(rows, width, ROWS, BLOCK)
     x = load_rows(x_ptr, at, inside)
@@ -124,8 +113,8 @@ def _poincare_distance_bwd_kernel(
     x2 = tl.sum(x * x, 1, keep_dims=True)
     y2 = tl.sum(y * y, 1, keep_dims=True)
     w2 = tl.sum(w * w, 1, keep_dims=True)
-    b, b_free = conformal(x2, c, EDGE)
-    e, e_free = conformal(y2, c, EDGE)
+    b, b_free = conformal(x2, c)
+    e, e_free = conformal(y2, c)
     apart = w2 > 1e-30
     length = tl.where(apart, tl.sqrt(w2), 0.0)
     inverse = tl.where(apart, 1.0 / tl.sqrt(tl.where(apart, w2, 1.0)), 0.0)
@@ -167,4 +156,4 @@ def poincare_distance(x: Tensor, y: Tensor, c: Tensor | float, *, impl: Impl = "
     c = check_map("poincare_distance", "c", c, x, y)
     if not use_triton("poincare_distance", impl, x):
         return poincare_distance_reference(x, y, c)
-    return apply_map(KERNELS, c, x, y, EDGE=EDGE)
+    return apply_map(KERNELS, c, x, y)

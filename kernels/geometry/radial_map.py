@@ -90,7 +90,7 @@ def _stretch(r2, p, LIMIT: tl.constexpr, KIND: tl.constexpr):
     if KIND == "exp0":
         t, q = exp_coefficients(r2, p)
     elif KIND == "log0":
-        t, q = log_coefficients(r2, p, LIMIT)
+        t, q = log_coefficients(r2, p)
     elif KIND == "project":
         a2 = p * r2
         outside = a2 > LIMIT * LIMIT
@@ -178,4 +178,4 @@ def radial_map(x: Tensor, parameter: Tensor | float, kind: Kind, *, impl: Impl =
     p = check_map("radial_map", "kappa" if kind == "sphere" else "c", parameter, x)
     if not use_triton("radial_map", impl, x):
         return radial_map_reference(x, p, kind)
-    return apply_map(KERNELS, p, x, KIND=kind, LIMIT=A_MAX if kind == "log0" else ball_limit(x.dtype))
+    return apply_map(KERNELS, p, x, KIND=kind, LIMIT=ball_limit(x.dtype))

@@ -111,17 +111,16 @@ def down_gradient(
     """Gradient at z, a rebuilt, and the gradients of bias and row scale; callers have checked the arguments.
 
     Args:
-        du: [E, M, D] float32, bfloat16 or float16 (any float on the reference path); all tensors contiguous.
-        weight2: [E, D, H], dtype of du.
-        z: [M, E, H]; [M, E, 2, H] for "swiglu".
-        bias: [E, H]; [E, 2, H] for "swiglu"; or None.
-        row_scale: [E, M] float32, nowhere 0, or None.
+        du: float32, bfloat16 or float16 (any float on the reference path); all tensors contiguous, shapes as above.
+        weight2: Dtype of du.
+        z: Likewise.
+        bias: Or None.
+        row_scale: float32, nowhere 0, or None.
         activation: "gelu", "gelu_tanh" or "swiglu".
         impl: See `armillary.kernels.launch`.
 
     Returns:
-        row_scale * dz, of the shape of z; a [M, E, H]; d_bias float32, of the shape of the bias, None without one;
-        d_row_scale [E, M] float32, None without row_scale.
+        row_scale * dz and a in the dtype of du; d_bias and d_row_scale in float32, None without bias or row_scale.
     """
     with torch.no_grad():
         if use_triton("down_gradient", impl, du):

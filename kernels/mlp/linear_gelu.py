@@ -24,20 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from armillary.kernels.launch import Impl, check_tensor, refuse, untraced, use_triton
-from armillary.kernels.mlp.down_gradient import down_gradient, down_gradient_reference
-from armillary.kernels.mlp.up_projection import Activation, up_projection, up_projection_reference
+from armillary.kernels.mlp.down_gradient import down_gradient
+from armillary.kernels.mlp.up_projection import Activation, up_projection
 
-__all__ = [
-    "Approximate",
-    "down_gradient",
-    "down_gradient_reference",
-    "gelu_linear",
-    "gelu_linear_reference",
-    "linear_gelu",
-    "linear_gelu_reference",
-    "up_projection",
-    "up_projection_reference",
-]
+__all__ = ["Approximate", "gelu_linear", "gelu_linear_reference", "linear_gelu", "linear_gelu_reference"]
 
 Approximate = Literal["none", "tanh"]
 _ACTIVATION: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}

@@ -108,16 +108,13 @@ def up_projection(
     """z and a of all experts, without gradients: a part of differentiable operations, which check the arguments.
 
     Args:
-        x: [M, K] float32, bfloat16 or float16 (any float on the reference path); all tensors contiguous.
-        weight: [E, H, K]; [E, 2, H, K] for "swiglu"; dtype of x.
-        bias: [E, H]; [E, 2, H] for "swiglu"; or None.
-        row_scale: [E, M] float32 or None.
+        x: float32, bfloat16 or float16 (any float on the reference path); all tensors contiguous, shapes as above.
+        weight: Dtype of x.
+        bias: Or None.
+        row_scale: float32, or None.
         activation: "gelu", "gelu_tanh" or "swiglu".
-        save_z: False where nobody will read z.
+        save_z: False where nobody will read z, which is None then.
         impl: See `armillary.kernels.launch`.
-
-    Returns:
-        z [M, E, H] / [M, E, 2, H], or None without `save_z`; a [M, E, H]. Both in the dtype of x.
     """
     with torch.no_grad():
         if use_triton("up_projection", impl, x):

@@ -85,14 +85,8 @@ def prototype_loss(
     """
     _check(terms, prototypes, teacher_prototypes, student_temperature, teacher_temperature, chunk_rows)
     total, *losses = _PrototypeLoss.apply(
-        prototypes,
-        teacher_prototypes,
-        tuple(terms),
-        1 / student_temperature,
-        1 / teacher_temperature,
-        chunk_rows,
-        impl,
-        *(term.student for term in terms),
+        *(prototypes, teacher_prototypes, tuple(terms), 1 / student_temperature, 1 / teacher_temperature),
+        *(chunk_rows, impl, *(term.student for term in terms)),
     )
     return total, losses
 

@@ -1,10 +1,14 @@
 """What the tests of up_projection and down_gradient share."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
 import pytest
 import torch
 from aot import ARCHITECTURES, SHARED_LIMIT, resources
 
-from armillary.kernels.mlp import gemm
+from armillary.kernels.mlp import down_gradient, gemm, up_projection
 from armillary.kernels.mlp.gemm import Gemm
 
 PATHS = ("fused", "tma", "cublas")
@@ -81,3 +85,54 @@ def assert_compiles(module, path, activation, vit, architectures):
             assert "wgmma.mma_async" in used.ptx
         if path == "tma":
             assert "cp.async.bulk.tensor" in used.ptx
+
+
+def inputs_of_up(shape, activation, device, dtype=torch.float32, bias=True, scale=True):
+    m, k, h, experts = shape
+    rows = (experts, 2, h) if activation == "swiglu" else (experts, h)
+    x, weight, b = torch.randn(m, k), torch.randn(*rows, k) * k**-0.5, torch.randn(rows)
+    row_scale = (torch.rand(experts, m) + 0.5).to(device) if scale else None
+    x, weight, b = (t.to(device, dtype) for t in (x, weight, b))
+    return x, weight, b if bias else None, row_scale, activation
+
+
+def inputs_of_down(shape, activation, device, dtype=torch.float32, bias=True, scale=True):
+    m, d, h, experts = shape
+    columns = (experts, 2, h) if activation == "swiglu" else (experts, h)
+    du, weight2, z, b = (
+        torch.randn(experts, m, d),
+        torch.randn(experts, d, h),
+        torch.randn(m, *columns),
+        torch.randn(columns),
+    )
+    row_scale = (torch.rand(experts, m) + 0.5).to(device) if scale else None
+    du, weight2, z, b = (t.to(device, dtype) for t in (du, weight2 * d**-0.5, z, b))
+    return du, weight2, z, b if bias else None, row_scale, activation
+
+
+@dataclass(frozen=True)
+class Product:
+    """An operation of gemm.py; its results are two in the dtype of the inputs, then sums in float32."""
+
+    module: ModuleType
+    op: Callable
+    reference: Callable
+    inputs: Callable
+
+    def check(self, given):
+        """The 2x rule for every result."""
+        eager, right = self.reference(*given), self.reference(*double(*given))
+        results = self.op(*given, impl="triton")
+        for i, (got, *others) in enumerate(zip(results, eager, right, strict=True)):
+            assert got is None or got.dtype == (given[0].dtype if i < 2 else torch.float32)
+            assert_as_good(got, *others)
+
+
+PRODUCTS = {
+    "up_projection": Product(
+        up_projection, up_projection.up_projection, up_projection.up_projection_reference, inputs_of_up
+    ),
+    "down_gradient": Product(
+        down_gradient, down_gradient.down_gradient, down_gradient.down_gradient_reference, inputs_of_down
+    ),
+}

@@ -259,7 +259,7 @@ def test_compiles_without_spilling(case, sm, monkeypatch):
     kernel = getattr(m.module.KERNELS, way)
     pointers = {name: dtype for name in kernel.arg_names if name.endswith("_ptr")}
     pointers |= {name: "*fp32" for name in ("c_ptr", "dc_ptr", "parameter_ptr", "dp_ptr") if name in pointers}
-    known = {"EDGE": EDGE, "LIMIT": A_MAX, "KIND": case.split()[0], "width": 1, **options}
+    known = {"LIMIT": A_MAX, "KIND": case.split()[0], "width": 1, **options}
     constants = {name: known[name] for name in kernel.arg_names if name in known and (name != "width" or width == 1)}
     sizes = {"rows": "i32"} | ({"width": "i32"} if width > 1 else {})
     used = resources(
