@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo demo-astroclip test soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip test test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make test               all tests"
+	@echo "make test-cpus          the fast numeric tests as other processors would run them (instruction sets)"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
 	@echo "make bench              benchmarks of loader and training step on this machine"
@@ -71,6 +72,9 @@ demo-astroclip: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
 	$(BIN)/python -m pytest -q -n $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // 2))') --dist loadfile -m dist
+
+test-cpus: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cpus.py
 
 soak: install
 	$(BIN)/python tests/soak.py
