@@ -1,125 +1,112 @@
-"""Run tests as processors with other instruction sets would: `python tests/cpus.py [--numeric] [pytest arguments]`.
+"""Runs tests as processors with fewer instructions would: no result may hang on the last bit of a sum.
 
-A sum of floats has other last bits where another instruction set adds in another order. Every library chooses its
-kernels by the processor and can be told to choose as for an older one: NumPy, its OpenBLAS and FAISS's, PyTorch, oneDNN,
-MKL, FAISS. Without other arguments the fast numeric tests run (five minutes a set on one core); with `--numeric` only
-those that rest on products of matrices, ranks and draws (15 seconds a set).
+    python tests/cpus.py                                    # the numeric modules, as CI does
+    python tests/cpus.py tests/engine tests/models -k knn   # anything that pytest takes
+
+Each set of instructions is one run of pytest, in which the libraries' own switches hold them to it: NumPy, OpenBLAS (NumPy's
+and SciPy's), ATen, oneDNN, MKL and FAISS. Sets that this processor lacks are named and left out. Prints a table, and exits
+with 1 where a run failed.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-import torch
+from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
-LEVELS = ("DEFAULT", "AVX2", "AVX512")  # as PyTorch calls them, each including those before it
+ROOT = Path(__file__).resolve().parents[1]
+NUMERIC = (
+    "tests/engine/evaluate/probes", "tests/engine/evaluate/search", "tests/engine/evaluate/properties",
+    "tests/engine/evaluate/posterior", "tests/engine/evaluate/morphology", "tests/engine/data/sources/test_match.py",
+    "tests/engine/data/sources/test_resample.py", "tests/engine/data/building/test_splits.py", "tests/engine/data/views",
+    "tests/models/astroclip", "tests/models/dinov2", "tests/models/supervised", "tests/models/geometry",
+)  # fmt: skip
+CHOICE = "not dist and not slow"
+SEEN = """
+import numpy, scipy.linalg, threadpoolctl, torch
+blas = {pool["architecture"] for pool in threadpoolctl.threadpool_info() if pool["internal_api"] == "openblas"}
+print("OpenBLAS", *sorted(blas), "ATen", torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What stands for a kind of processor.
+
+    Attributes:
+        needs: Feature that this processor must have, by NumPy's name; none for what every one has.
+        numpy: Features of NumPy that stay on.
+        switches: Environment variables of the other libraries.
+    """
+
+    needs: str
+    numpy: tuple[str, ...]
+    switches: dict[str, str]
+
+    def environment(self) -> dict[str, str]:
+        """The variables for this processor."""
+        off = [name for name in __cpu_dispatch__ if __cpu_features__.get(name) and name not in self.numpy]
+        return self.switches | ({"NPY_DISABLE_CPU_FEATURES": " ".join(off)} if off else {})
+
+
+def _switches(openblas: str, aten: str, onednn: str, mkl: str, faiss: str) -> dict[str, str]:
+    return {
+        "OPENBLAS_CORETYPE": openblas,
+        "ATEN_CPU_CAPABILITY": aten,
+        "ONEDNN_MAX_CPU_ISA": onednn,
+        "MKL_ENABLE_INSTRUCTIONS": mkl,
+        "FAISS_OPT_LEVEL": faiss,
+    }
+
+
 SETS = {
-    "as found": (0, {}),
-    "SSE4.2": (
-        0,
-        {
-            "OPENBLAS_CORETYPE": "Nehalem",
-            "ATEN_CPU_CAPABILITY": "default",
-            "ONEDNN_MAX_CPU_ISA": "SSE41",
-            "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-            "FAISS_SIMD_LEVEL": "NONE",
-        },
-    ),
-    "AVX2": (
-        1,
-        {
-            "OPENBLAS_CORETYPE": "Haswell",
-            "ATEN_CPU_CAPABILITY": "avx2",
-            "ONEDNN_MAX_CPU_ISA": "AVX2",
-            "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-            "FAISS_SIMD_LEVEL": "AVX2",
-        },
-    ),
-    # MKL takes its compatible path on processors that are not Intel's.
-    "AVX2, AMD": (
-        1,
-        {
-            "OPENBLAS_CORETYPE": "Zen",
-            "ATEN_CPU_CAPABILITY": "avx2",
-            "ONEDNN_MAX_CPU_ISA": "AVX2",
-            "MKL_CBWR": "COMPATIBLE",
-            "FAISS_SIMD_LEVEL": "AVX2",
-        },
-    ),
-    "AVX-512": (
-        2,
-        {
-            "OPENBLAS_CORETYPE": "SkylakeX",
-            "ATEN_CPU_CAPABILITY": "avx512",
-            "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
-            "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-            "FAISS_SIMD_LEVEL": "AVX512",
-        },
+    "SSE4": Instructions("", (), _switches("Nehalem", "default", "SSE41", "SSE4_2", "generic")),
+    "AVX2": Instructions("AVX2", ("X86_V3",), _switches("Haswell", "avx2", "AVX2", "AVX2", "avx2")),
+    "AVX-512": Instructions(
+        "AVX512F", ("X86_V3", "X86_V4"), _switches("SkylakeX", "avx512", "AVX512_CORE", "AVX512", "avx512")
     ),
 }
-"""Name: least level of the processor, and the libraries' own switches."""
-
-FAST = [
-    "tests/engine/evaluate",
-    "tests/models",
-    "tests/kernels",
-    "tests/engine/data/views",
-    "tests/engine/data/simulate",
-    "tests/engine/data/sources/test_match.py",
-    "tests/engine/data/sources/test_resample.py",
-    "tests/engine/data/format/test_codec.py",
-]
-NUMERIC = [
-    "tests/engine/evaluate/probes",
-    "tests/engine/evaluate/search",
-    "tests/engine/evaluate/posterior/test_calibration.py",
-    "tests/engine/data/sources/test_match.py",
-    "tests/engine/data/sources/test_resample.py",
-    "tests/models/astroclip/test_info_nce.py",
-    "tests/models/dinov2/test_centering.py",
-    "tests/models/dinov2/test_koleo.py",
-]
 
 
-def environment(level: int, switches: dict[str, str]) -> dict[str, str]:
-    """The environment of one set; NumPy is told what to leave, not what to take."""
-    if not switches:
-        return dict(os.environ)
-    shown = np.show_config(mode="dicts") or {}
-    found = shown["SIMD Extensions"].get("found", [])
-    newer = [f for f in found if level == 0 or (level == 1 and re.match("AVX512|X86_V4", f))]
-    return os.environ | switches | {"NPY_DISABLE_CPU_FEATURES": " ".join(newer)}
-
-
-def main() -> int:
-    """Run pytest once for each set that this processor can do; exit 1 where any fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numeric", action="store_true", help="the numeric modules only")
-    options, given = parser.parse_known_args()
-    arguments = given or [*(NUMERIC if options.numeric else FAST), "-m", "not dist and not slow and not gpu"]
-    here = LEVELS.index(name) if (name := torch.backends.cpu.get_cpu_capability()) in LEVELS else -1
-    rows = []
-    for name, (level, switches) in SETS.items():
-        if switches and level > here:
-            rows.append((name, "not by this processor", ""))
+def main(arguments: list[str]) -> int:
+    """Run pytest once a set; returns the exit code."""
+    chosen = arguments or [*NUMERIC, "-m", CHOICE]
+    rows, failed = [], False
+    for name, instructions in SETS.items():
+        if instructions.needs and not __cpu_features__.get(instructions.needs):
+            rows.append((name, "left out: this processor lacks it", ""))
             continue
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "pytest", "-q", "--durations=0", *arguments]
-        run = subprocess.run(command, env=environment(level, switches), capture_output=True, text=True)
-        last = (run.stdout.strip().splitlines() or [run.stderr[-300:]])[-1]
-        rows.append((name, "passed" if run.returncode == 0 else "FAILED", last.strip("= ")))
-        print(f"{name}: {last.strip('= ')} in {time.perf_counter() - start:.0f} s", flush=True)
+        begin = time.monotonic()
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "logical",
+            "--dist",
+            "loadfile",
+            "--durations=0",
+            *chosen,
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | instructions.environment()
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if run.returncode:
-            print(run.stdout[-6000:], run.stderr[-2000:])
-    print("\n".join(f"{name:12} {result:22} {note}" for name, result, note in rows))
-    return int(any(result == "FAILED" for _, result, _ in rows))
+            failed = True
+            print(run.stdout)
+        seen = subprocess.run([sys.executable, "-c", SEEN], env=environment, capture_output=True, text=True, check=True)
+        result = run.stdout.strip().splitlines()[-1].strip("= ").partition(" in ")[0]
+        rows.append((name, f"{result} ({seen.stdout.strip()})", f"{time.monotonic() - begin:.0f} s"))
+    print("\n".join(f"{name:10}{result:80}{seconds:>8}" for name, result, seconds in rows))
+    return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -29,7 +29,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
+from armillary.kernels.launch import (
+    FLOATS,
+    INTERPRETER,
+    Impl,
+    Launch,
+    check_tensor,
+    refuse,
+    settings,
+    untraced,
+    use_triton,
+)
 
 __all__ = ["LAUNCH", "embed_crops", "embed_crops_reference", "patch_embed"]
 
@@ -512,7 +522,7 @@ def embed_crops(
     return _triton(arguments)
 
 
-@torch.compiler.disable
+@untraced
 def _triton(a: _Arguments) -> Tensor:
     device = a.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.weight.dtype

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.launch import INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
+from armillary.kernels.launch import INTERPRETER, Impl, Launch, check_tensor, refuse, settings, untraced, use_triton
 
 __all__ = ["Packing", "residual_add", "residual_add_reference", "residual_norm", "residual_norm_reference"]
 
@@ -313,7 +313,7 @@ class _ResidualNorm(torch.autograd.Function):
         return d_x, d_y, d_weight, d_bias, None, None, None
 
 
-@torch.compiler.disable
+@untraced
 def residual_norm(
     x: Tensor,
     y: Tensor | None,
@@ -354,7 +354,7 @@ def residual_norm(
     return residual_norm_reference(x, y, weight, bias, ran, runs, eps=eps)
 
 
-@torch.compiler.disable
+@untraced
 def residual_add(x: Tensor, y: Tensor, ran: Packing | None = None, *, impl: Impl = "auto") -> Tensor:
     """Add a branch's output to the tokens where no norm follows; arguments, result and errors as `residual_norm`."""
     fused = use_triton("residual_add", impl, x)

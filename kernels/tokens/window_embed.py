@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.launch import INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
+from armillary.kernels.launch import INTERPRETER, Impl, Launch, check_tensor, refuse, settings, untraced, use_triton
 
 __all__ = ["LAUNCH", "count_windows", "window_embed", "window_embed_reference", "window_features"]
 
@@ -389,7 +389,7 @@ def window_embed(
     return _triton(spectrum, weight, bias, position, mask, tokens, step)
 
 
-@torch.compiler.disable
+@untraced
 def _triton(
     spectrum: Tensor, weight: Tensor, bias: Tensor, position: Tensor, mask: Tensor | None, tokens: int, step: int
 ) -> Tensor:

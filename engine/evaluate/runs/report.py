@@ -269,8 +269,7 @@ def _predictions(result: LabelResult) -> str:
         shown.append(best)
     cards = "".join(
         f'<div class="card"><h3>{html.escape(m.features[0].upper() + m.features[1:])}, {html.escape(m.probe)}</h3>'
-        + figures.prediction_chart(result.true, m.predicted, m.scores, label=result.label, redshift=result.redshift)
-        + "</div>"
+        f"{figures.prediction_chart(result.true, m.predicted, m.scores, label=result.label, redshift=result.redshift)}</div>"
         for m in shown
     )
     return (
