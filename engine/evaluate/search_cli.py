@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
+from armillary.engine.atomic_file import write_text
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.colour import galaxy_picture
 from armillary.engine.evaluate.cli import choose_device
@@ -203,9 +204,7 @@ def _write_page(out: Path, one: Query, table: pa.Table, data: Path, survey: Surv
         "embeddings, best first.</p></header>"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page(f"Most similar to {one.name}", header, [sections]), encoding="utf-8")
-    temporary.replace(out)
+    write_text(out, page(f"Most similar to {one.name}", header, [sections]))
 
 
 def _picture_of(one: Query, modality: str) -> str:
