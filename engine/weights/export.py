@@ -8,7 +8,6 @@ file's metadata, so that one file is enough to embed with.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armillary.engine.atomic_file import atomic_path
 from armillary.engine.config.config_json import PACKAGES, from_json, to_json
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
@@ -196,12 +196,8 @@ def export_encoder(source: Path, file: Path, packages: Sequence[str] = PACKAGES)
 
 def _write(entries: list[Entry], file: Path, metadata: dict[str, str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    try:
+    with atomic_path(file) as temporary:
         write_tensors(temporary, entries, metadata)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def export_dinov2(source: Path, file: Path, block_chunks: int = 0, packages: Sequence[str] = PACKAGES) -> None:
@@ -267,9 +263,5 @@ def export_specformer(source: Path, file: Path, packages: Sequence[str] = PACKAG
 
 def _save(content: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    try:
+    with atomic_path(file) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from armillary.engine.atomic_file import write_text
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.page import figures, pictures
 from armillary.engine.evaluate.page.run_log import RunLog
@@ -85,9 +86,7 @@ def write_report(path: Path, verdict: Verdict, survey: Survey, logbook: RunLog, 
     ]
     text = page(f"{verdict.run} on {verdict.survey}", run_header(verdict.run, survey, logbook), sections)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def page(title: str, header: str, sections: Sequence[str]) -> str:

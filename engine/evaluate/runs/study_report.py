@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from armillary.engine.atomic_file import atomic_path, write_text
 from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.runs import report_run
 from armillary.engine.evaluate.runs.report import page, run_header
@@ -41,15 +42,12 @@ def save_measures(folder: Path, study: Study, outcomes: Sequence[Outcome]) -> No
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows
         ],
     }
-    temporary = folder / "metrics.json.tmp"
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    temporary.replace(folder / "metrics.json")
+    write_text(folder / "metrics.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     kinds = {"value": pa.float64(), "error": pa.float64(), "samples": pa.int64()}
     names = list(Measure.__dataclass_fields__)
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
-    temporary = folder / "metrics.parquet.tmp"
-    pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
-    temporary.replace(folder / "metrics.parquet")
+    with atomic_path(folder / "metrics.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
 
 
 def write_study_report(
@@ -79,10 +77,8 @@ def write_study_report(
     ]
     facts = {"Galaxies": _split_counts(study)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     header = run_header(title, study.survey, first, facts)
-    temporary.write_text(page(f"{title} on {study.survey.name}", header, sections), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page(f"{title} on {study.survey.name}", header, sections))
 
 
 def _split_counts(study: Study) -> str:
