@@ -79,7 +79,7 @@ def assess(
         least = least_prototypes(prototypes, prototypes if window_rows is None else window_rows)
         if prototypes_in_use < least:
             reasons.append(
-                f"{prototypes_in_use:.0f} of {prototypes:.0f} prototypes in use: must be {least:.0f} or more"
+                f"{prototypes_in_use:.4g} of {prototypes:.0f} prototypes in use: must be {least:.4g} or more"
             )
     return Collapse(len(vectors), vectors.shape[1], rank, twins, prototypes_in_use, prototypes, tuple(reasons))
 
