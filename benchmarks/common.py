@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from armillary.engine.atomic_file import write_text
+
 __all__ = ["Timing", "append_rows", "describe_machine", "summary", "timed"]
 
 VERSIONED = ("torch", "triton", "numpy")
@@ -138,6 +140,4 @@ def append_rows(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text.getvalue())
-    os.replace(temporary, path)
+    write_text(path, text.getvalue())

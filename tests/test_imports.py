@@ -87,7 +87,9 @@ def circles(edges):
 
 
 def folder(module):
-    return MODULES[module].parent.as_posix()
+    """The room of a module: its folder, or itself where it stands at the top of a floor, above or below all rooms."""
+    path = MODULES[module]
+    return (path if len(path.parts) == 2 else path.parent).as_posix()
 
 
 def test_the_search_for_circles_finds_one():

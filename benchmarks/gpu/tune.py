@@ -28,6 +28,10 @@ MODULES = {
     "geometry_combine": ("combine_forward", "combine_backward"),
     "geometry_ffn": ("up_projection", "down_gradient", "combine_forward", "combine_backward", "geometry_rows"),
     "linear_gelu": ("up_projection", "down_gradient"),
+    "patch_embed": ("patch_embed_forward", "patch_embed_backward"),
+    "window_embed": ("window_embed_kernels",),
+    "residual_norm": ("residual_norm_kernels",),
+    "decode_views": ("decode_views_kernels",),
     "prototype_loss": ("prototype_rows", "logsumexp"),
 }
 ROOT = Path(__file__).resolve().parents[2]

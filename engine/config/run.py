@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from armillary.engine.atomic_file import write_json
 from armillary.engine.config.config_json import PACKAGES, from_json, to_json
 from armillary.engine.config.schedule import Schedules
 from armillary.engine.data.views.eval_view import EvalView
@@ -214,12 +214,7 @@ class Run:
             path: File to write.
             extra: Facts that go beside the record (commit, command line).
         """
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w") as f:
-            json.dump({"run": to_json(self), **extra}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        write_json(path, {"run": to_json(self), **extra})
 
     @classmethod
     def load(cls, path: Path | str, packages: Sequence[str] = PACKAGES) -> Run:

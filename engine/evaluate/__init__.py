@@ -1,9 +1,9 @@
 """Evaluation of frozen encoders, as a library: what `armillary embed`, `search` and `evaluate` do, in a notebook.
 
-    from armillary.engine.evaluate import Study, StudyOptions, feature_sets
+    from armillary.engine.evaluate import Study, Options, feature_sets
     from armillary.engine.evaluate.properties.task import properties
 
-    sets = feature_sets([Path("runs/astroclip")], "surveys/pairs", "out", StudyOptions())
+    sets = feature_sets([Path("runs/astroclip")], "surveys/pairs", "out", Options())
     study = Study.open("surveys/pairs", sets)
     outcome = properties(study)
     print(*outcome.lines, sep="\\n")
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from armillary.engine.evaluate.embedding.embeddings import Embeddings as Embeddings
     from armillary.engine.evaluate.embedding.encoder import Encoder as Encoder
-    from armillary.engine.evaluate.runs.study_runs import evaluate_study as evaluate_study
-    from armillary.engine.evaluate.runs.study_runs import feature_sets as feature_sets
-    from armillary.engine.evaluate.runs.study_runs import run_tasks as run_tasks
+    from armillary.engine.evaluate.runs.evaluate import evaluate_study as evaluate_study
+    from armillary.engine.evaluate.runs.evaluate import feature_sets as feature_sets
+    from armillary.engine.evaluate.runs.evaluate import run_tasks as run_tasks
     from armillary.engine.evaluate.search.index import Index as Index
-    from armillary.engine.evaluate.study.options import StudyOptions as StudyOptions
+    from armillary.engine.evaluate.study.options import Options as Options
     from armillary.engine.evaluate.study.study import FeatureSet as FeatureSet
     from armillary.engine.evaluate.study.study import Study as Study
 
@@ -33,10 +33,10 @@ _HOME = {
     "FeatureSet": "study.study",
     "Index": "search.index",
     "Study": "study.study",
-    "StudyOptions": "study.options",
-    "evaluate_study": "runs.study_runs",
-    "feature_sets": "runs.study_runs",
-    "run_tasks": "runs.study_runs",
+    "Options": "study.options",
+    "evaluate_study": "runs.evaluate",
+    "feature_sets": "runs.evaluate",
+    "run_tasks": "runs.evaluate",
 }
 
 __all__ = list(_HOME)

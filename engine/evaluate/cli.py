@@ -6,6 +6,7 @@ errors that bad input raises (ValueError, OSError) into a message and exit statu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,17 +15,18 @@ import tyro
 
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.evaluate.baselines.judge import TRAINED, UNTRAINED
 from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
 from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
 from armillary.engine.evaluate.embedding.encoder import load_pipeline
 from armillary.engine.evaluate.page.run_log import RunLog
-from armillary.engine.evaluate.runs.evaluate import evaluate_embeddings, evaluate_run
-from armillary.engine.evaluate.runs.evaluation import TRAINED, UNTRAINED, Verdict
-from armillary.engine.evaluate.study.options import DEFAULTS, Options, StudyOptions
+from armillary.engine.evaluate.study.options import Options
+from armillary.engine.evaluate.study.study import FeatureSet, Outcome, Study
 
 __all__ = ["embed", "evaluate", "report"]
 
-STUDY = StudyOptions()
+DEFAULTS = Options()
+REPORTED = ("baselines", "collapse", "pictures")
 DeviceName = Literal["auto", "cuda", "cpu"]
 OutFile = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
@@ -75,45 +77,34 @@ def evaluate(
     data: Path | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     compare: tuple[Path, ...] = (),
-    options: tyro.conf.OmitArgPrefixes[StudyOptions] = STUDY,
+    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
     readout: str | None = None,
     batch: int = 256,
     device: DeviceName = "auto",
 ) -> int:
     """Embed a survey, judge what a run learnt, write report.html.
 
-    The encoder of a run on images alone is judged against its untrained twin and pixel baselines; the exit status is 1
-    where it has collapsed. With --tasks or --compare, and for all other runs, it is a study: similarity search, galaxy
-    properties, posteriors and morphology, of all the runs' embeddings side by side.
+    By default every task that the survey and the runs allow: baselines (untrained twin, pixels), collapse, search,
+    properties, posterior, morphology, masking, attention, pictures; what cannot be done is left out and said. The exit
+    status is 1 where the encoder has collapsed.
 
     Args:
         run: Folder of the run.
         data: Folder of the survey; by default the one that the run was trained on.
-        out: Folder for embeddings, metrics.json and report.html; by default the run's folder `evaluation`.
+        out: Folder for embeddings, metrics.json, metrics.parquet and report.html; by default the run's folder `evaluation`.
         compare: Further runs whose embeddings or predictions stand beside this one's.
         options: Tasks, labels, splits, limits.
-        readout: Which of the method's embeddings; its default otherwise. A study takes all.
+        readout: The only one of the first run's embeddings to judge; all of them otherwise.
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
     """
-    record = Run.load(run)
-    data, folder, where = data or record.data.path, out or run / "evaluation", choose_device(device)
-    if options.tasks or compare or record.views.modalities != ("image",):
-        from armillary.engine.evaluate.runs.study_runs import evaluate_study
+    from armillary.engine.evaluate.runs.evaluate import evaluate_study
 
-        if readout is not None:
-            raise ValueError(f"readout: a study takes all of the method's embeddings, got {readout!r}")
-        if options.common.redshift is not None:
-            raise ValueError("redshift: a study knows the redshift by the label's name; leave it out")
-        outcomes = evaluate_study((run, *compare), data, folder, options, device=where, batch=batch)
-        print(
-            "\n".join(
-                [f"{o.task}: {line}" for o in outcomes for line in o.lines] + [f"report: {folder / 'report.html'}"]
-            )
-        )
-        return 0
-    verdict = evaluate_run(run, data, folder, options.common, device=where, batch=batch, readout=readout)
-    return _tell(verdict)
+    data, folder = data or Run.load(run).data.path, out or run / "evaluation"
+    outcomes = evaluate_study(
+        (run, *compare), data, folder, options, device=choose_device(device), batch=batch, readout=readout
+    )
+    return _tell(outcomes, folder / "report.html")
 
 
 def report(
@@ -124,7 +115,7 @@ def report(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
 ) -> int:
-    """Write report.html, with metrics.json beside it, from embeddings that exist already.
+    """Write report.html, with metrics.json and metrics.parquet beside it, from embeddings that exist already.
 
     The exit status is 1 where the encoder has collapsed.
 
@@ -133,8 +124,10 @@ def report(
         data: Folder of the survey; by default the one that the run was trained on.
         embeddings: Parquet files of `armillary embed` or `evaluate`, the trained encoder's first.
         out: The page to write.
-        options: Label, splits, limits.
+        options: Tasks (by default baselines, collapse and pictures), labels, splits, limits.
     """
+    from armillary.engine.evaluate.runs.evaluate import report_study
+
     data = data or Run.load(run).data.path
     features = {}
     for number, path in enumerate(embeddings):
@@ -142,7 +135,18 @@ def report(
         features[loaded.metadata.get("features", TRAINED if number == 0 else path.stem)] = loaded
     if len(features) != len(embeddings):
         raise ValueError("embeddings: two files hold the same kind of features; give one of each")
-    return _tell(evaluate_embeddings(data, features, RunLog.read(run), out, options))
+    log, (name, head) = RunLog.read(run), next(iter(features.items()))
+    study = Study.open(
+        data,
+        [FeatureSet(name, "image", head)],
+        train_split=options.train_split,
+        test_split=options.test_split,
+        seed=options.seed,
+        baselines={other: one for other, one in features.items() if other != name},
+        log=log,
+    )
+    reasons = dict.fromkeys(options.tasks or REPORTED, "")
+    return _tell(report_study(study, reasons, options, out, {log.name: log}), out)
 
 
 def choose_device(name: DeviceName) -> torch.device:
@@ -156,6 +160,11 @@ def choose_device(name: DeviceName) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _tell(verdict: Verdict) -> int:
-    print("\n".join([*verdict.lines(), f"report: {verdict.report}"]))
-    return verdict.exit_code
+def _tell(outcomes: Sequence[Outcome], report: Path) -> int:
+    for outcome in outcomes:
+        for line in outcome.lines:
+            print(f"{outcome.task}: {line}")
+        if outcome.left_out:
+            print(f"{outcome.task} is left out: {outcome.left_out}")
+    print(f"report: {report}")
+    return int(any(outcome.collapsed for outcome in outcomes))

@@ -203,7 +203,7 @@ def _close_all(files: list[int]) -> None:
 
 
 class CachedTokens:
-    """Adds cached tokens to batches of rows; a transform of `rows.RowLoader`.
+    """Adds cached tokens to batches of rows; a transform of `CatalogLoader`.
 
     Args:
         cache: The tokens.

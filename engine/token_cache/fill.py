@@ -23,22 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from armillary.engine.atomic_file import atomic_open, write_bytes, write_json
 from armillary.engine.token_cache.cache import DTYPES, FORMAT, TokenCacheError, TokenLayout, refuse_difference
 
 __all__ = ["CHUNK_BYTES", "TokenCacheFill"]
 
 CHUNK_BYTES = 256 * 2**20
 """What is written between two marks: as much is lost when a fill is killed."""
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 class TokenCacheFill:
@@ -107,13 +98,12 @@ class TokenCacheFill:
                 f"{self.layout.dtype}, got {free / gib:.1f} GiB at {self.folder}"
             )
         if not plan.exists():
-            _write(plan, json.dumps(mine, indent=1).encode())
+            write_json(plan, mine)
         for name, size in self.layout.files().items():
             path = self.folder / name
             if not path.exists() and len(self.pending()) == len(self.chunks):
-                with open(path.with_suffix(".tmp"), "wb") as f:
+                with atomic_open(path) as f:
                     f.truncate(size)
-                os.replace(path.with_suffix(".tmp"), path)
             if not path.is_file() or path.stat().st_size != size:
                 raise TokenCacheError(
                     f"data.token_cache: {path} must have {size} bytes; delete {self.folder} to fill it anew"
@@ -160,7 +150,7 @@ class TokenCacheFill:
         finally:
             for file in files.values():
                 os.close(file)
-        _write(self._mark(number), crc.tobytes())
+        write_bytes(self._mark(number), crc.tobytes())
 
     def _stored(self, name: str, arrays: Mapping[str, np.ndarray], first: int) -> np.ndarray:
         array, shape = arrays[name], self.layout.shapes[name]
@@ -184,9 +174,9 @@ class TokenCacheFill:
         if left := self.pending():
             raise TokenCacheError(f"data.token_cache: all chunks, got {len(left)} unfinished, first {left[0]}")
         crc = b"".join(self._mark(number).read_bytes() for number in range(len(self.chunks)))
-        _write(self.folder / "rows.crc", crc)
+        write_bytes(self.folder / "rows.crc", crc)
         record = {"format": FORMAT, **self.layout.to_json(), "made_of": self.made_of, "crc": zlib.crc32(crc)}
-        _write(self.folder / "tokens.json", json.dumps(record | {"complete": True}, indent=1).encode())
+        write_bytes(self.folder / "tokens.json", json.dumps(record | {"complete": True}, indent=1).encode())
         (self.work / "plan.json").unlink()
 
 

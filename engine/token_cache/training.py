@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from armillary.engine.atomic_file import atomic_path
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.codec import CorruptBlob
 from armillary.engine.data.format.survey import MODALITIES, Survey
@@ -158,8 +159,8 @@ def _prepare(held: ExitStack, fill: TokenCacheFill, run: Run, survey: Survey, pr
     if path.exists():
         compare_probe(fill.folder, probe, run.train.precision)
     else:
-        save_file(probe, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        with atomic_path(path) as temporary:
+            save_file(probe, temporary)
 
 
 def _fill_chunks(

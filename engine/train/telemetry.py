@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from armillary.engine.atomic_file import write_text
 from armillary.engine.config.run import Run
 from armillary.models.method import Losses, Method
 
@@ -87,9 +88,7 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 class Meter:

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from armillary.engine.atomic_file import sync_folder, write_text
 from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.randomness import random_states, set_random_states
 from armillary.engine.config.run import Run
@@ -92,14 +93,6 @@ class Progress:
     bad_in_a_row: int = 0
     applied: int = 0
     loader: dict[str, Any] = field(default_factory=dict)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_text(path: Path, text: str) -> tuple[int, str]:
@@ -209,14 +202,12 @@ def _finish(
     files["state.json"] = _write_text(temporary / "state.json", json.dumps(state))
     manifest = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
     _write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
-    _sync_folder(temporary)
+    sync_folder(temporary)
     if final.exists():  # left by a process that died before it moved `latest`
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _sync_folder(folder)
-    _write_text(folder / "latest.tmp", final.name)
-    os.replace(folder / "latest.tmp", folder / "latest")
-    _sync_folder(folder)
+    sync_folder(folder)
+    write_text(folder / "latest", final.name)
 
 
 def _retain(folder: Path, keep: int) -> None:

@@ -8,14 +8,14 @@ that one file is enough to embed with. Every file appears when it is complete.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from armillary.engine.atomic_file import atomic_open, atomic_path
 from armillary.engine.weights.tensors import Entry, write_tensors
 from armillary.engine.weights.trained_encoder import EXPORT_FORMAT, TrainedEncoder
 from armillary.models.vit.state_names import to_public
@@ -69,7 +69,7 @@ def export_dinov2(source: TrainedEncoder, file: Path, block_chunks: int = 0) -> 
             if k.startswith("teacher.") and not k.startswith(prefix)
         }
         content = {"teacher": {f"backbone.{k}": v for k, v in backbone.items()} | heads}
-    _write(file, lambda path: torch.save(content, path))
+    _write_pickle(content, file)
 
 
 def export_specformer(source: TrainedEncoder, file: Path) -> None:
@@ -88,7 +88,7 @@ def export_specformer(source: TrainedEncoder, file: Path) -> None:
     if file.suffix == ".safetensors":
         _write_safetensors(state, file, {"format": "pt"})
     else:
-        _write(file, lambda path: torch.save({"state_dict": state}, path))
+        _write_pickle({"state_dict": state}, file)
 
 
 def _check_suffix(file: Path, *suffixes: str) -> None:
@@ -97,15 +97,12 @@ def _check_suffix(file: Path, *suffixes: str) -> None:
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    entries = [Entry.of(name, x) for name, x in tensors.items()]
-    _write(file, lambda path: write_tensors(path, entries, metadata))
-
-
-def _write(file: Path, write: Callable[[Path], object]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(file) as temporary:
+        write_tensors(temporary, [Entry.of(name, x) for name, x in tensors.items()], metadata)
+
+
+def _write_pickle(content: Mapping[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_open(file) as opened:  # torch would write a temporary file's name into it
+        torch.save(content, opened)

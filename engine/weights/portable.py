@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armillary.engine.atomic_file import atomic_path
 from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.run import Run
 from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest, open_archive, restore_layout
@@ -59,13 +59,9 @@ def export_portable(checkpoint: Path, file: Path, verify: bool = True) -> None:
         for key in archive.pieces
         if not key.startswith("rng/")
     ]
-    temporary = file.with_name(file.name + ".tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with atomic_path(file) as temporary:
         write_tensors(temporary, entries, {"state": json.dumps(state), "format": "armillary-portable"})
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _dtype(archive: Archive, key: str) -> torch.dtype:

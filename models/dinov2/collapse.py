@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armillary.kernels.launch import untraced
 
-__all__ = ["CollapseMonitor", "effective_rank", "perplexity"]
+__all__ = ["MIN_EFFECTIVE_RANK", "CollapseMonitor", "effective_rank", "least_prototypes", "perplexity"]
 
 MIN_EFFECTIVE_RANK = 5.0
 
@@ -42,6 +42,14 @@ def effective_rank(features: Tensor) -> float:
 def perplexity(p: Tensor) -> float:
     """exp of the entropy of a distribution [V], zeros allowed."""
     return float(torch.special.entr(p).sum().exp())
+
+
+def least_prototypes(prototypes: float, rows: float) -> float:
+    """How many prototypes must be in use: min(V, n) / 2.
+
+    n rows with decided assignments show at most n prototypes, so a window of 1,024 rows cannot show half of 65,536.
+    """
+    return min(prototypes, rows) / 2
 
 
 class CollapseMonitor:
@@ -113,9 +121,6 @@ class CollapseMonitor:
     def warnings(self, measures: Mapping[str, float], prototypes: int) -> list[str]:
         """Warnings that follow from a result of `measure`; none before the window is full, or within the grace.
 
-        n rows with decided assignments show at most n prototypes, so a window of 1,024 rows cannot show half of
-        65,536. The bound is half of what it can show: min(V, n) / 2.
-
         Args:
             measures: Result of `measure`.
             prototypes: V.
@@ -123,7 +128,7 @@ class CollapseMonitor:
         if not {"effective_rank", "prototypes_in_use", "window_rows"} <= measures.keys():
             return []
         rank, in_use, rows = (measures[k] for k in ("effective_rank", "prototypes_in_use", "window_rows"))
-        bound = min(prototypes, rows) / 2
+        bound = least_prototypes(prototypes, rows)
         found = []
         if rows >= self.WINDOW and self._bad("effective rank", rank <= MIN_EFFECTIVE_RANK):
             found.append(

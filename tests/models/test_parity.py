@@ -37,7 +37,8 @@ FLOOR = 1e-7  # of the loss
 
 LARGE = {
     "adamw_ema": {"BLOCK": 1 << 16},
-    "tokens.patch_embed": {"TOKENS": 32, "WIDTH": 32, "STEP": 32, "ROWS": 32, "SPLIT": 2, "CROPS": 2},
+    "tokens.patch_embed_forward": {"TOKENS": 32, "WIDTH": 32, "STEP": 32},
+    "tokens.patch_embed_backward": {"ROWS": 32, "STEP": 32, "SPLIT": 2, "CROPS": 2, "WIDTH": 32},
     "mlp.up_projection": {"BM": 16, "BN": 32, "BK": 16},
     "mlp.down_gradient": {"BM": 16, "BN": 32, "BK": 16},
     "geometry.geometry_rows": {"ROWS": 32, "PROGRAMS": 1},

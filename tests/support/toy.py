@@ -253,9 +253,9 @@ def arm_fault() -> None:
         in_save = {
             "shard": lambda path, *_: name in str(path),
             "state": lambda path, *_: name in str(path) and path.name == "state.json",
-            "latest": lambda path, text="": path.name == "latest.tmp" and text == name,
+            "latest": lambda path, text: path.name == "latest" and text == name,
         }[stage]
-        target = "_write_shard" if stage == "shard" else "_write_text"
+        target = {"shard": "_write_shard", "state": "_write_text", "latest": "write_text"}[stage]
         setattr(checkpoint, target, deadly(getattr(checkpoint, target), in_save))
     if kind == "full":
         write = checkpoint.write_tensors

@@ -11,7 +11,6 @@ import datetime
 import errno
 import logging
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import armillary
+from armillary.engine.atomic_file import atomic_open
 from armillary.engine.data.building.build_state import (
     Journal,
     clear_leftovers,
@@ -51,7 +51,6 @@ from armillary.engine.data.building.packing import (
 from armillary.engine.data.building.shard_assignment import ShardAssignment, lay_out
 from armillary.engine.data.building.splits import ByKey, SplitRule
 from armillary.engine.data.building.workers import Workers
-from armillary.engine.data.format.shards import fsync_folder
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, Survey
 from armillary.engine.data.sources.source import BadSample, Lossless, Source, spectrum_of, vectors_of
 
@@ -300,33 +299,26 @@ def _finish(source: Source, folder: Path, layout: ShardAssignment, journal: Jour
         vectors=settings.vectors,
     )
     survey.save(folder)
-    fsync_folder(folder)
     return survey
 
 
 def _write_catalog(folder: Path, names: list[str], label_types: dict[str, str]) -> None:
     """Join the shards' records into catalog.parquet, a few at a time."""
     schema = catalog_schema(label_types)
-    path, temporary = folder / "catalog.parquet", folder / ".catalog.parquet.tmp"
+    path = folder / "catalog.parquet"
     place = list(CATALOG_COLUMNS).index("shard")
     try:
-        with open(temporary, "wb") as f:
-            with pq.ParquetWriter(f, schema) as writer:
-                waiting: list[pa.Table] = []
-                for number, name in enumerate(names):
-                    table = pq.read_table(Packed.path(folder, name)).replace_schema_metadata(None)
-                    shard = pa.array(np.full(len(table), number, np.int32))
-                    waiting.append(table.set_column(place, schema.field(place), shard))
-                    if sum(map(len, waiting)) >= CATALOG_GROUP or number == len(names) - 1:
-                        writer.write_table(pa.concat_tables(waiting).combine_chunks())
-                        waiting = []
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with atomic_open(path) as f, pq.ParquetWriter(f, schema) as writer:
+            waiting: list[pa.Table] = []
+            for number, name in enumerate(names):
+                table = pq.read_table(Packed.path(folder, name)).replace_schema_metadata(None)
+                shard = pa.array(np.full(len(table), number, np.int32))
+                waiting.append(table.set_column(place, schema.field(place), shard))
+                if sum(map(len, waiting)) >= CATALOG_GROUP or number == len(names) - 1:
+                    writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                    waiting = []
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _bar(shown: bool) -> Progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from armillary.engine.atomic_file import write_json
 from armillary.engine.data.building.packing import BUILD_FOLDER, Settings
 from armillary.engine.data.building.shard_assignment import ShardAssignment
 from armillary.engine.data.format.survey import Survey
@@ -38,13 +38,7 @@ class Journal:
 
     def save(self, folder: Path) -> None:
         """Write `.build/plan.json` atomically."""
-        path = folder / BUILD_FOLDER / "plan.json"
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w") as f:
-            json.dump(asdict(self), f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        write_json(folder / BUILD_FOLDER / "plan.json", asdict(self))
 
 
 def identify(source: Source, options: dict[str, Any], layout: ShardAssignment) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from armillary.engine.atomic_file import atomic_open
 from armillary.engine.data.building.measure import SurveyMoments, robust_sigma
 from armillary.engine.data.building.shard_assignment import ShardPlan
 from armillary.engine.data.format import codec
-from armillary.engine.data.format.shards import ShardWriter, fsync_folder, write_index
+from armillary.engine.data.format.shards import ShardWriter, write_index
 from armillary.engine.data.format.spectra import encode_spectrum
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, MODALITIES, ShardRecord, VectorRecord
 from armillary.engine.data.format.vectors import encode_vectors
@@ -275,7 +275,6 @@ def _write(task: PackTask, packed: list[tuple[Sample, dict[str, bytes]]]) -> tup
             for column, value in row.items():
                 columns[column].append(value)
     write_index(task.folder / name, writer.members)
-    fsync_folder(task.folder)
     return writer.record, columns
 
 
@@ -283,13 +282,5 @@ def _write_record(task: PackTask, result: Packed, columns: dict[str, list[Any]])
     raw = {"record": asdict(result.record), "moments": result.moments, "skipped": result.skipped}
     schema = catalog_schema(task.settings.label_types).with_metadata({METADATA: json.dumps(raw).encode()})
     path = Packed.path(task.folder, task.plan.name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            pq.write_table(pa.table(columns, schema=schema), f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with atomic_open(path) as f:
+        pq.write_table(pa.table(columns, schema=schema), f)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class Columns:
         """
         assert survey.folder is not None, "a survey that was loaded from its folder"
         table: Any = pq.read_table(survey.folder / "catalog.parquet", columns=["split", *dict.fromkeys(names)])
-        chosen = np.array(table["split"].to_pylist()) == split
+        chosen = pc.equal(table["split"], split).to_numpy()
         if not chosen.any():
             chosen[:] = True
         values = np.empty((len(table), len(names)))

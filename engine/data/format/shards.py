@@ -6,21 +6,21 @@ A sample is one member a modality, `<key>.img`, `<key>.spc`, `<key>.vec`, one af
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from armillary.engine.atomic_file import atomic_open, write_text
 from armillary.engine.data.format.survey import MODALITIES, ShardRecord
 
 __all__ = [
     "Member",
     "Part",
     "ShardWriter",
-    "fsync_folder",
     "key_problem",
     "parse_line",
     "read_index",
@@ -99,37 +99,27 @@ class ShardWriter:
         self.path, self.split = path, split
         self.members: list[Member] = []
         self._keys: set[str] = set()
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._opened = atomic_open(path)
         self._sha256, self._bytes = hashlib.sha256(), 0
         self._record: ShardRecord | None = None
 
     def __enter__(self) -> ShardWriter:
         """Open the temporary file."""
-        self._file = open(self._temporary, "wb")
+        self._file = self._opened.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Finish the tar, flush it to disk and give it its name; on an error remove it."""
-        try:
-            if kind is None:
-                self._write(bytes(2 * BLOCK))
-                self._write(bytes(-self._bytes % tarfile.RECORDSIZE))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._temporary, self.path)
-                self._record = ShardRecord(
-                    self.path.name, self.split, len(self.members), self._bytes, self._sha256.hexdigest()
-                )
-        finally:
-            if self._record is None:
-                try:
-                    self._file.close()  # flushes, so a full disk fails here once more
-                except OSError:
-                    pass
-                self._temporary.unlink(missing_ok=True)
+        if kind is not None:
+            self._opened.__exit__(kind, error, trace)
+            return
+        with ExitStack() as stack:
+            stack.push(self._opened)
+            self._write(bytes(2 * BLOCK))
+            self._write(bytes(-self._bytes % tarfile.RECORDSIZE))
+        self._record = ShardRecord(self.path.name, self.split, len(self.members), self._bytes, self._sha256.hexdigest())
 
     @property
     def record(self) -> ShardRecord:
@@ -224,15 +214,7 @@ def write_index(tar: Path, members: Sequence[Member] | None = None) -> Path:
     lines = [f"{INDEX_VERSION} {len(found)}"]
     lines += [" ".join(f"{p.extension} {p.offset} {p.size} {m.key}.{p.extension}" for p in m.parts) for m in found]
     index = tar.with_suffix(".idx")
-    temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="ascii") as f:
-            f.write("\n".join(lines) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, index)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(index, "\n".join(lines) + "\n")
     return index
 
 
@@ -268,12 +250,3 @@ def read_index(index: Path) -> list[Member]:
         return [parse_line(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"not a DALI index of version {INDEX_VERSION}: {error}") from error
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

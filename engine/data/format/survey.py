@@ -12,13 +12,14 @@ SURVEY/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from armillary.engine.atomic_file import write_json
 
 __all__ = [
     "CATALOG_COLUMNS",
@@ -277,13 +278,7 @@ class Survey:
 
     def save(self, folder: Path) -> None:
         """Write survey.json atomically into the survey's folder."""
-        target = folder / "survey.json"
-        temporary = target.with_suffix(".json.tmp")
-        with open(temporary, "w") as f:
-            json.dump(self.to_json(), f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, target)
+        write_json(folder / "survey.json", self.to_json())
 
     @classmethod
     def load(cls, folder: Path | str) -> Survey:

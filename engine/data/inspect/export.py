@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from armillary.engine.atomic_file import atomic_path
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import Sample
@@ -67,18 +67,9 @@ def unpack(
     if target.exists():
         raise FileExistsError(f"{target}: exists already; choose another place or delete it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     write = {"fits": _write_fits, "hdf5": _write_hdf5, "parquet": _write_parquet}[form]
-    try:
+    with atomic_path(target) as temporary:
         write(source, temporary, progress or (lambda _: None))
-        os.replace(temporary, target)
-    finally:
-        if temporary.is_dir():
-            for path in temporary.iterdir():
-                path.unlink()
-            temporary.rmdir()
-        else:
-            temporary.unlink(missing_ok=True)
     return len(source)
 
 

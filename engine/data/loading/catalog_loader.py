@@ -17,7 +17,7 @@ from armillary.engine.data.loading.epoch_order import MicroBatch
 from armillary.engine.data.loading.stream import BatchRecipe, SplitStream, Transform
 from armillary.models.method import Batch
 
-__all__ = ["CatalogLoader", "RowSource", "SequentialRowLoader"]
+__all__ = ["CatalogLoader", "RowSource", "SequentialCatalogLoader"]
 
 
 class RowSource(SplitStream):
@@ -107,7 +107,7 @@ class CatalogLoader(EndlessBatches):
         super().__init__(source, micro_batch=micro_batch, accumulation=accumulation, rank=rank, world=world)
 
 
-class SequentialRowLoader(OnePass):
+class SequentialCatalogLoader(OnePass):
     """Every row of a split once, in stored order; the last batch may be short. Iterating again starts over.
 
     Args:

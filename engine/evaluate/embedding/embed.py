@@ -117,7 +117,7 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
         batch: Samples a batch.
         device: Where batches are delivered.
     """
-    from armillary.engine.data.loading.catalog_loader import SequentialRowLoader
+    from armillary.engine.data.loading.catalog_loader import SequentialCatalogLoader
     from armillary.engine.data.loading.loader import SequentialLoader
 
     if not isinstance(view, EvalView):
@@ -126,7 +126,7 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
         return SequentialLoader(
             folder, split=split, batch=batch, device=device, modalities=view.modalities, packed=view.packed
         )
-    return SequentialRowLoader(folder, split=split, batch=batch, device=device)
+    return SequentialCatalogLoader(folder, split=split, batch=batch, device=device)
 
 
 def first_samples(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:

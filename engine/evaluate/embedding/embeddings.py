@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from armillary.engine.atomic_file import atomic_path
+
 __all__ = ["Embeddings", "stack_splits"]
 
 METADATA_KEY = b"armillary"
@@ -61,9 +63,8 @@ class Embeddings:
             }
         ).replace_schema_metadata({METADATA_KEY: json.dumps(self.metadata)})
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        pq.write_table(table, temporary)
-        temporary.replace(path)
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary)
 
     @classmethod
     def load(cls, path: Path) -> Embeddings:

@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from armillary.engine.atomic_file import write_text
 from armillary.engine.evaluate.page.style import CSS
 
 __all__ = [
@@ -123,11 +124,9 @@ def page(title: str, head: Markup, sections: Iterable[str]) -> str:
 
 
 def write_page(path: Path, title: str, head: Markup, sections: Iterable[str]) -> None:
-    """Write a `page` under a temporary name, then rename it; makes the folder."""
+    """Write a `page`, whole or not at all; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(title, head, sections), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page(title, head, sections))
 
 
 def header(title: str, text: str = "", *, command: str = "", facts: Mapping[str, object] | None = None) -> Markup:

@@ -8,7 +8,6 @@ Shape legend: M galaxies, G points of the grid.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from armillary.engine.atomic_file import atomic_path
 from armillary.engine.evaluate.posterior.calibration import pit_on_grid
 from armillary.engine.evaluate.posterior.flows import FlowEnsemble
 
@@ -201,8 +201,7 @@ def export_qp(path: Path | str, pdf: RedshiftPDF, ancillary: Mapping[str, np.nda
             )
         columns[name] = np.asarray(values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with h5py.File(temporary, "w") as file:
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file["meta/pdf_name"] = np.array([b"interp"])
         file["meta/pdf_version"] = np.array([0], np.int64)
         file["meta/xvals"] = pdf.z[None]
@@ -210,5 +209,4 @@ def export_qp(path: Path | str, pdf: RedshiftPDF, ancillary: Mapping[str, np.nda
         for name, values in columns.items():
             text = values.dtype.kind in "OU"
             file[f"ancil/{name}"] = np.array([str(v).encode() for v in values]) if text else values
-    os.replace(temporary, path)
     return path

@@ -1,301 +1,276 @@
-"""From a run and a survey to a verdict: embed with the encoder, its untrained twin and the baselines, judge, report.
-
-Shape legend: N training and M test samples, C bands, S pixels.
-"""
+"""From runs to a study: embed one survey with several frozen encoders, run the tasks, write one report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
-from armillary.engine.data.format.columns import numbers
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.inspect.colour import galaxy_picture
-from armillary.engine.evaluate.embedding.cutouts import read_cutouts
-from armillary.engine.evaluate.embedding.embed import Pipeline, embed, first_samples
+from armillary.engine.data.loading.loader import SequentialLoader
+from armillary.engine.evaluate.baselines.embed import embed_features
+from armillary.engine.evaluate.baselines.judge import UNTRAINED
+from armillary.engine.evaluate.embedding.embed import Pipeline, embed_readouts, first_samples, open_batches
 from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
-from armillary.engine.evaluate.embedding.encoder import load_pipeline
-from armillary.engine.evaluate.page.pictures import channels_rgb
+from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.page.run_log import RunLog
-from armillary.engine.evaluate.probes.baselines import PixelPCA, View, asinh_pixels
-from armillary.engine.evaluate.probes.collapse import assess
-from armillary.engine.evaluate.runs.evaluation import (
-    PCA_ASINH,
-    PCA_FEW,
-    PCA_INPUT,
-    TRAINED,
-    UNTRAINED,
-    LabelResult,
-    Verdict,
-    judge_label,
-)
-from armillary.engine.evaluate.runs.report import Gallery, write_report
-from armillary.engine.evaluate.study.options import DEFAULTS, Options
-from armillary.models.method import Batch, BatchKey
+from armillary.engine.evaluate.runs.report import save_measures, write_report
+from armillary.engine.evaluate.runs.tasks import TASKS, left_out
+from armillary.engine.evaluate.study.options import Options
+from armillary.engine.evaluate.study.study import FeatureSet, Outcome, Study
+from armillary.models.method import Batch, Method, Readout
 
-__all__ = ["Options", "embed_features", "evaluate_embeddings", "evaluate_run"]
-
-REDSHIFTS = ("redshift", "z", "z_spec", "zspec")
-PICTURES = 2000
-COLLAPSE_SAMPLES = 10_000
-COMPONENTS = 64  # of the pixel baselines,
-FEW_COMPONENTS = 8  # and of the one that was best on simulated galaxies
-LEAST = 20, 1  # labelled samples to train on and to test: the perceptron holds out a tenth, kNN takes 16
-SHOWN_INPUTS = 8  # one row of the page
-
-Batches = Callable[[str], Iterable[Batch]]
-"""Gives the batches of a split, in catalogue order, anew at each call."""
-
-Augment = Callable[[Batch, BatchKey], Batch]
+__all__ = ["evaluate_study", "feature_sets", "report_study", "run_tasks"]
 
 
-def evaluate_run(
-    run_dir: Path | str,
+@dataclass(frozen=True)
+class _Wanted:
+    """A readout to embed: its encoder, its name there, what it is, and what the study calls it."""
+
+    encoder: Encoder
+    readout: str
+    about: Readout
+    name: str
+
+
+def evaluate_study(
+    runs: Sequence[Path],
     survey_dir: Path | str,
     out: Path | str,
-    options: Options = DEFAULTS,
+    options: Options,
     *,
     device: torch.device | str = "cpu",
     batch: int = 256,
     readout: str | None = None,
-) -> Verdict:
-    """Evaluate a run on a survey.
+) -> list[Outcome]:
+    """Compare the encoders of runs on a survey.
 
-    Writes to `out`: embeddings-*.parquet, metrics.json and report.html.
+    Writes to `out`: embeddings-*.parquet, metrics.json, metrics.parquet and report.html.
 
     Args:
-        run_dir: The run's folder.
-        survey_dir: Survey to embed; need not be the one trained on.
+        runs: Folders of runs; the first is the one that the report is about.
+        survey_dir: The survey.
         out: Folder for the results; made if need be.
-        options: Label, splits, limits.
+        options: Tasks and their options.
         device: Where the encoders run.
         batch: Samples at a time.
-        readout: Which of the method's embeddings; None for its default.
-
-    Returns:
-        The verdict; its `exit_code` is 1 where the encoder has collapsed.
+        readout: The only one of the first run's embeddings to judge; all of them if None.
 
     Raises:
         FileNotFoundError: There is no such run or survey.
-        ValueError: The survey does not suit the run or the options.
+        ValueError: A run does not suit the survey, or a task cannot be done; said before anything is embedded.
     """
-    from armillary.engine.data.loading.loader import SequentialLoader
-
-    run_dir, survey_dir, out = Path(run_dir), Path(survey_dir), Path(out)
-    device = torch.device(device)
-    survey, logbook = Survey.load(survey_dir), RunLog.read(run_dir)
-    trained, about, run = load_pipeline(run_dir, survey, device, readout=readout)
-    untrained, about_untrained, _ = load_pipeline(run_dir, survey, device, trained=False, readout=readout)
-
-    def batches(split: str) -> Iterable[Batch]:
-        return SequentialLoader(survey_dir, split=split, batch=batch, device=device, modalities=("image",))
-
-    features = embed_features(
-        survey_dir,
-        {TRAINED: trained, UNTRAINED: untrained},
-        batches,
-        options,
-        metadata={TRAINED: about, UNTRAINED: about_untrained},
-    )
+    survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
+    survey = Survey.load(survey_dir)
+    encoders = [Encoder.load(run, survey, where) for run in runs]
+    logbooks = {e.run.name: RunLog.read(run) for e, run in zip(encoders, runs, strict=True)}
+    wanted = _wanted(encoders, survey, readout)
+    reasons = _impossible(options, survey, [e.method for e in encoders])
     out.mkdir(parents=True, exist_ok=True)
-    for name, embeddings in features.items():
-        embeddings.save(out / f"embeddings-{name.lower().replace(' ', '-').replace(chr(39), '')}.parquet")
-    return evaluate_embeddings(
+    sets = _embed(wanted, survey_dir, out, options, where, batch)
+    features: dict[str, Embeddings] = {}
+    if reasons.get("baselines") == "":
+        twin = Encoder.load(runs[0], survey, where, trained=False)
+        about = {UNTRAINED: twin.metadata | {"readout": wanted[0].readout}}
+        pipelines = {UNTRAINED: Pipeline(twin.view, twin.method.encode, wanted[0].readout)}
+
+        def batches(split: str) -> Iterable[Batch]:
+            return SequentialLoader(survey_dir, split=split, batch=batch, device=where, modalities=("image",))
+
+        features = embed_features(survey_dir, pipelines, batches, options, metadata=about)
+        for name, embeddings in features.items():
+            embeddings.save(_file(out, name))
+    study = Study.open(
         survey_dir,
-        features,
-        logbook,
-        out / "report.html",
-        options,
-        view=trained.view,
-        augment=run.views.build(survey, device),
-        device=device,
+        sets,
+        train_split=options.train_split,
+        test_split=options.test_split,
+        seed=options.seed,
+        baselines=features,
+        log=next(iter(logbooks.values())),
     )
+    return report_study(study, reasons, options, out / "report.html", logbooks, encoders)
 
 
-def embed_features(
-    survey_dir: Path,
-    encoders: Mapping[str, Pipeline],
-    batches: Batches,
+def report_study(
+    study: Study,
+    reasons: Mapping[str, str],
     options: Options,
-    *,
-    metadata: Mapping[str, Mapping[str, str]] | None = None,
-) -> dict[str, Embeddings]:
-    """Embed both splits with encoders and with the pixel baselines, in two passes over the training split.
+    path: Path,
+    logbooks: Mapping[str, RunLog],
+    encoders: Sequence[Encoder] = (),
+) -> list[Outcome]:
+    """Run tasks; write the page, and metrics.json and metrics.parquet beside it.
 
     Args:
-        survey_dir: The survey.
-        encoders: By name; the first one's view also feeds a baseline.
-        batches: Gives the batches of a split.
-        options: Splits and limits.
-        metadata: What each encoder's embeddings say of themselves.
-
-    Raises:
-        ValueError: The survey lacks the training split, or an encoder gives unusable embeddings.
+        study: Embeddings and catalogue.
+        reasons: Tasks by name; why one is left out, or nothing where it is to be run.
+        options: Their options.
+        path: The page.
+        logbooks: Of the runs, by name; the studied one first.
+        encoders: Of the runs, for tasks that show one at work.
     """
+    done = {o.task: o for o in run_tasks(study, [n for n, why in reasons.items() if not why], options, encoders)}
+    outcomes = [done.get(name, Outcome(name, (), left_out=why)) for name, why in reasons.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_measures(path.parent, study, outcomes)
+    write_report(path, study.log.name, study, outcomes, logbooks)
+    return outcomes
+
+
+def feature_sets(
+    runs: Sequence[Path],
+    survey_dir: Path | str,
+    out: Path | str,
+    options: Options,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
+) -> list[FeatureSet]:
+    """Embed a survey with the encoders of runs, for `Study.open`; arguments as for `evaluate_study`.
+
+    Embeddings that an earlier call left in `out` are taken where encoder, survey, splits and limits are the same.
+    """
+    survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
     survey = Survey.load(survey_dir)
-    splits = [s for s in (options.train_split, options.test_split) if survey.count(s)]
-    if options.train_split not in splits:
-        have = ", ".join(dict.fromkeys(s.split for s in survey.shards)) or "none"
-        raise ValueError(f"train_split: no samples in {options.train_split!r}; the survey's splits: {have}")
-    view = next(iter(encoders.values())).view
-    views = {PCA_INPUT: view, PCA_ASINH: asinh_pixels(survey)}
-    pipelines = dict(encoders)
-    for name, one in views.items():
-        fitted = PixelPCA.fit(batches(options.train_split), one, components=COMPONENTS)
-        pipelines[name] = Pipeline(one, fitted)
-    parts: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {name: {} for name in pipelines}
-    for split in splits:
-        rows, vectors = embed(pipelines, first_samples(batches(split), options.samples))
-        for name, vector in vectors.items():
-            parts[name][split] = rows, vector
-    common = {"survey": survey.name}
-    given = metadata or {}
+    encoders = [Encoder.load(run, survey, where) for run in runs]
+    out.mkdir(parents=True, exist_ok=True)
+    return _embed(_wanted(encoders, survey), survey_dir, out, options, where, batch)
+
+
+def run_tasks(study: Study, tasks: Sequence[str], options: Options, encoders: Sequence[Encoder] = ()) -> list[Outcome]:
+    """Run tasks by name, in the order of the report; one that raises ValueError is left out and says why.
+
+    Args:
+        study: Embeddings and catalogue.
+        tasks: Names, of `TASKS`.
+        options: Their options.
+        encoders: For the tasks that show an encoder at work (masking, attention).
+    """
+    with _one_thread():
+        return [_outcome(name, study, options, encoders) for name in TASKS if name in tasks]
+
+
+def _outcome(name: str, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+    """What a task found; where it cannot be done, that is no reason for the others to end."""
+    try:
+        return TASKS[name].run(study, options, encoders)
+    except ValueError as error:
+        return Outcome(name, (), left_out=str(error))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The perceptrons and flows of the tasks are too small to share: threads make them several times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _impossible(options: Options, survey: Survey, methods: Sequence[Method]) -> dict[str, str]:
+    """The tasks in question, and why each cannot be done; those asked for by name must be possible."""
+    unknown = [name for name in options.tasks if name not in TASKS]
+    if unknown:
+        raise ValueError(f"tasks: must be of {', '.join(TASKS)}, got {', '.join(unknown)}")
+    wanted = [name for name in TASKS if name in (options.tasks or TASKS)]
+    reasons = {name: left_out(name, survey, methods, options) for name in wanted}
+    if options.tasks and (problems := [f"{name}: {why}" for name, why in reasons.items() if why]):
+        raise ValueError("tasks: " + "; ".join(problems))
+    return reasons
+
+
+def _wanted(encoders: Sequence[Encoder], survey: Survey, chosen: str | None = None) -> list[_Wanted]:
+    """What to embed: the readouts of which the survey has the modality, or one of the first run, under names that differ."""
+    found: list[_Wanted] = []
+    for encoder in encoders:
+        readouts = encoder.method.readouts()
+        if not readouts:
+            raise ValueError(f"{encoder.run.name}: {type(encoder.method).__name__} says nothing of its embeddings")
+        if chosen is not None and encoder is encoders[0]:
+            if chosen not in readouts:
+                raise ValueError(f"readout: {chosen!r} is none of this encoder's embeddings, {sorted(readouts)}")
+            readouts = {chosen: readouts[chosen]}
+        for readout, about in readouts.items():
+            if about.modality == "columns" or about.modality in survey.modalities:
+                found.append(_Wanted(encoder, readout, about, about.title))
+    titles = [w.name for w in found]
+    return [
+        w if titles.count(w.name) == 1 else _Wanted(w.encoder, w.readout, w.about, f"{w.name} ({w.encoder.run.name})")
+        for w in found
+    ]
+
+
+def _embed(
+    wanted: Sequence[_Wanted], survey_dir: Path, out: Path, options: Options, device: torch.device, batch: int
+) -> list[FeatureSet]:
+    found: dict[str, Embeddings] = {}
+    have = {s.split for s in Survey.load(survey_dir).shards}
+    if not have & {options.train_split, options.test_split}:
+        raise ValueError(
+            f"train_split: no samples in {options.train_split!r}; the survey's splits: {', '.join(sorted(have))}"
+        )
+    for encoder, group in itertools.groupby(wanted, key=lambda w: w.encoder):
+        parts = list(group)
+        metadata = {w.name: _metadata(w, options) for w in parts}
+        kept = {w.name: _kept(_file(out, w.name), metadata[w.name]) for w in parts}
+        found |= {name: e for name, e in kept.items() if e is not None}
+        missing = [w for w in parts if kept[w.name] is None]
+        if not missing:
+            continue
+        splits: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {w.name: {} for w in missing}
+        for split in (options.train_split, options.test_split):
+            if split not in have:
+                continue
+            batches = open_batches(survey_dir, split, encoder.view, batch, device)
+            pipeline = Pipeline(encoder.view, encoder.method.encode)
+            vectors = embed_readouts(pipeline, first_samples(batches, options.samples))
+            for w in missing:
+                if w.readout in vectors:
+                    splits[w.name][split] = vectors[w.readout]
+        for w in missing:
+            if not splits[w.name]:
+                raise ValueError(f"{w.name}: no object of {survey_dir} has what {w.encoder.run.name} reads")
+            found[w.name] = stack_splits(survey_dir, splits[w.name], metadata[w.name])
+            found[w.name].save(_file(out, w.name))
+    return [
+        FeatureSet(
+            w.name,
+            w.about.modality,
+            found[w.name],
+            space=w.encoder.metadata["encoder"] if w.about.aligned else "",
+            targets=w.about.targets,
+        )
+        for w in wanted
+    ]
+
+
+def _metadata(w: _Wanted, options: Options) -> dict[str, str]:
+    splits = f"{options.train_split}+{options.test_split}"
     return {
-        name: stack_splits(survey_dir, part, {"features": name, **common, **given.get(name, {})})
-        for name, part in parts.items()
+        "features": w.name,
+        **w.encoder.metadata,
+        "readout": w.readout,
+        "splits": splits,
+        "samples": str(options.samples),
     }
 
 
-def evaluate_embeddings(
-    survey_dir: Path,
-    features: Mapping[str, Embeddings],
-    logbook: RunLog,
-    report: Path,
-    options: Options = DEFAULTS,
-    *,
-    view: View | None = None,
-    augment: Augment | None = None,
-    device: torch.device | str = "cpu",
-) -> Verdict:
-    """Judge embeddings and write report.html with metrics.json beside it.
-
-    Args:
-        survey_dir: The survey they were made from.
-        features: Embeddings by name; the first are the trained encoder's.
-        logbook: The run's record and logs.
-        report: The page to write.
-        options: Label, splits, limits.
-        view: The encoder's view, to show what it sees.
-        augment: The training views, to show the crops.
-        device: Where views run.
-
-    Raises:
-        ValueError: There are no embeddings, or they are not of this survey.
-    """
-    if not features:
-        raise ValueError("features: need embeddings of at least one encoder")
-    survey = Survey.load(survey_dir)
-    head = next(iter(features.values()))
-    present = [s for s in (options.test_split, options.train_split) if (head.split == s).any()]
-    if not present:
-        raise ValueError(
-            f"embeddings: none of splits {options.train_split!r} and {options.test_split!r}, but of "
-            f"{sorted(set(head.split))}"
-        )
-    shown = present[0]
-    keys = {split: head.key[head.split == split] for split in present}
-    catalogue = pq.read_table(survey_dir / "catalog.parquet")
-    row_of = {key: row for row, key in enumerate(catalogue["key"].to_pylist())}
-    if foreign := [k for k in head.key if k not in row_of]:
-        raise ValueError(f"embeddings: {len(foreign)} keys are not in {survey_dir}, e.g. {str(foreign[0])!r}")
-    rows = {split: np.array([row_of[k] for k in key]) for split, key in keys.items()}
-
-    label = options.label or next((name for name in survey.labels if name.lower() in REDSHIFTS), REDSHIFTS[0])
-    values, missing = _label(survey, catalogue, label)
-    if values is not None and not missing:
-        for split in (options.train_split, options.test_split):
-            if split not in rows:
-                missing = f"The embeddings hold nothing of the {split} split, so {label} was not predicted."
-            elif (known := int(np.isfinite(values[rows[split]]).sum())) < (least := LEAST[split == options.test_split]):
-                missing = (
-                    f"Only {known} samples of the {split} split have a known {label}, and {least} are needed, so "
-                    "it was not predicted."
-                )
-    result: LabelResult | None = None
-    if values is not None and not missing:
-        redshift = label.lower() in REDSHIFTS if options.redshift is None else options.redshift
-        threshold = 0.05 if options.outlier_threshold is None and redshift else options.outlier_threshold
-        train, test = options.train_split, options.test_split
-        vectors_of = {name: (e.aligned(keys[train]), e.aligned(keys[test])) for name, e in features.items()}
-        if PCA_INPUT in vectors_of:
-            few = tuple(v[:, :FEW_COMPONENTS] for v in vectors_of[PCA_INPUT])
-            vectors_of[PCA_FEW] = few[0], few[1]
-        result = judge_label(
-            vectors_of,
-            values[rows[train]],
-            values[rows[test]],
-            label=label,
-            redshift=redshift,
-            outlier_threshold=threshold,
-            resamples=options.resamples,
-        )
-    vectors = head.aligned(keys[shown])
-    collapse = assess(
-        vectors[:COLLAPSE_SAMPLES],
-        prototypes_in_use=logbook.last("prototypes_in_use"),
-        prototypes=logbook.prototypes(),
-    )
-    verdict = Verdict(logbook.name, survey.name, collapse, result, missing, report)
-    count = min(len(vectors), PICTURES)
-    cutouts = read_cutouts(survey_dir, rows[shown][:count])
-    gallery = Gallery(
-        split=shown,
-        vector=vectors[:count],
-        label=None
-        if values is None or not np.isfinite(values[rows[shown][:count]]).any()
-        else values[rows[shown][:count]],
-        picture=[galaxy_picture(image, valid, survey) for image, valid in cutouts],
-        inputs=_inputs(cutouts[:SHOWN_INPUTS], view, augment, torch.device(device)),
-    )
-    report.parent.mkdir(parents=True, exist_ok=True)
-    verdict.save(report.with_name("metrics.json"))
-    write_report(report, verdict, survey, logbook, gallery)
-    return verdict
+def _file(out: Path, name: str) -> Path:
+    return out / f"embeddings-{re.sub(r'[^a-z0-9]+', '-', name.lower().replace(chr(39), '')).strip('-')}.parquet"
 
 
-def _label(survey: Survey, catalogue: object, label: str) -> tuple[np.ndarray | None, str]:
-    """The label's column as numbers, or None; and why it cannot be predicted, or nothing."""
-    if label not in survey.labels:
-        have = ", ".join(survey.labels) or "none"
-        return None, f"The survey has no label {label!r}, so nothing was predicted. Its labels: {have}."
-    column = catalogue[label]  # type: ignore[index]
-    values = numbers(column)
-    if values is None:
-        return None, f"The label {label!r} is text ({column.type}), so it was not predicted."
-    return values, ""
-
-
-def _inputs(
-    cutouts: Sequence[tuple[np.ndarray, np.ndarray | None]],
-    view: View | None,
-    augment: Augment | None,
-    device: torch.device,
-) -> dict[str, list[np.ndarray]]:
-    """Pictures of evaluation inputs and of training crops; a galaxy has the same column in each."""
-    image = torch.from_numpy(np.stack([i for i, _ in cutouts])).to(device)
-    place = torch.arange(len(image))
-    masks = [v if v is not None else np.ones(i.shape, bool) for i, v in cutouts]
-    valid = torch.from_numpy(np.stack(masks)).to(device)
-    masked = not bool(valid.all())
-    shown: dict[str, list[np.ndarray]] = {}
-    batch = Batch(row=place, position=place, image=image)
-    if masked:
-        batch["valid"] = valid
-    if view is not None:
-        shown["For evaluation: centre crop"] = _as_pictures(view(batch)["crop"])
-    if augment is not None:
-        count = len(image)
-        crops = augment(batch, BatchKey(seed=0, epoch=0, first_position=0, global_batch=count))
-        for name, title in (("global_crops", "global crops"), ("local_crops", "local crops")):
-            if name in crops:
-                all_of_them = _as_pictures(crops[name])[: 4 * count]  # type: ignore[literal-required]
-                shown[f"For training: {title}, a galaxy a column"] = all_of_them
-    return shown
-
-
-def _as_pictures(inputs: torch.Tensor) -> list[np.ndarray]:
-    return [channels_rgb(x) for x in inputs.float().cpu().numpy()]
+def _kept(path: Path, metadata: dict[str, str]) -> Embeddings | None:
+    """Embeddings that an earlier evaluation left, if they are just what is wanted."""
+    if not path.is_file():
+        return None
+    earlier = Embeddings.load(path)
+    return earlier if earlier.metadata == metadata else None

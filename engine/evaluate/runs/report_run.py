@@ -9,6 +9,7 @@ import numpy as np
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.page import figures
 from armillary.engine.evaluate.page.run_log import RunLog, flatten
+from armillary.models.dinov2.collapse import MIN_EFFECTIVE_RANK, least_prototypes
 
 __all__ = ["provenance", "throughput", "training"]
 
@@ -24,9 +25,10 @@ def training(logbook: RunLog) -> str:
     for name, values in logbook.monitors().items():
         limits = {}
         if name == "prototypes_in_use" and (total := logbook.prototypes()):
-            limits = {f"half of {total:.0f}": total / 2}
+            least = least_prototypes(total, logbook.last("window_rows") or total)
+            limits = {f"half of {2 * least:.0f}": least}
         elif name == "effective_rank":
-            limits = {"collapse": 5.0}
+            limits = {"collapse": MIN_EFFECTIVE_RANK}
         if name not in ("prototypes", "window_rows"):  # constants, not measures
             charts[_words(name)] = figures.line_chart({name: values}, limits=limits)
     for name in ("learning_rate", "weight_decay", "ema_momentum", "teacher_temperature"):

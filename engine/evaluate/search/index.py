@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from armillary.engine.atomic_file import atomic_path
 from armillary.engine.evaluate.probes.similarity import on_grid
 from armillary.engine.evaluate.search.index_settings import IndexSettings, Kind
 from armillary.engine.evaluate.search.vectors import CHUNK, ORIGIN, VectorFiles, difference, unit
@@ -318,16 +319,15 @@ class Index:
 
         if folder.exists():
             raise FileExistsError(f"{folder}: exists already; choose another place or delete it")
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        faiss.write_index(self._engine, str(temporary / "index.faiss"))
-        pq.write_table(pa.table({"key": self.keys}), temporary / "keys.parquet")
-        if self._kept is not None:
-            _share(Path(str(self._kept.filename)), temporary / "vectors.npy")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         about = {"version": VERSION, "count": len(self), "plan": asdict(self.plan), "metadata": self.metadata}
-        (temporary / "index.json").write_text(json.dumps(about, indent=1) + "\n")
-        temporary.rename(folder)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            faiss.write_index(self._engine, str(temporary / "index.faiss"))
+            pq.write_table(pa.table({"key": self.keys}), temporary / "keys.parquet")
+            if self._kept is not None:
+                _share(Path(str(self._kept.filename)), temporary / "vectors.npy")
+            (temporary / "index.json").write_text(json.dumps(about, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path, metadata: Mapping[str, str] | None = None) -> Index:

@@ -16,7 +16,7 @@ from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.spectra.figures import attention_over_wavelength, fill_scores, mask_filling
 from armillary.engine.evaluate.study.study import Outcome, Study
 from armillary.models.astroclip.astroclip import AstroCLIPMethod
-from armillary.models.method import Batch, BatchKey
+from armillary.models.method import Batch, BatchKey, Method
 from armillary.models.specformer.specformer import SpectrumTransformer
 from armillary.models.specformer.spectrum_filling import fill_hidden
 from armillary.models.specformer.spectrum_masking import chunk_masks
@@ -29,10 +29,10 @@ CHUNKS = 6
 HIDDEN_SHARE = 50 / 778  # of the tokens in each chunk, as AstroCLIP's released code
 
 
-def spectrum_encoder(encoder: Encoder) -> SpectrumTransformer | None:
-    """The masked spectrum encoder in a run's method; None where it has none."""
-    prefix = encoder.method.encoders().get("spectrum")
-    found = None if prefix is None else encoder.method.get_submodule(prefix.rstrip("."))
+def spectrum_encoder(method: Method) -> SpectrumTransformer | None:
+    """The masked spectrum encoder in a method; None where it has none."""
+    prefix = method.encoders().get("spectrum")
+    found = None if prefix is None else method.get_submodule(prefix.rstrip("."))
     return found if isinstance(found, SpectrumTransformer) else None
 
 
@@ -47,7 +47,7 @@ def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
         Mean squared error over hidden pixels, in units of a spectrum's variance, of the encoder, of the spectrum's mean, of
         a straight line over the gap and of the noise alone; and pictures.
     """
-    encoder, network = next((e, n) for e in encoders if (n := spectrum_encoder(e)) is not None)
+    encoder, network = next((e, n) for e in encoders if (n := spectrum_encoder(e.method)) is not None)
     batch = _spectra(study, encoder, SCORED)
     spectrum, ivar = batch["spectrum"], batch["spectrum_ivar"]
     tokens = network.shape.tokens(spectrum.shape[1])

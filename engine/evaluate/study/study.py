@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from armillary.engine.data.format.columns import numbers
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
+from armillary.engine.evaluate.page.run_log import RunLog
 
 __all__ = ["FeatureSet", "Measure", "Modality", "Outcome", "Study"]
 
@@ -63,12 +64,20 @@ class Outcome:
         measures: All numbers.
         lines: What to tell on a terminal and at the head of the report, a sentence each.
         sections: Pieces of HTML for the report, in order; each begins with its <h2>.
+        headline: HTML of the main figure, for the head of the report.
+        verdict: Items of an HTML list for the head of the report, in place of the lines.
+        collapsed: True where an encoder has collapsed.
+        left_out: Why the task was not done; empty where it was.
     """
 
     task: str
     measures: tuple[Measure, ...]
     lines: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
+    headline: str = ""
+    verdict: str = ""
+    collapsed: bool = False
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,8 @@ class Study:
         train_split: Split that everything is fitted on.
         test_split: Split that everything is judged on.
         seed: Of every random draw of the tasks.
+        baselines: What the first encoder has to beat, by name: its untrained twin, principal components of pixels.
+        log: The first run's record and curves.
     """
 
     folder: Path
@@ -119,6 +130,8 @@ class Study:
     train_split: str = "train"
     test_split: str = "test"
     seed: int = 0
+    baselines: Mapping[str, Embeddings] = field(default_factory=dict)
+    log: RunLog = field(default_factory=RunLog)
     _rows: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -130,6 +143,8 @@ class Study:
         train_split: str = "train",
         test_split: str = "test",
         seed: int = 0,
+        baselines: Mapping[str, Embeddings] | None = None,
+        log: RunLog | None = None,
     ) -> Study:
         """Read a survey's catalogue and check that the embeddings are of its samples.
 
@@ -139,10 +154,12 @@ class Study:
             train_split: Split that everything is fitted on.
             test_split: Split that everything is judged on.
             seed: Of every random draw of the tasks.
+            baselines: See above.
+            log: See above.
 
         Raises:
             FileNotFoundError: There is no survey.
-            ValueError: Names repeat, embeddings are of another survey, or a split of them is empty.
+            ValueError: Names repeat, or embeddings are of another survey or of none of the two splits.
         """
         folder = Path(folder)
         survey = Survey.load(folder)
@@ -154,7 +171,7 @@ class Study:
         by_name = {f.name: f for f in features}
         if len(by_name) != len(features):
             raise ValueError(f"features: each name once, got {', '.join(f.name for f in features)}")
-        study = cls(folder, survey, catalogue, by_name, train_split, test_split, seed)
+        study = cls(folder, survey, catalogue, by_name, train_split, test_split, seed, baselines or {}, log or RunLog())
         row_of = {key: row for row, key in enumerate(catalogue["key"].to_pylist())}
         for one in features:
             e = one.embeddings
@@ -167,10 +184,10 @@ class Study:
             rows = np.array([row_of[k] for k in e.key], np.int64)
             order = np.argsort(rows)
             study._rows[one.name] = rows[order], order
-            for split in (train_split, test_split):
-                if not (e.split == split).any():
-                    have = ", ".join(sorted(set(map(str, e.split)))) or "none"
-                    raise ValueError(f"{one.name}: no embeddings of split {split!r}; it has {have}")
+            if not np.isin(e.split, (train_split, test_split)).any():
+                raise ValueError(
+                    f"{one.name}: no embeddings of splits {train_split!r} and {test_split!r}; it has {_splits(e)}"
+                )
         return study
 
     def rows(self, split: str, *names: str) -> np.ndarray:
@@ -181,13 +198,16 @@ class Study:
             names: Feature sets; all of them if none is named.
 
         Raises:
-            ValueError: There is no such set, or they have no sample in common (unpaired rows).
+            ValueError: There is no such set, one has nothing of the split, or they have no sample in common (unpaired).
         """
         names = names or tuple(self.features)
         common: np.ndarray | None = None
         for name in names:
             all_rows, order = self._rows[self._known(name)]
-            mine = all_rows[self.features[name].embeddings.split[order] == split]
+            embeddings = self.features[name].embeddings
+            mine = all_rows[embeddings.split[order] == split]
+            if not len(mine):
+                raise ValueError(f"{name}: no embeddings of split {split!r}; it has {_splits(embeddings)}")
             common = mine if common is None else np.intersect1d(common, mine, assume_unique=True)
         assert common is not None
         if not len(common):
@@ -196,6 +216,14 @@ class Study:
                 "have every modality (a required match)"
             )
         return common
+
+    def shown(self, *names: str) -> tuple[str, np.ndarray]:
+        """The split to show pictures of, the test split where there is one, and its rows as `rows` gives them."""
+        split = self.test_split
+        for name in names:
+            if not (self.features[name].embeddings.split == split).any():
+                split = self.train_split
+        return split, self.rows(split, *names)
 
     def vectors(self, name: str, rows: np.ndarray) -> np.ndarray:
         """[M, D] float32 vectors of a feature set.
@@ -262,3 +290,7 @@ class Study:
         if name not in self.features:
             raise ValueError(f"features {name!r}: this study has {', '.join(self.features)}")
         return name
+
+
+def _splits(embeddings: Embeddings) -> str:
+    return ", ".join(sorted(set(map(str, embeddings.split)))) or "none"

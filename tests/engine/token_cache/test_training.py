@@ -236,7 +236,7 @@ def augmented(run):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (augmented, "data.token_cache: only without augmentation, got Objects"),
+        (augmented, "data.token_cache: only without augmentation, got ObjectViews"),
         (
             lambda run: replace(run, train=replace(run.train, zero_stage=3)),
             "train.zero_stage: 1 or 2 with data.token_cache",
@@ -303,7 +303,7 @@ def test_tokens_on_a_gpu(run, precision):
 @pytest.mark.parametrize(
     "views,modalities,kind",
     [
-        ({"image": None, "spectrum": False, "columns": ("z",)}, (), "RowLoader"),
+        ({"image": None, "spectrum": False, "columns": ("z",)}, (), "CatalogLoader"),
         ({"image": None}, ("spectrum",), "Loader"),
     ],
     ids=["columns", "spectra"],
@@ -315,7 +315,7 @@ def test_the_trainer_opens_the_loader_that_the_views_need(run, views, modalities
     with open_loader(run, method, Survey.load(run.data.path), CPU, Ranks(0, 0, 1)) as loader:
         assert type(loader).__name__ == kind
         batch = next(loader)
-    assert ("columns" in batch) == (kind == "RowLoader") and ("spectrum" in batch) == (kind == "Loader")
+    assert ("columns" in batch) == (kind == "CatalogLoader") and ("spectrum" in batch) == (kind == "Loader")
     assert len(batch["row"]) == run.train.micro_batch
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from armillary.engine.data.building.splits import (
+    ByHealpix,
     ByKey,
     ByRandom,
     ByRange,
@@ -53,6 +54,20 @@ def test_by_sky_keeps_neighbours_together():
 @pytest.mark.parametrize(("ra", "dec"), [(0.0, 90.0), (360.0, -90.0), (0.0, 0.0)])
 def test_by_sky_reaches_poles_and_wraps(ra, dec):
     assert assign(BySky(), rows(["a"], ra=[ra], dec=[dec])) == assign(BySky(), rows(["b"], ra=[ra % 360], dec=[dec]))
+
+
+def test_by_healpix_numbers_tiles_in_nested_order():
+    """At nside 2 tiles 0 to 3 in nested order are the quarters of base tile 0 (Gorski et al. 2005, figure 4)."""
+    centres = [(45.0, 19.471), (67.5, 41.810), (22.5, 41.810), (45.0, 66.444)]  # degrees: south, east, west, north
+    ra, dec = zip(*centres, strict=True)
+    keys = [f"healpix/2/{tile}" for tile in range(4)]
+    wanted = np.argsort(np.argsort(hash_keys(keys)[:, 0]))  # order in which a growing test split takes the tiles
+    table = rows("abcd", ra=ra, dec=dec)
+    counts = np.array(
+        [[s == "test" for s in assign(ByHealpix(f, nside=2), table)] for f in np.linspace(0, 0.999, 1000)]
+    )
+    assert (np.argsort(np.argsort(-counts.sum(0), kind="stable"), kind="stable") == wanted).all()
+    assert np.abs(1 - counts.mean(0) - hash_keys(keys)[:, 0] / 2.0**64).max() < 0.003  # the step is 0.001
 
 
 def test_by_range():

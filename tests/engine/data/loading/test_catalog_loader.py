@@ -11,7 +11,7 @@ from dali_here import needs_dali
 from armillary.engine.data.format import codec
 from armillary.engine.data.format.shards import ShardWriter, write_index
 from armillary.engine.data.format.survey import Statistics, Survey
-from armillary.engine.data.loading.catalog_loader import CatalogLoader, SequentialRowLoader
+from armillary.engine.data.loading.catalog_loader import CatalogLoader, SequentialCatalogLoader
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
 
 COUNTS = {"train": (7, 1, 12, 5), "test": (3, 2)}
@@ -72,7 +72,7 @@ def test_states_are_exchanged_with_the_loader_that_reads(survey, described, hand
 
 def test_one_pass_is_that_of_the_loader_that_reads(survey, described):
     read = SequentialLoader(survey, split="test", batch=3, device="cpu", reader="webdataset")
-    rows = SequentialRowLoader(described, split="test", batch=3, device="cpu")
+    rows = SequentialCatalogLoader(described, split="test", batch=3, device="cpu")
     assert named(rows, 9) == named(read, 9) == named(rows, 9) == [([25, 26, 27], [0, 1, 2]), ([28, 29], [3, 4])]
     assert len(rows) == 2 and rows.samples == 5
 
@@ -81,7 +81,7 @@ def test_one_pass_is_that_of_the_loader_that_reads(survey, described):
 def test_parts_of_a_pass(survey, reader):
     options = {"split": "train", "batch": 4, "device": "cpu", "parts": [range(20, 25), range(3, 3), range(0, 2)]}
     if reader == "none":
-        loader = SequentialRowLoader(survey, **options)
+        loader = SequentialCatalogLoader(survey, **options)
     else:
         loader = SequentialLoader(survey, reader=reader, **options)
         for batch in loader:
@@ -143,4 +143,4 @@ def test_a_closed_loader_says_so(described):
     with pytest.raises(ValueError, match="it is closed"):
         next(loader)
     with pytest.raises(ValueError, match="batch: must be at least 1, got 0"):
-        SequentialRowLoader(described, split="train", batch=0, device="cpu")
+        SequentialCatalogLoader(described, split="train", batch=0, device="cpu")

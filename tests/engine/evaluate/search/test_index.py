@@ -115,6 +115,24 @@ def test_equal_vectors_are_equally_similar_and_come_in_order(width):
     np.testing.assert_array_equal(few, answers.row[:, :5])
 
 
+def test_candidates_that_rounding_may_have_put_too_low_are_fetched():
+    index = Index.build(np.eye(40, 3, dtype=np.float32) + [0, 0, 1])  # 38 equal vectors, of which FAISS fetches 10
+    engine, asked = index._engine, []
+
+    class Backwards:
+        d, get_xb = engine.d, engine.get_xb
+
+        def search(self, queries, count):
+            asked.append(count)
+            similarity, row = engine.search(queries, 40)
+            order = np.lexsort((-row, -np.round(similarity, 5)))[:, :count]  # of equal ones the last rows first
+            return np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1)
+
+    index._engine = Backwards()
+    assert index.search(np.array([[0.0, 0.0, 1.0]]), 2).row.tolist() == [[2, 3]]
+    assert asked == [10, 40]
+
+
 def test_unit_vectors_of_any_length():
     vectors = np.array([[3e30, 4e30], [3e-30, -4e-30], [0, -7]])
     np.testing.assert_allclose(unit(vectors), [[0.6, 0.8], [0.6, -0.8], [0, -1]], atol=1e-6)

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
+from armillary.engine.evaluate.probes.similarity import on_grid
+from armillary.engine.evaluate.search import retrieval
 from armillary.engine.evaluate.search.retrieval import (
     PartnerRanks,
     bootstrap_error,
@@ -95,6 +97,15 @@ def test_the_order_of_samples_does_not_matter(width):
         turned = gain_ndcg(queries[order], candidates[order], closeness(label[order], 0.1, redshift=True), 10)
         for a, b in zip(straight, turned, strict=True):
             np.testing.assert_allclose(b, a[order], rtol=1e-12)  # sums of gains
+
+
+def test_similarities_are_exact_before_they_are_rounded(monkeypatch):
+    monkeypatch.setattr(retrieval, "DECIMALS", 16)  # a tie decided in the last bit would show
+    queries, candidates = noisy_pairs(dimensions=384)
+    candidates[20:] = candidates[np.arange(40) % 8]
+    ((_, similarity),) = retrieval._similarities(queries, candidates)
+    expected = np.round([[np.sum(q * c) for c in on_grid(unit(candidates))] for q in on_grid(unit(queries))], 16)
+    np.testing.assert_array_equal(similarity, expected)
 
 
 def test_the_most_similar_other_object_is_one_of_the_tied():

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from armillary.engine.evaluate import Embeddings, FeatureSet, Study
-from armillary.engine.evaluate.runs.study_report import save_measures
+from armillary.engine.evaluate.runs.report import save_measures
 from armillary.engine.evaluate.study.study import Measure, Outcome
 
 
@@ -89,8 +89,12 @@ def test_embeddings_of_another_survey_are_refused(survey_dir):
         Study.open(survey_dir, [FeatureSet("other", "image", foreign)])
     only = np.flatnonzero(e.split == "train")
     half = Embeddings(e.key[only], e.split[only], e.vector[only])
+    study = Study.open(survey_dir, [FeatureSet("half", "image", half)])
     with pytest.raises(ValueError, match="half: no embeddings of split 'test'; it has train"):
-        Study.open(survey_dir, [FeatureSet("half", "image", half)])
+        study.rows("test")
+    assert study.shown("half")[0] == "train"
+    with pytest.raises(ValueError, match="half: no embeddings of splits 'a' and 'b'; it has train"):
+        Study.open(survey_dir, [FeatureSet("half", "image", half)], train_split="a", test_split="b")
 
 
 def test_bad_sets(survey_dir):

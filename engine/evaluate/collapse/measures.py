@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-__all__ = ["Collapse", "assess", "duplicates", "effective_rank"]
+from armillary.models.dinov2.collapse import MIN_EFFECTIVE_RANK, effective_rank, least_prototypes
 
-LEAST_RANK = 5.0
-LEAST_PROTOTYPES = 0.5
+__all__ = ["Collapse", "assess", "duplicates"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Collapse:
     Attributes:
         samples: Embeddings measured.
         dimensions: Embedding dimensions D.
-        effective_rank: See `effective_rank`.
+        effective_rank: See `models.dinov2.collapse.effective_rank`.
         duplicates: Embeddings equal to an earlier one.
         prototypes_in_use: Last logged value; None where the method logs none.
         prototypes: Prototypes there are; None where the method logs none.
@@ -45,59 +45,42 @@ class Collapse:
         return bool(self.reasons)
 
 
-def effective_rank(vectors: np.ndarray) -> float:
-    """Exponential of the entropy of the covariance's normalised eigenvalues (after Roy & Vetterli 2007).
-
-    Between 1 (all variance along one direction) and min(N - 1, D) (equal along all); 0 where all vectors are equal.
-
-    Args:
-        vectors: [N, D] finite embeddings.
-
-    Raises:
-        ValueError: The array is empty, not a matrix, or holds non-finite numbers.
-    """
-    x = _checked(vectors)
-    x = x - x.mean(0)
-    if x.shape[0] < x.shape[1]:
-        values = np.linalg.eigvalsh(x @ x.T)
-    else:
-        values = np.linalg.eigvalsh(x.T @ x)
-    scale = np.abs(vectors).max()
-    values = np.clip(values, 0, None)
-    if values.sum() <= (1e-7 * scale) ** 2 * x.size:  # nothing but float32 rounding
-        return 0.0
-    p = values / values.sum()
-    p = p[p > 1e-14]
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
 def duplicates(vectors: np.ndarray) -> int:
     """Embeddings that equal an earlier one, bit for bit."""
     x = np.ascontiguousarray(_checked(vectors).astype(np.float32))
     return len(x) - len(np.unique(x, axis=0))
 
 
-def assess(vectors: np.ndarray, *, prototypes_in_use: float | None = None, prototypes: float | None = None) -> Collapse:
-    """Judge embeddings: sound if their effective rank exceeds 5 and at least half of the prototypes are in use.
+def assess(
+    vectors: np.ndarray,
+    *,
+    prototypes_in_use: float | None = None,
+    prototypes: float | None = None,
+    window_rows: float | None = None,
+) -> Collapse:
+    """Judge embeddings: sound if their effective rank exceeds 5 and half of the prototypes that can show are in use.
 
     Args:
         vectors: [N, D] finite embeddings, at least a few tens for the rank to mean anything.
         prototypes_in_use: From the end of training, where the method has prototypes.
         prototypes: How many there are.
+        window_rows: Samples over which their use was measured, so that no more can show; by default enough for all.
 
     Raises:
-        ValueError: As `effective_rank`.
+        ValueError: The array is empty, not a matrix, or holds non-finite numbers.
     """
-    rank, twins = effective_rank(vectors), duplicates(vectors)
+    rank, twins = effective_rank(torch.from_numpy(_checked(vectors))), duplicates(vectors)
     reasons = []
-    if rank <= LEAST_RANK:
-        reasons.append(f"effective rank {rank:.1f} of {vectors.shape[1]}: must exceed {LEAST_RANK:g}")
+    if rank <= MIN_EFFECTIVE_RANK:
+        reasons.append(f"effective rank {rank:.1f} of {vectors.shape[1]}: must exceed {MIN_EFFECTIVE_RANK:g}")
     if twins > len(vectors) / 2:
         reasons.append(f"{twins} of {len(vectors)} embeddings repeat an earlier one: at most half may")
-    if prototypes_in_use is not None and prototypes and prototypes_in_use < LEAST_PROTOTYPES * prototypes:
-        reasons.append(
-            f"{prototypes_in_use:.0f} of {prototypes:.0f} prototypes in use: must be {LEAST_PROTOTYPES:.0%} or more"
-        )
+    if prototypes_in_use is not None and prototypes:
+        least = least_prototypes(prototypes, prototypes if window_rows is None else window_rows)
+        if prototypes_in_use < least:
+            reasons.append(
+                f"{prototypes_in_use:.4g} of {prototypes:.0f} prototypes in use: must be {least:.4g} or more"
+            )
     return Collapse(len(vectors), vectors.shape[1], rank, twins, prototypes_in_use, prototypes, tuple(reasons))
 
 

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
+import torch
 
-from armillary.engine.evaluate.probes.collapse import assess, duplicates, effective_rank
+from armillary.engine.evaluate.collapse.measures import assess, duplicates
+from armillary.models.dinov2 import collapse
+
+
+def effective_rank(vectors):
+    return collapse.effective_rank(torch.from_numpy(vectors))
 
 
 def test_isotropic_noise_has_full_rank():
@@ -27,8 +33,8 @@ def test_rank_does_not_depend_on_scale_shift_or_rotation():
 
 
 @pytest.mark.parametrize("count", [1, 2, 50])
-def test_equal_embeddings_have_rank_zero(count):
-    assert effective_rank(np.full((count, 4), 0.1, np.float32)) == 0.0
+def test_equal_embeddings_have_rank_one(count):
+    assert effective_rank(np.full((count, 4), 0.1, np.float32)) == 1.0
 
 
 def test_two_embeddings_span_one_direction():
@@ -61,6 +67,13 @@ def test_rules(dimensions, use, reason):
         assert reason in c.reasons[0]
 
 
+def test_a_short_window_limits_the_prototypes_that_can_show():
+    x = np.random.default_rng(0).normal(size=(200, 16))
+    assert not assess(x, prototypes_in_use=2000, prototypes=65536, window_rows=1024).collapsed
+    (reason,) = assess(x, prototypes_in_use=511, prototypes=65536, window_rows=1024).reasons
+    assert reason == "511 of 65536 prototypes in use: must be 512 or more"
+
+
 def test_mostly_duplicates_are_a_collapse():
     x = np.random.default_rng(0).normal(size=(40, 16)).repeat(5, axis=0)
     assert "160 of 200 embeddings repeat" in assess(x).reasons[0]
@@ -69,7 +82,7 @@ def test_mostly_duplicates_are_a_collapse():
 @pytest.mark.parametrize("bad", [np.zeros((0, 4)), np.zeros(4)])
 def test_not_a_matrix(bad):
     with pytest.raises(ValueError, match="non-empty"):
-        effective_rank(bad)
+        assess(bad)
 
 
 def test_non_finite_embeddings():

@@ -12,9 +12,9 @@ from torch import nn
 from armillary.engine.cli import main as command
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.eval_view import EvalView
-from armillary.engine.evaluate import Encoder, StudyOptions, evaluate_study, feature_sets
-from armillary.engine.evaluate.runs import study_runs, study_tasks
-from armillary.engine.evaluate.study.options import Options
+from armillary.engine.evaluate import Encoder, Options, evaluate_study, feature_sets
+from armillary.engine.evaluate.runs import evaluate as evaluate_module
+from armillary.engine.evaluate.runs import tasks as tasks_module
 from armillary.engine.evaluate.study.study import Measure, Outcome
 from armillary.models.method import Readout
 
@@ -61,7 +61,7 @@ def runs(monkeypatch, tmp_path):
         run = types.SimpleNamespace(name=folder.name, views=views)
         return Encoder(methods[folder.name], EvalView(Crop()), {"run": folder.name, "encoder": folder.name * 8}, run)
 
-    monkeypatch.setattr(study_runs.Encoder, "load", load)
+    monkeypatch.setattr(evaluate_module.Encoder, "load", load)
     folders = [tmp_path / name for name in methods]
     for folder in folders:
         folder.mkdir()
@@ -70,7 +70,7 @@ def runs(monkeypatch, tmp_path):
 
 
 def test_sets_of_all_runs_under_names_that_differ(runs, survey_dir, tmp_path):
-    sets = feature_sets(runs[0], survey_dir, tmp_path / "out", StudyOptions())
+    sets = feature_sets(runs[0], survey_dir, tmp_path / "out", Options())
     names = [s.name for s in sets]
     assert names == ["fluxes", "light (one)", "light (two)", "net"]  # spectra are not there to be embedded
     assert [s.space for s in sets] == ["one" * 8, "", "", ""]
@@ -80,17 +80,17 @@ def test_sets_of_all_runs_under_names_that_differ(runs, survey_dir, tmp_path):
 
 def test_embeddings_are_used_again_where_nothing_changed(runs, survey_dir, tmp_path):
     folders, methods = runs
-    first = feature_sets(folders, survey_dir, tmp_path / "out", StudyOptions())
+    first = feature_sets(folders, survey_dir, tmp_path / "out", Options())
     calls = methods["one"].calls
-    second = feature_sets(folders, survey_dir, tmp_path / "out", StudyOptions(seed=3))
+    second = feature_sets(folders, survey_dir, tmp_path / "out", Options(seed=3))
     assert methods["one"].calls == calls
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a.embeddings.vector, b.embeddings.vector)
-    fewer = feature_sets(folders, survey_dir, tmp_path / "out", StudyOptions(common=Options(samples=5)))
+    fewer = feature_sets(folders, survey_dir, tmp_path / "out", Options(samples=5))
     assert methods["one"].calls > calls and len(fewer[0].embeddings) == 10  # five of each split
 
 
-class Count(study_tasks.Task):
+class Count(tasks_module.Task):
     """Counts the samples."""
 
     def run(self, study, options, encoders):
@@ -100,7 +100,7 @@ class Count(study_tasks.Task):
         return Outcome("count", (measure,), (f"{count} & counting",), ("<h2>Counted</h2>",))
 
 
-class Never(study_tasks.Task):
+class Never(tasks_module.Task):
     def impossible(self, survey, methods, options):
         return "it never is"
 
@@ -108,25 +108,32 @@ class Never(study_tasks.Task):
         raise AssertionError
 
 
+class Breaks(tasks_module.Task):
+    def run(self, study, options, encoders):
+        raise ValueError("half <way> through")
+
+
 @pytest.fixture
 def tasks(monkeypatch):
-    found = {"count": Count(), "never": Never()}
-    monkeypatch.setattr(study_runs, "TASKS", found)
-    monkeypatch.setattr(study_tasks, "TASKS", found)
+    found = {"breaks": Breaks(), "count": Count(), "never": Never()}
+    monkeypatch.setattr(evaluate_module, "TASKS", found)
+    monkeypatch.setattr(tasks_module, "TASKS", found)
 
 
-def test_report_and_numbers(runs, tasks, survey_dir, tmp_path, capsys):
+def test_report_and_numbers(runs, tasks, survey_dir, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    outcomes = evaluate_study(runs[0], survey_dir, tmp_path / "out", StudyOptions())
+    outcomes = evaluate_study(runs[0], survey_dir, tmp_path / "out", Options())
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
-    assert [o.task for o in outcomes] == ["count"]
-    assert "never is left out: it never is" in capsys.readouterr().out
+    left_out = {"breaks": "half <way> through", "never": "it never is"}
+    assert {o.task: o.left_out for o in outcomes} == left_out | {"count": ""}
     page = (tmp_path / "out" / "report.html").read_text()
     for words in (
         "<h2>Counted</h2>",
         "&amp; counting",
+        "never is left out",
+        "half &lt;way&gt; through",
         "light (two)",
         "predictions of redshift",
         "Where two comes from",
@@ -134,57 +141,86 @@ def test_report_and_numbers(runs, tasks, survey_dir, tmp_path, capsys):
         assert words in page
     (row,) = pq.read_table(tmp_path / "out" / "metrics.parquet").to_pylist()
     assert row["value"] == Survey.load(survey_dir).count("test")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["left_out"] == left_out
 
 
 def test_a_task_that_was_asked_for_and_cannot_be_done_ends_it_before_any_work(runs, tasks, survey_dir, tmp_path):
-    for name, message in (("never", "tasks: never: it never is"), ("what", "must be of count, never, got what")):
+    for name, message in (
+        ("never", "tasks: never: it never is"),
+        ("what", "must be of breaks, count, never, got what"),
+    ):
         with pytest.raises(ValueError, match=message):
-            evaluate_study(runs[0], survey_dir, tmp_path / "out", StudyOptions(tasks=(name,)))
+            evaluate_study(runs[0], survey_dir, tmp_path / "out", Options(tasks=(name,)))
     assert not (tmp_path / "out").exists() and runs[1]["one"].calls == 0
 
 
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("properties", StudyOptions(labels=("colour",)), "the survey has no label 'colour'; its labels: redshift"),
-        ("posterior", StudyOptions(common=Options(label="age")), "no label 'age'"),
-        ("morphology", StudyOptions(), "no votes of Galaxy Zoo"),
-        ("masking", StudyOptions(), "needs a survey with spectra and a run with a spectrum encoder"),
-        ("attention", StudyOptions(), "needs a survey with spectra and a run that aligns them"),
+        ("properties", Options(labels=("colour",)), "the survey has no label 'colour'; its labels: redshift"),
+        ("posterior", Options(labels=("age",)), "no label 'age'"),
+        ("morphology", Options(), "no votes of Galaxy Zoo"),
+        ("masking", Options(), "needs a survey with spectra and a run with a spectrum encoder"),
+        ("attention", Options(), "needs a survey with spectra and a run that aligns them"),
     ],
     ids=["label", "one label", "votes", "spectra", "alignment"],
 )
 def test_what_tasks_need(survey_dir, task, options, message):
-    assert message in study_tasks.left_out(task, Survey.load(survey_dir), [Colours("flux")], options)
+    assert message in tasks_module.left_out(task, Survey.load(survey_dir), [Colours("flux")], options)
 
 
 def test_predictions_alone_cannot_be_searched(survey_dir):
     survey = Survey.load(survey_dir)
-    assert "only predictions" in study_tasks.left_out("search", survey, [Colours("prediction")], StudyOptions())
-    assert study_tasks.left_out("search", survey, [Colours("flux")], StudyOptions()) == ""
+    assert "only predictions" in tasks_module.left_out("search", survey, [Colours("prediction")], Options())
+    assert tasks_module.left_out("search", survey, [Colours("flux")], Options()) == ""
 
 
-def test_bad_options():
-    with pytest.raises(ValueError, match="seed: must be at least 0"):
-        StudyOptions(seed=-1)
+@pytest.mark.parametrize("task", ["baselines", "collapse"])
+def test_predictions_are_not_judged_as_embeddings(survey_dir, task):
+    survey = Survey.load(survey_dir)
+    assert "gives predictions" in tasks_module.left_out(task, survey, [Colours("prediction")], Options())
+    assert "images alone" in tasks_module.left_out(task, survey, [Colours("spectrum")], Options())
+    assert tasks_module.left_out(task, survey, [Colours("light")], Options()) == ""
 
 
-def test_the_command_chooses_between_one_encoder_and_a_study(runs, tasks, survey_dir, tmp_path, monkeypatch, capsys):
-    from armillary.engine.evaluate import cli
+class Foreign(Colours):
+    """Has a spectrum encoder that is none of ours."""
 
-    views = types.SimpleNamespace(modalities=("image",))
-    record = types.SimpleNamespace(views=views, data=types.SimpleNamespace(path=survey_dir))
-    monkeypatch.setattr(cli.Run, "load", lambda folder: record)
-    monkeypatch.setattr(cli, "evaluate_run", lambda *a, **k: (_ for _ in ()).throw(ValueError("one encoder")))
+    def __init__(self):
+        super().__init__("flux")
+        self.net = nn.Linear(2, 2)
+
+    def encoders(self):
+        return {"image": "net.", "spectrum": "net."}
+
+
+@pytest.mark.parametrize("task", ["masking", "attention"])
+def test_a_method_of_ones_own_is_left_out(pairs_dir, task):
+    assert "it needs" in tasks_module.left_out(task, Survey.load(pairs_dir), [Foreign()], Options())
+
+
+@pytest.mark.parametrize("options", [{"samples": 1}, {"test_split": "train"}, {"seed": -1}])
+def test_bad_options(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Options(**options)
+
+
+def test_the_command(runs, tasks, survey_dir, tmp_path, capsys):
     one, two = map(str, runs[0])
-    assert command(["evaluate", one]) == 2
-    assert "one encoder" in capsys.readouterr().err
-    assert command(["evaluate", one, "--tasks", "count", "--device", "cpu"]) == 0
+    common = ["--data", str(survey_dir), "--device", "cpu"]
+    assert command(["evaluate", one, *common]) == 0
     said = capsys.readouterr().out
-    assert "count: " in said and f"report: {runs[0][0] / 'evaluation' / 'report.html'}" in said
-    assert command(["evaluate", one, "--compare", two, "-o", str(tmp_path / "o"), "--device", "cpu"]) == 0
-    assert command(["evaluate", one, "--compare", two, "--readout", "flux", "--device", "cpu"]) == 2
-    assert "a study takes all of the method's embeddings" in capsys.readouterr().err
-    assert command(["evaluate", one, "--compare", two, "--redshift", "True", "--device", "cpu"]) == 2
-    assert "a study knows the redshift by the label's name" in capsys.readouterr().err
+    for words in ("count: ", "never is left out: it never is", "breaks is left out: half", "report: "):
+        assert words in said
+    assert command(["evaluate", one, *common, "--compare", two, "-o", str(tmp_path / "o"), "--readout", "flux"]) == 0
+    assert list(json.loads((tmp_path / "o" / "metrics.json").read_text())["features"]) == ["fluxes", "light", "net"]
+    assert command(["evaluate", one, *common, "--readout", "none"]) == 2
+    assert "'none' is none of this encoder's embeddings" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+def test_help_names_the_tasks(capsys):
+    assert command(["evaluate", "--help"]) == 0
+    said = capsys.readouterr().out
+    for name in tasks_module.TASKS:
+        assert name in said

@@ -1,24 +1,19 @@
-"""One evaluation of a frozen encoder: probes against baselines, collapse, and a verdict that follows from the numbers.
+"""A label from a frozen encoder and from what it has to beat, by the same probes, and the margins that it should keep.
 
 Shape legend: N training samples, M test samples, D embedding dimensions.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.engine.evaluate.probes.collapse import Collapse
 from armillary.engine.evaluate.probes.probes import KNN, MLP, Probe, Ridge, labelled
 from armillary.engine.evaluate.probes.scores import Difference, Scores, paired_difference, score
 
-__all__ = ["AIMS", "PROBES", "TRAINED", "UNTRAINED", "Aim", "LabelResult", "MethodResult", "Verdict", "judge_label"]
+__all__ = ["AIMS", "PROBES", "TRAINED", "UNTRAINED", "Aim", "LabelResult", "MethodResult", "judge_label"]
 
 TRAINED, UNTRAINED = "trained encoder", "untrained encoder"
 PCA_INPUT, PCA_ASINH = "PCA-64 of the encoder's input", "PCA-64 of asinh pixels"
@@ -106,81 +101,6 @@ class LabelResult:
         return next((m for m in self.methods if m.features == features and m.probe == probe), None)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What an evaluation found.
-
-    Attributes:
-        run: Name of the run.
-        survey: Name of the survey.
-        collapse: Of the trained encoder.
-        result: Of the label; None where there is none.
-        missing: Why there is no result; empty where there is one.
-        report: The page; None where none was written.
-    """
-
-    run: str
-    survey: str
-    collapse: Collapse
-    result: LabelResult | None
-    missing: str = ""
-    report: Path | None = None
-
-    @property
-    def aims_reached(self) -> bool | None:
-        """Whether every aim is reached; None where nothing could be compared."""
-        return all(a.reached for a in self.result.aims) if self.result and self.result.aims else None
-
-    @property
-    def exit_code(self) -> int:
-        """1 where the encoder has collapsed, else 0."""
-        return int(self.collapse.collapsed)
-
-    def lines(self) -> list[str]:
-        """The verdict in words."""
-        c = self.collapse
-        out = [
-            "collapsed: " + "; ".join(c.reasons)
-            if c.collapsed
-            else f"no collapse: effective rank {c.effective_rank:.1f} of {c.dimensions}"
-        ]
-        if self.result is None:
-            return [*out, self.missing]
-        head = self.result.methods[0]
-        s = head.scores
-        out.append(
-            f"{self.result.label}: R2 {s.r2:.3f} +- {s.r2_se:.3f}, NMAD {s.nmad:.4f}"
-            + ("" if s.outlier_threshold is None else f", outliers {s.outliers:.1%}")
-            + f", bias {s.bias:+.4f} ({head.features}, {head.probe}, {s.samples} test samples)"
-        )
-        if s.note:
-            out.append(s.note)
-        for aim in self.result.aims:
-            d = aim.difference
-            out.append(
-                f"{'reached' if aim.reached else 'NOT reached'}: R2 {d.value:+.3f} +- {d.se:.3f} over the "
-                f"{aim.against}, aim {aim.margin:+.2f}"
-            )
-        return out
-
-    def save(self, path: Path) -> None:
-        """Write metrics.json; predictions stay out, undefined numbers become null."""
-        record: dict[str, Any] = {
-            "run": self.run,
-            "survey": self.survey,
-            "collapsed": self.collapse.collapsed,
-            "collapse": asdict(self.collapse),
-            "aims_reached": self.aims_reached,
-            "missing": self.missing,
-        }
-        if self.result:
-            r = self.result
-            record["label"] = {f.name: getattr(r, f.name) for f in fields(r) if f.type in ("str", "bool", "int")}
-            record["methods"] = [{"features": m.features, "probe": m.probe, **asdict(m.scores)} for m in r.methods]
-            record["aims"] = [asdict(a) | {"reached": a.reached} for a in r.aims]
-        path.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
-
-
 def judge_label(
     features: Mapping[str, tuple[np.ndarray, np.ndarray]],
     train_label: np.ndarray,
@@ -235,11 +155,3 @@ def judge_label(
         methods=tuple(results),
         aims=aims,
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

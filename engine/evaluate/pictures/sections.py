@@ -1,0 +1,176 @@
+"""Pictures of a survey and of what an encoder makes of it: map, neighbours, cutouts, model inputs.
+
+Shape legend: M samples of the shown split, D embedding dimensions, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.evaluate.page import figures, pictures
+from armillary.engine.evaluate.probes.probes import nearest
+
+__all__ = ["Gallery", "data", "embedding_map", "inputs", "layout_map", "neighbours"]
+
+MAP_SAMPLES = 3000
+INPUT_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Samples of the shown split, with pictures.
+
+    Attributes:
+        split: Which split they are from.
+        vector: [M, D] embeddings.
+        label: [M] label, NaN where unknown; None where the survey has none.
+        picture: M colour pictures [H, W, 3] uint8.
+        inputs: By title, pictures [S, S, 3] uint8 of what the model sees of the first samples.
+    """
+
+    split: str
+    vector: np.ndarray
+    label: np.ndarray | None
+    picture: Sequence[np.ndarray]
+    inputs: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the lengths against each other."""
+        lengths = {len(self.vector), len(self.picture), *([] if self.label is None else [len(self.label)])}
+        if len(lengths) != 1 or not len(self.vector):
+            raise ValueError(
+                f"gallery: need as many embeddings as pictures and labels, one or more, got {len(self.vector)}, "
+                f"{len(self.picture)} and {'no' if self.label is None else len(self.label)}"
+            )
+
+
+def layout_map(vector: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
+    """Two-dimensional map of embeddings.
+
+    t-SNE on directions (the cosine geometry of the search); principal components where there are few samples, or where
+    all embeddings are alike.
+
+    Args:
+        vector: [M, D].
+        seed: Of the layout.
+
+    Returns:
+        [M, 2] float, and the method's name.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    unit = vector / np.maximum(np.linalg.norm(vector, axis=1, keepdims=True), 1e-12)
+    if len(vector) >= 50 and len(np.unique(unit.round(6), axis=0)) >= 50:
+        kept = PCA(min(32, *unit.shape), random_state=seed).fit_transform(unit)
+        layout = TSNE(init="pca", perplexity=min(30, len(unit) / 4), random_state=seed, n_jobs=2).fit_transform(kept)
+        return layout.astype(np.float64), "t-SNE"
+    centred = unit - unit.mean(0)
+    axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
+    flat = np.zeros((len(vector), 2))
+    flat[:, : len(axes)] = centred @ axes.T
+    return flat, "principal components"
+
+
+def embedding_map(gallery: Gallery, name: str) -> str:
+    """The embeddings in two dimensions, as points and as galaxies."""
+    count = min(len(gallery.vector), MAP_SAMPLES)
+    points, method = layout_map(gallery.vector[:count])
+    label = None if gallery.label is None else gallery.label[:count]
+    sheet = pictures.picture_map(points, gallery.picture[:count])
+    coloured = f", coloured by {html.escape(name)}" if name and label is not None else ""
+    return (
+        "<h2>Map of the embeddings</h2>"
+        f'<p class="quiet">{method} of {count:,} {html.escape(gallery.split)} embeddings{coloured}; beside it the galaxies '
+        "that lie there, one in each occupied cell.</p>"
+        f'<div class="grid"><div class="card">{figures.point_map(points, label, label=name)}</div>'
+        f'<div class="card"><img class="sheet" alt="Galaxies at their place in the map" '
+        f'src="{pictures.data_uri(sheet)}"></div></div>'
+    )
+
+
+def neighbours(gallery: Gallery, name: str, queries: int = 6, shown: int = 8) -> str:
+    """Galaxies, each with its nearest neighbours by cosine."""
+    if len(gallery.vector) < 3:
+        return ""
+    count = len(gallery.vector)
+    shown = min(shown, count - 1)
+    order = np.arange(count)
+    if gallery.label is not None and np.isfinite(gallery.label).any():
+        order = np.argsort(np.where(np.isfinite(gallery.label), gallery.label, np.inf))
+        order = order[: np.isfinite(gallery.label).sum()]
+    chosen = order[np.linspace(0, len(order) - 1, min(queries, len(order)) + 2).astype(int)[1:-1]]
+    found, distance = nearest(gallery.vector, gallery.vector[chosen], shown + 1)
+    rows = []
+    for query, index, far in zip(chosen, found, distance, strict=True):
+        others = [(i, d) for i, d in zip(index, far, strict=True) if i != query][:shown]
+        cells = [_picture(gallery, query, name, "query")]
+        cells += [_picture(gallery, i, name, "", f"{1 - d:.3f}") for i, d in others]
+        rows.append(f'<div class="row neighbours" style="--n:{shown + 1}">{"".join(cells)}</div>')
+    value = f"{html.escape(name)} and " if name else ""
+    return (
+        '<h2>Nearest neighbours</h2><p class="quiet">The outlined galaxy is the query; to its right the galaxies whose '
+        f"embeddings point in the most similar direction, with {value}cosine similarity. "
+        f'All are from the {html.escape(gallery.split)} split.</p><div class="sky">{"".join(rows)}</div>'
+    )
+
+
+def _picture(gallery: Gallery, index: int, name: str, kind: str, note: str = "") -> str:
+    value = ""
+    if gallery.label is not None and np.isfinite(gallery.label[index]):
+        value = f"{'z' if name == 'redshift' else html.escape(name)} {gallery.label[index]:.3f}"
+    source = pictures.data_uri(gallery.picture[index])
+    text = "<br>".join(t for t in (value, note) if t)
+    caption = f"<figcaption>{text}</figcaption>" if text else ""
+    return f'<figure class="{kind}"><img alt="" src="{source}">{caption}</figure>'
+
+
+def data(survey: Survey, gallery: Gallery, name: str, shown: int = 96) -> str:
+    """Cutouts of the survey."""
+    count = min(shown, len(gallery.picture))
+    chosen = np.arange(count)
+    order = ""
+    if gallery.label is not None and np.isfinite(gallery.label).any():
+        chosen = chosen[np.argsort(np.where(np.isfinite(gallery.label[:count]), gallery.label[:count], np.inf))]
+        order = f", in order of {html.escape(name)}"
+    sheet = pictures.mosaic([gallery.picture[int(i)] for i in chosen], 12 if count > 24 else 6)
+    height, width = survey.height, survey.width
+    side = f"{width} x {height} pixels"
+    if survey.pixel_scale_arcsec:
+        side += f" ({width * survey.pixel_scale_arcsec:.0f} x {height * survey.pixel_scale_arcsec:.0f} arcsec)"
+    stretch = (
+        "Display pictures, as they are."
+        if survey.unit == "count"
+        else f"Colours are {_composite(survey)} with an asinh stretch (Lupton et al. 2004)."
+    )
+    return (
+        f'<h2>The data</h2><p class="quiet">{count} cutouts of the {html.escape(gallery.split)} split{order}, {side}. '
+        f'{stretch}</p><div class="sky"><img class="sheet" alt="Cutouts of the survey" '
+        f'src="{pictures.data_uri(sheet)}"></div>'
+    )
+
+
+def _composite(survey: Survey) -> str:
+    bands = [survey.bands[i] for i in (len(survey.bands) - 1, len(survey.bands) // 2, 0)]
+    return ", ".join(f"{html.escape(b)} as {c}" for b, c in zip(bands, ("red", "green", "blue"), strict=True))
+
+
+def inputs(gallery: Gallery) -> str:
+    """What the encoder is given; nothing where that is unknown."""
+    if not gallery.inputs:
+        return ""
+    cards = ""
+    for title, row in gallery.inputs.items():
+        sheet = pictures.mosaic(list(row), min(len(row), INPUT_COLUMNS))
+        enlarge = max(1, 900 // sheet.shape[1])
+        cards += f'<div class="card"><h3>{html.escape(title)}</h3><img class="sheet" style="image-rendering:pixelated" '
+        cards += f'alt="{html.escape(title)}" src="{pictures.data_uri(sheet, enlarge=min(enlarge, 3))}"></div>'
+    return (
+        '<h2>What the encoder sees</h2><p class="quiet">Model inputs after crop and stretch, each channel from its 1% to '
+        f'its 99.7% quantile.</p><div class="stack">{cards}</div>'
+    )

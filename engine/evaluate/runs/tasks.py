@@ -1,0 +1,180 @@
+"""The tasks of a study by name: what each needs of a survey, and how the study's options reach it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.evaluate.embedding.encoder import Encoder
+from armillary.engine.evaluate.study.options import PROPERTIES, Options
+from armillary.engine.evaluate.study.study import Outcome, Study
+from armillary.models.method import Method
+
+__all__ = ["TASKS", "Task", "left_out"]
+
+
+NO_SPECTRA = "it needs a survey with spectra and a run with a spectrum encoder"
+NO_ALIGNMENT = "it needs a survey with spectra and a run that aligns them with images"
+
+
+class Task(ABC):
+    """One task: when it can be done, and how."""
+
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        """Why it cannot be done for these methods on this survey; empty if it can."""
+        return ""
+
+    @abstractmethod
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        """Do it."""
+
+
+def _first_reads_images_alone(methods: Sequence[Method]) -> str:
+    about = next(iter(methods[0].readouts().values()), None)
+    if about is None or about.targets:
+        return "it judges embeddings, and the first run gives predictions"
+    sound = about.modality == "image" and not about.aligned
+    return "" if sound else "it judges a run on images alone"
+
+
+class _Baselines(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _first_reads_images_alone(methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.baselines.task import baselines
+
+        return baselines(study, options)
+
+
+class _Collapse(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _first_reads_images_alone(methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.collapse.task import collapse
+
+        return collapse(study)
+
+
+class _Pictures(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        of_images = any(r.modality == "image" for m in methods for r in m.readouts().values())
+        return "" if of_images and "image" in survey.modalities else "it needs images and a run that reads them"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.pictures.task import pictures
+
+        return pictures(study, options, encoders)
+
+
+class _Search(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        embeddings = any(not r.targets for m in methods for r in m.readouts().values())
+        return "" if embeddings else "there are no embeddings, only predictions"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.search.task import SearchOptions, search
+
+        label = options.labels[0] if options.labels else SearchOptions().label
+        return search(study, SearchOptions(label=label, resamples=options.resamples))
+
+
+class _Properties(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _lacks_labels(survey, options.labels)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.properties.task import PropertyOptions, properties
+
+        chosen = PropertyOptions(options.labels)
+        threshold = chosen.outlier_threshold if options.outlier_threshold is None else options.outlier_threshold
+        return properties(study, replace(chosen, outlier_threshold=threshold, resamples=options.resamples))
+
+
+class _Morphology(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.engine.data.sources.surveys.galaxyzoo import DECALS_QUESTIONS
+
+        asked = [q for q in DECALS_QUESTIONS if f"{q}_votes" in survey.labels]
+        return "" if asked else "the survey has no votes of Galaxy Zoo (labels <question>_votes)"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.morphology.task import morphology
+
+        return morphology(study)
+
+
+class _Posterior(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _lacks_labels(survey, options.labels)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.posterior.flows import PRESETS
+        from armillary.engine.evaluate.posterior.task import PosteriorOptions, posterior
+
+        return posterior(study, PosteriorOptions(options.labels, PRESETS[options.flows], qp_out=options.qp))
+
+
+class _Masking(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.engine.evaluate.spectra.task import spectrum_encoder
+
+        known = any(spectrum_encoder(m) is not None for m in methods)
+        return "" if survey.spectrum is not None and known else NO_SPECTRA
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.spectra.task import masking
+
+        return masking(study, encoders)
+
+
+class _Attention(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.models.astroclip.astroclip import AstroCLIPMethod
+
+        aligned = any(isinstance(m, AstroCLIPMethod) for m in methods)
+        return "" if survey.spectrum is not None and aligned else NO_ALIGNMENT
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.spectra.task import attention
+
+        return attention(study, encoders)
+
+
+def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
+    missing = [name for name in wanted if name not in survey.labels]
+    have = ", ".join(survey.labels) or "none"
+    if missing:
+        return f"the survey has no label {', '.join(map(repr, missing))}; its labels: {have}"
+    if not wanted and not any(name in survey.labels for name in PROPERTIES):
+        return f"the survey has none of the labels {', '.join(PROPERTIES)}; name others with --labels, of {have}"
+    return ""
+
+
+TASKS: dict[str, Task] = {
+    "baselines": _Baselines(),
+    "collapse": _Collapse(),
+    "search": _Search(),
+    "properties": _Properties(),
+    "posterior": _Posterior(),
+    "morphology": _Morphology(),
+    "masking": _Masking(),
+    "attention": _Attention(),
+    "pictures": _Pictures(),
+}
+"""In the order of the report."""
+
+
+def left_out(name: str, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+    """Why a task cannot be done; empty if it can.
+
+    Args:
+        name: Of the task.
+        survey: What would be studied.
+        methods: What would be compared.
+        options: The study's.
+    """
+    return TASKS[name].impossible(survey, methods, options)
