@@ -6,10 +6,12 @@
     armillary report ...                           the report from embeddings that exist
     armillary search ...                           objects whose embeddings are like that of one
     armillary export ...                           encoder or whole state out of a run
+    armillary version                              also --version
 
 A command is a function with typed arguments in the part that does the work; tyro makes options of them. It is imported
-when it is asked for, so that help is instant and a package that is missing takes away one command only. Exit codes:
-0 done; 1 done, and the result is bad (a damaged survey, a collapsed encoder); 2 bad input.
+when it is asked for, and imports what it works with when it is run, so that help comes at once and a package that is missing
+takes away one command only. Exit codes: 0 done; 1 done, and the result is bad (a damaged survey, a collapsed encoder); 2 bad
+input.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words == ["--version"]:
+    if words in (["--version"], ["version"]):
         print(f"armillary {armillary.__version__}")
         return 0
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
@@ -68,13 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         command = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        print(f"armillary {name}: this installation lacks {error.name}", file=sys.stderr)
-        return 2
-    try:
         return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)
     except SystemExit as left:  # tyro has said why
         return int(left.code or 0)
+    except ModuleNotFoundError as error:
+        print(f"armillary {name}: this installation lacks {error.name}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError) as error:
         print(f"armillary {name}: {error}", file=sys.stderr)
         return 2
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _help(group: str) -> str:
     lines = [f"  {n:15}{text}" for n, (_, _, text) in COMMANDS.items() if n.startswith(group)]
+    lines += [] if group else [f"  {'version':15}the version of armillary, as --version says it"]
     return "\n".join(
         [
             "usage: armillary COMMAND ...",

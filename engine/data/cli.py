@@ -10,21 +10,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
-from armillary.engine.data.building.build import build as build_survey
-from armillary.engine.data.building.splits import parse_split
-from armillary.engine.data.format.summary import summary
-from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.inspect.check import check_survey
-from armillary.engine.data.inspect.export import unpack
-from armillary.engine.data.inspect.leakage import find_leaks
-from armillary.engine.data.inspect.show import draw_mosaic
-from armillary.engine.data.inspect.stats import draw_statistics, summarise_labels
-from armillary.engine.data.sources.kinds import KINDS, open_source, parse_options
-from armillary.engine.data.sources.selected import Selected
 
 __all__ = ["build", "check", "export", "kinds", "leaks", "show", "stats"]
 
@@ -89,6 +74,14 @@ def build(
         on_bad: Stop at an unusable sample, or skip and count it.
         progress: Show progress bars.
     """
+    from rich.console import Console
+
+    from armillary.engine.data.building.build import build as build_survey
+    from armillary.engine.data.building.splits import parse_split
+    from armillary.engine.data.format.summary import summary
+    from armillary.engine.data.sources.kinds import open_source, parse_options
+    from armillary.engine.data.sources.selected import Selected
+
     given = {
         "labels": labels,
         "size": size,
@@ -137,6 +130,14 @@ def check(
         threads: Shards checked at a time.
         progress: Show a progress bar.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from armillary.engine.data.format.summary import summary
+    from armillary.engine.data.format.survey import Survey
+    from armillary.engine.data.inspect.check import check_survey
+
     with Progress(disable=not progress) as bar:
         task = bar.add_task("check", total=None)
         problems = check_survey(
@@ -161,6 +162,11 @@ def check(
 
 def kinds() -> int:
     """List the kinds of files that can be read."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from armillary.engine.data.sources.kinds import KINDS
+
     table = Table("kind", "what", "recognised by")
     for name, kind in KINDS.items():
         inside = f"HDF5 with {', '.join(kind.holds)}" if kind.holds else ""
@@ -182,6 +188,8 @@ def leaks(
         radius_arcsec: Samples closer than this count as one object.
         identifiers: Labels whose values name objects.
     """
+    from armillary.engine.data.inspect.leakage import find_leaks
+
     found = find_leaks(survey, radius_arcsec=radius_arcsec, identifiers=identifiers)
     for leak in found:
         print(leak)
@@ -209,6 +217,12 @@ def show(
         seed: Chooses the samples.
         labels: Labels in the captions; the first three by default.
     """
+    from rich.console import Console
+
+    from armillary.engine.data.format.summary import summary
+    from armillary.engine.data.format.survey import Survey
+    from armillary.engine.data.inspect.show import draw_mosaic
+
     description = Survey.load(survey)
     draw_mosaic(survey, out, count=count, split=split, seed=seed, labels=labels)
     console = Console()
@@ -232,6 +246,13 @@ def stats(
         labels: Labels to draw; by default the first twelve that vary.
         split: Only of this split.
     """
+    from rich.console import Console
+    from rich.table import Table
+
+    from armillary.engine.data.format.summary import summary
+    from armillary.engine.data.format.survey import Survey
+    from armillary.engine.data.inspect.stats import draw_statistics, summarise_labels
+
     console = Console()
     console.print(summary(Survey.load(survey)))
     table = Table("label", "known", "0 %", "5 %", "50 %", "95 %", "100 %", "meaning")
@@ -264,6 +285,11 @@ def export(
         split: Only of this split.
         progress: Show a progress bar.
     """
+    from rich.progress import Progress
+
+    from armillary.engine.data.format.survey import Survey
+    from armillary.engine.data.inspect.export import unpack
+
     total = Survey.load(survey).count(split)
     with Progress(disable=not progress) as bar:
         task = bar.add_task("export", total=total)

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 
-from armillary.engine.config.run import Run
-from armillary.engine.data.format.survey import Survey
-from armillary.engine.evaluate.baselines.judge import TRAINED, UNTRAINED
-from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
-from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
-from armillary.engine.evaluate.embedding.encoder import load_pipeline
-from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.study.options import Options
-from armillary.engine.evaluate.study.study import FeatureSet, Outcome, Study
+
+if TYPE_CHECKING:
+    import torch
+
+    from armillary.engine.evaluate.study.study import Outcome
 
 __all__ = ["embed", "evaluate", "report"]
 
@@ -45,7 +41,7 @@ def embed(
     """Embed a survey with a trained run and write a Parquet file (key, split, vector).
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or an encoder exported from one.
         out: The Parquet file to write.
         data: Folder of the survey; by default the one that the run was trained on.
         split: Splits to embed; all by default.
@@ -54,18 +50,27 @@ def embed(
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
     """
-    data = data or Run.load(run).data.path
+    from armillary.engine.data.format.survey import Survey
+    from armillary.engine.evaluate.baselines.judge import TRAINED, UNTRAINED
+    from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
+    from armillary.engine.evaluate.embedding.embeddings import stack_splits
+    from armillary.engine.evaluate.embedding.encoder import Encoder
+    from armillary.engine.weights.trained_encoder import TrainedEncoder
+
+    source = TrainedEncoder.open(run)
+    data = data or source.run.data.path
     survey, where = Survey.load(data), choose_device(device)
     have = tuple(dict.fromkeys(s.split for s in survey.shards))
     for name in split:
         if name not in have:
             raise ValueError(f"split: no samples in {name!r}; the survey has {', '.join(have)}")
-    pipeline, metadata, _ = load_pipeline(run, survey, where, trained=not untrained, readout=readout)
-    parts = {}
+    encoder = Encoder.load(source, survey, where, trained=not untrained)
+    pipeline, parts = encoder.pipeline(readout), {}
     for name in split or have:
         batches = open_batches(data, name, pipeline.view, batch, where)
         parts[name] = next(iter(embed_readouts(pipeline, batches).values()))
-    embeddings = stack_splits(data, parts, {"features": UNTRAINED if untrained else TRAINED, **metadata})
+    about = {"features": UNTRAINED if untrained else TRAINED, **encoder.metadata, "readout": readout or "default"}
+    embeddings = stack_splits(data, parts, about)
     embeddings.save(out)
     print(f"{out}: {len(embeddings):,} embeddings of {embeddings.vector.shape[1]} dimensions")
     return 0
@@ -98,6 +103,7 @@ def evaluate(
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
     """
+    from armillary.engine.config.run import Run
     from armillary.engine.evaluate.runs.evaluate import evaluate_study
 
     data, folder = data or Run.load(run).data.path, out or run / "evaluation"
@@ -126,7 +132,12 @@ def report(
         out: The page to write.
         options: Tasks (by default baselines, collapse and pictures), labels, splits, limits.
     """
+    from armillary.engine.config.run import Run
+    from armillary.engine.evaluate.baselines.judge import TRAINED
+    from armillary.engine.evaluate.embedding.embeddings import Embeddings
+    from armillary.engine.evaluate.page.run_log import RunLog
     from armillary.engine.evaluate.runs.evaluate import report_study
+    from armillary.engine.evaluate.study.study import FeatureSet, Study
 
     data = data or Run.load(run).data.path
     features = {}
@@ -155,6 +166,8 @@ def choose_device(name: DeviceName) -> torch.device:
     Raises:
         ValueError: A GPU was asked for and there is none.
     """
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: no GPU is visible to torch; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

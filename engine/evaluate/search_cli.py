@@ -7,28 +7,15 @@ armillary search images.parquet --query 39627788403084375 --query-embeddings spe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
-from markupsafe import Markup
 
-from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.inspect.colour import galaxy_picture
-from armillary.engine.evaluate.cli import choose_device
-from armillary.engine.evaluate.page import html, pictures
-from armillary.engine.evaluate.search.index import Answers, Index
-from armillary.engine.evaluate.search.pictures import Tile, draw_objects, spectrum_tile, tile_row
-from armillary.engine.evaluate.search.query import Query, query_by_key, query_from_file
+if TYPE_CHECKING:
+    from armillary.engine.evaluate.search.index import Index
 
 __all__ = ["search"]
-
-SHOWN_LABEL = "redshift"
-A_ROW = 9  # pictures side by side
 
 
 def search(
@@ -60,6 +47,14 @@ def search(
         save_index: Keep the index in this folder; of an IVF-PQ index also the vectors, in half precision.
         device: Where to run the encoder; auto takes a GPU where there is one.
     """
+    import numpy as np
+
+    from armillary.engine.data.format.survey import Survey
+    from armillary.engine.evaluate.cli import choose_device
+    from armillary.engine.evaluate.search.answers import answer_table, catalogue_rows, print_answers, write_answers
+    from armillary.engine.evaluate.search.index import Index
+    from armillary.engine.evaluate.search.query import query_by_key, query_from_file
+
     path = Path(query)
     from_file = path.is_file()
     _check(query, from_file, embeddings, query_embeddings, run, readout, data, out, save_index)
@@ -75,16 +70,11 @@ def search(
         codes = not found.has_vectors and embeddings.is_file()
         one = query_by_key(found, query, (embeddings,) if codes else ())
     answers = found.search(one.vector, k, leave_out=None if one.own is None else np.array([one.own]))
-    rows = None if data is None else _catalogue_rows(data, [one.name, *answers.key[0]])
-    table = _table(one, answers, data, survey, rows)
-    _print(table)
-    if out is not None and out.suffix == ".parquet":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, out)
-    elif out is not None:
-        assert data is not None and survey is not None and rows is not None
-        _write_page(out, one, table, data, survey, rows)
+    rows = None if data is None else catalogue_rows(data, [one.name, *answers.key[0]])
+    table = answer_table(one, answers, data, survey, rows)
+    print_answers(table)
     if out is not None:
+        write_answers(out, one, table, data, survey, rows)
         print(f"written: {out}")
     return 0
 
@@ -117,6 +107,8 @@ def _check(
 
 
 def _build(path: Path, kind: Literal["exact", "ivfpq", "auto"], folder: Path | None) -> Index:
+    from armillary.engine.evaluate.search.index import Index
+
     if folder is None:
         return Index.read_files([path], kind=kind)
     kept = folder.with_name(f".{folder.name}.vectors.npy")
@@ -127,88 +119,3 @@ def _build(path: Path, kind: Literal["exact", "ivfpq", "auto"], folder: Path | N
         kept.unlink(missing_ok=True)
     print(f"{folder}: index of {len(built):,} vectors, {built.plan.kind}")
     return Index.load(folder)
-
-
-def _catalogue_rows(data: Path, keys: Sequence[str]) -> dict[str, int]:
-    """Catalogue rows of those of the keys that the survey has."""
-    column: Any = pq.read_table(data / "catalog.parquet", columns=["key"])["key"]
-    wanted = set(keys)
-    return {key: row for row, key in enumerate(column.to_pylist()) if key in wanted}
-
-
-def _table(
-    one: Query, answers: Answers, data: Path | None, survey: Survey | None, rows: dict[str, int] | None
-) -> pa.Table:
-    """Query, rank, key and similarity of the answers, with the survey's labels where it is given."""
-    keys = answers.key[0].tolist()
-    table = pa.table(
-        {
-            "query": [one.name] * len(keys),
-            "rank": pa.array(range(1, len(keys) + 1), pa.int32()),
-            "key": keys,
-            "similarity": pa.array(answers.similarity[0], pa.float32()),
-        }
-    )
-    if data is None or survey is None or rows is None:
-        return table
-    if missing := [key for key in keys if key not in rows]:
-        raise ValueError(f"data: survey {survey.name!r} has no object {missing[0]!r}; is it the one that was embedded?")
-    names = list(survey.labels)
-    labels: Any = pq.read_table(data / "catalog.parquet", columns=names).take([rows[key] for key in keys])
-    for name in names:
-        table = table.append_column(name, labels[name])
-    return table
-
-
-def _print(table: pa.Table) -> None:
-    label = SHOWN_LABEL if SHOWN_LABEL in table.column_names else None
-    width = max(len("key"), *(len(key) for key in table["key"].to_pylist()))
-    print(f"query {table['query'][0].as_py()}")
-    print(f"{'':4}{'key':{width}}{'similarity':>12}" + (f"{label:>12}" if label else ""))
-    for row in table.to_pylist():
-        value = f"{row[label]:12.4f}" if label else ""
-        print(f"{row['rank']:3} {row['key']:{width}}{row['similarity']:12.4f}{value}")
-
-
-def _write_page(out: Path, one: Query, table: pa.Table, data: Path, survey: Survey, rows: dict[str, int]) -> None:
-    """Pictures of the query and its answers; images above spectra where the survey has both."""
-    answers = table.to_pylist()
-    places = [rows[a["key"]] for a in answers]
-    own = rows.get(one.name) if one.sample is None else None
-    sections = []
-    for modality, heading in (("image", "Images"), ("spectrum", "Spectra")):
-        if modality not in survey.modalities:
-            continue
-        drawn = draw_objects(data, survey, modality, [*places, *([] if own is None else [own])])
-        picture = _picture_of(one, modality) if own is None else drawn.get(own, Markup())
-        tiles = [Tile(picture, ("query",), True)]
-        for answer, row in zip(answers, places, strict=True):
-            value = answer.get(SHOWN_LABEL)
-            redshift = f"z {value:.3f}" if isinstance(value, float) and np.isfinite(value) else ""
-            tiles.append(
-                Tile(drawn.get(row, Markup()), (redshift, f"{answer['similarity']:.3f}"), answer["key"] == one.name)
-            )
-        width = min(len(tiles), A_ROW)
-        body = [tile_row(tiles[i : i + width], width) for i in range(0, len(tiles), width)]
-        sections.append(html.section(heading, "", html.sky(*body)))
-    listing = html.table(table.column_names[1:], [("", [[_text(v) for v in list(a.values())[1:]] for a in answers])])
-    sections.append(html.section("Answers", "", html.card(listing)))
-    title = f"Most similar to {one.name}"
-    text = f"The {len(answers)} objects of {survey.name} with the largest cosine similarity of embeddings, best first."
-    html.write_page(out, title, html.header(title, text), sections)
-
-
-def _picture_of(one: Query, modality: str) -> Markup:
-    """Picture of a query that came from a file; empty where it has none of that modality."""
-    if one.sample is None or one.survey is None:
-        return Markup()
-    if modality == "image" and one.sample.image is not None:
-        drawn = galaxy_picture(one.sample.image, one.sample.valid, one.survey)
-        return html.picture(pictures.data_uri(drawn))
-    if modality == "spectrum" and one.sample.spectrum is not None and one.survey.spectrum is not None:
-        return spectrum_tile(one.survey.spectrum.grid.angstrom(), one.sample.spectrum)
-    return Markup()
-
-
-def _text(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,7 +12,7 @@ from processes import armillary, recipe, run
 
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
-from armillary.engine.evaluate.embedding.encoder import load_pipeline
+from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.train.checks import problems
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import InputSpec
@@ -135,7 +135,7 @@ def test_the_chain_of_three_runs(chain, aligned, pairs):
     for name, p in before.teacher.backbone.named_parameters():
         assert torch.equal(method.image_encoder.backbone.get_parameter(name), p), name
     survey = Survey.load(pairs)
-    pipeline, _, _ = load_pipeline(chain / "direct", survey, torch.device("cpu"))
+    pipeline = Encoder.load(TrainedEncoder.open(chain / "direct"), survey, torch.device("cpu")).pipeline()
     found = embed_readouts(pipeline, open_batches(pairs, "test", pipeline.view, 16, torch.device("cpu")))
     assert {name: vectors.shape[1] for name, (_, vectors) in found.items()} == {
         "image": 128, "spectrum": 128, "image_backbone": 96, "spectrum_backbone": 96}  # fmt: skip

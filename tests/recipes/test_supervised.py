@@ -19,7 +19,7 @@ from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, Survey, WaveGrid
 from armillary.engine.data.sources.source import Sample
 from armillary.engine.evaluate.embedding.embed import embed, open_batches
-from armillary.engine.evaluate.embedding.encoder import load_pipeline
+from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.train.checks import problems
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch
@@ -179,7 +179,8 @@ def test_other_networks_learn_the_toy(survey, tmp_path, preset, steps, lr):
     run(
         supervised(*options, "--train.steps", steps, "--train.global-batch", "16", "--train.micro-batch", "16", ranks=1)
     )
-    pipeline, _, _ = load_pipeline(tmp_path / "toy", Survey.load(survey), torch.device("cpu"))
+    trained = TrainedEncoder.open(tmp_path / "toy")
+    pipeline = Encoder.load(trained, Survey.load(survey), torch.device("cpu")).pipeline()
     batches = open_batches(survey, "test", pipeline.view, 8, torch.device("cpu"))
     rows, found = embed({"": pipeline}, batches)
     table = pq.read_table(survey / "catalog.parquet")

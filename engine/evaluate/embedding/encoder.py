@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from armillary.engine.weights.tensors import state_digest
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Method
 
-__all__ = ["Encoder", "load_pipeline"]
+__all__ = ["Encoder"]
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,18 @@ class Encoder:
     run: Run
 
     @classmethod
-    def load(
-        cls, source: Path | TrainedEncoder, survey: Survey, device: torch.device, *, trained: bool = True
-    ) -> Encoder:
+    def load(cls, source: TrainedEncoder, survey: Survey, device: torch.device, *, trained: bool = True) -> Encoder:
         """Load the encoder of a run to embed a survey with.
 
         Args:
-            source: The run's folder or an encoder that was exported from it; opened already, or its path.
+            source: The encoder.
             survey: The survey to embed.
             device: Where to run.
             trained: False for the untrained twin: the same configuration, initialised anew, keyed by the run's seed.
 
         Raises:
-            FileNotFoundError: There is no such run, or it has no checkpoint.
-            ValueError: The survey lacks what the encoder reads, or was taken with other bands, units or wavelengths.
+            ValueError: Its weights or its record do not fit this version; or the survey lacks what the encoder reads, or was taken with other bands, units or wavelengths.
         """
-        if isinstance(source, Path):
-            source = TrainedEncoder.open(source)
         run, pixels, inputs = source.run, source.pixels, source.inputs
         wanted = run.views.modalities
         shared = [m for m in wanted if m in survey.modalities]
@@ -85,22 +79,6 @@ class Encoder:
             view = replace(view, columns=view.columns.scaled(inputs.column_mean, inputs.column_std))
         return cls(method, view, metadata, run)
 
-
-def load_pipeline(
-    run_dir: Path, survey: Survey, device: torch.device, *, trained: bool = True, readout: str | None = None
-) -> tuple[Pipeline, dict[str, str], Run]:
-    """`Encoder.load` as a pipeline for `embed`.
-
-    Args:
-        run_dir: The run's folder.
-        survey: The survey to embed.
-        device: Where to run.
-        trained: False for the untrained twin.
-        readout: Which of the method's embeddings; None for its default.
-
-    Returns:
-        The pipeline, the metadata that its embeddings should carry, and the run's record.
-    """
-    loaded = Encoder.load(run_dir, survey, device, trained=trained)
-    metadata = loaded.metadata | {"readout": readout or "default"}
-    return Pipeline(loaded.view, loaded.method.encode, readout), metadata, loaded.run
+    def pipeline(self, readout: str | None = None) -> Pipeline:
+        """For `embed` and `embed_readouts`; `readout` is the one of its embeddings to make, None for its default."""
+        return Pipeline(self.view, self.method.encode, readout)

@@ -16,7 +16,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.loading.loader import SequentialLoader
 from armillary.engine.evaluate.baselines.embed import embed_features
 from armillary.engine.evaluate.baselines.judge import UNTRAINED
-from armillary.engine.evaluate.embedding.embed import Pipeline, embed_readouts, first_samples, open_batches
+from armillary.engine.evaluate.embedding.embed import embed_readouts, first_samples, open_batches
 from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.page.run_log import RunLog
@@ -24,6 +24,7 @@ from armillary.engine.evaluate.runs.report import save_measures, write_report
 from armillary.engine.evaluate.runs.tasks import TASKS, left_out
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.evaluate.study.study import FeatureSet, Outcome, Study
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch, Method, Readout
 
 __all__ = ["evaluate_study", "feature_sets", "report_study", "run_tasks"]
@@ -68,7 +69,8 @@ def evaluate_study(
     """
     survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
     survey = Survey.load(survey_dir)
-    encoders = [Encoder.load(run, survey, where) for run in runs]
+    sources = [TrainedEncoder.open(run) for run in runs]
+    encoders = [Encoder.load(source, survey, where) for source in sources]
     logbooks = {e.run.name: RunLog.read(run) for e, run in zip(encoders, runs, strict=True)}
     wanted = _wanted(encoders, survey, readout)
     reasons = _impossible(options, survey, [e.method for e in encoders])
@@ -76,9 +78,9 @@ def evaluate_study(
     sets = _embed(wanted, survey_dir, out, options, where, batch)
     features: dict[str, Embeddings] = {}
     if reasons.get("baselines") == "":
-        twin = Encoder.load(runs[0], survey, where, trained=False)
+        twin = Encoder.load(sources[0], survey, where, trained=False)
         about = {UNTRAINED: twin.metadata | {"readout": wanted[0].readout}}
-        pipelines = {UNTRAINED: Pipeline(twin.view, twin.method.encode, wanted[0].readout)}
+        pipelines = {UNTRAINED: twin.pipeline(wanted[0].readout)}
 
         def batches(split: str) -> Iterable[Batch]:
             return SequentialLoader(survey_dir, split=split, batch=batch, device=where, modalities=("image",))
@@ -139,7 +141,7 @@ def feature_sets(
     """
     survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
     survey = Survey.load(survey_dir)
-    encoders = [Encoder.load(run, survey, where) for run in runs]
+    encoders = [Encoder.load(TrainedEncoder.open(run), survey, where) for run in runs]
     out.mkdir(parents=True, exist_ok=True)
     return _embed(_wanted(encoders, survey), survey_dir, out, options, where, batch)
 
@@ -231,8 +233,7 @@ def _embed(
             if split not in have:
                 continue
             batches = open_batches(survey_dir, split, encoder.view, batch, device)
-            pipeline = Pipeline(encoder.view, encoder.method.encode)
-            vectors = embed_readouts(pipeline, first_samples(batches, options.samples))
+            vectors = embed_readouts(encoder.pipeline(), first_samples(batches, options.samples))
             for w in missing:
                 if w.readout in vectors:
                     splits[w.name][split] = vectors[w.readout]

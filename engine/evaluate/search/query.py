@@ -15,7 +15,7 @@ import torch
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.kinds import open_source
 from armillary.engine.data.sources.source import Sample, Source, spectrum_of
-from armillary.engine.evaluate.embedding.embed import Pipeline, embed_readouts
+from armillary.engine.evaluate.embedding.embed import embed_readouts
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.search.index import Index
 from armillary.engine.evaluate.search.vectors import read_vector
@@ -103,8 +103,10 @@ def query_from_file(index: Index, path: Path, run: Path, readout: str | None, de
     )
     encoder = Encoder.load(trained, survey, device)
     index.check(encoder.metadata, ("encoder",))
-    pipeline = Pipeline(encoder.view, encoder.method.encode, readout)
-    named = {name: vector for name, (_, vector) in embed_readouts(pipeline, [_batch(sample, device)]).items()}
+    named = {
+        name: vector
+        for name, (_, vector) in embed_readouts(encoder.pipeline(readout), [_batch(sample, device)]).items()
+    }
     indexed = index.metadata.get("readout", "default")
     known = encoder.method.readouts()
     if indexed == "default":

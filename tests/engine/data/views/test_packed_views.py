@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,8 @@ from armillary.engine.data.views.stretch import AsinhWhiten, Identity, ToRGB, ZS
 from armillary.engine.evaluate import cli
 from armillary.engine.evaluate.embedding.embed import Pipeline, embed
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
+from armillary.engine.evaluate.embedding.encoder import Encoder
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 
 SHAPE = (3, 14, 13)
 SPLITS = {"train": 8, "test": 5}
@@ -158,7 +161,9 @@ def test_the_command_hands_blobs_to_a_view_that_wants_them(folder, tmp_path, mon
     monkeypatch.setattr(EvalInput, "decode", lambda self, *blobs: decoded.append(self.side) or real(self, *blobs))
     for impl, calls in (("reference", 0), ("triton", 4)):  # two batches of each split
         view = replace(EVAL, impl=impl).eval_view(survey, "cpu")
-        monkeypatch.setattr(cli, "load_pipeline", lambda *_, view=view, **__: (Pipeline(view, flat), {}, None))
+        encoder = Encoder(SimpleNamespace(encode=flat), view, {}, None)
+        monkeypatch.setattr(TrainedEncoder, "open", lambda folder: folder)
+        monkeypatch.setattr(Encoder, "load", lambda *_, encoder=encoder, **__: encoder)
         assert cli.embed(tmp_path, tmp_path / f"{impl}.parquet", data=folder, batch=4, device="cpu") == 0
         assert len(decoded) == calls
         vectors[impl] = Embeddings.load(tmp_path / f"{impl}.parquet").vector

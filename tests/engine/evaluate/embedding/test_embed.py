@@ -13,7 +13,7 @@ from armillary.engine.data.format.survey import Statistics, Survey
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.evaluate.embedding.embed import Pipeline, embed, embed_readouts
 from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
-from armillary.engine.evaluate.embedding.encoder import load_pipeline
+from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.probes.baselines import PixelPCA, asinh_pixels
 from armillary.engine.weights.tensors import state_digest
 from armillary.engine.weights.trained_encoder import TrainedEncoder
@@ -245,7 +245,7 @@ def test_asinh_pixels_scale_by_noise_or_spread():
     assert asinh_pixels(survey)(Batch(row=row, image=image, valid=valid))["crop"][0, 0, 0, 0] == 0
 
 
-def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
+def test_untrained_twin_is_built_anew(survey_dir):
     """The trained encoder comes from the run's export, its twin from the run's configuration and seed."""
 
     class Net(nn.Module):
@@ -256,9 +256,9 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
         def encode(self, x):
             return {"e": self.layer(x["crop"].mean((2, 3)))}
 
-    view = EvalView(lambda image, valid: image)
+    spec, view = [], EvalView(lambda image, valid: image)
     views = types.SimpleNamespace(modalities=("image",), eval_view=lambda survey, device: view)
-    built = types.SimpleNamespace(build=lambda inputs: Net())
+    built = types.SimpleNamespace(build=lambda inputs: spec.append(inputs) or Net())
     survey, device = Survey.load(survey_dir), torch.device("cpu")
     encoder = TrainedEncoder(survey_dir, None, {"run": None}, ())
     encoder.run = types.SimpleNamespace(name="r", seed=3, views=views, method=built)
@@ -266,15 +266,16 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
     trained = Net()
     nn.init.zeros_(trained.layer.weight)
     encoder._loaded = trained, {}
-    monkeypatch.setattr(TrainedEncoder, "open", lambda path: encoder)
 
     before = torch.get_rng_state()
-    pipeline, about, _ = load_pipeline(survey_dir, survey, device)
-    assert pipeline.encode(Batch(crop=torch.ones(1, 3, 2, 2)))["e"].equal(trained.layer.bias[None])
+    loaded = Encoder.load(encoder, survey, device)
+    about = loaded.metadata
+    assert loaded.pipeline().encode(Batch(crop=torch.ones(1, 3, 2, 2)))["e"].equal(trained.layer.bias[None])
     assert about["trained"] == "true"
-    twins = [load_pipeline(survey_dir, survey, device, trained=False) for _ in range(2)]
-    assert twins[0][1] == twins[1][1]
-    assert twins[0][1]["encoder"] != about["encoder"]
+    twins = [Encoder.load(encoder, survey, device, trained=False) for _ in range(2)]
+    assert spec == [InputSpec(3, 6)] * 2
+    assert twins[0].metadata == twins[1].metadata
+    assert twins[0].metadata["encoder"] != about["encoder"]
     assert torch.equal(before, torch.get_rng_state())
     json.dumps(about)
 
@@ -282,7 +283,7 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
     fitted = []
     views.eval_view = lambda survey, device: fitted.append(survey) or view
     other = replace(survey, name="other", sky_sigma=tuple(9 * s for s in survey.sky_sigma), height=99)
-    load_pipeline(survey_dir, other, device)
+    Encoder.load(encoder, other, device)
     assert fitted[0].sky_sigma == survey.sky_sigma and fitted[0].height == 99
     for change, match in [
         ({"bands": ()}, "other: has , but r embeds image"),
@@ -291,4 +292,4 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
         ({"pixel_scale_arcsec": 99.0}, "other: pixel_scale_arcsec: the encoder was trained at"),
     ]:
         with pytest.raises(ValueError, match=match):
-            load_pipeline(survey_dir, replace(other, **change), device)
+            Encoder.load(encoder, replace(other, **change), device)

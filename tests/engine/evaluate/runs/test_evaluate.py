@@ -16,6 +16,7 @@ from armillary.engine.evaluate import Encoder, Options, evaluate_study, feature_
 from armillary.engine.evaluate.runs import evaluate as evaluate_module
 from armillary.engine.evaluate.runs import tasks as tasks_module
 from armillary.engine.evaluate.study.study import Measure, Outcome
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Readout
 
 
@@ -61,6 +62,7 @@ def runs(monkeypatch, tmp_path):
         run = types.SimpleNamespace(name=folder.name, views=views)
         return Encoder(methods[folder.name], EvalView(Crop()), {"run": folder.name, "encoder": folder.name * 8}, run)
 
+    monkeypatch.setattr(TrainedEncoder, "open", lambda folder: folder)
     monkeypatch.setattr(evaluate_module.Encoder, "load", load)
     folders = [tmp_path / name for name in methods]
     for folder in folders:

@@ -30,10 +30,10 @@ from armillary.engine.evaluate.page.run_log import RunLog, flatten
 from armillary.engine.evaluate.pictures.sections import Gallery, layout_map
 from armillary.engine.evaluate.probes.baselines import asinh_pixels
 from armillary.engine.evaluate.probes.probes import KNN
-from armillary.engine.evaluate.runs import evaluate as evaluate_module
 from armillary.engine.evaluate.runs.evaluate import report_study
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.evaluate.study.study import FeatureSet, Study
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch, Readout
 
 QUICK = Options(resamples=50)
@@ -406,11 +406,8 @@ def test_run_to_report(monkeypatch, survey_dir, run_dir, tmp_path, encoders, cap
     def load(folder, survey, device, *, trained=True):
         return Encoder(Toy(encoders[0 if trained else 1]), view, {"run": "toy", "trained": str(trained)}, run)
 
-    def load_pipeline(folder, survey, device, *, trained=True, readout=None):
-        return Pipeline(view, encoders[0 if trained else 1], readout), {"run": "toy", "trained": str(trained)}, run
-
-    monkeypatch.setattr(evaluate_module.Encoder, "load", load)
-    monkeypatch.setattr(cli, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(TrainedEncoder, "open", lambda folder: folder)
+    monkeypatch.setattr(Encoder, "load", load)
     common = [str(run_dir), "--data", str(survey_dir), "--batch", "13", "--device", "cpu"]
     tasks = ["--tasks", "baselines", "collapse", "pictures"]
     assert command(["evaluate", *common, *tasks, "--resamples", "20"]) == 0
