@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -79,6 +77,9 @@ class Columns:
         Raises:
             ValueError: A column is text, or nothing of it is known in the split.
         """
+        import pyarrow.compute as pc  # here, since recipes import this module and most read no columns
+        import pyarrow.parquet as pq
+
         assert survey.folder is not None, "a survey that was loaded from its folder"
         table: Any = pq.read_table(survey.folder / "catalog.parquet", columns=["split", *dict.fromkeys(names)])
         chosen = pc.equal(table["split"], split).to_numpy()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
 from armillary.engine.evaluate.probes.probes import KNN, MLP, Probe, Ridge, labelled
 from armillary.engine.evaluate.probes.scores import Difference, Scores, paired_difference, score
 
@@ -21,10 +22,11 @@ PCA_FEW = "PCA-8 of the encoder's input"
 
 NEIGHBOURS = 16
 COSINE, EUCLIDEAN = KNN(NEIGHBOURS, "cosine"), KNN(NEIGHBOURS, "euclidean", "distance")
+PERCEPTRON = MLP((64,), PerceptronTraining(100, 200, dropout=0.0, held_out=0.1, patience=10))
 PROBES: dict[str, tuple[Probe, ...]] = {
-    TRAINED: (COSINE, EUCLIDEAN, Ridge(), MLP()),
-    UNTRAINED: (COSINE, EUCLIDEAN, Ridge(), MLP()),
-    PCA_INPUT: (COSINE, EUCLIDEAN, Ridge(), MLP()),
+    TRAINED: (COSINE, EUCLIDEAN, Ridge(), PERCEPTRON),
+    UNTRAINED: (COSINE, EUCLIDEAN, Ridge(), PERCEPTRON),
+    PCA_INPUT: (COSINE, EUCLIDEAN, Ridge(), PERCEPTRON),
     PCA_FEW: (COSINE, EUCLIDEAN),
     PCA_ASINH: (COSINE, EUCLIDEAN, Ridge()),
 }

@@ -32,6 +32,7 @@ class PerceptronTraining:
         learning_rate: Of Adam.
         dropout: Share of every hidden layer that is dropped while training.
         held_out: Share of the samples that is not trained on, but chooses the epoch that is kept; 0 keeps the last.
+        patience: Epochs in a row that do not lower the held-out loss, after which training ends; None trains all epochs.
         seed: Of the initial weights, the order of the samples, dropout and what is held out.
     """
 
@@ -40,6 +41,7 @@ class PerceptronTraining:
     learning_rate: float = 1e-3
     dropout: float = 0.1
     held_out: float = 0.0
+    patience: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class PerceptronTraining:
         for name in ("dropout", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 0 and less than 1, got {getattr(self, name)}")
+        if self.patience is not None and (self.patience < 1 or not self.held_out):
+            raise ValueError(f"patience: must be 1 or more, with samples held out, got {self.patience}")
 
 
 def perceptron(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
@@ -125,7 +129,7 @@ def train_perceptron(
         optimiser = torch.optim.Adam(model.parameters(), training.learning_rate, fused=True)
         order = torch.randperm(count)
         judged, used = order[:held], order[held:]
-        least, best = float("inf"), None
+        least, best, waited = float("inf"), None, 0
         for _ in range(training.epochs):
             model.train()
             for part in used[torch.randperm(len(used))].split(training.batch):
@@ -137,8 +141,11 @@ def train_perceptron(
                 model.eval()
                 with torch.no_grad():
                     value = loss(model(x[judged]), y[judged])
+                waited += 1
                 if float(value) < least:
-                    least, best = float(value), {k: v.clone() for k, v in model.state_dict().items()}
+                    least, best, waited = float(value), {k: v.clone() for k, v in model.state_dict().items()}, 0
+                if waited == training.patience:
+                    break
     if not value.isfinite():
         raise ValueError(
             f"perceptron {'-'.join(map(str, hidden))}: the loss is {value.item()} after {training.epochs} epochs; "

@@ -1,6 +1,6 @@
 """Predictors on frozen embeddings: nearest neighbours, ridge regression, small perceptrons.
 
-Ridge and `MLP` are scikit-learn's; `JointMLP` predicts several labels at once, some of which may be unknown.
+Ridge is scikit-learn's; `MLP` predicts several labels at once, some of which may be unknown.
 
 Shape legend: N training samples, M test samples, D embedding dimensions, T labels.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining, masked_mse, train_perceptron
 from armillary.engine.evaluate.probes.similarity import Metric, within_nearest
 
-__all__ = ["KNN", "MLP", "JointMLP", "Probe", "Ridge", "labelled", "nearest", "standardised"]
+__all__ = ["KNN", "MLP", "Probe", "Ridge", "labelled", "nearest", "standardised"]
 
 
 class Probe(ABC):
@@ -143,51 +143,9 @@ class Ridge(Probe):
 
 @dataclass(frozen=True)
 class MLP(Probe):
-    """A perceptron on standardised embeddings and labels, stopped early on a tenth of the training samples.
+    """A perceptron on standardised embeddings, for one label or several at once.
 
-    Attributes:
-        hidden: Widths of the hidden layers.
-        epochs: At most.
-        seed: Of its initialisation and of the held-out tenth.
-    """
-
-    hidden: tuple[int, ...] = (64,)
-    epochs: int = 100
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """What a table calls it."""
-        return "MLP " + "-".join(map(str, self.hidden))
-
-    def predict(self, train: np.ndarray, label: np.ndarray, test: np.ndarray) -> np.ndarray:
-        """See `Probe.predict`; needs at least 20 training samples, for the held-out tenth to hold two."""
-        import warnings
-
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.neural_network import MLPRegressor
-
-        train, label, test = _checked(train, label, test, least=20)
-        train, test = standardised(train, test)
-        mean, spread = label.mean(), label.std()
-        if np.ptp(label) == 0:
-            return np.full(len(test), mean)
-        model = MLPRegressor(
-            hidden_layer_sizes=self.hidden,
-            max_iter=self.epochs,
-            early_stopping=True,
-            n_iter_no_change=10,
-            random_state=self.seed,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # `epochs` is a budget, not a failure
-            model.fit(train, (label - mean) / spread)
-        return model.predict(test).astype(np.float64) * spread + mean
-
-
-@dataclass(frozen=True)
-class JointMLP(Probe):
-    """A perceptron for several labels at once: mean square error of standardised labels, unknown ones left out.
+    Its loss is the mean square error of standardised labels; unknown ones are left out.
 
     Attributes:
         hidden: Widths of the hidden layers. AstroCLIP's paper has one of 32, its released code 64 and 64.

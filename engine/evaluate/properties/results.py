@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from armillary.engine.evaluate.probes.bins import Stratum
-from armillary.engine.evaluate.probes.probes import JointMLP, Probe
+from armillary.engine.evaluate.probes.probes import MLP, Probe
 from armillary.engine.evaluate.probes.scores import (
     BiasBin,
     Difference,
@@ -235,7 +235,7 @@ def _fit(
 ) -> dict[str, np.ndarray]:
     # AstroCLIP's perceptrons predict the redshift alone, and all other properties together.
     groups = [list(labels)]
-    if isinstance(probe, JointMLP):
+    if isinstance(probe, MLP):
         groups = [[n for n in labels if n == REDSHIFT], [n for n in labels if n != REDSHIFT]]
     found: dict[str, np.ndarray] = {}
     for group in filter(None, groups):

@@ -14,7 +14,7 @@ import numpy as np
 
 from armillary.engine.evaluate.probes.bins import quantile_strata, score_strata
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
-from armillary.engine.evaluate.probes.probes import KNN, JointMLP, Probe
+from armillary.engine.evaluate.probes.probes import KNN, MLP, Probe
 from armillary.engine.evaluate.properties.figures import bias_section, prediction_section, strata_section
 from armillary.engine.evaluate.properties.results import (
     OWN,
@@ -98,7 +98,7 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
     headline = REDSHIFT if REDSHIFT in labels else labels[0]
     nearest = f"{options.neighbours}-NN"
     training = replace(options.training, seed=study.seed)
-    perceptrons = [JointMLP(hidden, training) for hidden in options.hidden]
+    perceptrons = [MLP(hidden, training) for hidden in options.hidden]
     probes: dict[str, Probe] = {nearest: KNN(options.neighbours, "euclidean", "distance", standardise=True)}
     probes |= {p.name: p for p in perceptrons}
     predictions = predict(

@@ -72,6 +72,26 @@ def test_held_out_samples_choose_the_epoch():
     assert error(0.3) < 0.7 * error(0.0)
 
 
+def test_patience_ends_training_early_at_the_same_epoch():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 30)).astype(np.float32)
+    y = rng.normal(size=(60, 1))  # nothing to learn: the held-out loss is least within a few epochs
+    calls = []
+
+    def loss(predicted, target):
+        calls.append(len(predicted))
+        return masked_mse(predicted, target)
+
+    found = []
+    for patience in (None, 20):
+        training = PerceptronTraining(80, 60, 1e-2, dropout=0.0, held_out=0.3, patience=patience)
+        found.append((train_perceptron(x, y, loss, (64,), training)(x), len(calls)))
+        calls.clear()
+    (whole, all_calls), (early, few_calls) = found
+    np.testing.assert_array_equal(whole, early)
+    assert few_calls < all_calls == 160
+
+
 def test_dropout_is_off_when_predicting():
     x, y = line(50)
     run = train_perceptron(x, y, masked_mse, (16,), PerceptronTraining(epochs=1, dropout=0.5))
@@ -86,8 +106,10 @@ def test_dropout_is_off_when_predicting():
         ({"learning_rate": 0.0}, "learning_rate: must be positive"),
         ({"dropout": 1.0}, "dropout: must be at least 0 and less than 1, got 1.0"),
         ({"held_out": -0.1}, "held_out: must be at least 0"),
+        ({"held_out": 0.1, "patience": 0}, "patience: must be 1 or more, with samples held out, got 0"),
+        ({"patience": 3}, "patience: must be 1 or more, with samples held out, got 3"),
     ],
-    ids=["epochs", "batch", "learning-rate", "dropout", "held-out"],
+    ids=["epochs", "batch", "learning-rate", "dropout", "held-out", "patience", "patience-without-held-out"],
 )
 def test_bad_training(change, message):
     with pytest.raises(ValueError, match=message):

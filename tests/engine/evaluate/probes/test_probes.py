@@ -4,8 +4,9 @@ from sklearn.linear_model import Ridge as SkRidge
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
+from armillary.engine.evaluate.baselines.judge import PERCEPTRON
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
-from armillary.engine.evaluate.probes.probes import KNN, MLP, JointMLP, Ridge, labelled, nearest, standardised
+from armillary.engine.evaluate.probes.probes import KNN, MLP, Ridge, labelled, nearest, standardised
 
 
 @pytest.fixture
@@ -109,13 +110,14 @@ def test_ridge_survives_constant_and_duplicate_dimensions(data):
 
 def test_mlp_learns_and_repeats(data):
     train, label, test, true = data
-    predicted = MLP((32,), epochs=200).predict(train, 100 + 50 * label, test)
+    probe = MLP((32,), PerceptronTraining(200, 200, dropout=0.0, held_out=0.1, patience=10))
+    predicted = probe.predict(train, 100 + 50 * label, test)
     assert np.corrcoef(predicted, true)[0, 1] > 0.9
     assert abs(predicted.mean() - 100 - 50 * true.mean()) < 25
-    np.testing.assert_array_equal(predicted, MLP((32,), epochs=200).predict(train, 100 + 50 * label, test))
+    np.testing.assert_array_equal(predicted, probe.predict(train, 100 + 50 * label, test))
 
 
-@pytest.mark.parametrize("probe", [KNN(3), Ridge(), MLP(), JointMLP()], ids=lambda p: p.name)
+@pytest.mark.parametrize("probe", [KNN(3), Ridge(), MLP(), PERCEPTRON], ids=lambda p: p.name)
 def test_constant_label(probe, data):
     train, _, test, _ = data
     np.testing.assert_allclose(probe.predict(train, np.full(200, 2.5), test), 2.5, atol=0.3)
@@ -155,7 +157,7 @@ def test_joint_mlp_learns_labels_of_any_unit_some_unknown(data):
     train, label, test, true = data
     labels = np.stack([1e6 + 1e5 * label, 1e-3 * label, np.full(200, 4.0)], 1)
     labels[::2, 0] = np.nan
-    probe = JointMLP((64, 64), PerceptronTraining(epochs=60, batch=16))
+    probe = MLP((64, 64), PerceptronTraining(epochs=60, batch=16))
     predicted = probe.predict_jointly(train, labels, test)
     assert np.corrcoef(predicted[:, 0], true)[0, 1] > 0.9
     assert np.corrcoef(predicted[:, 1], true)[0, 1] > 0.9
@@ -169,14 +171,14 @@ def test_joint_mlp_ignores_what_stands_for_unknown(data):
     labels = some_unknown(label)
     infinite = np.where(np.isnan(labels), np.inf, labels)
     np.testing.assert_array_equal(
-        JointMLP().predict_jointly(train, labels, test), JointMLP().predict_jointly(train, infinite, test)
+        MLP().predict_jointly(train, labels, test), MLP().predict_jointly(train, infinite, test)
     )
 
 
 def test_joint_mlp_names_and_defaults():
-    assert JointMLP().name == "MLP 32"
-    assert JointMLP((64, 64)).name == "MLP 64-64"
-    t = JointMLP().training
+    assert MLP().name == "MLP 32"
+    assert MLP((64, 64)).name == "MLP 64-64"
+    t = MLP().training
     assert (t.epochs, t.batch, t.learning_rate, t.dropout, t.held_out) == (10, 64, 1e-3, 0.1, 0.0)
 
 
@@ -188,7 +190,7 @@ def test_joint_prediction_of_what_is_known_of_too_few(data):
         KNN(5).predict_jointly(train, labels, test)
     labels[:, 1] = np.nan
     with pytest.raises(ValueError, match="labels: number 1 is known for none of 200 samples"):
-        JointMLP().predict_jointly(train, labels, test)
+        MLP().predict_jointly(train, labels, test)
 
 
 def test_labelled_drops_what_is_unknown():
@@ -231,7 +233,7 @@ def test_bad_arrays(data):
         KNN(3).predict(broken, label, test)
     with pytest.raises(ValueError, match="shapes: need"):
         Ridge().predict(train, label, test[:, :3])
-    with pytest.raises(ValueError, match="samples: need 20 or more"):
-        MLP().predict(train[:10], label[:10], test)
+    with pytest.raises(ValueError, match="held_out: 0.1 of 4 training samples is 0; need more samples"):
+        PERCEPTRON.predict(train[:4], label[:4], test)
     with pytest.raises(ValueError, match="samples: need 1 or more"):
         KNN(1).predict(train[:1], label[:1], test[:0])

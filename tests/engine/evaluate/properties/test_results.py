@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from armillary.engine.evaluate.probes.probes import KNN, JointMLP, Ridge
+from armillary.engine.evaluate.probes.probes import KNN, MLP, Ridge
 from armillary.engine.evaluate.probes.scores import Difference, paired_difference, r2
 from armillary.engine.evaluate.properties.results import OWN, Comparison, Prediction, clear_winners, compare, predict
 
@@ -83,8 +83,8 @@ def test_all_sets_are_judged_on_the_galaxies_that_all_have(study):
 
 
 def test_perceptrons_predict_the_redshift_alone(study):
-    both = predict(study, ["tage_mw", "redshift"], {"MLP": JointMLP((8,))}, resamples=10)
-    alone = predict(study, ["redshift"], {"MLP": JointMLP((8,))}, resamples=10)
+    both = predict(study, ["tage_mw", "redshift"], {"MLP": MLP((8,))}, resamples=10)
+    alone = predict(study, ["redshift"], {"MLP": MLP((8,))}, resamples=10)
     np.testing.assert_array_equal(both[1].predicted, alone[0].predicted)
 
 
