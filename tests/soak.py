@@ -55,8 +55,7 @@ def leave(folder: Path, stage: int, runs: int) -> bool:
         arguments = ["--name", f"exit{stage}", "--train.zero-stage", str(stage), "--train.steps", "2"]
         common = environment_of(folder)
         ranks = [
-            fork_server.shared().start(SCRIPT, arguments, common | {"RANK": str(r), "LOCAL_RANK": str(r)})
-            for r in range(2)
+            fork_server.start(SCRIPT, arguments, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
         ]
         said = [rank.communicate(120)[0] for rank in ranks]
         codes.update(rank.wait() for rank in ranks)

@@ -3,8 +3,8 @@
     python fork_server.py SOCKET
 
 A rank gets a session, an environment, arguments and an output file of its own, runs a script as `__main__`, and leaves as
-any Python process does, with the whole interpreter finalised. What reads the environment while it is imported (armillary's
-kernels and Triton's interpreter) is left to the rank. The server ends with the process that started it.
+any Python process does, with the whole interpreter finalised. Triton reads TRITON_INTERPRET while it is imported, so there
+is a server for each value; armillary is imported by the rank. A server ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -77,13 +77,14 @@ class ForkServer:
 
     Args:
         folder: For the socket and the output files.
+        interpret: Value of TRITON_INTERPRET.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, interpret: str):
         self._folder, self._count = folder, 0
         self._path = folder / "fork"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        environment.pop("TRITON_INTERPRET", None)
+        environment["TRITON_INTERPRET"] = interpret
         command = [sys.executable, __file__, str(self._path)]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, cwd=ROOT)
 
@@ -105,13 +106,17 @@ class ForkServer:
 
 
 @cache
-def shared() -> ForkServer:
-    """One server for all tests of this process."""
+def _server(interpret: str) -> ForkServer:
     folder = tempfile.TemporaryDirectory(prefix="armillary-ranks-")
-    server = ForkServer(Path(folder.name))
+    server = ForkServer(Path(folder.name), interpret)
     atexit.register(folder.cleanup)
     atexit.register(server.close)  # before its folder goes
     return server
+
+
+def start(script: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> Rank:
+    """Fork a rank that runs a script from a server of this process."""
+    return _server(environment.get("TRITON_INTERPRET", "0")).start(script, arguments, environment)
 
 
 def _serve(path: str) -> dict | None:

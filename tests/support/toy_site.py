@@ -82,7 +82,7 @@ class Site:
         elif fresh:
             started = [_popen([sys.executable, str(script), *arguments], common | own) for own in ranks]
         else:
-            started = [fork_server.shared().start(script, arguments, common | own) for own in ranks]
+            started = [fork_server.start(script, arguments, common | own) for own in ranks]
         self.live += started
         return started
 

@@ -25,9 +25,7 @@ def run_on_ranks(function, folder, ranks, timeout=300):
     common = {**os.environ, "WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     common |= {"FOLDER": str(folder), "STORE": f"{folder}/store", "DS_ACCELERATOR": "cpu"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    started = [
-        fork_server.shared().start(script, (), common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)
-    ]
+    started = [fork_server.start(script, (), common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
     try:
         outputs = [p.communicate(timeout)[0] for p in started]
     finally:
