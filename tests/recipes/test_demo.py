@@ -28,7 +28,7 @@ def test_demo_learns_redshift_without_labels(tmp_path):
     assert "no collapse" in armillary("evaluate", training, "--data", survey, "--out", tmp_path)
 
     found = json.loads((tmp_path / "metrics.json").read_text())
-    r2 = {m["features"]: m["r2"] for m in found["methods"] if m["probe"] == COSINE}
+    r2 = {m["features"]: m["value"] for m in found["measures"] if m["model"] == COSINE and m["metric"] == "r2"}
     assert r2["trained encoder"] >= r2["untrained encoder"] + OVER_UNTRAINED
     assert r2["trained encoder"] >= r2["PCA-64 of the encoder's input"] + OVER_PCA
 
