@@ -116,18 +116,20 @@ def export(
     from armillary.engine.config.config_json import PACKAGES
     from armillary.engine.weights.export import export_dinov2, export_encoder, export_specformer
     from armillary.engine.weights.portable import export_portable, find_checkpoint
+    from armillary.engine.weights.trained_encoder import TrainedEncoder
 
-    packages = (*PACKAGES, *package)
     if block_chunks and format != "dinov2":
         raise ValueError(f"block_chunks: only with --format dinov2, got {block_chunks}")
     if format == "portable":
         export_portable(find_checkpoint(run), out)
-    elif format == "dinov2":
-        export_dinov2(run, out, block_chunks, packages)
-    elif format == "specformer":
-        export_specformer(run, out, packages)
     else:
-        export_encoder(run, out, packages)
+        encoder = TrainedEncoder.open(run, (*PACKAGES, *package))
+        if format == "dinov2":
+            export_dinov2(encoder, out, block_chunks)
+        elif format == "specformer":
+            export_specformer(encoder, out)
+        else:
+            export_encoder(encoder, out)
     print(f"{out}: {out.stat().st_size / 2**20:,.1f} MiB")
     return 0
 

@@ -233,8 +233,21 @@ class Run:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a run's folder holds run.json once the run has started")
         try:
-            run = from_json(json.loads(path.read_text())["run"], packages)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            record = json.loads(path.read_text())["run"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not the record of a run: {error!r}") from error
+        return cls.from_record(record, path, packages)
+
+    @classmethod
+    def from_record(cls, record: Any, path: Path, packages: Sequence[str] = PACKAGES) -> Run:
+        """Rebuild a run from its record as JSON types, which was found at `path`.
+
+        Raises:
+            ValueError: As for `load`.
+        """
+        try:
+            run = from_json(record, packages)
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not the record of a run: {error!r}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

@@ -28,7 +28,8 @@ from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.weights import checkpoint, portable
 from armillary.engine.weights.export import export_encoder
-from armillary.engine.weights.init_weights import fill_encoder, init_from_file
+from armillary.engine.weights.init_weights import init_encoder, init_method
+from armillary.engine.weights.trained_encoder import EXPORT, TrainedEncoder
 from armillary.engine.zero.deepspeed_engine import Ranks, Sharded, StepStatus, ranks, start_processes
 from armillary.models.method import Batch, Method
 
@@ -176,7 +177,7 @@ def train(
             loop.save()
             if me.rank == 0:
                 own = packages_of(to_json(run))  # this process's own classes
-                export_encoder(run.folder, run.folder / "export" / "teacher.safetensors", own)
+                export_encoder(TrainedEncoder.open(run.folder, own), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
         except (Stopped, NonFinite, checkpoint.CheckpointError):  # all ranks are here
             sharded.destroy()
@@ -203,13 +204,13 @@ def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | No
     own = packages_of(to_json(run))
     for modality, source in method.starts_from().items():
         try:
-            fill_encoder(method, modality, source, run.views, survey, own)
+            init_encoder(method, modality, TrainedEncoder.open(source, own), run.views, survey)
         except (ValueError, OSError) as error:
             raise BadInput(f"method.{modality}_from: {error}") from error
     if init_from is not None:
         try:
-            init_from_file(method, init_from)
-        except ValueError as error:
+            init_method(method, TrainedEncoder.open(init_from, own))
+        except (ValueError, OSError) as error:
             raise BadInput(f"--init-from: {error}") from error
 
 

@@ -9,104 +9,81 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from armillary.engine.config.config_json import PACKAGES
 from armillary.engine.data.format.survey import Survey, WaveGrid
-from armillary.engine.weights.export import encoder_keys, load_encoder, trained_pixels
-from armillary.engine.weights.public_checkpoints import read_state_dict
-from armillary.engine.zero.partition import persistent_buffers
+from armillary.engine.weights.trained_encoder import TrainedEncoder, copy_weights, encoder_tensors
 from armillary.models.method import Method
 from armillary.models.vit.state_names import from_public
 
-__all__ = ["fill_encoder", "init_from_file", "input_mismatch"]
+__all__ = ["init_encoder", "init_method", "input_mismatch"]
 
 
-@torch.no_grad()
-def init_from_file(method: Method, file: Path) -> None:
-    """Start a method from the encoder in a file: teachers and the students that they follow take its weights.
+def init_method(method: Method, source: TrainedEncoder) -> None:
+    """Start a method from a trained encoder: teachers and the students that follow them take its weights.
 
     Args:
         method: Freshly built.
-        file: Encoder exported by armillary, all of which is taken; or published weights (see `public_checkpoints`):
-            those of the whole method, or of the encoder of its one modality.
+        source: An encoder of a run, all of which is taken; or published weights, those of the whole method or of the encoder
+            of its one modality.
 
     Raises:
-        ValueError: The file is not readable or does not fit the method; every name is listed.
+        ValueError: It does not fit the method; every name is listed.
     """
-    tensors: dict[str, Tensor] = dict(method.named_parameters()) | persistent_buffers(method)
-    stored, ours = _read_weights(file)
-    wanted = encoder_keys(method)
-    encoders = method.encoders()
-    if not ours and not set(stored) & set(wanted):
-        if len(encoders) != 1:
-            have = ", ".join(encoders) or "no"
-            raise ValueError(f"{file}: {type(method).__name__} has {have} encoders and none of the file's names")
-        ((modality, prefix),) = encoders.items()
-        wanted = [key for key in tensors if key.startswith(prefix)]
-        stored = _published(stored, modality, prefix, tensors, file)
-    elif not ours:
-        image = encoders.get("image", "")
-        part = {k: v for k, v in stored.items() if image and k.startswith(image)}
-        rest = {k: v for k, v in stored.items() if k not in part}
-        bare = {k.removeprefix(image): v for k, v in part.items()}
-        stored = rest | (_published(bare, "image", image, tensors, file) if part else {})
-    _copy(tensors, stored, wanted, file)
-    for student, teacher in method.teacher_pairs():
-        student.copy_(teacher)
+    stored, encoders, prefix = source.weights(), method.encoders(), ""
+    if source.is_published:
+        if set(stored) & set(encoder_tensors(method)):
+            image = encoders.get("image")
+            part = {k for k in stored if image is not None and k.startswith(image)}
+            if image is not None and part:
+                bare = {k.removeprefix(image): stored[k] for k in part}
+                rest = {k: v for k, v in stored.items() if k not in part}
+                stored = rest | _renamed(bare, "image", method, source.path)
+        elif len(encoders) == 1:
+            ((modality, prefix),) = encoders.items()
+            stored = _renamed(stored, modality, method, source.path)
+        else:
+            have = " and ".join(encoders) or "no"
+            raise ValueError(
+                f"{source.path}: holds none of the names of {type(method).__name__}, and which of its encoders "
+                f"({have}) it is for is not clear"
+            )
+    copy_weights(method, stored, source.path, prefix)
 
 
-@torch.no_grad()
-def fill_encoder(
-    method: Method, modality: str, source: Path, views: Any, survey: Survey, packages: Sequence[str] = PACKAGES
-) -> None:
+def init_encoder(method: Method, modality: str, source: TrainedEncoder, views: Any, survey: Survey) -> None:
     """Give one modality's encoder of a new method the weights of an earlier run, or published ones.
 
     Args:
         method: Freshly built.
         modality: One of `method.encoders()`.
-        source: A run's folder, an encoder exported by armillary, or a published file of the encoder or of the whole method.
+        source: Encoder of a run, or published weights of the encoder or of the whole method.
         views: The new run's views: an encoder must be shown what it was trained on.
         survey: The new run's survey.
-        packages: As for `load_encoder`.
 
     Raises:
-        FileNotFoundError: There is no such run or file.
         ValueError: It holds no encoder of this modality, or one of another shape, or one that was trained on other inputs.
     """
-    tensors: dict[str, Tensor] = dict(method.named_parameters()) | persistent_buffers(method)
     prefix = method.encoders()[modality]
-    wanted = [key for key in tensors if key.startswith(prefix)]
-    if not source.exists():
-        raise FileNotFoundError(f"{modality} encoder: {source}: no such run or file; train it first")
-    if source.is_dir() or _is_ours(source):
-        earlier, run = load_encoder(source, packages)
-        theirs = earlier.encoders().get(modality)
-        if theirs is None:
-            raise ValueError(f"{modality} encoder: {source} is a run of {type(earlier).__name__}, which has none")
-        state = earlier.state_dict()
-        stored = {prefix + k.removeprefix(theirs): v for k, v in state.items() if k.startswith(theirs)}
-        pixels = trained_pixels(source)
-        problem = input_mismatch(pixels, survey, (modality,))
-        if not problem and modality == "image":
-            problem = _stretch_mismatch(run.views, pixels, views, survey)
-        if problem:
-            raise ValueError(f"{modality} encoder: {source}: {problem}")
+    if source.is_published:
+        stored = source.weights()
+        whole = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        stored = _renamed(whole or stored, modality, method, source.path)
     else:
-        published, _ = _read_weights(source)
-        whole = {k.removeprefix(prefix): v for k, v in published.items() if k.startswith(prefix)}
-        stored = _published(whole or published, modality, prefix, tensors, source)
-    _copy(tensors, stored, wanted, source)
+        stored = {prefix + k: v for k, v in source.part(modality).items()}
+        problem = input_mismatch(source.pixels, survey, (modality,))
+        if not problem and modality == "image":
+            problem = _stretch_mismatch(source.run.views, source.pixels, views, survey)
+        if problem:
+            raise ValueError(f"{source.path}: {problem}")
+    copy_weights(method, stored, source.path, prefix)
 
 
 def input_mismatch(trained: Survey, survey: Survey, modalities: Sequence[str]) -> str:
     """Why an encoder trained on one survey cannot read another; empty if it can.
 
     Args:
-        trained: What it was trained on; see `trained_pixels`.
+        trained: What it was trained on; see `TrainedEncoder.pixels`.
         survey: What it shall read.
         modalities: What it reads of it.
     """
@@ -150,48 +127,15 @@ def _stretch_mismatch(before: Any, pixels: Survey, now: Any, survey: Survey) -> 
     return ""
 
 
-def _published(
-    stored: dict[str, Tensor], modality: str, prefix: str, tensors: dict[str, Tensor], file: Path
-) -> dict[str, Tensor]:
+def _renamed(stored: dict[str, Tensor], modality: str, method: Method, path: Path) -> dict[str, Tensor]:
     """Published weights of an encoder under the method's names."""
-    if modality != "image":
-        return {prefix + k: v for k, v in stored.items()}
-    shapes = {k.removeprefix(prefix): tuple(v.shape) for k, v in tensors.items() if k.startswith(prefix)}
-    try:
-        return {prefix + k: v for k, v in from_public(stored, shapes).items()}
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _copy(tensors: dict[str, Tensor], stored: dict[str, Tensor], wanted: list[str], file: Path) -> None:
-    """Copy by name, all or nothing."""
-    keys = set(wanted)
-    problems = [f"{key}: not in the method" for key in stored if key not in keys]
-    problems += [f"{key}: not in the file" for key in wanted if key not in stored]
-    problems += [
-        f"{key}: {tuple(value.shape)} in the file, {tuple(tensors[key].shape)} in the method"
-        for key, value in stored.items()
-        if key in keys and value.shape != tensors[key].shape
-    ]
-    if problems:
-        raise ValueError(f"{file}: does not fit the method: " + "; ".join(problems))
-    for key, value in stored.items():
-        tensors[key].copy_(value)
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether armillary exported this file."""
-    if file.suffix != ".safetensors":
-        return False
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return (opened.metadata() or {}).get("format") == "armillary-encoder"
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a safetensors file: {error}") from error
-
-
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], bool]:
-    """Tensors of a file by name, and whether armillary exported it."""
-    if _is_ours(file):
-        return load_file(file), True
-    return read_state_dict(file), False
+    prefix = method.encoders()[modality]
+    if modality == "image":
+        shapes = {
+            k.removeprefix(prefix): tuple(v.shape) for k, v in method.state_dict().items() if k.startswith(prefix)
+        }
+        try:
+            stored = from_public(stored, shapes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return {prefix + k: v for k, v in stored.items()}

@@ -11,8 +11,8 @@ reading them the usual way imports and calls what they name. Here the tensors ar
 - A name that has no business in a checkpoint (`os.system`, `builtins.eval`, ...) is refused, wherever it stands. Nothing
   would have come of it; but the file is not what it says it is.
 
-Formats: safetensors; the zip files that torch.save writes (since 1.6), Lightning checkpoints among them. Older torch files
-are left to torch's own reader of tensors only.
+Formats: the zip files that torch.save writes (since 1.6), Lightning checkpoints among them. Older torch files are left to
+torch's own reader of tensors only. Safetensors files hold no code; `TrainedEncoder` opens those itself.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 __all__ = ["read_state_dict"]
@@ -254,7 +252,7 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     there; everything beside it (optimizer, settings, pickled modules) is left in the file.
 
     Args:
-        path: .safetensors, or a file written by torch.save.
+        path: File written by torch.save.
 
     Returns:
         Names to tensors on the CPU, as the file has them.
@@ -267,11 +265,6 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from error
     if not zipfile.is_zipfile(path):
         return _read_legacy(path)
     try:

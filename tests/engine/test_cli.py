@@ -21,7 +21,7 @@ def test_help_is_fast_and_needs_no_part():
         (["nothing"], 2, "no command 'nothing'"),
         (["data"], 2, "data simulate"),
         (["data", "burn"], 2, "no command 'data burn'"),
-        (["export", "/nowhere", "-o", "x"], 2, "/nowhere: no checkpoint"),
+        (["export", "/nowhere", "-o", "x"], 2, "/nowhere: no such run or file"),
         (["export", "/nowhere", "-o", "x", "--block-chunks", "2"], 2, "block_chunks: only with --format dinov2"),
         (["export"], 2, "Folder of the run"),
     ],

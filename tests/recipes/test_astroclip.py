@@ -14,7 +14,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
 from armillary.engine.evaluate.embedding.encoder import load_pipeline
 from armillary.engine.train.checks import problems
-from armillary.engine.weights.export import load_encoder
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import InputSpec
 
 PAIRS = 400
@@ -130,8 +130,8 @@ def test_the_chain_of_three_runs(chain, aligned, pairs):
     run(alignment(chain, pairs, *aligned, "--name", "again"))  # a filled cache
     assert shards(chain / "again") == shards(chain / "astroclip") != {}
 
-    method, _ = load_encoder(chain / "direct")
-    before, _ = load_encoder(chain / "dinov2")
+    method = TrainedEncoder.open(chain / "direct").method
+    before = TrainedEncoder.open(chain / "dinov2").method
     for name, p in before.teacher.backbone.named_parameters():
         assert torch.equal(method.image_encoder.backbone.get_parameter(name), p), name
     survey = Survey.load(pairs)
@@ -180,10 +180,13 @@ def test_searching_and_embedding(chain, aligned, pairs):
 def test_bad_input_ends_before_work_starts(chain, aligned, pairs, tmp_path):
     place = ["--data.path", pairs, "--out", tmp_path, "--device", "cpu"]
     said = run(recipe("--preset", "smoke", *place, "--method.image-from", tmp_path / "none", name="astroclip"), code=2)
-    assert f"method.image_from: image encoder: {tmp_path / 'none'}: no such run or file; train it first" in said
+    assert f"method.image_from: {tmp_path / 'none'}: no such run or file" in said
     evaluate = ["evaluate", chain / "astroclip", "--out", tmp_path / "out"]
     said = armillary(*evaluate, "--tasks", "telepathy", code=2)
-    assert "tasks: must be of baselines, collapse, search, properties, posterior, morphology, masking, attention, pictures, got telepathy" in said
+    assert (
+        "tasks: must be of baselines, collapse, search, properties, posterior, morphology, masking, attention, pictures, got telepathy"
+        in said
+    )
     said = armillary(*evaluate, "--tasks", "properties", "--labels", "colour", code=2)
     assert "properties: the survey has no label 'colour'; its labels: redshift" in said
     said = armillary("evaluate", chain / "photometry", "--tasks", "masking", "--out", tmp_path / "out", code=2)

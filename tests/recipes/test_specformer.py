@@ -20,7 +20,8 @@ from armillary.engine.data.sources.surveys.desi import DESI_GRID, DesiCoadds
 from armillary.engine.data.sources.surveys.sdss import SDSS_GRID, SdssSpectra
 from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.train.checks import problems
-from armillary.engine.weights.export import export_specformer, load_encoder
+from armillary.engine.weights.export import export_specformer
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import BatchKey, InputSpec
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
@@ -129,9 +130,10 @@ def test_trains_alike_under_zero_2_and_3_and_exports(survey, tmp_path):
     two, three = losses(tmp_path / "two"), losses(tmp_path / "three")
     assert len(two) == 12 and two == pytest.approx(three, rel=1e-3)
     assert two[-1] < 0.9 * two[0]
-    method, loaded = load_encoder(tmp_path / "three")
+    trained = TrainedEncoder.open(tmp_path / "three")
+    method, loaded = trained.method, trained.run
     assert loaded.method.encoder.window == 20
-    export_specformer(tmp_path / "three", tmp_path / "out.ckpt")
+    export_specformer(trained, tmp_path / "out.ckpt")
     stored = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(x, stored[name]) for name, x in method.encoder.state_dict().items())
 

@@ -21,7 +21,7 @@ from armillary.engine.data.sources.source import Sample
 from armillary.engine.evaluate.embedding.embed import embed, open_batches
 from armillary.engine.evaluate.embedding.encoder import load_pipeline
 from armillary.engine.train.checks import problems
-from armillary.engine.weights.export import load_encoder
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch
 
 LABELS = ("redshift", "log_mstar", "ln_z_mw", "tage_mw", "log_ssfr")
@@ -162,7 +162,7 @@ def test_resnet_resumes_to_the_same_bits_and_exports_rank_0s_statistics(survey, 
     assert own[0][count] == own[1][count] == 12  # micro-batches
     exported = load_file(whole / "export" / "teacher.safetensors")
     torch.testing.assert_close(exported["network.bn1.running_mean"], own[0][mean], rtol=0, atol=0)
-    method, _ = load_encoder(whole / "export" / "teacher.safetensors")
+    method = TrainedEncoder.open(whole / "export" / "teacher.safetensors").method
     prediction = method.encode(Batch(crop=torch.randn(3, 3, 32, 32)))["prediction"]
     assert prediction.shape == (3, 5) and not method.training
 

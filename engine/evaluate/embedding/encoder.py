@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
+from armillary.engine.config.provenance import survey_fingerprint
+from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.evaluate.embedding.embed import Pipeline
+from armillary.engine.weights.init_weights import input_mismatch
 from armillary.engine.weights.tensors import state_digest
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Method
 
-__all__ = ["Encoder", "encoder_digest", "load_pipeline"]
-
-
-def encoder_digest(module: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 of an encoder's parameters and buffers, by name and value."""
-    return state_digest(module.state_dict())
+__all__ = ["Encoder", "load_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -31,20 +28,22 @@ class Encoder:
         method: In evaluation mode.
         view: Makes its inputs of a survey's batches.
         metadata: What embeddings by it should say of themselves: run, encoder, survey.
-        run: The run's record (`engine.run.Run`).
+        run: The run's record.
     """
 
     method: Method
     view: EvalView
     metadata: dict[str, str]
-    run: Any
+    run: Run
 
     @classmethod
-    def load(cls, run_dir: Path, survey: Survey, device: torch.device, *, trained: bool = True) -> Encoder:
+    def load(
+        cls, source: Path | TrainedEncoder, survey: Survey, device: torch.device, *, trained: bool = True
+    ) -> Encoder:
         """Load the encoder of a run to embed a survey with.
 
         Args:
-            run_dir: The run's folder, or an encoder that was exported from it.
+            source: The run's folder or an encoder that was exported from it; opened already, or its path.
             survey: The survey to embed.
             device: Where to run.
             trained: False for the untrained twin: the same configuration, initialised anew, keyed by the run's seed.
@@ -53,19 +52,9 @@ class Encoder:
             FileNotFoundError: There is no such run, or it has no checkpoint.
             ValueError: The survey lacks what the encoder reads, or was taken with other bands, units or wavelengths.
         """
-        from armillary.engine.config.provenance import survey_fingerprint
-        from armillary.engine.config.run import Run
-        from armillary.engine.weights.export import load_encoder, trained_inputs, trained_pixels
-        from armillary.engine.weights.init_weights import input_mismatch
-
-        pixels, inputs = trained_pixels(run_dir), trained_inputs(run_dir)
-        if trained:
-            method, run = load_encoder(run_dir)
-        else:
-            run = Run.load(run_dir)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(run.seed)
-                method = run.method.build(inputs)
+        if isinstance(source, Path):
+            source = TrainedEncoder.open(source)
+        run, pixels, inputs = source.run, source.pixels, source.inputs
         wanted = run.views.modalities
         shared = [m for m in wanted if m in survey.modalities]
         if wanted and not shared:
@@ -73,11 +62,11 @@ class Encoder:
             raise ValueError(f"{survey.name}: has {has}, but {run.name} embeds {reads}")
         if problem := input_mismatch(pixels, survey, shared):
             raise ValueError(f"{survey.name}: {problem}")
-        method = method.to(device).eval()
+        method = (source.method if trained else source.untrained()).to(device).eval()
         metadata = {
             "run": run.name,
             "trained": str(trained).lower(),
-            "encoder": encoder_digest(method),
+            "encoder": state_digest(method.state_dict()),
             "survey": survey.name,
             "fingerprint": survey_fingerprint(survey),
         }
@@ -99,7 +88,7 @@ class Encoder:
 
 def load_pipeline(
     run_dir: Path, survey: Survey, device: torch.device, *, trained: bool = True, readout: str | None = None
-) -> tuple[Pipeline, dict[str, str], Any]:
+) -> tuple[Pipeline, dict[str, str], Run]:
     """`Encoder.load` as a pipeline for `embed`.
 
     Args:
@@ -110,7 +99,7 @@ def load_pipeline(
         readout: Which of the method's embeddings; None for its default.
 
     Returns:
-        The pipeline, the metadata that its embeddings should carry, and the run's record (`engine.run.Run`).
+        The pipeline, the metadata that its embeddings should carry, and the run's record.
     """
     loaded = Encoder.load(run_dir, survey, device, trained=trained)
     metadata = loaded.metadata | {"readout": readout or "default"}

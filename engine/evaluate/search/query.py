@@ -19,6 +19,7 @@ from armillary.engine.evaluate.embedding.embed import Pipeline, embed_readouts
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.search.index import Index
 from armillary.engine.evaluate.search.vectors import read_vector
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch
 
 __all__ = ["Query", "query_by_key", "query_from_file"]
@@ -83,14 +84,13 @@ def query_from_file(index: Index, path: Path, run: Path, readout: str | None, de
         ValueError: It holds no object or several, was taken with other bands, units, pixels or wavelengths than the encoder
             was trained on, the encoder is not the indexed one, or the readout lies in another space.
     """
-    from armillary.engine.weights.export import trained_inputs, trained_pixels
-
-    if columns := trained_inputs(run).columns:
+    trained = TrainedEncoder.open(run)
+    if columns := trained.inputs.columns:
         raise ValueError(f"run: {run} reads the catalogue's {', '.join(columns)}, which a file does not have")
     sample, source = _read_one(path)
     size = (0, 0) if sample.image is None else sample.image.shape[1:]
     survey = replace(
-        trained_pixels(run),
+        trained.pixels,
         name=path.name,
         bands=() if sample.image is None else tuple(source.bands),
         unit=source.unit,
@@ -101,7 +101,7 @@ def query_from_file(index: Index, path: Path, run: Path, readout: str | None, de
         vectors=(),
         labels={},
     )
-    encoder = Encoder.load(run, survey, device)
+    encoder = Encoder.load(trained, survey, device)
     index.check(encoder.metadata, ("encoder",))
     pipeline = Pipeline(encoder.view, encoder.method.encode, readout)
     named = {name: vector for name, (_, vector) in embed_readouts(pipeline, [_batch(sample, device)]).items()}

@@ -15,9 +15,9 @@ from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.evaluate.embedding.cutouts import read_cutouts
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
-from armillary.engine.evaluate.embedding.encoder import encoder_digest
 from armillary.engine.evaluate.search.index import Index
-from armillary.engine.weights import export
+from armillary.engine.weights.tensors import state_digest
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import InputSpec, Readout
 
 
@@ -62,9 +62,8 @@ def encoder(monkeypatch, pairs_dir):
     )
     run = types.SimpleNamespace(name="toy", views=views)
     pixels = Survey.load(pairs_dir).pixels()
-    monkeypatch.setattr(export, "load_encoder", lambda source: (method, run))
-    monkeypatch.setattr(export, "trained_pixels", lambda source: pixels)
-    monkeypatch.setattr(export, "trained_inputs", lambda source: InputSpec(3, 16, 1, pixels=200))
+    method.opened = types.SimpleNamespace(method=method, run=run, pixels=pixels, inputs=InputSpec(3, 16, 1, pixels=200))
+    monkeypatch.setattr(TrainedEncoder, "open", lambda source: method.opened)
     return method
 
 
@@ -81,7 +80,7 @@ def files(tmp_path, pairs_dir, encoder):
     }
     written = {}
     for name, vectors in encoder.encode(batch).items():
-        about = {"survey": "pairs", "encoder": encoder_digest(encoder), "readout": name}
+        about = {"survey": "pairs", "encoder": state_digest(encoder.state_dict()), "readout": name}
         written[name] = tmp_path / f"{name}.parquet"
         Embeddings(keys, splits, vectors.detach().numpy(), about).save(written[name])
     return written
@@ -193,15 +192,14 @@ def test_codes_look_their_queries_up_in_the_file(tmp_path, capsys):
     assert "pair-77" not in [key for _, key, *_ in printed(capsys.readouterr().out)]
 
 
-def test_pictures_are_embedded_too(make_survey, monkeypatch, encoder, tmp_path, capsys):
+def test_pictures_are_embedded_too(make_survey, encoder, tmp_path, capsys):
     folder = make_survey(unit="count", bands=("red", "green", "blue"), pixel_scale_arcsec=None)
-    pixels = Survey.load(folder).pixels()
-    monkeypatch.setattr(export, "trained_pixels", lambda source: pixels)
+    encoder.opened.pixels = Survey.load(folder).pixels()
     table = pq.read_table(folder / "catalog.parquet")
     keys, splits = (np.array(table[n].to_pylist(), object) for n in ("key", "split"))
     images = np.stack([image for image, _ in read_cutouts(folder, np.arange(len(keys)))])
     vectors = encoder.encode({"crop": torch.from_numpy(images)})["image"].detach().numpy()
-    about = {"encoder": encoder_digest(encoder), "readout": "default"}
+    about = {"encoder": state_digest(encoder.state_dict()), "readout": "default"}
     Embeddings(keys, splits, vectors, about).save(tmp_path / "e.parquet")
     row = list(keys).index("blob-0012")
     Image.fromarray(images[row].transpose(1, 2, 0).astype(np.uint8)).save(tmp_path / "some.png")
@@ -239,7 +237,7 @@ def test_bad_arguments(words, message, files, fits_dir, survey_dir, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
-def test_strangers_are_refused(files, fits_dir, encoder, monkeypatch, tmp_path, capsys):
+def test_strangers_are_refused(files, fits_dir, encoder, tmp_path, capsys):
     def refused(message, *words):
         assert search(*words) == 2
         assert message in capsys.readouterr().err
@@ -259,5 +257,5 @@ def test_strangers_are_refused(files, fits_dir, encoder, monkeypatch, tmp_path, 
     refused("what to read is not clear", files["image"], "--query", tmp_path / "notes.txt", *cutout[2:])
     (tmp_path / "bad.png").write_text("hello")
     refused(f"{tmp_path}: none of its 1 pictures", files["image"], "--query", tmp_path / "bad.png", *cutout[2:])
-    monkeypatch.setattr(export, "trained_inputs", lambda source: InputSpec(columns=("mag_g",)))
+    encoder.opened.inputs = InputSpec(columns=("mag_g",))
     refused("reads the catalogue's mag_g, which a file does not have", files["image"], *cutout)

@@ -65,7 +65,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_before_processes_start(run, o
 
 def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):
     (tmp_path / "x.safetensors").write_text("no")
-    with pytest.raises(BadInput, match="--init-from: .*not a safetensors file"):
+    with pytest.raises(BadInput, match="--init-from: .*not a readable safetensors file"):
         trainer.train(run, init_from=tmp_path / "x.safetensors", open_loader=toy.open_toy_loader)
 
 

@@ -13,8 +13,8 @@ import toy
 from safetensors.torch import load_file
 
 from armillary.engine.weights.checkpoint import open_archive
-from armillary.engine.weights.export import load_encoder
 from armillary.engine.weights.portable import export_portable
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PACKAGES = ("armillary", "toy")
@@ -37,7 +37,8 @@ def test_launcher_runs_to_the_end(site, reference):
     record = json.loads((folder / "run.json").read_text())
     assert record["world"] == 2 and record["versions"]["torch"] and record["inputs"]["channels"] == 10
     assert "step 8/8" in ended.output and ended.output.count("MFU is of") == 1
-    method, run = load_encoder(folder, PACKAGES)
+    encoder = TrainedEncoder.open(folder, PACKAGES)
+    method, run = encoder.method, encoder.run
     exported = load_file(folder / "export" / "teacher.safetensors")
     assert run.train.steps == 8
     torch.testing.assert_close(exported["teacher.stem.weight"], method.teacher.stem.weight, rtol=0, atol=0)

@@ -1,30 +1,23 @@
 """Encoders out of checkpoints and files, and into methods."""
 
-import json
 from dataclasses import dataclass, replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import toy
 from plain import FACTS, progress, scrambled
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.views.stretch import ToRGB, ZScore
 from armillary.engine.weights import checkpoint
-from armillary.engine.weights import init_weights as initial_module
-from armillary.engine.weights.checkpoint import CheckpointError
-from armillary.engine.weights.export import (
-    export_dinov2,
-    export_encoder,
-    load_encoder,
-    trained_inputs,
-    trained_pixels,
-)
-from armillary.engine.weights.init_weights import fill_encoder, init_from_file, input_mismatch
+from armillary.engine.weights.export import export_dinov2, export_encoder
+from armillary.engine.weights.init_weights import init_encoder, init_method, input_mismatch
+from armillary.engine.weights.tensors import Archive
+from armillary.engine.weights.trained_encoder import EXPORT, TrainedEncoder
 from armillary.models.method import InputSpec, ParameterGroup
 
 PACKAGES = ("armillary", "toy", "tests")
@@ -60,6 +53,14 @@ class Vit(toy.Toy):
     def encoders(self):
         return {"image": "teacher.backbone."}
 
+    def teacher_pairs(self):
+        """As DINOv2 has them: none once nothing is trained."""
+        return [(s, t) for s, t in super().teacher_pairs() if s.requires_grad]
+
+
+def opened(path):
+    return TrainedEncoder.open(path, PACKAGES)
+
 
 def save(run):
     layout = scrambled(run)
@@ -83,9 +84,11 @@ def vit_run(run, one_process):
 
 def test_encoder_of_a_checkpoint_is_the_average_in_float32(run, saved):
     random_before = torch.get_rng_state()
-    method, loaded = load_encoder(run.folder, PACKAGES)
+    encoder = opened(run.folder)
+    method = encoder.method
+    assert method is encoder.method
     assert torch.equal(torch.get_rng_state(), random_before)
-    assert loaded.method.frozen_input and not method.training
+    assert encoder.run.method.frozen_input and not method.training
     for name, p in method.named_parameters():
         kept = dict(saved.method.named_parameters())[name.replace("student", "teacher")]
         assert torch.equal(p, kept) and not p.requires_grad, name
@@ -94,55 +97,92 @@ def test_encoder_of_a_checkpoint_is_the_average_in_float32(run, saved):
 
 def test_exported_file_is_enough(run, saved, tmp_path):
     file = tmp_path / "new" / "teacher.safetensors"
-    export_encoder(run.folder, file, PACKAGES)
-    method, loaded = load_encoder(file, PACKAGES)
-    expected, _ = load_encoder(run.folder, PACKAGES)
+    source = opened(run.folder)
+    export_encoder(source, file)
+    encoder, expected = opened(file), source.method
     x = torch.randn(3, 10, 1, 1)
-    assert torch.equal(method.encode({"crop": x})["features"], expected.encode({"crop": x})["features"])
-    assert trained_pixels(file) == trained_pixels(run.folder) == toy.described_survey().pixels()
-    assert trained_inputs(file) == trained_inputs(run.folder) == INPUTS
-    assert loaded.name == run.name and not list(file.parent.glob("*.tmp"))
+    assert torch.equal(encoder.method.encode({"crop": x})["features"], expected.encode({"crop": x})["features"])
+    assert encoder.pixels == source.pixels == toy.described_survey().pixels()
+    assert encoder.inputs == source.inputs == INPUTS
+    assert encoder.run == source.run == replace(run, method=replace(run.method, frozen_input=True))
+    assert (encoder.path, source.path) == (file, run.folder / "checkpoints" / "step-00000003")
+    for opened_here in (encoder, source):
+        assert (opened_here.record["step"], opened_here.record["commit"]) == (3, "abc")
+    assert not list(file.parent.glob("*.tmp"))
     assert set(load_file(file)) == {n for n in expected.state_dict() if not n.startswith("student")}
+    export_encoder(encoder, tmp_path / "again.safetensors")
+    again = opened(tmp_path / "again.safetensors")
+    assert again.record == encoder.record
+    assert all(torch.equal(x, again.weights()[name]) for name, x in encoder.weights().items())
+
+
+def test_a_record_is_read_without_its_tensors(run, saved, monkeypatch):
+    read = []
+    monkeypatch.setattr(Archive, "read", lambda *a: read.append(a))
+    encoder = opened(run.folder)
+    assert encoder.inputs == INPUTS and encoder.run.name == run.name and encoder.pixels.bands and not read
+
+
+def test_the_untrained_twin_is_drawn_from_the_seed(run, saved):
+    before = torch.get_rng_state()
+    one, two = (opened(run.folder).untrained().state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(x, two[name]) for name, x in one.items())
+    assert not torch.equal(one["student.stem.weight"], opened(run.folder).method.student.stem.weight)
 
 
 def test_without_checkpoints_the_export_is_taken(run, saved):
-    export_encoder(run.folder, run.folder / "export" / "teacher.safetensors", PACKAGES)
+    export_encoder(opened(run.folder), run.folder / EXPORT)
     (run.folder / "checkpoints" / "latest").unlink()
-    assert load_encoder(run.folder, PACKAGES)[1].name == run.name
-    with pytest.raises(CheckpointError, match="no checkpoint to export"):
-        export_encoder(run.folder, run.folder / "x", PACKAGES)
+    assert opened(run.folder).path == run.folder / EXPORT and opened(run.folder).run.name == run.name
 
 
-def test_nothing_there(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint and no exported encoder"):
-        load_encoder(tmp_path)
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint and no export/teacher.safetensors"):
+        opened(tmp_path)
+    with pytest.raises(FileNotFoundError, match="none: no such run or file"):
+        opened(tmp_path / "none")
 
 
 def test_files_that_are_no_encoder(run, saved, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="not an encoder exported by armillary"):
-        load_encoder(tmp_path / "a.safetensors")
-    export_encoder(run.folder, tmp_path / "b.safetensors", PACKAGES)
-    with pytest.raises(ValueError, match="class toy:ToyConfig is outside armillary"):
-        load_encoder(tmp_path / "b.safetensors")
+    published = opened(tmp_path / "a.safetensors")
+    assert published.is_published and list(published.weights()) == ["a"]
+    for action in (lambda: published.method, lambda: export_encoder(published, tmp_path / "x.safetensors")):
+        with pytest.raises(ValueError, match=r"a.safetensors: .* record"):
+            action()
+    export_encoder(opened(run.folder), tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="b.safetensors: run.method: class toy:ToyConfig is outside armillary"):
+        _ = TrainedEncoder.open(tmp_path / "b.safetensors").method
     tensors = load_file(tmp_path / "b.safetensors")
-    del tensors["center"]
-    described = {"run": json.dumps(json.loads((run.folder / "run.json").read_text())["run"])}
-    described["inputs"] = json.dumps(FACTS["inputs"])
-    save_file(tensors, tmp_path / "c.safetensors", described)
-    with pytest.raises(ValueError, match="lacks center"):
-        load_encoder(tmp_path / "c.safetensors", PACKAGES)
-    tensors["center"] = torch.zeros(8)
-    save_file(tensors, tmp_path / "d.safetensors", described)
-    with pytest.raises(ValueError, match="center: .8,. in the file, .7,. in the method"):
-        load_encoder(tmp_path / "d.safetensors", PACKAGES)
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        metadata = file.metadata()
+    for name, change, message in (
+        ("c", {"center": None}, "center: not in the file"),
+        ("d", {"center": torch.zeros(8)}, r"center: \(8,\) in the file, \(7,\) in the method"),
+    ):
+        changed = {k: v for k, v in (tensors | change).items() if v is not None}
+        save_file(changed, tmp_path / f"{name}.safetensors", metadata)
+        with pytest.raises(ValueError, match=f"{name}.safetensors: does not fit the method: {message}"):
+            _ = opened(tmp_path / f"{name}.safetensors").method
+    for what, text, message in (
+        ("run", "{", "record of this exported encoder is damaged"),
+        ("run", "[]", "not the record of a run, but of a tuple"),
+        ("inputs", None, "its record lacks 'inputs'"),
+        ("pixels", "{}", "its record of the training survey is damaged"),
+    ):
+        changed = {k: v for k, v in (metadata | {what: text}).items() if v is not None}
+        save_file(tensors, tmp_path / "e.safetensors", changed)
+        with pytest.raises(ValueError, match=message):
+            encoder = opened(tmp_path / "e.safetensors")
+            _ = encoder.run, encoder.inputs, encoder.pixels
 
 
 @pytest.mark.parametrize("chunks", [0, 2])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_dinov2_names_go_out_and_come_in(vit_run, tmp_path, chunks, suffix):
     file = tmp_path / ("backbone" + suffix)
-    export_dinov2(vit_run.folder, file, chunks, PACKAGES)
+    export_dinov2(opened(vit_run.folder), file, chunks)
     content = load_file(file) if suffix == ".safetensors" else torch.load(file, weights_only=True)
     if chunks and suffix == ".pth":
         assert "dino_head.weight" in content["teacher"]
@@ -150,8 +190,8 @@ def test_dinov2_names_go_out_and_come_in(vit_run, tmp_path, chunks, suffix):
     assert any(k.endswith("blocks.1.3.bias" if chunks else "blocks.3.bias") for k in content)
     fresh = VitConfig().build(INPUTS)
     head = fresh.teacher.dino_head.weight.clone()
-    init_from_file(fresh, file)
-    expected, _ = load_encoder(vit_run.folder, PACKAGES)
+    init_method(fresh, opened(file))
+    expected = opened(vit_run.folder).method
     for network in (fresh.student, fresh.teacher):
         for (name, p), q in zip(
             network.backbone.named_parameters(), expected.teacher.backbone.parameters(), strict=True
@@ -161,83 +201,93 @@ def test_dinov2_names_go_out_and_come_in(vit_run, tmp_path, chunks, suffix):
 
 
 def test_dinov2_names_need_a_backbone(run, vit_run, tmp_path):
-    with pytest.raises(ValueError, match="ending in .safetensors or .pth"):
-        export_dinov2(vit_run.folder, tmp_path / "x.bin", 0, PACKAGES)
+    with pytest.raises(ValueError, match="must end in .safetensors or .pth"):
+        export_dinov2(opened(vit_run.folder), tmp_path / "x.bin", 0)
     with pytest.raises(ValueError, match="chunks: must be 0 or divide the depth 4, got 3"):
-        export_dinov2(vit_run.folder, tmp_path / "x.pth", 3, PACKAGES)
+        export_dinov2(opened(vit_run.folder), tmp_path / "x.pth", 3)
     plain = replace(run, name="plain")
     save(plain)
-    with pytest.raises(ValueError, match="Toy has no image encoder, so no DINOv2 names"):
-        export_dinov2(plain.folder, tmp_path / "x.pth", 0, PACKAGES)
+    with pytest.raises(ValueError, match="Toy has no image encoder"):
+        export_dinov2(opened(plain.folder), tmp_path / "x.pth", 0)
     torch.save({"norm.weight": torch.zeros(2)}, tmp_path / "y.pth")
-    with pytest.raises(ValueError, match="Toy has no encoders and none of the file's names"):
-        init_from_file(toy.ToyConfig().build(INPUTS), tmp_path / "y.pth")
+    with pytest.raises(ValueError, match="y.pth: holds none of the names of Toy, and which of its encoders .no."):
+        init_method(toy.ToyConfig().build(INPUTS), opened(tmp_path / "y.pth"))
 
 
 def test_init_takes_the_whole_of_an_encoder_of_our_own(run, saved, tmp_path):
-    export_encoder(run.folder, tmp_path / "t.safetensors", PACKAGES)
+    export_encoder(opened(run.folder), tmp_path / "t.safetensors")
     fresh = toy.ToyConfig(frozen_input=True).build(INPUTS)
-    init_from_file(fresh, tmp_path / "t.safetensors")
+    init_method(fresh, opened(tmp_path / "t.safetensors"))
     assert torch.equal(fresh.student.stem.weight, saved.method.teacher.stem.weight)
     assert torch.equal(fresh.center, saved.method.center) and torch.equal(fresh.extra, saved.method.extra)
 
 
 def test_init_refuses_by_name(run, one_process, tmp_path):
     save(replace(run, method=replace(run.method, frozen_input=True), name="own"))
-    export_encoder(run.out / "own", tmp_path / "own.safetensors", PACKAGES)
+    export_encoder(opened(run.out / "own"), tmp_path / "own.safetensors")
     with pytest.raises(
         ValueError, match=r"projection.weight: not in the method.*teacher.stem.weight: \(24, 10\) in the"
     ):
-        init_from_file(toy.ToyConfig(width=9).build(INPUTS), tmp_path / "own.safetensors")
+        init_method(toy.ToyConfig(width=9).build(INPUTS), opened(tmp_path / "own.safetensors"))
     with pytest.raises(ValueError, match="projection.bias: not in the file"):
         export_encoder_without(run, tmp_path)
     fresh = VitConfig().build(INPUTS)
     torch.save({"backbone.norm.weight": torch.zeros(3), "backbone.extra": torch.zeros(1)}, tmp_path / "p.pth")
     with pytest.raises(ValueError, match="p.pth: state dict does not fit the encoder: norm.weight: shape"):
-        init_from_file(fresh, tmp_path / "p.pth")
+        init_method(fresh, opened(tmp_path / "p.pth"))
+
+
+def test_init_takes_an_encoder_of_our_own_with_a_teacher(vit_run, tmp_path):
+    """From the run's folder, its export, and an older export, which holds the students too."""
+    source = opened(vit_run.folder)
+    export_encoder(source, tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.startswith("student")]
+        older = {name: x.clone() for name, x in source.method.state_dict().items()}
+        save_file(older, tmp_path / "older.safetensors", file.metadata())
+    for path in (vit_run.folder, tmp_path / "new.safetensors", tmp_path / "older.safetensors"):
+        fresh = VitConfig().build(INPUTS)
+        init_method(fresh, opened(path))
+        for method in (fresh, opened(path).method):
+            assert all(torch.equal(x, source.method.state_dict()[name]) for name, x in method.state_dict().items())
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What `fill_encoder` asks of a run's views."""
+    """What `init_encoder` asks of a run's views."""
 
     stretch: object
     modalities: tuple[str, ...] = ("image",)
 
 
 def test_an_encoder_starts_from_an_earlier_run(vit_run, tmp_path):
-    expected, _ = load_encoder(vit_run.folder, PACKAGES)
-    survey, views = toy.described_survey(), Seen(ToRGB())
+    survey, views, expected = toy.described_survey(), Seen(ToRGB()), opened(vit_run.folder).method
     for name in ("run", "export", "published"):
         source = vit_run.folder if name == "run" else tmp_path / f"{name}.safetensors"
         if name == "export":
-            export_encoder(vit_run.folder, source, PACKAGES)
+            export_encoder(opened(vit_run.folder), source)
         elif name == "published":
-            export_dinov2(vit_run.folder, source, 2, PACKAGES)
+            export_dinov2(opened(vit_run.folder), source, 2)
         fresh = VitConfig().build(INPUTS)
         kept = fresh.teacher.dino_head.weight.clone()
-        fill_encoder(fresh, "image", source, views, survey, PACKAGES)
+        init_encoder(fresh, "image", opened(source), views, survey)
         for p, q in zip(fresh.teacher.backbone.parameters(), expected.teacher.backbone.parameters(), strict=True):
             assert torch.equal(p, q), name
         assert torch.equal(fresh.teacher.dino_head.weight, kept)
 
 
-def test_an_encoder_is_shown_what_it_was_trained_on(vit_run, tmp_path, monkeypatch):
-    survey, fresh = toy.described_survey(), VitConfig().build(INPUTS)
-    fill = partial(fill_encoder, fresh, "image", packages=PACKAGES)
-    with pytest.raises(FileNotFoundError, match="image encoder: .*nowhere: no such run or file; train it first"):
-        fill(tmp_path / "nowhere", Seen(ToRGB()), survey)
-    with pytest.raises(ValueError, match="image encoder: .*: unit: the encoder was trained on "):
-        fill(vit_run.folder, Seen(ToRGB()), replace(survey, unit="jansky"))
-    real = load_encoder
-    views = Seen(ZScore())
-    monkeypatch.setattr(initial_module, "load_encoder", lambda *a: (real(*a)[0], SimpleNamespace(views=views)))
-    fill(vit_run.folder, Seen(ZScore()), survey)
+def test_an_encoder_is_shown_what_it_was_trained_on(vit_run):
+    survey, fresh, encoder = toy.described_survey(), VitConfig().build(INPUTS), opened(vit_run.folder)
+    with pytest.raises(ValueError, match="step-00000003: unit: the encoder was trained on "):
+        init_encoder(fresh, "image", encoder, Seen(ToRGB()), replace(survey, unit="jansky"))
+    assert encoder.method
+    encoder.run = SimpleNamespace(views=Seen(ZScore()))
+    init_encoder(fresh, "image", encoder, Seen(ZScore()), survey)
     with pytest.raises(ValueError, match="stretch: must be that of its training, ZScore.*, got ToRGB"):
-        fill(vit_run.folder, Seen(ToRGB()), survey)
+        init_encoder(fresh, "image", encoder, Seen(ToRGB()), survey)
     other = replace(survey, statistics=replace(survey.statistics, std=(*survey.statistics.std, 2.0)))
     with pytest.raises(ValueError, match="gives other numbers on this survey"):
-        fill(vit_run.folder, Seen(ZScore()), other)
+        init_encoder(fresh, "image", encoder, Seen(ZScore()), other)
 
 
 def test_spectra_on_another_grid_are_refused():
@@ -255,15 +305,15 @@ def test_spectra_on_another_grid_are_refused():
 
 
 def test_an_earlier_run_without_the_encoder_is_refused(run, saved):
-    with pytest.raises(ValueError, match="is a run of Toy, which has none"):
-        fill_encoder(VitConfig().build(INPUTS), "image", run.folder, Seen(ToRGB()), toy.described_survey(), PACKAGES)
+    with pytest.raises(ValueError, match="Toy has no image encoder"):
+        init_encoder(VitConfig().build(INPUTS), "image", opened(run.folder), Seen(ToRGB()), toy.described_survey())
 
 
 def export_encoder_without(run, tmp_path):
     plain = replace(run, name="plain")
     save(plain)
-    export_encoder(plain.folder, tmp_path / "plain.safetensors", PACKAGES)
-    init_from_file(toy.ToyConfig(frozen_input=True).build(INPUTS), tmp_path / "plain.safetensors")
+    export_encoder(opened(plain.folder), tmp_path / "plain.safetensors")
+    init_method(toy.ToyConfig(frozen_input=True).build(INPUTS), opened(tmp_path / "plain.safetensors"))
 
 
 class Trap:
@@ -279,9 +329,9 @@ def test_pickles_that_run_code_are_refused(tmp_path, capsys):
     for name, message in (
         ("trap.pth", r"pickled code \(refused\): 'norm.weight' is of __builtin__.print"),
         ("text.pth", "nor an older one that holds tensors only"),
-        ("text.safetensors", "not a safetensors file"),
+        ("text.safetensors", "not a readable safetensors file"),
         ("list.pth", "a dictionary of tensors, got a list"),
     ):
         with pytest.raises(ValueError, match=message):
-            init_from_file(VitConfig().build(INPUTS), tmp_path / name)
+            init_method(VitConfig().build(INPUTS), opened(tmp_path / name))
     assert capsys.readouterr().out == ""

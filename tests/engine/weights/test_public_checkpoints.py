@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from armillary.engine.weights.public_checkpoints import read_state_dict
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.astroclip.astroclip import AstroCLIP
 from armillary.models.method import Batch, InputSpec
 from armillary.models.specformer.specformer import SpecFormer
@@ -114,7 +115,7 @@ def test_parameters_and_tensors_with_attributes(tmp_path):
 def test_safetensors(tmp_path):
     state = {k: v.contiguous() for k, v in weights().items()}
     save_file(state, tmp_path / "file.safetensors")
-    got = read_state_dict(tmp_path / "file.safetensors")
+    got = TrainedEncoder.open(tmp_path / "file.safetensors").weights()
     same({k: got[k] for k in state}, state)
 
 
@@ -374,8 +375,8 @@ def test_damaged_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"{name}.pth"):
             read_state_dict(path)
     (tmp_path / "bad.safetensors").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        read_state_dict(tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        TrainedEncoder.open(tmp_path / "bad.safetensors")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_state_dict(tmp_path / "none.pth")
 

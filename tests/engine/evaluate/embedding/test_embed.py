@@ -1,5 +1,4 @@
 import json
-import sys
 import types
 from dataclasses import replace
 
@@ -14,9 +13,10 @@ from armillary.engine.data.format.survey import Statistics, Survey
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.evaluate.embedding.embed import Pipeline, embed, embed_readouts
 from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_splits
-from armillary.engine.evaluate.embedding.encoder import encoder_digest, load_pipeline
+from armillary.engine.evaluate.embedding.encoder import load_pipeline
 from armillary.engine.evaluate.probes.baselines import PixelPCA, asinh_pixels
-from armillary.engine.weights.init_weights import input_mismatch
+from armillary.engine.weights.tensors import state_digest
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch, InputSpec
 
 
@@ -179,9 +179,12 @@ def test_digest_sees_names_values_and_types():
         nn.init.constant_(layer.bias, bias)
         return layer
 
-    assert encoder_digest(build()) == encoder_digest(build())
-    assert len({encoder_digest(m) for m in (build(), build(1.0), build().double(), nn.Sequential(build()))}) == 4
-    assert encoder_digest(nn.BatchNorm1d(3))  # buffers of other types and no dimensions
+    def digest(module):
+        return state_digest(module.state_dict())
+
+    assert digest(build()) == digest(build())
+    assert len({digest(m) for m in (build(), build(1.0), build().double(), nn.Sequential(build()))}) == 4
+    assert digest(nn.BatchNorm1d(3))  # buffers of other types and no dimensions
 
 
 def test_keys_come_from_the_catalogue(survey_dir):
@@ -253,29 +256,23 @@ def test_untrained_twin_is_built_anew(monkeypatch, survey_dir):
         def encode(self, x):
             return {"e": self.layer(x["crop"].mean((2, 3)))}
 
-    spec, view = [], EvalView(lambda image, valid: image)
+    view = EvalView(lambda image, valid: image)
     views = types.SimpleNamespace(modalities=("image",), eval_view=lambda survey, device: view)
-    build = types.SimpleNamespace(build=lambda s: spec.append(s) or Net())
-    run = types.SimpleNamespace(name="r", seed=3, views=views, method=build)
+    built = types.SimpleNamespace(build=lambda inputs: Net())
+    survey, device = Survey.load(survey_dir), torch.device("cpu")
+    encoder = TrainedEncoder(survey_dir, None, {"run": None}, ())
+    encoder.run = types.SimpleNamespace(name="r", seed=3, views=views, method=built)
+    encoder.pixels, encoder.inputs = survey.pixels(), InputSpec(3, 6)
     trained = Net()
     nn.init.zeros_(trained.layer.weight)
-    export = types.ModuleType("armillary.engine.weights.export")
-    export.load_encoder = lambda folder: (trained, run)
-    survey, device = Survey.load(survey_dir), torch.device("cpu")
-    export.trained_pixels = lambda folder: survey.pixels()
-    export.trained_inputs = lambda folder: InputSpec(3, 6)
-    export.input_mismatch = input_mismatch
-    module = types.ModuleType("armillary.engine.config.run")
-    module.Run = types.SimpleNamespace(load=lambda folder: run)
-    monkeypatch.setitem(sys.modules, "armillary.engine.weights.export", export)
-    monkeypatch.setitem(sys.modules, "armillary.engine.config.run", module)
+    encoder._loaded = trained, {}
+    monkeypatch.setattr(TrainedEncoder, "open", lambda path: encoder)
 
     before = torch.get_rng_state()
     pipeline, about, _ = load_pipeline(survey_dir, survey, device)
     assert pipeline.encode(Batch(crop=torch.ones(1, 3, 2, 2)))["e"].equal(trained.layer.bias[None])
     assert about["trained"] == "true"
     twins = [load_pipeline(survey_dir, survey, device, trained=False) for _ in range(2)]
-    assert spec == [InputSpec(3, 6)] * 2
     assert twins[0][1] == twins[1][1]
     assert twins[0][1]["encoder"] != about["encoder"]
     assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,212 @@
+"""A trained encoder, wherever it lies: in a run's folder, in a file that armillary exported, or in a published file.
+
+Everything that reads an encoder back opens it here, once. Opening reads the record of its training; tensors are read when
+they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armillary.engine.config.config_json import PACKAGES
+from armillary.engine.config.run import Run
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.weights.checkpoint import latest, open_archive
+from armillary.engine.weights.public_checkpoints import read_state_dict
+from armillary.engine.weights.tensors import Archive
+from armillary.engine.zero.partition import persistent_buffers
+from armillary.models.method import InputSpec, Method
+
+__all__ = ["EXPORT", "EXPORT_FORMAT", "TrainedEncoder", "copy_weights", "encoder_tensors"]
+
+EXPORT = Path("export", "teacher.safetensors")
+"""Where a run leaves its encoder when it ends, below its folder."""
+
+EXPORT_FORMAT = "armillary-encoder"
+"""What an exported file says of itself under "format"."""
+
+
+class TrainedEncoder:
+    """The weights of an encoder with what is known of their training; made by `open`.
+
+    Attributes:
+        path: The checkpoint's folder or the file that holds the weights.
+        record: What the training wrote down, as JSON types: run, inputs, pixels, step, commit. Empty for a published file,
+            which holds weights only: `run`, `inputs`, `pixels`, `method`, `untrained` and `part` raise ValueError then.
+    """
+
+    def __init__(self, path: Path, archive: Archive | None, record: Mapping[str, Any], packages: Sequence[str]):
+        self.path, self.record = path, record
+        self._archive, self._packages = archive, packages
+
+    @classmethod
+    def open(cls, path: Path | str, packages: Sequence[str] = PACKAGES) -> TrainedEncoder:
+        """Open an encoder and read its record.
+
+        Args:
+            path: A run's folder (its newest checkpoint, else its export), an exported file, or a published file
+                (see `public_checkpoints`).
+            packages: Packages whose classes the record may name; see `Run.load`.
+
+        Raises:
+            FileNotFoundError: There is neither.
+            CheckpointError: The checkpoint is damaged.
+            ValueError: The file is not readable.
+        """
+        path = Path(path)
+        if path.is_dir():
+            newest = latest(path / "checkpoints")
+            if newest is not None:
+                archive, state = open_archive(newest)
+                return cls(newest, archive, state | {"step": state["progress"]["step"]}, packages)
+            if not (path / EXPORT).is_file():
+                raise FileNotFoundError(f"{path}: this folder holds no checkpoint and no {EXPORT}; train the run first")
+            path = path / EXPORT
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such run or file")
+        if path.suffix != ".safetensors":
+            return cls(path, None, {}, packages)
+        archive = Archive([path])
+        written = archive.metadata[0]
+        if written.get("format") != EXPORT_FORMAT:
+            return cls(path, archive, {}, packages)
+        try:
+            record = {
+                name: json.loads(written[name]) for name in ("run", "inputs", "pixels", "step") if name in written
+            }
+        except ValueError as error:
+            raise ValueError(f"{path}: the record of this exported encoder is damaged: {error}") from error
+        return cls(path, archive, record | {"commit": written.get("commit")}, packages)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it comes without a record."""
+        return not self.record
+
+    @cached_property
+    def run(self) -> Run:
+        """The run that trained it."""
+        return Run.from_record(self._recorded("run"), self.path, self._packages)
+
+    @cached_property
+    def inputs(self) -> InputSpec:
+        """The inputs that the run's method was built for."""
+        return InputSpec.from_json(self._recorded("inputs"))
+
+    @cached_property
+    def pixels(self) -> Survey:
+        """What its stretch was fitted to: the pixels of the survey that it was trained on, without the samples.
+
+        Its input must be stretched with these statistics, also where another survey is embedded.
+        """
+        try:
+            return Survey.from_json(self._recorded("pixels"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path}: its record of the training survey is damaged: {error!r}") from error
+
+    @property
+    def method(self) -> Method:
+        """The run's method with these weights, ready to `encode`: float32, on the CPU, in evaluation mode, no gradients.
+
+        One object for all who ask. Raises ValueError where the weights do not fit this version of the method.
+        """
+        return self._loaded[0]
+
+    @cached_property
+    def _loaded(self) -> tuple[Method, dict[str, Tensor]]:
+        """The method, and what the encoder is of it: listed first, as without gradients no student is told apart."""
+        method = self.untrained()
+        assert self._archive is not None
+        tensors = encoder_tensors(method)
+        copy_weights(method, _average(self._archive, method) if self.path.is_dir() else self.weights(), self.path)
+        return method.eval().requires_grad_(False), tensors
+
+    def untrained(self) -> Method:
+        """The same configuration, freshly initialised with the run's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.run.seed)
+            return self.run.method.build(self.inputs)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The encoder's tensors by name (see `encoder_tensors`), or those of a published file under its own names."""
+        if self._archive is None:
+            return read_state_dict(self.path)
+        if self.path.is_dir():
+            return self._loaded[1]
+        return {name: self._archive.whole(name) for name in self._archive.pieces}
+
+    def part(self, modality: str) -> dict[str, Tensor]:
+        """Tensors of one modality's encoder, named as in that encoder alone.
+
+        Raises:
+            ValueError: The method has none.
+        """
+        prefix = self.method.encoders().get(modality)
+        if prefix is None:
+            raise ValueError(f"{self.path}: {type(self.method).__name__} has no {modality} encoder")
+        return {k.removeprefix(prefix): v for k, v in self.method.state_dict().items() if k.startswith(prefix)}
+
+    def _recorded(self, name: str) -> Any:
+        if self.is_published:
+            raise ValueError(f"{self.path}: not a run and not an encoder exported by armillary, so it has no record")
+        if name not in self.record:
+            raise ValueError(f"{self.path}: its record lacks {name!r}")
+        return self.record[name]
+
+
+def encoder_tensors(method: Method) -> dict[str, Tensor]:
+    """What `Method.encode` needs, by name: all parameters but students that have a teacher, and buffers."""
+    students = {id(student) for student, _ in method.teacher_pairs()}
+    return {n: p for n, p in method.named_parameters() if id(p) not in students} | persistent_buffers(method)
+
+
+@torch.no_grad()
+def copy_weights(method: Method, stored: Mapping[str, Tensor], path: Path, prefix: str = "") -> None:
+    """Set a method's encoder by name, all of it or nothing; a student takes its teacher's weights.
+
+    Args:
+        method: The method.
+        stored: Tensors by the names of `encoder_tensors`; those of students, which older exports also hold, are passed over.
+        path: Where they come from, for the message.
+        prefix: Only the part of the encoder whose names begin so.
+
+    Raises:
+        ValueError: Names or shapes differ; every difference is listed.
+    """
+    targets = {name: x for name, x in encoder_tensors(method).items() if name.startswith(prefix)}
+    students = {id(student) for student, _ in method.teacher_pairs()}
+    passed = {name for name, p in method.named_parameters() if id(p) in students}
+    stored = {name: x for name, x in stored.items() if name not in passed}
+    problems = [f"{name}: not in the method" for name in stored if name not in targets]
+    problems += [f"{name}: not in the file" for name in targets if name not in stored]
+    problems += [
+        f"{name}: {tuple(x.shape)} in the file, {tuple(targets[name].shape)} in the method"
+        for name, x in stored.items()
+        if name in targets and x.shape != targets[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{path}: does not fit the method: " + "; ".join(problems))
+    for name, x in stored.items():
+        targets[name].copy_(x)
+    for student, teacher in method.teacher_pairs():
+        student.copy_(teacher)
+
+
+def _average(archive: Archive, method: Method) -> dict[str, Tensor]:
+    """The encoder out of a checkpoint, which keeps a teacher as the average of its student."""
+    names = {id(p): n for n, p in method.named_parameters()}
+    averages = {names[id(teacher)]: f"ema/{names[id(student)]}" for student, teacher in method.teacher_pairs()}
+    found: dict[str, Tensor] = {}
+    for name in encoder_tensors(method):
+        kept = [averages[name]] if name in averages else [f"{kind}/{name}" for kind in ("weight", "frozen", "buffer")]
+        key = next((k for k in kept if k in archive.pieces), None)
+        if key is not None:
+            found[name] = archive.whole(key)
+    return found
