@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo demo-astroclip test soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip test check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,8 @@ help:
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make test               all tests"
+	@echo "make check              lint, types and the fast tests: before each commit"
+	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
 	@echo "make bench              benchmarks of loader and training step on this machine"
@@ -46,7 +48,7 @@ else
 endif
 	rm -rf $(DEMO)/training
 	$(call train,dinov2_vitl,$(if $(DATA),pictures,smoke),$(DEMO)) --name training
-	$(BIN)/armillary evaluate $(DEMO)/training --data $(DEMO)/survey --out $(DEMO)
+	$(BIN)/armillary evaluate $(DEMO)/training --data $(DEMO)/survey --out $(DEMO) --tasks baselines collapse pictures
 
 # Recipe, preset, folder.
 train = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 \
@@ -72,6 +74,14 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
 	$(BIN)/python -m pytest -q -n $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // 2))') --dist loadfile -m dist
 
+# What a change needs before each commit: three minutes.
+check: install lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist and not slow and not aot"
+
+# The numeric modules as other processors would run them.
+test-cpus: install
+	$(BIN)/python tests/cpus.py
+
 soak: install
 	$(BIN)/python tests/soak.py
 
@@ -91,7 +101,7 @@ bench: install
 
 # Without `install`: it needs neither the network nor most dependencies. The environment's Python, where there is one.
 bench-gpu:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
 	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip armillary/_C*.so

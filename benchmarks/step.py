@@ -6,7 +6,7 @@
     python benchmarks/step.py --method astroclip --batch 8       # frozen ViT-S/12 and SpecFormer: run, and read from disk
 
 DINOv2: 2 x 144 + 8 x 60 pixel crops, 65,536 prototypes, drop path 0.3. AstroCLIP: one 144 pixel crop and one spectrum a
-pair; `--features recomputed` runs the frozen encoders in every step, `cached` reads their tokens from a feature cache in a
+pair; `--tokens recomputed` runs the frozen encoders in every step, `cached` reads their tokens from a token cache in a
 temporary folder, checks and converts them, as the phase `read`; both alternate step by step where both are asked for.
 Random inputs and weights, new ones in each step. Medians and percentiles are over steps after the warm-up. Other work on
 the same cores shows in them, so repeat, and compare within a run; processor time, of all threads, suffers less from it.
@@ -39,10 +39,10 @@ def subjects(args: argparse.Namespace, folder: Path) -> dict[str, Subject]:
         return {"specformer": SpecFormerSubject(SpecFormerPretraining())}
     recomputed = CLIPSubject(MODELS[args.model], SpecFormer())
     cached = CachedCLIP(
-        recomputed, folder, args.warmup + args.repeats, args.batch, args.features_dtype, threads=args.threads
+        recomputed, folder, args.warmup + args.repeats, args.batch, args.tokens_dtype, threads=args.threads
     )
     both: dict[str, Subject] = {"recomputed": recomputed, "cached": cached}
-    return {f"{args.model} {name}": both[name] for name in args.features}
+    return {f"{args.model} {name}": both[name] for name in args.tokens}
 
 
 def columns(args: argparse.Namespace, name: str, subject: Subject) -> dict[str, object]:
@@ -51,14 +51,11 @@ def columns(args: argparse.Namespace, name: str, subject: Subject) -> dict[str, 
         return {"model": name, "centering": args.centering, "prototypes": args.prototypes}
     if args.method == "specformer":
         return {"model": name}
-    model, features = name.split()
+    model, tokens = name.split()
     if isinstance(subject, CachedCLIP):
-        return {
-            "model": model,
-            "features": f"{features} {args.features_dtype}",
-            "gb_per_pair": subject.gigabytes_per_pair,
-        }
-    return {"model": model, "features": features}
+        tokens = f"{tokens} {args.tokens_dtype}"
+        return {"model": model, "tokens": tokens, "gb_per_pair": subject.gigabytes_per_pair}
+    return {"model": model, "tokens": tokens}
 
 
 def main() -> None:
@@ -71,8 +68,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--centering", choices=("softmax", "sinkhorn"), default="softmax")
     parser.add_argument("--prototypes", type=int, default=65536)
-    parser.add_argument("--features", choices=("recomputed", "cached"), nargs="+", default=["recomputed", "cached"])
-    parser.add_argument("--features-dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument("--tokens", choices=("recomputed", "cached"), nargs="+", default=["recomputed", "cached"])
+    parser.add_argument("--tokens-dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -82,7 +79,7 @@ def main() -> None:
     device = torch.device(args.device)
     for precision in args.precision:
         with tempfile.TemporaryDirectory(prefix="armillary-step-") as folder:
-            measure(args, precision, device, Path(folder) / "features")
+            measure(args, precision, device, Path(folder) / "tokens")
 
 
 def measure(args: argparse.Namespace, precision: str, device: torch.device, folder: Path) -> None:

@@ -123,7 +123,7 @@ class CLIPSubject(Subject):
 
 
 class CachedCLIP(Subject):
-    """The same on tokens read from a feature cache on disk, in each step before it and not ahead of it.
+    """The same on tokens read from a token cache on disk, in each step before it and not ahead of it.
 
     Args:
         recomputed: The subject whose tokens these are.

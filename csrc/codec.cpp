@@ -1,15 +1,13 @@
 // Python bindings of the shard codec.
 #include "codec_encode.h"
+#include "threads.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <optional>
-#include <system_error>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -45,22 +43,6 @@ class View {
 
 void require_threads(int threads) {
   if (threads < 1) throw py::value_error(codec::format("threads must be at least 1, got %d", threads));
-}
-
-// Call work(i) for every i < n from `threads` threads, this one included.
-template <class Work>
-void for_each(size_t n, int threads, const Work& work) {
-  std::atomic<size_t> next{0};
-  const auto run = [&] {
-    for (size_t i = next++; i < n; i = next++) work(i);
-  };
-  std::vector<std::thread> pool;
-  try {
-    for (size_t t = 1; t < std::min(n, size_t(threads)); ++t) pool.emplace_back(run);
-  } catch (const std::system_error&) {  // the system is out of threads: those there are do the work
-  }
-  run();
-  for (auto& thread : pool) thread.join();
 }
 
 std::string inspect(const View& view, codec::Blob& blob) {
@@ -100,7 +82,7 @@ py::bytes encode(const Floats& image, const std::optional<Floats>& step, const s
                                           double(source.step[c])));
   std::vector<uint8_t> blob;
   {
-    py::gil_scoped_release release;
+    const armillary::WithoutGil released;
     blob = step ? codec::encode_bitplane(source) : codec::encode_float16(source);
   }
   return py::bytes(reinterpret_cast<const char*>(blob.data()), blob.size());
@@ -111,7 +93,7 @@ py::tuple decode(const py::object& object) {
   codec::Blob blob;
   std::string problem;
   {
-    py::gil_scoped_release release;
+    const armillary::WithoutGil released;
     problem = inspect(view, blob);
   }
   if (!problem.empty()) throw py::value_error(problem);
@@ -122,7 +104,7 @@ py::tuple decode(const py::object& object) {
   float* out = image.mutable_data();
   bool* out_valid = valid ? valid->mutable_data() : nullptr;
   {
-    py::gil_scoped_release release;
+    const armillary::WithoutGil released;
     codec::decode(blob, out, out_valid);
   }
   return py::make_tuple(image, valid);
@@ -141,8 +123,9 @@ Problems decode_batch(const std::vector<py::object>& blobs, Floats out, std::opt
   bool* const mask = valid ? valid->mutable_data() : nullptr;
   std::vector<std::string> found(views.size());
   {
-    py::gil_scoped_release release;
-    for_each(views.size(), threads, [&](size_t i) {
+    const armillary::WithoutGil released;
+    armillary::for_each_index(std::int64_t(views.size()), threads, [&](std::int64_t index) {
+      const size_t i = size_t(index);
       codec::Blob blob;
       found[i] = inspect(views[i], blob, channels, height, width);
       if (found[i].empty()) {
@@ -161,8 +144,9 @@ Problems check_batch(const std::vector<py::object>& blobs, size_t channels, size
   const std::vector<View> views(blobs.begin(), blobs.end());
   std::vector<std::string> found(views.size());
   {
-    py::gil_scoped_release release;
-    for_each(views.size(), threads, [&](size_t i) {
+    const armillary::WithoutGil released;
+    armillary::for_each_index(std::int64_t(views.size()), threads, [&](std::int64_t index) {
+      const size_t i = size_t(index);
       codec::Blob blob;
       found[i] = inspect(views[i], blob, channels, height, width);
     });

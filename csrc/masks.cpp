@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "philox.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -64,7 +65,7 @@ Flags block_masks(const Integers& wanted, const Unsigned& streams, std::uint64_t
   const std::int64_t* want = wanted.data();
   const std::uint32_t* s = streams.data();
   const PhiloxKey key(seed);
-  py::gil_scoped_release release;
+  const armillary::WithoutGil released;
   std::memset(mask, 0, static_cast<std::size_t>(count * tokens));
   for (std::int64_t i = 0; i < count; ++i)
     block_mask(want[i], Stream{s[3 * i], s[3 * i + 1], s[3 * i + 2]}, key, height, width, mask + i * tokens);

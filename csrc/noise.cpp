@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "philox.h"
-#include "pool.h"
+#include "threads.h"
 #include "vector_math.h"
 
 // The polynomials below must round alike on every processor and in the Triton kernel, so no fused multiply-adds.
@@ -106,7 +106,7 @@ void add_noise(Floats image, const Floats& sigma, const Unsigned& streams, std::
   float* data = image.mutable_data();
   const float* level = sigma.data();
   const std::uint32_t* stream = streams.data();
-  py::gil_scoped_release release;
+  const armillary::WithoutGil released;
   armillary::for_each_index(count * bands, threads, [&](std::int64_t plane) {
     if (level[plane] == 0.0f) return;
     const std::uint32_t* s = stream + 3 * (plane / bands);

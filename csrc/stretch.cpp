@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "pool.h"
+#include "threads.h"
 #include "vector_math.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -64,7 +64,7 @@ void asinh_block(float* x, std::int64_t count) {
 void asinh_in_place(py::array_t<float, py::array::c_style> x, int threads) {
   float* data = x.mutable_data();
   const std::int64_t count = x.size();
-  py::gil_scoped_release release;
+  const armillary::WithoutGil released;
   const std::int64_t chunk = kBlock * kGrain;
   armillary::for_each_index((count + chunk - 1) / chunk, threads, [&](std::int64_t c) {
     const std::int64_t end = std::min(count, (c + 1) * chunk);
@@ -129,7 +129,7 @@ void rgb(const Floats& flux, const Integers& bands, const Floats& scales, float 
     if (order[k] < 0 || order[k] >= planes) throw std::invalid_argument("rgb: no such band");
   const float *in = flux.data(), *scale = scales.data();
   float* target = out.mutable_data();
-  py::gil_scoped_release release;
+  const armillary::WithoutGil released;
   armillary::for_each_index(count, threads, [&](std::int64_t n) {
     std::vector<float> y(static_cast<std::size_t>(channels * kBlock));
     for (std::int64_t p = 0; p < pixels; p += kBlock)

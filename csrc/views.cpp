@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "pool.h"
+#include "threads.h"
 
 // The same pixels on every processor: no fused multiply-adds where the wider instruction sets have them.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -50,7 +50,7 @@ void crop(const Floats& image, const Integers& origin, const Integers& orientati
                                   ") leaves the image");
   const float* in = image.data();
   float* target = out.mutable_data();
-  py::gil_scoped_release release;
+  const armillary::WithoutGil released;
   armillary::for_each_index(count, threads, [&](std::int64_t n) {
     // Undo the quarter turn, then the flips: output pixel (i, j) <- crop pixel (y, x).
     const bool hflip = code[n] & 1, vflip = code[n] & 2;
@@ -144,7 +144,7 @@ void blur(Floats image, const Doubles& sigma, int threads) {
   std::vector<std::int64_t> planes;
   for (std::int64_t p = 0; p < sigma.size(); ++p)
     if (width_of[p] > 0.0) planes.push_back(p);
-  py::gil_scoped_release release;
+  const armillary::WithoutGil released;
   armillary::for_each_index(static_cast<std::int64_t>(planes.size()), threads, [&](std::int64_t i) {
     const std::int64_t p = planes[static_cast<std::size_t>(i)];
     blur_plane(data + p * height * width, height, width, width_of[p]);

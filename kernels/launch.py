@@ -9,16 +9,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Literal
+from functools import cache, wraps
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["IMPLS", "Impl", "Launch", "check_tensor", "refuse", "settings", "use_triton"]
+__all__ = ["IMPLS", "Impl", "Launch", "check_tensor", "refuse", "settings", "untraced", "use_triton"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Impl = Literal["auto", "reference", "triton"]
 IMPLS: tuple[str, ...] = ("auto", "reference", "triton")
@@ -43,6 +47,23 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     source: str = "not measured"
+
+
+def untraced(fn: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable` without its price: it imports torch's compiler, a second, where nothing is compiled."""
+
+    disabled: list[Callable[P, R]] = []
+
+    @wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not disabled and "torch._dynamo" in sys.modules:
+            torch._dynamo.decorators.skip(call)  # nor is this frame traced
+            disabled.append(torch.compiler.disable(fn))
+        return (disabled[0] if disabled else fn)(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for
+    call._torchdynamo_disable_msg = None  # type: ignore[attr-defined]
+    return call
 
 
 def use_triton(operation: str, impl: str, x: Tensor) -> bool:

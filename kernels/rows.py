@@ -11,14 +11,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from armillary.kernels.launch import FLOATS, Launch, check_tensor, refuse, settings
 
-__all__ = ["MAX_WIDTH", "Tiles", "check_rows", "scalar", "tiles", "wide"]
+__all__ = [
+    "MAX_WIDTH",
+    "Tiles",
+    "check_rows",
+    "load_rows",
+    "multiprocessors",
+    "programs",
+    "row_tile",
+    "scalar",
+    "tiles",
+    "warps",
+    "wide",
+]
 
 MAX_WIDTH = 8192
 """Widest row: 16 elements a thread of 16 warps."""
@@ -50,6 +64,37 @@ def tiles(table: Mapping[int, Launch], x: Tensor) -> Tiles:
     held = max(1, min(tile // block, 32 * row.num_warps))
     options = {"ROWS": held, "BLOCK": block, "num_warps": row.num_warps * max(1, block // tile)}
     return Tiles(count, width, triton.cdiv(count, held), options)
+
+
+@triton.jit
+def row_tile(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows [ROWS, 1], the offsets of their elements [ROWS, BLOCK], and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    return row, row * width + column, (row < rows) & (column < width)
+
+
+@triton.jit
+def load_rows(x_ptr, at, inside):
+    """Elements of a tile in float32, 0 where there are none."""
+    return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+def warps(launch: Launch, dim: int) -> int:
+    """Warps for rows of `dim` columns, so that the registers a thread stay as the launch table has them."""
+    return min(launch.num_warps * max(1, triton.next_power_of_2(dim) // 1024), 16)
+
+
+def programs(launch: Launch, x: Tensor, rows: int) -> int:
+    """Programs of a kernel that walks over the rows: as many as the device holds at a time, at most one a row."""
+    held = launch.blocks["PROGRAMS"] * (multiprocessors(x.device.index or 0) if x.is_cuda else 1)
+    return max(1, min(held, rows))
+
+
+@cache
+def multiprocessors(index: int) -> int:
+    """Multiprocessors of the GPU of this index."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def wide(x: Tensor) -> torch.dtype:

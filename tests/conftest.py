@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "compile" in item.originalname:  # so are called those that compile a kernel ahead of time
+            item.add_marker(pytest.mark.aot)
 
 
 def speed_up_interpreter(interpreter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gpu_table import PLAIN
+from gpu.table import PLAIN
 from torch import Tensor
 
 from armillary.kernels.geometry.geometry_ffn import geometry_ffn, geometry_ffn_reference, saved_bytes

@@ -7,7 +7,6 @@ armillary search images.parquet --query 39627788403084375 --query-embeddings spe
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
+from markupsafe import Markup
 
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.colour import galaxy_picture
 from armillary.engine.evaluate.cli import choose_device
-from armillary.engine.evaluate.page import pictures
-from armillary.engine.evaluate.runs.report import page
+from armillary.engine.evaluate.page import html, pictures
 from armillary.engine.evaluate.search.index import Answers, Index
 from armillary.engine.evaluate.search.pictures import Tile, draw_objects, spectrum_tile, tile_row
 from armillary.engine.evaluate.search.query import Query, query_by_key, query_from_file
@@ -176,48 +175,39 @@ def _write_page(out: Path, one: Query, table: pa.Table, data: Path, survey: Surv
     answers = table.to_pylist()
     places = [rows[a["key"]] for a in answers]
     own = rows.get(one.name) if one.sample is None else None
-    sections = ""
+    sections = []
     for modality, heading in (("image", "Images"), ("spectrum", "Spectra")):
         if modality not in survey.modalities:
             continue
         drawn = draw_objects(data, survey, modality, [*places, *([] if own is None else [own])])
-        picture = _picture_of(one, modality) if own is None else drawn.get(own, "")
+        picture = _picture_of(one, modality) if own is None else drawn.get(own, Markup())
         tiles = [Tile(picture, ("query",), True)]
         for answer, row in zip(answers, places, strict=True):
             value = answer.get(SHOWN_LABEL)
             redshift = f"z {value:.3f}" if isinstance(value, float) and np.isfinite(value) else ""
-            tiles.append(Tile(drawn.get(row, ""), (redshift, f"{answer['similarity']:.3f}"), answer["key"] == one.name))
+            tiles.append(
+                Tile(drawn.get(row, Markup()), (redshift, f"{answer['similarity']:.3f}"), answer["key"] == one.name)
+            )
         width = min(len(tiles), A_ROW)
-        body = "".join(tile_row(tiles[i : i + width], width) for i in range(0, len(tiles), width))
-        sections += f'<h2>{heading}</h2><div class="sky">{body}</div>'
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in table.column_names[1:])
-    cells = ""
-    for answer in answers:
-        values = list(answer.values())[1:]
-        cells += "<tr>" + "".join(f"<td>{html.escape(_text(v))}</td>" for v in values) + "</tr>"
-    listing = f"<table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table>"
-    sections += f'<h2>Answers</h2><section class="card"><div class="scroll">{listing}</div></section>'
-    header = (
-        f'<header><div class="brand">Armillary</div><h1>Most similar to {html.escape(one.name)}</h1>'
-        f'<p class="quiet">The {len(answers)} objects of {html.escape(survey.name)} with the largest cosine similarity of '
-        "embeddings, best first.</p></header>"
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page(f"Most similar to {one.name}", header, [sections]), encoding="utf-8")
-    temporary.replace(out)
+        body = [tile_row(tiles[i : i + width], width) for i in range(0, len(tiles), width)]
+        sections.append(html.section(heading, "", html.sky(*body)))
+    listing = html.table(table.column_names[1:], [("", [[_text(v) for v in list(a.values())[1:]] for a in answers])])
+    sections.append(html.section("Answers", "", html.card(listing)))
+    title = f"Most similar to {one.name}"
+    text = f"The {len(answers)} objects of {survey.name} with the largest cosine similarity of embeddings, best first."
+    html.write_page(out, title, html.header(title, text), sections)
 
 
-def _picture_of(one: Query, modality: str) -> str:
+def _picture_of(one: Query, modality: str) -> Markup:
     """Picture of a query that came from a file; empty where it has none of that modality."""
     if one.sample is None or one.survey is None:
-        return ""
+        return Markup()
     if modality == "image" and one.sample.image is not None:
         drawn = galaxy_picture(one.sample.image, one.sample.valid, one.survey)
-        return f'<img alt="" src="{pictures.data_uri(drawn)}">'
+        return html.picture(pictures.data_uri(drawn))
     if modality == "spectrum" and one.sample.spectrum is not None and one.survey.spectrum is not None:
         return spectrum_tile(one.survey.spectrum.grid.angstrom(), one.sample.spectrum)
-    return ""
+    return Markup()
 
 
 def _text(value: object) -> str:

@@ -36,6 +36,8 @@ A_MAX = 1.0 - 2.0**-16  # exact in float32
 EDGE = 1.0 - A_MAX * A_MAX  # exact in float32, too
 """Least 1 - c |x|^2 of a point of the ball."""
 
+RIM, RIM_GAP = tl.constexpr(A_MAX), tl.constexpr(EDGE)  # the same for kernels
+
 SERIES_BELOW = 0.1  # a^2 where PyTorch's series end; the quotients lose less than a factor 20 beyond it
 TERMS = 18  # 0.1^18 < 2^-53
 
@@ -103,13 +105,13 @@ def sech_squared(r2, c):
 
 
 @triton.jit
-def log_coefficients(r2, c, A_MAX: tl.constexpr):
+def log_coefficients(r2, c):
     """s and p of log_0 from r^2 and c, float32."""
     a2 = c * r2
     a = tl.sqrt(a2)
-    inside = tl.minimum(a, A_MAX)
+    inside = tl.minimum(a, RIM)
     s = 0.5 * tl.log((1.0 + inside) / (1.0 - inside)) / tl.maximum(a, 0.1)  # the floor is out of reach, as above
-    p = tl.where(a < A_MAX, 1.0 / ((1.0 - inside) * (1.0 + inside)), 0.0) - s
+    p = tl.where(a < RIM, 1.0 / ((1.0 - inside) * (1.0 + inside)), 0.0) - s
     u = tl.minimum(a2, 0.2)
     s_series = 0.0
     p_series = 0.0
@@ -121,7 +123,7 @@ def log_coefficients(r2, c, A_MAX: tl.constexpr):
 
 
 @triton.jit
-def conformal(r2, c, EDGE: tl.constexpr):
+def conformal(r2, c):
     """1 - c r^2, EDGE at and beyond the boundary, and whether a gradient passes (1.0 inside, 0.0 else); float32."""
     gap = 1.0 - c * r2
-    return tl.where(gap < EDGE, EDGE, gap), tl.where(gap < EDGE, 0.0, 1.0)
+    return tl.where(gap < RIM_GAP, RIM_GAP, gap), tl.where(gap < RIM_GAP, 0.0, 1.0)

@@ -33,14 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armillary.kernels.geometry.combine_backward import combine_backward
+from armillary.kernels.geometry.combine_forward import combine_forward
 from armillary.kernels.geometry.curvature import log_scale_reference
-from armillary.kernels.geometry.geometry_combine import (
-    CLIP,
-    check_maps,
-    combine_backward,
-    combine_forward,
-    geometry_combine_reference,
-)
+from armillary.kernels.geometry.geometry_combine import CLIP, check_maps, geometry_combine_reference
 from armillary.kernels.geometry.geometry_rows import check_gate, geometry_rows
 from armillary.kernels.launch import Impl, check_tensor, refuse, use_triton
 from armillary.kernels.mlp.down_gradient import down_gradient
@@ -129,15 +125,7 @@ class _Experts(torch.autograd.Function):
         x, logits, scale, weight1, bias1, weight2, bias2, kappa, c, moebius_bias, z, u = ctx.saved_tensors
         need_x, _, need_scale, need_weight1, need_bias1, need_weight2 = ctx.needs_input_grad[:6]
         du, dlogits, dkappa, dc, db, dbias2 = combine_backward(
-            dy.contiguous(),
-            u,
-            logits,
-            kappa,
-            c,
-            moebius_bias,
-            ctx.expert,
-            ctx.clip,
-            column_sums=bias2 is not None,
+            dy.contiguous(), u, logits, kappa, c, moebius_bias, ctx.expert, ctx.clip, column_sums=bias2 is not None
         )
         dx = dscale = dweight1 = dbias1 = dweight2 = None
         if need_x or need_scale or need_weight1 or need_bias1 or need_weight2:
@@ -161,10 +149,7 @@ class _Experts(torch.autograd.Function):
             dkappa,
             dc,
             db,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -275,27 +260,11 @@ def geometry_ffn(
         check_tensor(name, "bias1", bias1, [3, *halves, hidden], like=x, dtypes=(x.dtype,))
     if bias2 is not None:
         check_tensor(name, "bias2", bias2, [3, dim], like=x, dtypes=(x.dtype,))
-    if not use_triton(name, impl, x):
-        return geometry_ffn_reference(
-            x,
-            gate_weight,
-            gate_bias,
-            temperature,
-            weight1,
-            bias1,
-            weight2,
-            bias2,
-            kappa,
-            c,
-            moebius_bias,
-            body=body,
-            input_scale=input_scale,
-            routing=routing,
-            clip=clip,
-        )
     weights = (weight1, bias1, weight2, bias2)
-    needy = (x, gate_weight, gate_bias, temperature, *weights, kappa, c, moebius_bias)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needy)
+    given = (x, gate_weight, gate_bias, temperature, *weights, kappa, c, moebius_bias)
+    if not use_triton(name, impl, x):
+        return geometry_ffn_reference(*given, body=body, input_scale=input_scale, routing=routing, clip=clip)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     passed, logits, scale = geometry_rows(
         x, gate_weight, gate_bias, temperature, c, input_scale=input_scale, impl="triton"
     )

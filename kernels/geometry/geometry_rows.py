@@ -26,10 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.geometry.curvature import A_MAX, log_coefficients, log_scale_reference
-from armillary.kernels.geometry.geometry_combine import programs, warps
+from armillary.kernels.geometry.curvature import log_coefficients, log_scale_reference
 from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
-from armillary.kernels.rows import MAX_WIDTH, scalar, wide
+from armillary.kernels.rows import MAX_WIDTH, programs, scalar, warps, wide
 
 __all__ = ["geometry_rows", "geometry_rows_reference"]
 
@@ -60,14 +59,13 @@ def _rows_fwd_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
-    A_MAX: tl.constexpr,
 ):  # one program: ROWS rows
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_D)
     valid = row < rows
     x = tl.load(x_ptr + row[:, None] * D + col[None, :], mask=valid[:, None] & (col < D)[None, :], other=0.0)
     x = x.to(tl.float32)
-    s, p = log_coefficients(input_scale * input_scale * tl.sum(x * x, 1), tl.load(c_ptr), A_MAX)
+    s, p = log_coefficients(input_scale * input_scale * tl.sum(x * x, 1), tl.load(c_ptr))
     tl.store(scale_ptr + row, tl.full([ROWS], 1.0, tl.float32), mask=valid)
     tl.store(scale_ptr + rows + row, tl.full([ROWS], 1.0, tl.float32), mask=valid)
     tl.store(scale_ptr + 2 * rows + row, input_scale * s, mask=valid)
@@ -100,7 +98,6 @@ def _rows_bwd_kernel(
     LOGITS: tl.constexpr,
     SCALE: tl.constexpr,
     DY: tl.constexpr,
-    A_MAX: tl.constexpr,
 ):  # one program: every num_programs-th row; dweight [programs, 3, D], scalar [programs, 5]: dbias, dtemperature, dc
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_D)
@@ -126,7 +123,7 @@ def _rows_bwd_kernel(
             dx += tl.load(dy_ptr + row * D + col, mask=inside, other=0.0).to(tl.float32)
         if SCALE:
             r2 = tl.sum(x * x, 0)
-            s, p = log_coefficients(input_scale * input_scale * r2, c, A_MAX)
+            s, p = log_coefficients(input_scale * input_scale * r2, c)
             pull = tl.load(dscale_ptr + 2 * rows + row) * input_scale * p
             dx += pull / tl.maximum(r2, 1e-30) * x
             dc += pull / (2.0 * c)
@@ -183,20 +180,11 @@ class _GeometryRows(torch.autograd.Function):
             launch = settings(LAUNCH_FORWARD, x)
             tile = launch.blocks["ROWS"]
             _rows_fwd_kernel[(triton.cdiv(rows, tile),)](
-                x,
-                gate_weight,
-                gate_bias,
-                temperature,
-                c,
-                logits,
-                scale,
-                input_scale,
-                rows,
+                *(x, gate_weight, gate_bias, temperature, c, logits, scale, input_scale, rows),
                 D=dim,
                 BLOCK_D=triton.next_power_of_2(dim),
                 ROWS=tile,
                 BIAS=gate_bias is not None,
-                A_MAX=A_MAX,
                 num_warps=warps(launch, dim),
             )
         ctx.save_for_backward(x, gate_weight, gate_bias, temperature, c, logits)
@@ -217,23 +205,14 @@ class _GeometryRows(torch.autograd.Function):
         scalars = new(count, 5, dtype=torch.float32, device=x.device)
         if rows:
             _rows_bwd_kernel[(count,)](
-                x,
-                gate_weight,
-                temperature,
-                c,
-                logits,
+                *(x, gate_weight, temperature, c, logits),
                 *(None if g is None else g.contiguous() for g in (dy, dlogits, dscale)),
-                dx,
-                dweight,
-                scalars,
-                ctx.input_scale,
-                rows,
+                *(dx, dweight, scalars, ctx.input_scale, rows),
                 D=dim,
                 BLOCK_D=triton.next_power_of_2(dim),
                 LOGITS=dlogits is not None,
                 SCALE=dscale is not None,
                 DY=dy is not None,
-                A_MAX=A_MAX,
                 num_warps=warps(launch, dim),
             )
         scalars = scalars.sum(0)
@@ -249,16 +228,7 @@ def check_gate(
     temperature: Tensor | float,
     input_scale: float,
 ) -> Tensor:
-    """The temperature as a 0-d tensor; ValueError unless input and gate are what the operation takes.
-
-    Args:
-        operation: Name for the error.
-        x: [M, D].
-        gate_weight: [3, D].
-        gate_bias: [3] or None.
-        temperature: A number or 0-d, > 0. The value of a tensor on a GPU is not looked at: the host would have to wait.
-        input_scale: Positive.
-    """
+    """The temperature as a 0-d tensor; ValueError unless input and gate are what `geometry_rows` takes."""
     check_tensor(operation, "x", x, ["M", "D"], dtypes=(*FLOATS, torch.float64))
     dim, dtypes = x.shape[1], (x.dtype, wide(x))
     if not 1 <= dim <= MAX_WIDTH:

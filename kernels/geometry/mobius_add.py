@@ -28,17 +28,14 @@ Source: Ungar 2008; Ganea et al. 2018 (arXiv:1805.09112), equation 4 and section
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from armillary.kernels.geometry.curvature import EDGE, conformal
+from armillary.kernels.geometry.curvature import EDGE, RIM_GAP, conformal
+from armillary.kernels.geometry.maps import RowMap, apply_map, check_map
 from armillary.kernels.launch import INTERPRETER, Impl, Launch, use_triton
-from armillary.kernels.rows import check_rows, scalar, tiles, wide
+from armillary.kernels.rows import load_rows, row_tile, wide
 
 __all__ = ["mobius_add", "mobius_add_reference"]
 
@@ -55,17 +52,15 @@ def mobius_add_reference(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
 
 @triton.jit
 def _mobius_add_fwd_kernel(
-    x_ptr, y_ptr, c_ptr, f_ptr, rows, width, EDGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, y_ptr, c_ptr, f_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program: ROWS rows
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    at, inside = row * width + column, (row < rows) & (column < width)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    _, at, inside = row_tile(rows, width, ROWS, BLOCK)
+    x = load_rows(x_ptr, at, inside)
+    y = load_rows(y_ptr, at, inside)
     c = tl.load(c_ptr)
     w = x + y
-    b, _ = conformal(tl.sum(x * x, 1, keep_dims=True), c, EDGE)
-    e, _ = conformal(tl.sum(y * y, 1, keep_dims=True), c, EDGE)
+    b, _ = conformal(tl.sum(x * x, 1, keep_dims=True), c)
+    e, _ = conformal(tl.sum(y * y, 1, keep_dims=True), c)
     cw2 = c * tl.sum(w * w, 1, keep_dims=True)
     n = b * e + cw2
     tl.store(f_ptr + at, ((b / n) * w + (cw2 / n) * x).to(f_ptr.dtype.element_ty), mask=inside)
@@ -73,28 +68,12 @@ def _mobius_add_fwd_kernel(
 
 @triton.jit
 def _mobius_add_bwd_kernel(
-    x_ptr,
-    y_ptr,
-    c_ptr,
-    df_ptr,
-    dx_ptr,
-    dy_ptr,
-    dc_ptr,
-    rows,
-    width,
-    EDGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WANT_X: tl.constexpr,
-    WANT_Y: tl.constexpr,
-    WANT_C: tl.constexpr,
+    x_ptr, y_ptr, c_ptr, df_ptr, dx_ptr, dy_ptr, dc_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program: ROWS rows and their sum of dL/dc
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    at, inside = row * width + column, (row < rows) & (column < width)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(df_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    _, at, inside = row_tile(rows, width, ROWS, BLOCK)
+    x = load_rows(x_ptr, at, inside)
+    y = load_rows(y_ptr, at, inside)
+    g = load_rows(df_ptr, at, inside)
     c = tl.load(c_ptr)
     w = x + y
     x2 = tl.sum(x * x, 1, keep_dims=True)
@@ -102,72 +81,29 @@ def _mobius_add_bwd_kernel(
     w2 = tl.sum(w * w, 1, keep_dims=True)
     gx = tl.sum(g * x, 1, keep_dims=True)
     gy = tl.sum(g * y, 1, keep_dims=True)
-    b, b_free = conformal(x2, c, EDGE)
-    e, e_free = conformal(y2, c, EDGE)
+    b, b_free = conformal(x2, c)
+    e, e_free = conformal(y2, c)
     cw2 = c * w2
     n = b * e + cw2
-    k = (gy + tl.minimum(c * y2, 1.0 - EDGE) * gx) / n / n
+    k = (gy + tl.minimum(c * y2, 1.0 - RIM_GAP) * gx) / n / n
     phi = (b * (gx + gy) + cw2 * gx) / n
     d_b = b_free * cw2 * k
     d_e = -e_free * b * phi / n
     d_w = -b * k
-    if WANT_X:
+    if dx_ptr is not None:
         dx = ((b + cw2) / n) * g + (2.0 * c * d_w) * w - (2.0 * c * d_b) * x
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    if WANT_Y:
+    if dy_ptr is not None:
         dy = (b / n) * g + (2.0 * c * d_w) * w - (2.0 * c * d_e) * y
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
-    if WANT_C:
+    if dc_ptr is not None:
         tl.store(dc_ptr + tl.program_id(0), tl.sum(w2 * d_w - x2 * d_b - y2 * d_e))
 
 
 READ = "not measured; compiled ahead of time at D = 1,024: at most 56 registers forward, 95 backward, no spills"
 
-LAUNCH = {
-    INTERPRETER: Launch({"TILE": 128}),
-    80: Launch({"TILE": 2048}, source=READ),
-    90: Launch({"TILE": 2048}, source=READ),
-    100: Launch({"TILE": 2048}, source=READ),
-}
-
-
-class _MobiusAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y, c)
-        f = torch.empty_like(x)
-        cut = tiles(LAUNCH, x)
-        if cut.rows:
-            _mobius_add_fwd_kernel[(cut.programs,)](x, y, c, f, cut.rows, cut.width, EDGE=EDGE, **cut.options)
-        return f
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, df: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, y, c = ctx.saved_tensors
-        want_x, want_y, want_c = ctx.needs_input_grad
-        cut = tiles(LAUNCH, x)
-        dx = torch.empty_like(x) if want_x else None
-        dy = torch.empty_like(y) if want_y else None
-        dc = torch.empty(cut.programs, dtype=torch.float32, device=x.device) if want_c else None
-        if cut.rows:
-            _mobius_add_bwd_kernel[(cut.programs,)](
-                x,
-                y,
-                c,
-                df.contiguous(),
-                dx,
-                dy,
-                dc,
-                cut.rows,
-                cut.width,
-                EDGE=EDGE,
-                WANT_X=want_x,
-                WANT_Y=want_y,
-                WANT_C=want_c,
-                **cut.options,
-            )
-        return dx, dy, None if dc is None else dc.sum()
+LAUNCH = {INTERPRETER: Launch({"TILE": 128}), **dict.fromkeys((80, 90, 100), Launch({"TILE": 2048}, source=READ))}
+KERNELS = RowMap(_mobius_add_fwd_kernel, _mobius_add_bwd_kernel, LAUNCH)
 
 
 def mobius_add(x: Tensor, y: Tensor, c: Tensor | float, *, impl: Impl = "auto") -> Tensor:
@@ -185,9 +121,7 @@ def mobius_add(x: Tensor, y: Tensor, c: Tensor | float, *, impl: Impl = "auto") 
     Raises:
         ValueError: A wrong type, shape, dtype, device or layout, c <= 0, or an unknown impl.
     """
-    check_rows("mobius_add", "x", x)
-    check_rows("mobius_add", "y", y, like=x)
-    curvature = scalar("mobius_add", "c", c, x, positive=True)
+    c = check_map("mobius_add", "c", c, x, y)
     if not use_triton("mobius_add", impl, x):
-        return mobius_add_reference(x, y, curvature)
-    return _MobiusAdd.apply(x, y, curvature)
+        return mobius_add_reference(x, y, c)
+    return apply_map(KERNELS, c, x, y)

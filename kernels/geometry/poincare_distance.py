@@ -29,18 +29,17 @@ Source: Ganea et al. 2018 (arXiv:1805.09112), section 2.3.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from armillary.kernels.geometry.curvature import EDGE, SERIES_BELOW, TERMS, conformal, even_series
+from armillary.kernels.geometry.maps import RowMap, apply_map, check_map
 from armillary.kernels.geometry.radial_map import NO_DIRECTION
 from armillary.kernels.launch import INTERPRETER, Impl, Launch, use_triton
-from armillary.kernels.rows import check_rows, scalar, tiles, wide
+from armillary.kernels.rows import load_rows, row_tile, wide
 
 __all__ = ["poincare_distance", "poincare_distance_reference"]
 
@@ -86,18 +85,16 @@ def _arsinh_coefficients(z2):
 
 @triton.jit
 def _poincare_distance_fwd_kernel(
-    x_ptr, y_ptr, c_ptr, d_ptr, rows, width, EDGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, y_ptr, c_ptr, d_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program: ROWS rows
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    at, inside = row * width + column, (row < rows) & (column < width)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    row, at, inside = row_tile(rows, width, ROWS, BLOCK)
+    x = load_rows(x_ptr, at, inside)
+    y = load_rows(y_ptr, at, inside)
     c = tl.load(c_ptr)
     w = x - y
     w2 = tl.sum(w * w, 1, keep_dims=True)
-    b, _ = conformal(tl.sum(x * x, 1, keep_dims=True), c, EDGE)
-    e, _ = conformal(tl.sum(y * y, 1, keep_dims=True), c, EDGE)
+    b, _ = conformal(tl.sum(x * x, 1, keep_dims=True), c)
+    e, _ = conformal(tl.sum(y * y, 1, keep_dims=True), c)
     k, _ = _arsinh_coefficients(c * w2 / (b * e))
     d = tl.where(w2 > 1e-30, 2.0 * tl.sqrt(w2) / tl.sqrt(b * e) * k, 0.0 * w2)  # a NaN goes through
     tl.store(d_ptr + row, d.to(d_ptr.dtype.element_ty), mask=row < rows)
@@ -105,46 +102,30 @@ def _poincare_distance_fwd_kernel(
 
 @triton.jit
 def _poincare_distance_bwd_kernel(
-    x_ptr,
-    y_ptr,
-    c_ptr,
-    dd_ptr,
-    dx_ptr,
-    dy_ptr,
-    dc_ptr,
-    rows,
-    width,
-    EDGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WANT_X: tl.constexpr,
-    WANT_Y: tl.constexpr,
-    WANT_C: tl.constexpr,
+    x_ptr, y_ptr, c_ptr, dd_ptr, dx_ptr, dy_ptr, dc_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program: ROWS rows and their sum of dL/dc
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    at, inside = row * width + column, (row < rows) & (column < width)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    row, at, inside = row_tile(rows, width, ROWS, BLOCK)
+    x = load_rows(x_ptr, at, inside)
+    y = load_rows(y_ptr, at, inside)
     g = tl.load(dd_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
     c = tl.load(c_ptr)
     w = x - y
     x2 = tl.sum(x * x, 1, keep_dims=True)
     y2 = tl.sum(y * y, 1, keep_dims=True)
     w2 = tl.sum(w * w, 1, keep_dims=True)
-    b, b_free = conformal(x2, c, EDGE)
-    e, e_free = conformal(y2, c, EDGE)
+    b, b_free = conformal(x2, c)
+    e, e_free = conformal(y2, c)
     apart = w2 > 1e-30
     length = tl.where(apart, tl.sqrt(w2), 0.0)
     inverse = tl.where(apart, 1.0 / tl.sqrt(tl.where(apart, w2, 1.0)), 0.0)
     slope = 2.0 * g / tl.sqrt(b * e + c * w2)
-    if WANT_X:
+    if dx_ptr is not None:
         dx = (slope * inverse) * w + (slope * c * length * b_free / b) * x
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    if WANT_Y:
+    if dy_ptr is not None:
         dy = (slope * c * length * e_free / e) * y - (slope * inverse) * w
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
-    if WANT_C:
+    if dc_ptr is not None:
         z2 = c * w2 / (b * e)
         _, h = _arsinh_coefficients(z2)
         inner = (x2 * b_free / b + y2 * e_free / e) / tl.sqrt(1.0 + z2) + h / c
@@ -153,51 +134,8 @@ def _poincare_distance_bwd_kernel(
 
 READ = "not measured; compiled ahead of time at D = 1,024: at most 40 registers forward, 96 backward, no spills"
 
-LAUNCH = {
-    INTERPRETER: Launch({"TILE": 128}),
-    80: Launch({"TILE": 2048}, source=READ),
-    90: Launch({"TILE": 2048}, source=READ),
-    100: Launch({"TILE": 2048}, source=READ),
-}
-
-
-class _PoincareDistance(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y, c)
-        d = torch.empty(x.shape[:-1], dtype=x.dtype, device=x.device)
-        cut = tiles(LAUNCH, x)
-        if cut.rows:
-            _poincare_distance_fwd_kernel[(cut.programs,)](x, y, c, d, cut.rows, cut.width, EDGE=EDGE, **cut.options)
-        return d
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dd: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, y, c = ctx.saved_tensors
-        want_x, want_y, want_c = ctx.needs_input_grad
-        cut = tiles(LAUNCH, x)
-        dx = torch.empty_like(x) if want_x else None
-        dy = torch.empty_like(y) if want_y else None
-        dc = torch.empty(cut.programs, dtype=torch.float32, device=x.device) if want_c else None
-        if cut.rows:
-            _poincare_distance_bwd_kernel[(cut.programs,)](
-                x,
-                y,
-                c,
-                dd.contiguous(),
-                dx,
-                dy,
-                dc,
-                cut.rows,
-                cut.width,
-                EDGE=EDGE,
-                WANT_X=want_x,
-                WANT_Y=want_y,
-                WANT_C=want_c,
-                **cut.options,
-            )
-        return dx, dy, None if dc is None else dc.sum()
+LAUNCH = {INTERPRETER: Launch({"TILE": 128}), **dict.fromkeys((80, 90, 100), Launch({"TILE": 2048}, source=READ))}
+KERNELS = RowMap(_poincare_distance_fwd_kernel, _poincare_distance_bwd_kernel, LAUNCH, reduces=True)
 
 
 def poincare_distance(x: Tensor, y: Tensor, c: Tensor | float, *, impl: Impl = "auto") -> Tensor:
@@ -215,9 +153,7 @@ def poincare_distance(x: Tensor, y: Tensor, c: Tensor | float, *, impl: Impl = "
     Raises:
         ValueError: A wrong type, shape, dtype, device or layout, c <= 0, or an unknown impl.
     """
-    check_rows("poincare_distance", "x", x)
-    check_rows("poincare_distance", "y", y, like=x)
-    curvature = scalar("poincare_distance", "c", c, x, positive=True)
+    c = check_map("poincare_distance", "c", c, x, y)
     if not use_triton("poincare_distance", impl, x):
-        return poincare_distance_reference(x, y, curvature)
-    return _PoincareDistance.apply(x, y, curvature)
+        return poincare_distance_reference(x, y, c)
+    return apply_map(KERNELS, c, x, y)

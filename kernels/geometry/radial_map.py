@@ -30,13 +30,12 @@ in it. Saved for backward: x and p.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from armillary.kernels.geometry.curvature import (
     A_MAX,
@@ -45,8 +44,9 @@ from armillary.kernels.geometry.curvature import (
     log_coefficients,
     log_scale_reference,
 )
+from armillary.kernels.geometry.maps import RowMap, apply_map, check_map
 from armillary.kernels.launch import INTERPRETER, Impl, Launch, refuse, use_triton
-from armillary.kernels.rows import check_rows, scalar, tiles, wide
+from armillary.kernels.rows import load_rows, row_tile, wide
 
 __all__ = ["KINDS", "NO_DIRECTION", "Kind", "ball_limit", "radial_map", "radial_map_reference"]
 
@@ -90,7 +90,7 @@ def _stretch(r2, p, LIMIT: tl.constexpr, KIND: tl.constexpr):
     if KIND == "exp0":
         t, q = exp_coefficients(r2, p)
     elif KIND == "log0":
-        t, q = log_coefficients(r2, p, LIMIT)
+        t, q = log_coefficients(r2, p)
     elif KIND == "project":
         a2 = p * r2
         outside = a2 > LIMIT * LIMIT
@@ -114,10 +114,8 @@ def _radial_map_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # one program: ROWS rows
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    at, inside = row * width + column, (row < rows) & (column < width)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    _, at, inside = row_tile(rows, width, ROWS, BLOCK)
+    x = load_rows(x_ptr, at, inside)
     t, _, _ = _stretch(tl.sum(x * x, 1, keep_dims=True), tl.load(parameter_ptr), LIMIT, KIND)
     tl.store(y_ptr + at, (t * x).to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -135,72 +133,25 @@ def _radial_map_bwd_kernel(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WANT_X: tl.constexpr,
-    WANT_P: tl.constexpr,
 ):  # one program: ROWS rows and their sum of the parameter's gradient
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    at, inside = row * width + column, (row < rows) & (column < width)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    _, at, inside = row_tile(rows, width, ROWS, BLOCK)
+    x = load_rows(x_ptr, at, inside)
+    g = load_rows(dy_ptr, at, inside)
     p = tl.load(parameter_ptr)
     gx = tl.sum(g * x, 1, keep_dims=True)
     t, q, inverse = _stretch(tl.sum(x * x, 1, keep_dims=True), p, LIMIT, KIND)
     radial = gx * inverse  # G . x^
-    if WANT_X:
+    if dx_ptr is not None:
         tl.store(dx_ptr + at, (t * g + q * radial * inverse * x).to(dx_ptr.dtype.element_ty), mask=inside)
-    if WANT_P:
+    if dp_ptr is not None:
         dp = radial if KIND == "sphere" else gx * (q / (2.0 * p))
         tl.store(dp_ptr + tl.program_id(0), tl.sum(dp))
 
 
 READ = "not measured; compiled ahead of time at D = 1,024: at most 40 registers forward, 64 backward, no spills"
 
-LAUNCH = {
-    INTERPRETER: Launch({"TILE": 128}),
-    80: Launch({"TILE": 2048}, source=READ),
-    90: Launch({"TILE": 2048}, source=READ),
-    100: Launch({"TILE": 2048}, source=READ),
-}
-
-
-class _RadialMap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, kind: Kind) -> Tensor:
-        ctx.save_for_backward(x, parameter)
-        ctx.kind, ctx.limit = kind, A_MAX if kind == "log0" else ball_limit(x.dtype)
-        y = torch.empty_like(x)
-        cut = tiles(LAUNCH, x)
-        if cut.rows:
-            _radial_map_fwd_kernel[(cut.programs,)](
-                x, parameter, y, cut.rows, cut.width, LIMIT=ctx.limit, KIND=kind, **cut.options
-            )
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, parameter = ctx.saved_tensors
-        want_x, want_p = ctx.needs_input_grad[:2]
-        cut = tiles(LAUNCH, x)
-        dx = torch.empty_like(x) if want_x else None
-        dp = torch.empty(cut.programs, dtype=torch.float32, device=x.device) if want_p else None
-        if cut.rows:
-            _radial_map_bwd_kernel[(cut.programs,)](
-                x,
-                parameter,
-                dy.contiguous(),
-                dx,
-                dp,
-                cut.rows,
-                cut.width,
-                LIMIT=ctx.limit,
-                KIND=ctx.kind,
-                WANT_X=want_x,
-                WANT_P=want_p,
-                **cut.options,
-            )
-        return dx, None if dp is None else dp.sum(), None
+LAUNCH = {INTERPRETER: Launch({"TILE": 128}), **dict.fromkeys((80, 90, 100), Launch({"TILE": 2048}, source=READ))}
+KERNELS = RowMap(_radial_map_fwd_kernel, _radial_map_bwd_kernel, LAUNCH)
 
 
 def radial_map(x: Tensor, parameter: Tensor | float, kind: Kind, *, impl: Impl = "auto") -> Tensor:
@@ -224,9 +175,7 @@ def radial_map(x: Tensor, parameter: Tensor | float, kind: Kind, *, impl: Impl =
     """
     if kind not in KINDS:
         refuse("radial_map", "kind", f"must be one of {', '.join(KINDS)}", repr(kind))
-    check_rows("radial_map", "x", x)
-    name = "kappa" if kind == "sphere" else "c"
-    p = scalar("radial_map", name, parameter, x, positive=kind != "sphere")
+    p = check_map("radial_map", "kappa" if kind == "sphere" else "c", parameter, x)
     if not use_triton("radial_map", impl, x):
         return radial_map_reference(x, p, kind)
-    return _RadialMap.apply(x, p, kind)
+    return apply_map(KERNELS, p, x, KIND=kind, LIMIT=ball_limit(x.dtype))

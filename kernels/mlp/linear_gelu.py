@@ -23,21 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.launch import Impl, check_tensor, refuse, use_triton
-from armillary.kernels.mlp.down_gradient import down_gradient, down_gradient_reference
-from armillary.kernels.mlp.up_projection import Activation, up_projection, up_projection_reference
+from armillary.kernels.launch import Impl, check_tensor, refuse, untraced, use_triton
+from armillary.kernels.mlp.down_gradient import down_gradient
+from armillary.kernels.mlp.up_projection import Activation, up_projection
 
-__all__ = [
-    "Approximate",
-    "down_gradient",
-    "down_gradient_reference",
-    "gelu_linear",
-    "gelu_linear_reference",
-    "linear_gelu",
-    "linear_gelu_reference",
-    "up_projection",
-    "up_projection_reference",
-]
+__all__ = ["Approximate", "gelu_linear", "gelu_linear_reference", "linear_gelu", "linear_gelu_reference"]
 
 Approximate = Literal["none", "tanh"]
 _ACTIVATION: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -129,7 +119,7 @@ def _up(
     return (None if z is None else z.squeeze(1)), a.squeeze(1)
 
 
-@torch.compiler.disable
+@untraced
 def _linear_gelu_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
 ) -> tuple[Tensor | None, Tensor]:
@@ -138,7 +128,7 @@ def _linear_gelu_triton(
     return _up(x, weight, bias, activation, save_z=False)
 
 
-@torch.compiler.disable
+@untraced
 def _gelu_linear_triton(z: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     return _GeluLinear.apply(z, a, weight, bias, activation)
 

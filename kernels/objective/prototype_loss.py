@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.launch import Impl
+from armillary.kernels.launch import Impl, untraced
 from armillary.kernels.objective.prototype_rows import Scratch, prototype_rows_
 
 __all__ = ["Term", "prototype_loss", "prototype_loss_reference"]
@@ -53,7 +53,7 @@ class Term:
     bias: Tensor | None = None
 
 
-@torch.compiler.disable
+@untraced
 def prototype_loss(
     terms: Sequence[Term],
     prototypes: Tensor,
@@ -85,14 +85,8 @@ def prototype_loss(
     """
     _check(terms, prototypes, teacher_prototypes, student_temperature, teacher_temperature, chunk_rows)
     total, *losses = _PrototypeLoss.apply(
-        prototypes,
-        teacher_prototypes,
-        tuple(terms),
-        1 / student_temperature,
-        1 / teacher_temperature,
-        chunk_rows,
-        impl,
-        *(term.student for term in terms),
+        *(prototypes, teacher_prototypes, tuple(terms), 1 / student_temperature, 1 / teacher_temperature),
+        *(chunk_rows, impl, *(term.student for term in terms)),
     )
     return total, losses
 

@@ -216,12 +216,8 @@ def prototype_rows_(
     if bias is not None:
         check_tensor(name, "bias", bias, [columns], like=x)
     if weight.shape != (students, samples) or weight.dtype != wide or weight.device != x.device:
-        refuse(
-            name,
-            "weight",
-            f"must be {wide} {[students, samples]} on {x.device}",
-            f"{weight.dtype} {list(weight.shape)} on {weight.device}",
-        )
+        rule = f"must be {wide} {[students, samples]} on {x.device}"
+        refuse(name, "weight", rule, f"{weight.dtype} {list(weight.shape)} on {weight.device}")
     if not use_triton(name, impl, x):
         return prototype_rows_reference(x, y, factors, bias, weight, scale=scale, gradient=gradient, scratch=scratch)
     if bias is not None:
@@ -231,18 +227,8 @@ def prototype_rows_(
         rows = row_logsumexp(y.view(-1, columns), bias, impl=impl)
         row = settings(LAUNCH, x)
         _prototype_rows_kernel[(students * samples,)](
-            x,
-            y,
-            bias,
-            rows,
-            _on_device(tuple(map(tuple, factors)), x.device),
-            weight,
-            loss,
-            *weight.stride(),
-            students,
-            samples,
-            columns,
-            scale,
+            *(x, y, bias, rows, _on_device(tuple(map(tuple, factors)), x.device), weight, loss),
+            *(*weight.stride(), students, samples, columns, scale),
             TEACHERS=len(y),
             GRADIENT=gradient,
             **row.blocks,

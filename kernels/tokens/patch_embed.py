@@ -25,13 +25,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
+from armillary.kernels.launch import (
+    FLOATS,
+    Impl,
+    check_tensor,
+    refuse,
+    untraced,
+    use_triton,
+)
+from armillary.kernels.tokens.patch_embed_backward import launch_im2col, launch_sums
+from armillary.kernels.tokens.patch_embed_forward import Pixels, launch_forward
 
-__all__ = ["LAUNCH", "embed_crops", "embed_crops_reference", "patch_embed"]
+__all__ = ["embed_crops", "embed_crops_reference", "patch_embed"]
 
 
 def embed_crops_reference(
@@ -73,315 +80,6 @@ def embed_crops_reference(
     return torch.cat(packed) if len(packed) > 1 else packed[0]
 
 
-@triton.jit
-def _load_pixels(
-    image_ptr,
-    mean_ptr,
-    inv_std_ptr,
-    crop,  # int32 [M], of each row
-    patch,  # int32 [M]
-    wanted,  # bool [M]; 0 elsewhere
-    k,  # int32 [STEP], places in a patch
-    patches,
-    columns,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    NORMALISE: tl.constexpr,
-):
-    """Normalised pixels [M, STEP] in float32.
-
-    The offsets are written so that the compiler sees which pixels lie together, and loads 4 of them at a time for a
-    patch of 4 n pixels: it does not see it through `k % (P * P) // P`.
-    """
-    plane = patches * (P * P)
-    base = crop.to(tl.int64) * (C * plane) + (patch // columns * columns * P + patch % columns) * P
-    channel = k // (P * P)
-    offset = channel * plane + (k // P - channel * P) * (columns * P) + k % P
-    inside = k < C * P * P
-    valid = wanted[:, None] & inside[None, :]
-    x = tl.load(image_ptr + base[:, None] + offset[None, :], mask=valid, other=0.0).to(tl.float32)
-    if NORMALISE:
-        mean = tl.load(mean_ptr + channel, mask=inside, other=0.0)
-        inv_std = tl.load(inv_std_ptr + channel, mask=inside, other=0.0)
-        x = tl.where(valid, (x - mean[None, :]) * inv_std[None, :], 0.0)
-    return x
-
-
-@triton.jit
-def _patch_embed_fwd_kernel(
-    image_ptr,  # [N, C, h P, w P]
-    weight_ptr,  # [D, K]
-    bias_ptr,  # [D]
-    position_ptr,  # [1 + T, D]
-    cls_ptr,  # [D]
-    registers_ptr,  # [R, D]
-    mask_ptr,  # uint8 [N, T]
-    mask_token_ptr,  # [D]
-    mean_ptr,  # float32 [C]
-    inv_std_ptr,  # float32 [C]
-    out_ptr,  # [N (1 + R + T), D]
-    rows,  # N (1 + R + T)
-    patches,  # T
-    columns,  # w
-    dim,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    REGISTERS: tl.constexpr,
-    MASKED: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEP: tl.constexpr,
-):  # one program: TOKENS x WIDTH of the output; neighbours share their pixels
-    tiles = tl.cdiv(dim, WIDTH)
-    row = tl.program_id(0) // tiles * TOKENS + tl.arange(0, TOKENS)
-    column = tl.program_id(0) % tiles * WIDTH + tl.arange(0, WIDTH)
-    crop, token = row // (1 + REGISTERS + patches), row % (1 + REGISTERS + patches)
-    patch = token - (1 + REGISTERS)
-    wanted = (row < rows) & (patch >= 0)
-    inside = column < dim
-    dtype = weight_ptr.dtype.element_ty
-
-    # Every token is `rest` + W x with x = 0 but for visible patches, so `rest` is where the product starts from.
-    rest = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if MASKED:
-        at = crop.to(tl.int64) * patches + patch
-        masked = tl.load(mask_ptr + at, mask=wanted, other=0) != 0
-        mask_token = tl.load(mask_token_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        rest = tl.where(masked[:, None], mask_token[None, :], rest)
-        wanted = wanted & (masked == 0)
-    cls = tl.load(cls_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    rest = tl.where((token == 0)[:, None], cls[None, :], rest)
-    if REGISTERS > 0:
-        is_register = (token > 0) & (patch < 0)
-        at = (token - 1)[:, None] * dim + column[None, :]
-        register = tl.load(registers_ptr + at, mask=is_register[:, None] & inside[None, :], other=0.0)
-        rest = tl.where(is_register[:, None], register.to(tl.float32), rest)
-    placed = (row < rows) & ((token == 0) | (patch >= 0))
-    at = tl.where(token == 0, 0, patch + 1)[:, None] * dim + column[None, :]
-    acc = rest + tl.load(position_ptr + at, mask=placed[:, None] & inside[None, :], other=0.0).to(tl.float32)
-
-    K: tl.constexpr = C * P * P
-    for start in range(0, K, STEP):
-        k = start + tl.arange(0, STEP)
-        x = _load_pixels(image_ptr, mean_ptr, inv_std_ptr, crop, patch, wanted, k, patches, columns, C, P, NORMALISE)
-        w = tl.load(weight_ptr + column[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
-        acc = tl.dot(x.to(dtype), tl.trans(w), acc, input_precision="tf32x3")
-    at = row.to(tl.int64)[:, None] * dim + column[None, :]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & inside[None, :])
-
-
-@triton.jit
-def _im2col_kernel(
-    image_ptr,
-    mask_ptr,
-    mean_ptr,
-    inv_std_ptr,
-    out_ptr,  # [N (1 + R + T), K]
-    rows,
-    patches,
-    columns,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    REGISTERS: tl.constexpr,
-    MASKED: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-):  # one program: ROWS x STEP of the output
-    K: tl.constexpr = C * P * P
-    tiles: tl.constexpr = (K + STEP - 1) // STEP
-    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
-    k = tl.program_id(0) % tiles * STEP + tl.arange(0, STEP)
-    crop = row // (1 + REGISTERS + patches)
-    patch = row % (1 + REGISTERS + patches) - (1 + REGISTERS)
-    wanted = (row < rows) & (patch >= 0)
-    if MASKED:
-        wanted &= tl.load(mask_ptr + crop.to(tl.int64) * patches + patch, mask=wanted, other=1) == 0
-    x = _load_pixels(image_ptr, mean_ptr, inv_std_ptr, crop, patch, wanted, k, patches, columns, C, P, NORMALISE)
-    at = row.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (k < K)[None, :])
-
-
-@triton.jit
-def _patch_embed_bwd_kernel(
-    grad_ptr,  # [N, L, D]
-    mask_ptr,  # uint8 [N, T]
-    sums_ptr,  # float32 [S, 1 or 2, L, D]: of the tokens that are not masked, and of those that are
-    crops,
-    length,  # L = 1 + R + T
-    dim,
-    REGISTERS: tl.constexpr,
-    MASKED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    CROPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # one program: one token, WIDTH columns, SPLIT crops
-    tiles = tl.cdiv(dim, WIDTH)
-    column = tl.program_id(0) % tiles * WIDTH + tl.arange(0, WIDTH)
-    token = tl.program_id(0) // tiles % length
-    split = tl.program_id(0) // tiles // length
-    inside = column < dim
-    patch = token - (1 + REGISTERS)
-    shown = tl.zeros([CROPS, WIDTH], tl.float32)
-    hidden = tl.zeros([CROPS, WIDTH], tl.float32)
-    for start in range(0, SPLIT, CROPS):
-        crop = split * SPLIT + start + tl.arange(0, CROPS)
-        at = (crop.to(tl.int64) * length + token)[:, None] * dim + column[None, :]
-        valid = (crop < crops)[:, None] & inside[None, :]
-        g = tl.load(grad_ptr + at, mask=valid, other=0.0).to(tl.float32)
-        if MASKED:
-            at = crop.to(tl.int64) * (length - 1 - REGISTERS) + patch
-            masked = (tl.load(mask_ptr + at, mask=(crop < crops) & (patch >= 0), other=0) != 0)[:, None]
-            hidden += tl.where(masked, g, 0.0)
-            g = tl.where(masked, 0.0, g)
-        shown += g
-    sums = sums_ptr + (split.to(tl.int64) * (1 + MASKED) * length + token) * dim + column
-    tl.store(sums, tl.sum(shown, 0), mask=inside)
-    if MASKED:
-        tl.store(sums + length * dim, tl.sum(hidden, 0), mask=inside)
-
-
-# The forward kernel, for half precision and for float32 weights. Registers are those of masked crops of 3 bands; more
-# bands, other patches and registers take up to 193. It spills where D is no multiple of 16.
-LAUNCH = {
-    INTERPRETER: Launch({"TOKENS": 16, "WIDTH": 16, "STEP": 16}),
-    80: Launch({"TOKENS": 128, "WIDTH": 128, "STEP": 16}, 8, 4, "not measured; compiled: 128 registers, no spills"),
-    90: Launch({"TOKENS": 128, "WIDTH": 128, "STEP": 32}, 8, 3, "not measured; compiled: 134 registers, no spills"),
-    100: Launch({"TOKENS": 128, "WIDTH": 128, "STEP": 32}, 8, 3, "not measured; compiled: 153 registers, no spills"),
-}
-LAUNCH_FLOAT32 = {
-    INTERPRETER: Launch({"TOKENS": 16, "WIDTH": 16, "STEP": 16}),
-    80: Launch({"TOKENS": 64, "WIDTH": 64, "STEP": 16}, 4, 3, "not measured; compiled: 127 registers, no spills"),
-    90: Launch({"TOKENS": 64, "WIDTH": 64, "STEP": 16}, 4, 3, "not measured; compiled: 124 registers, no spills"),
-    100: Launch({"TOKENS": 64, "WIDTH": 64, "STEP": 16}, 4, 3, "not measured; compiled: 123 registers, no spills"),
-}
-LAUNCH_IM2COL = {
-    INTERPRETER: Launch({"ROWS": 16, "STEP": 32}),
-    80: Launch({"ROWS": 32, "STEP": 128}, 4, 1, "not measured; compiled: at most 54 registers, no spills"),
-}
-LAUNCH_SUMS = {
-    INTERPRETER: Launch({"SPLIT": 4, "CROPS": 2, "WIDTH": 16}),
-    80: Launch(
-        {"SPLIT": 64, "CROPS": 8, "WIDTH": 256}, 4, 1, "not measured; compiled: at most 64 registers, no spills"
-    ),
-}
-
-
-class _Pixels(NamedTuple):
-    """What forms the patches of one group of crops."""
-
-    image: Tensor
-    mask: Tensor | None  # uint8
-    mean: Tensor | None
-    inv_std: Tensor | None
-    patch: int
-    registers: int
-
-    @property
-    def patches(self) -> int:
-        return self.image.shape[2] * self.image.shape[3] // self.patch**2
-
-    @property
-    def length(self) -> int:
-        return 1 + self.registers + self.patches
-
-    @property
-    def rows(self) -> int:
-        return len(self.image) * self.length
-
-    def constants(self) -> dict[str, int | bool]:
-        """Compile-time arguments of both kernels that read pixels."""
-        return {
-            "C": self.image.shape[1],
-            "P": self.patch,
-            "REGISTERS": self.registers,
-            "MASKED": self.mask is not None,
-            "NORMALISE": self.mean is not None,
-        }
-
-
-def _launch_forward(
-    group: _Pixels,
-    weight: Tensor,
-    bias: Tensor,
-    position: Tensor,
-    cls: Tensor,
-    registers: Tensor | None,
-    mask_token: Tensor | None,
-    out: Tensor,
-) -> None:
-    row = settings(LAUNCH_FLOAT32 if weight.dtype == torch.float32 else LAUNCH, weight)
-    tiles = triton.cdiv(group.rows, row.blocks["TOKENS"]) * triton.cdiv(len(bias), row.blocks["WIDTH"])
-    if tiles:
-        _patch_embed_fwd_kernel[(tiles,)](
-            group.image,
-            weight,
-            bias,
-            position,
-            cls,
-            registers,
-            group.mask,
-            mask_token,
-            group.mean,
-            group.inv_std,
-            out,
-            group.rows,
-            group.patches,
-            group.image.shape[3] // group.patch,
-            len(bias),
-            **group.constants(),
-            **row.blocks,
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-        )
-
-
-def _launch_im2col(group: _Pixels, out: Tensor) -> None:
-    row = settings(LAUNCH_IM2COL, out)
-    tiles = triton.cdiv(group.rows, row.blocks["ROWS"]) * triton.cdiv(out.shape[1], row.blocks["STEP"])
-    if tiles:
-        _im2col_kernel[(tiles,)](
-            group.image,
-            group.mask,
-            group.mean,
-            group.inv_std,
-            out,
-            group.rows,
-            group.patches,
-            group.image.shape[3] // group.patch,
-            **group.constants(),
-            **row.blocks,
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-        )
-
-
-def _launch_sums(group: _Pixels, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Sums over crops of the tokens' gradient, [L, D] float32: of visible tokens and of masked ones."""
-    row = settings(LAUNCH_SUMS, grad)
-    crops, length, dim = len(group.image), group.length, grad.shape[1]
-    masked = group.mask is not None
-    splits = triton.cdiv(crops, row.blocks["SPLIT"])
-    sums = torch.empty(splits, 1 + masked, length, dim, device=grad.device)
-    if splits:
-        _patch_embed_bwd_kernel[(splits * length * triton.cdiv(dim, row.blocks["WIDTH"]),)](
-            grad,
-            group.mask,
-            sums,
-            crops,
-            length,
-            dim,
-            REGISTERS=group.registers,
-            MASKED=masked,
-            **row.blocks,
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-        )
-    total = sums.sum(0)
-    return total[0], total[1] if masked else None
-
-
 class _EmbedCrops(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -405,7 +103,7 @@ class _EmbedCrops(torch.autograd.Function):
         rows = [g.rows for g in groups]
         out = torch.empty(sum(rows), len(weight), dtype=weight.dtype, device=weight.device)
         for group, position, part in zip(groups, positions, out.split(rows), strict=True):
-            _launch_forward(group, weight, bias, position, cls, registers, mask_token, part)
+            launch_forward(group, weight, bias, position, cls, registers, mask_token, part)
         return out
 
     @staticmethod
@@ -419,12 +117,12 @@ class _EmbedCrops(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             pixels = torch.empty(len(grad), ctx.weight_shape[1:].numel(), dtype=grad.dtype, device=grad.device)
             for group, part in zip(groups, pixels.split(rows), strict=True):
-                _launch_im2col(group, part)
+                launch_im2col(group, part)
             d_weight = (grad.T @ pixels).view(ctx.weight_shape)
         if any(ctx.needs_input_grad[4:]):
             biases, heads = [], []
             for index, (group, part) in enumerate(zip(groups, grad.split(rows), strict=True)):
-                shown, hidden = _launch_sums(group, part)
+                shown, hidden = launch_sums(group, part)
                 biases.append(shown[skip:].sum(0))
                 if hidden is not None:
                     d_mask_token = hidden[skip:].sum(0).to(grad.dtype)
@@ -441,10 +139,10 @@ class _EmbedCrops(torch.autograd.Function):
 
 def _groups(
     ctx: Any, mask: Tensor | None, mean: Tensor | None, inv_std: Tensor | None, *images: Tensor
-) -> list[_Pixels]:
+) -> list[Pixels]:
     masks = [mask, *[None] * (len(images) - 1)]
     patch = ctx.weight_shape[-1]
-    return [_Pixels(x, m, mean, inv_std, patch, ctx.registers) for x, m in zip(images, masks, strict=True)]
+    return [Pixels(x, m, mean, inv_std, patch, ctx.registers) for x, m in zip(images, masks, strict=True)]
 
 
 class _Arguments(NamedTuple):
@@ -512,7 +210,7 @@ def embed_crops(
     return _triton(arguments)
 
 
-@torch.compiler.disable
+@untraced
 def _triton(a: _Arguments) -> Tensor:
     device = a.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.weight.dtype

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from armillary.kernels.launch import IMPLS, Impl
+from armillary.kernels.launch import IMPLS, Impl, untraced
 from armillary.kernels.tokens.attention import BACKENDS
 from armillary.models.astroclip.cross_attention import MLP, AlignmentHead, CrossAttention
 from armillary.models.astroclip.info_nce import Contrast, info_nce
@@ -203,7 +203,7 @@ class AstroCLIPMethod(Method):
         terms = {"image_to_spectrum": found.a_to_b.detach(), "spectrum_to_image": found.b_to_a.detach()}
         return Losses(found.a_to_b + found.b_to_a, terms)
 
-    @torch.compiler.disable
+    @untraced
     def _note(self, found: Contrast, cached: bool) -> None:
         hits = torch.stack([found.a_hits, found.b_hits])
         self._hits = hits if self._hits is None else self._hits + hits

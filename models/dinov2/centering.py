@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from armillary.kernels.launch import Impl, use_triton
+from armillary.kernels.launch import Impl, untraced, use_triton
 from armillary.kernels.objective.logsumexp import column_logsumexp_, row_logsumexp
 
 __all__ = ["SoftmaxCentre", "sinkhorn_bias"]
@@ -57,7 +57,7 @@ class SoftmaxCentre(nn.Module):
         """[V] float32 bias of this step's targets; a copy, so that the update below does not reach into it."""
         return self.center / -temperature
 
-    @torch.compiler.disable
+    @untraced
     @torch.no_grad()
     def start_update(self, features: Tensor, prototypes: Tensor) -> Callable[[], None]:
         """Begin the update with a batch's mean logit; the all-reduce runs while the step goes on.
@@ -88,7 +88,7 @@ class SoftmaxCentre(nn.Module):
         return finish
 
 
-@torch.compiler.disable
+@untraced
 @torch.no_grad()
 def sinkhorn_bias(
     features: Tensor,

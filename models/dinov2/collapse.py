@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from armillary.kernels.launch import untraced
+
 __all__ = ["MIN_EFFECTIVE_RANK", "CollapseMonitor", "effective_rank", "least_prototypes", "perplexity"]
 
 MIN_EFFECTIVE_RANK = 5.0
@@ -75,7 +77,7 @@ class CollapseMonitor:
         self._steps = 0
         self._was_good: set[str] = set()
 
-    @torch.compiler.disable
+    @untraced
     @torch.no_grad()
     def update(self, features: Tensor, projected: Tensor, prototypes: Tensor, temperature: float) -> None:
         """Take in a step.

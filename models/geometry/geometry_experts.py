@@ -239,17 +239,14 @@ class GeometryExperts(nn.Module):
             ValueError: A tensor is missing, too many, or of the wrong shape. Nothing has been copied then.
         """
         gated = self.config.body == "swiglu"
+        names = ("gate_proj", "up_proj", "down_proj") if gated else ("fc1", "fc2")
+        tensors = {"weight": (self.up_weight, self.down_weight), "bias": (self.up_bias, self.down_bias)}
         targets = {
-            ("gate_proj" if gated else "fc1") + ".weight": self.up_weight[0, 0] if gated else self.up_weight[0],
-            ("down_proj" if gated else "fc2") + ".weight": self.down_weight[0],
+            f"{name}.{kind}": target
+            for kind, (up, down) in tensors.items()
+            if up is not None and down is not None
+            for name, target in zip(names, (*(up[0] if gated else up[:1]), down[0]), strict=True)
         }
-        if gated:
-            targets["up_proj.weight"] = self.up_weight[0, 1]
-        if self.up_bias is not None and self.down_bias is not None:
-            targets[("gate_proj" if gated else "fc1") + ".bias"] = self.up_bias[0, 0] if gated else self.up_bias[0]
-            targets[("down_proj" if gated else "fc2") + ".bias"] = self.down_bias[0]
-            if gated:
-                targets["up_proj.bias"] = self.up_bias[0, 1]
         if set(state) != set(targets):
             raise ValueError(f"load_mlp: state must have {', '.join(sorted(targets))}, got {', '.join(sorted(state))}")
         for name, target in targets.items():

@@ -15,8 +15,8 @@ Example:
     loss = distance(z, exp0(target, c), c).mean()
 
 Every function takes rows in the last dimension (D <= 8,192) under any leading shape, in float32, bfloat16, float16 or
-float64; tensors that are not contiguous are copied. c is a positive number or a 0-d float32 or float64 tensor
-(differentiable). `impl` is "auto", "reference" or "triton". Bad input raises ValueError.
+float64, and returns rows unless it says otherwise; tensors that are not contiguous are copied. c > 0 and kappa are
+numbers or 0-d float32 or float64 tensors (differentiable). `impl` is "auto", "reference" or "triton". Bad input raises ValueError.
 """
 
 from __future__ import annotations
@@ -35,89 +35,36 @@ __all__ = ["Curvature", "distance", "exp0", "log0", "mobius_add", "project", "sp
 
 
 def exp0(u: Tensor, c: Tensor | float, *, impl: Impl = "auto") -> Tensor:
-    """Exponential map at 0: the point of the ball reached from 0 by the tangent vector u.
-
-    Args:
-        u: [..., D].
-        c: Curvature -c.
-        impl: Implementation.
-
-    Returns:
-        [..., D], tanh(sqrt(c) |u|) / (sqrt(c) |u|) u.
-    """
+    """Exponential map at 0, the point reached by the tangent vector u: tanh(sqrt(c) |u|) / (sqrt(c) |u|) u."""
     return radial_map(u.contiguous(), c, "exp0", impl=impl)
 
 
 def log0(x: Tensor, c: Tensor | float, *, impl: Impl = "auto") -> Tensor:
-    """Logarithm at 0, the inverse of `exp0`: the tangent vector that leads to x; points outside the ball as if projected.
-
-    Args:
-        x: [..., D].
-        c: Curvature -c.
-        impl: Implementation.
-
-    Returns:
-        [..., D], artanh(sqrt(c) |x|) / (sqrt(c) |x|) x.
-    """
+    """Logarithm at 0, the inverse of `exp0`: the tangent vector that leads to x; points outside the ball as if projected."""
     return radial_map(x.contiguous(), c, "log0", impl=impl)
 
 
 def project(x: Tensor, c: Tensor | float, *, impl: Impl = "auto") -> Tensor:
     """Pull rows outside the ball onto its rim, as near to the boundary as x's dtype can tell; leave the others alone.
 
-    Args:
-        x: [..., D].
-        c: Curvature -c.
-        impl: Implementation.
-
-    Returns:
-        [..., D] with sqrt(c) |x| <= 1 - 2^-16 (float32), 1 - 2^-10 (float16), 1 - 2^-7 (bfloat16), before rounding.
+    Before rounding, sqrt(c) |x| <= 1 - 2^-16 (float32), 1 - 2^-10 (float16), 1 - 2^-7 (bfloat16).
     """
     return radial_map(x.contiguous(), c, "project", impl=impl)
 
 
 def sphere_normalise(x: Tensor, kappa: Tensor | float, *, impl: Impl = "auto") -> Tensor:
-    """Normalise rows to a sphere.
-
-    Args:
-        x: [..., D].
-        kappa: Radius; a number or a 0-d float32 or float64 tensor (differentiable).
-        impl: Implementation.
-
-    Returns:
-        [..., D], kappa x / |x|; 0 with gradient 0 for |x| < 1e-15.
-    """
+    """Normalise rows to the sphere of radius kappa: kappa x / |x|; 0 with gradient 0 for |x| < 1e-15."""
     return radial_map(x.contiguous(), kappa, "sphere", impl=impl)
 
 
 def mobius_add(x: Tensor, y: Tensor, c: Tensor | float, *, impl: Impl = "auto") -> Tensor:
-    """Moebius addition: y translated by x.
-
-    Args:
-        x: [..., D].
-        y: [..., D]; leading shapes are broadcast.
-        c: Curvature -c.
-        impl: Implementation.
-
-    Returns:
-        [..., D], x (+) y.
-    """
+    """Moebius addition x (+) y: y translated by x; leading shapes are broadcast."""
     x, y = torch.broadcast_tensors(x, y)
     return _mobius_add(x.contiguous(), y.contiguous(), c, impl=impl)
 
 
 def distance(x: Tensor, y: Tensor, c: Tensor | float, *, impl: Impl = "auto") -> Tensor:
-    """Geodesic distance.
-
-    Args:
-        x: [..., D].
-        y: [..., D]; leading shapes are broadcast.
-        c: Curvature -c.
-        impl: Implementation.
-
-    Returns:
-        [...], (2 / sqrt(c)) artanh(sqrt(c) |(-x) (+) y|); gradient 0 where x = y.
-    """
+    """Geodesic distance [...], (2 / sqrt(c)) artanh(sqrt(c) |(-x) (+) y|); gradient 0 where x = y; shapes are broadcast."""
     x, y = torch.broadcast_tensors(x, y)
     return poincare_distance(x.contiguous(), y.contiguous(), c, impl=impl)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from armillary.kernels.tokens.window_embed import MIN_STD
+from armillary.kernels.tokens.window_embed_kernels import MIN_STD
 from armillary.models.specformer.specformer import SpecFormer, SpectrumTransformer, fill_missing
 
 __all__ = ["Filled", "fill_hidden"]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from armillary.kernels.launch import IMPLS, Impl
+from armillary.kernels.launch import IMPLS, Impl, untraced
 from armillary.kernels.tokens.attention import BACKENDS, PackedSequences
 from armillary.models.vit.patch_embed import PatchEmbed
 from armillary.models.vit.residual_stream import ResidualNorm, Stream, materialise
@@ -292,7 +292,7 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
         return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
-    @torch.compiler.disable
+    @untraced
     def _plan(self, runs: Runs, device: torch.device) -> tuple[PackedSequences, list[Drop]]:
         """PackedSequences of the packed tokens, and which samples run each block's two branches."""
         layout, depth = PackedSequences.from_runs(runs, device), self.config.depth
@@ -301,7 +301,7 @@ class VisionTransformer(nn.Module):
         subsets = draw_subsets(runs, self.config.drop_path, 2 * depth, device)
         return layout, list(zip(subsets[::2], subsets[1::2], strict=True))
 
-    @torch.compiler.disable
+    @untraced
     def _selected(self, runs: Runs, select: Tensor) -> TokenSelection:
         """Indices of the last block's tokens, made on the device without waiting for it."""
         device = select.device

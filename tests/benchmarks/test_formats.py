@@ -3,6 +3,7 @@
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ def formats():
     pytest.importorskip("imagecodecs", reason="imagecodecs is in the dev extra")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
+        import format_kinds
+        import format_pieces
         import formats
 
-        yield formats
-        for name in ("formats", "loader", "common"):
+        yield SimpleNamespace(**(vars(format_kinds) | vars(format_pieces) | vars(formats)))
+        for name in ("formats", "format_kinds", "format_pieces", "loader", "common"):
             sys.modules.pop(name, None)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "gpu.py"
+SCRIPT = ROOT / "benchmarks" / "gpu"
 MEASURED = ("_ms", "_mib", "_percent", "_gb_s", "_tflop_s", "ms_per_image", "seconds")
 
 
@@ -71,7 +71,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path):
     hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a)"
     (tmp_path / "sitecustomize.py").write_text(hide)
     ran = run("--device", "cpu", "--smoke", "--out", str(tmp_path), PYTHONPATH=str(tmp_path))
-    assert ran.returncode == 1 and "gpu.py needs triton" in ran.stderr and "-m pip install triton" in ran.stderr
+    assert ran.returncode == 1 and "benchmarks/gpu needs triton" in ran.stderr and "-m pip install triton" in ran.stderr
 
 
 STUB = """
@@ -93,7 +93,7 @@ STUB = """
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     """`gpu_run` with a child that does what a job's name says."""
-    import gpu_run
+    from gpu import run as gpu_run
 
     (tmp_path / "stub_of_work.py").write_text(textwrap.dedent(STUB))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -128,8 +128,8 @@ def test_what_the_budget_does_not_reach_is_listed(stub, tmp_path, monkeypatch):
 
 
 def test_jobs_come_by_importance():
-    from gpu_job import Job
-    from gpu_run import order
+    from gpu.run import order
+    from gpu.work import Job
 
     jobs = {name: [Job("case", name, index=i) for i in range(2)] for name in ("a", "b", "c")}
     got = [(job.operation, job.index, job.variant) for job in order(jobs)]
@@ -150,7 +150,7 @@ def problem():
 
 
 def test_right_results_pass(problem):
-    from gpu_check import check
+    from gpu.measure import check
 
     checked = check(problem)
     assert checked.ours < 3e-7 and checked.oracle == "float64"
@@ -169,7 +169,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_results_are_named(problem, name):
-    from gpu_check import Wrong, check
+    from gpu.measure import Wrong, check
 
     ours, what = WRONG[name]
     with pytest.raises(Wrong, match=what):
@@ -177,7 +177,7 @@ def test_wrong_results_are_named(problem, name):
 
 
 def test_what_eager_gets_wrong_is_no_excuse(problem):
-    from gpu_check import Wrong, check
+    from gpu.measure import Wrong, check
 
     nan = lambda x, scale: x.square() * scale + (torch.nan if x.dtype == torch.float32 else 0.0)  # noqa: E731
     with pytest.raises(Wrong):
@@ -186,7 +186,7 @@ def test_what_eager_gets_wrong_is_no_excuse(problem):
 
 def test_launch_settings_are_searched_and_put_back():
     from cases import load
-    from gpu_tune import candidates, tables_of, tune_rows
+    from gpu.tune import candidates, tables_of, tune_rows
 
     from armillary.kernels.launch import Launch
 
@@ -233,7 +233,7 @@ def device_of_clocks(monkeypatch):
         "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 1000}),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    import gpu_timing
+    from gpu import measure as gpu_timing
 
     monkeypatch.setattr(gpu_timing, "FLUSH_BYTES", 4000)
     monkeypatch.setattr(gpu_timing, "REPEATS", (5, 10))
@@ -241,7 +241,7 @@ def device_of_clocks(monkeypatch):
 
 
 def test_passes_are_timed_apart_and_together(device_of_clocks):
-    from gpu_timing import Passes, measure
+    from gpu.measure import Passes, measure
 
     found = measure(Passes(lambda: time.sleep(0.002), lambda state: time.sleep(0.006)), device_of_clocks, seconds=0.05)
     assert found.forward.p20 >= 2e-3 and found.backward.p20 >= 6e-3 and found.whole.p20 >= 8e-3
@@ -251,7 +251,7 @@ def test_passes_are_timed_apart_and_together(device_of_clocks):
 
 
 def test_limits_are_rates(device_of_clocks):
-    from gpu_timing import device_limits
+    from gpu.measure import device_limits
 
     limits = device_limits(device_of_clocks, copy_bytes=1 << 16, side=32)
     assert 1e6 < limits.copy < 1e13 and 1e6 < limits.gemm < 1e13
@@ -259,7 +259,7 @@ def test_limits_are_rates(device_of_clocks):
 
 def test_every_way_of_a_case_gets_a_row_and_one_that_fails_only_its_own(device_of_clocks, problem):
     from cases.case import Case
-    from gpu_worker import case_rows
+    from gpu.work import case_rows
 
     def broken(x, scale):
         raise RuntimeError("as it happens")
@@ -279,13 +279,13 @@ def test_every_way_of_a_case_gets_a_row_and_one_that_fails_only_its_own(device_o
 
 
 def test_the_step_is_timed_by_phase(device_of_clocks, monkeypatch):
-    import gpu_step
+    from gpu import work as gpu_step
     from step_methods import DINOv2Subject
 
     monkeypatch.setattr(gpu_step, "configuration", lambda variant, smoke: gpu_step.TINY)
     monkeypatch.setattr(gpu_step, "CROPS", gpu_step.TINY_INPUTS)
     tried = []
-    row_of = gpu_step._row
+    row_of = gpu_step._step_row
 
     def small(variant, device, batch, smoke):
         tried.append(batch)
@@ -293,7 +293,7 @@ def test_the_step_is_timed_by_phase(device_of_clocks, monkeypatch):
             raise torch.OutOfMemoryError
         return row_of(variant, device, 1, smoke)
 
-    monkeypatch.setattr(gpu_step, "_row", small)
+    monkeypatch.setattr(gpu_step, "_step_row", small)
     (row,) = gpu_step.step_rows("eager", device_of_clocks, False)
     assert tried == [96, 72] and row["dtype"] == "bfloat16" and row["grad_norm"] > 0
     phases = DINOv2Subject(gpu_step.TINY).phases
@@ -329,7 +329,7 @@ def rows_of_a_gpu(run: str = "1", faster: float = 1.0) -> list[dict]:
 
 
 def add(folder: Path, rows: list[dict]) -> None:
-    from gpu_run import Run
+    from gpu.run import Run
 
     run = Run("cuda", False, folder, 0.0)
     run.id = rows[0]["run"]
@@ -337,7 +337,7 @@ def add(folder: Path, rows: list[dict]) -> None:
 
 
 def test_targets_are_met_or_missed_as_the_rows_say(tmp_path):
-    from gpu_table import read_rows, targets
+    from gpu.table import read_rows, targets
 
     add(tmp_path, rows_of_a_gpu())
     got = [(t.measured, t.met) for t in targets(read_rows(tmp_path))]
@@ -356,7 +356,7 @@ def test_shares_of_the_limits(tmp_path):
 
 
 def test_the_table_holds_each_operations_latest_run(tmp_path):
-    from gpu_table import write_table
+    from gpu.table import write_table
 
     add(tmp_path, rows_of_a_gpu("1"))
     add(tmp_path, [row for row in rows_of_a_gpu("2", faster=1.25) if row["operation"] in ("limits", "geometry_ffn")])
@@ -370,7 +370,7 @@ def test_a_step_that_computes_something_else_has_failed(tmp_path):
     rows = rows_of_a_gpu()
     rows[-2]["grad_norm"] = 2.1
     add(tmp_path, rows)
-    from gpu_table import read_rows, targets, write_table
+    from gpu.table import read_rows, targets, write_table
 
     status = {row["variant"]: row["status"] for row in read(tmp_path) if row["kind"] == "step"}
     assert status["triton"].startswith("FAILED: grad_norm of the first step is 2.1") and status["compiled"] == "ok"

@@ -92,7 +92,7 @@ def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     assert [row["benchmark"] for row in rows] == [f"{method} step"] * (2 if method == "astroclip" else 1)
     printed = capsys.readouterr().out
     if method == "astroclip":
-        assert [row["features"] for row in rows] == ["recomputed", "cached float16"]
+        assert [row["tokens"] for row in rows] == ["recomputed", "cached float16"]
         assert float(rows[1]["image encoder_ms"]) == 0 < float(rows[0]["image encoder_ms"])
         assert float(rows[1]["gb_per_pair"]) > 0 and "vits recomputed over vits cached:" in printed
     else:

@@ -4,7 +4,9 @@ The same steps from the same seed, in float32 with each `impl` and in float64: o
 and of PyTorch in float32 may lie twice as far apart as those of PyTorch in float32 and in float64.
 
 On a CPU the kernels run under Triton's interpreter, whose time goes with the number of programs; so their blocks are
-large here, the models have few tokens, and DINOv2 takes fewer steps than on a GPU.
+large here, the models have few tokens, and the steps are few. More would not see more: with a learning rate that is
+1e-5 too large the losses lie 23 (experts) and 2.3 (DINOv2) times the allowed distance apart after these steps, 0.8 and
+1.6 times after 200 and 80, where the experts' loss is all but 0 and its rounding errors have grown.
 """
 
 from __future__ import annotations
@@ -29,17 +31,18 @@ from armillary.models.vit.vit import ViT
 
 pytestmark = pytest.mark.slow
 
-STEPS = {"geometry_experts": 200, "dinov2": 250 if torch.cuda.is_available() else 80}
+STEPS = {"geometry_experts": 60, "dinov2": 250 if torch.cuda.is_available() else 50}
 LAST = 20  # steps whose losses are compared: a single one may agree by luck
 FLOOR = 1e-7  # of the loss
 
 LARGE = {
     "adamw_ema": {"BLOCK": 1 << 16},
-    "tokens.patch_embed": {"TOKENS": 32, "WIDTH": 32, "STEP": 32, "ROWS": 32, "SPLIT": 2, "CROPS": 2},
+    "tokens.patch_embed_forward": {"TOKENS": 32, "WIDTH": 32, "STEP": 32},
+    "tokens.patch_embed_backward": {"ROWS": 32, "STEP": 32, "SPLIT": 2, "CROPS": 2, "WIDTH": 32},
     "mlp.up_projection": {"BM": 16, "BN": 32, "BK": 16},
     "mlp.down_gradient": {"BM": 16, "BN": 32, "BK": 16},
     "geometry.geometry_rows": {"ROWS": 32, "PROGRAMS": 1},
-    "geometry.geometry_combine": {"PROGRAMS": 1},
+    "geometry.combine_backward": {"PROGRAMS": 1},
 }
 
 

@@ -1,50 +1,73 @@
-"""The AstroCLIP recipe: presets fit the published settings and each other; the chain of three runs in real processes."""
+"""AstroCLIP: presets fit the published settings and each other; the chain of runs and every evaluation, as in the demo."""
 
-import importlib.util
 import json
 from dataclasses import replace
 
 import numpy as np
+import processes
+import pyarrow.parquet as pq
 import pytest
 import torch
-from processes import ROOT, recipe, run
+from processes import armillary, recipe, run
 
-from armillary.engine.config.run import Run
-from armillary.engine.data.building.build import build
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.simulate.pairs import SimulatedPairs
 from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
 from armillary.engine.evaluate.embedding.encoder import load_pipeline
 from armillary.engine.train.checks import problems
 from armillary.engine.weights.export import load_encoder
 from armillary.models.method import InputSpec
 
-PAIRS = 96
-
-
-def presets_of(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: value for name, value in vars(module).items() if isinstance(value, Run)}
+PAIRS = 400
+TASKS = ("search", "properties", "posterior", "morphology", "masking", "attention")
+SETS = ("AstroCLIP image", "AstroCLIP spectrum", "unaligned image", "unaligned spectrum", "photometry MLP")
+TITLES = ("What was found", "What is compared", "Filling gaps in spectra", "What the alignment looks at in spectra")
 
 
 @pytest.fixture(scope="module")
 def presets():
-    return presets_of("astroclip")
+    return processes.presets("astroclip")
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated") / "survey"
-    build(SimulatedPairs(PAIRS, seed=5), folder, name="pairs", samples_per_shard=32, test_fraction=0.25, progress=False)
+    armillary("data", "simulate", "--spectra", "--out", folder, "--count", PAIRS, "--no-progress")
     return folder
 
 
-def command(name, *arguments):
-    """Command line of a recipe's smoke preset on two ranks."""
-    found = recipe("--preset", "smoke", "--device", "cpu", "--telemetry.no-tensorboard", *arguments)
-    return [part.replace("dinov2_vitl.py", f"{name}.py") for part in found]
+@pytest.fixture(scope="module")
+def chain(pairs, tmp_path_factory):
+    """Runs of both encoders and of a network on magnitudes."""
+    folder = tmp_path_factory.mktemp("chain")
+    common = ("--data.path", pairs, "--out", folder, "--schedule.learning-rate.warmup-steps", 1)
+    small = ("--train.steps", 4, "--train.global-batch", 16, "--train.micro-batch", 8)
+    warmup = ("--schedule.teacher-temperature.warmup-steps", 2)
+    run(command("dinov2_vitl", *common, *small, *warmup, "--name", "dinov2"))
+    run(command("specformer", *common, *small, "--name", "specformer"))
+    photometry = ("--train.steps", 30, "--name", "photometry")
+    run(command("supervised", *common, *photometry, preset="smoke_photometry"))
+    return folder
+
+
+def alignment(chain, pairs, *arguments):
+    """Command line of the alignment of the chain's encoders."""
+    common = ("--data.path", pairs, "--out", chain, "--train.steps", 4, "--checkpoint.every-steps", 2)
+    batch = ("--train.global-batch", 64, "--train.micro-batch", 32, "--schedule.learning-rate.warmup-steps", 2)
+    start = ("--method.image-from", chain / "dinov2", "--method.spectrum-from", chain / "specformer")
+    return command("astroclip", *common, *batch, *start, *arguments)
+
+
+@pytest.fixture(scope="module")
+def aligned(chain, pairs):
+    """The run "astroclip" on cached tokens; how it was started."""
+    cached = ("--data.token-cache", chain / "tokens", "--data.token-cache-dtype", "float32")
+    run(alignment(chain, pairs, *cached, "--name", "astroclip"))
+    return cached
+
+
+def command(name, *arguments, preset="smoke"):
+    """Command line of a recipe's preset on two ranks."""
+    return recipe("--preset", preset, "--device", "cpu", "--telemetry.no-tensorboard", *arguments, name=name)
 
 
 def losses(folder):
@@ -75,7 +98,7 @@ def test_presets_are_the_published_settings(presets):
 @pytest.mark.parametrize("preset", ["RECIPE", "PAPER", "SMOKE"])
 def test_presets_continue_those_of_the_encoders(presets, preset):
     """Shapes and stretch of the runs they start from, and the names of these runs' folders."""
-    images, spectra = presets_of("dinov2_vitl")[preset], presets_of("specformer")[preset]
+    images, spectra = processes.presets("dinov2_vitl")[preset], processes.presets("specformer")[preset]
     alignment = presets[preset]
     assert replace(alignment.method.image, drop_path=0) == replace(images.method.vit, drop_path=0)
     assert alignment.method.spectrum == spectra.method.encoder
@@ -96,33 +119,76 @@ def test_presets_fit_simulated_pairs(presets, pairs):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_the_chain_of_three_runs(pairs, tmp_path):
+def test_the_chain_of_three_runs(chain, aligned, pairs):
     """Encoders, then their alignment: on cached tokens and without, the same again, and embedded."""
-    common = ("--data.path", pairs, "--out", tmp_path, "--train.steps", 4, "--checkpoint.every-steps", 2)
-    small = ("--train.global-batch", 16, "--train.micro-batch", 8)
-    run(command("dinov2_vitl", *common, *small, "--name", "dinov2", "--schedule.learning-rate.warmup-steps", 2))
-    run(command("specformer", *common, *small, "--name", "specformer", "--schedule.learning-rate.warmup-steps", 2))
-
-    align = (*common, "--train.global-batch", 64, "--train.micro-batch", 32, "--schedule.learning-rate.warmup-steps", 2)
-    align += ("--method.image-from", tmp_path / "dinov2", "--method.spectrum-from", tmp_path / "specformer")
-    features = ("--data.token-cache", tmp_path / "features", "--data.token-cache-dtype", "float32")
-    run(command("astroclip", *align, *features, "--name", "cached"))
-    run(command("astroclip", *align, "--data.token-cache", "None", "--name", "direct"))
-    np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "direct"), rtol=1e-4)
-    assert losses(tmp_path / "cached")[0] == pytest.approx(
+    run(alignment(chain, pairs, "--data.token-cache", "None", "--name", "direct"))
+    np.testing.assert_allclose(losses(chain / "astroclip"), losses(chain / "direct"), rtol=1e-4)
+    assert losses(chain / "astroclip")[0] == pytest.approx(
         2 * np.log(64) / 2, rel=0.3
     )  # chance, among both ranks' pairs
 
-    run(command("astroclip", *align, *features, "--name", "again"))  # a filled cache
-    assert shards(tmp_path / "again") == shards(tmp_path / "cached") != {}
+    run(alignment(chain, pairs, *aligned, "--name", "again"))  # a filled cache
+    assert shards(chain / "again") == shards(chain / "astroclip") != {}
 
-    method, _ = load_encoder(tmp_path / "direct")
-    before, _ = load_encoder(tmp_path / "dinov2")
+    method, _ = load_encoder(chain / "direct")
+    before, _ = load_encoder(chain / "dinov2")
     for name, p in before.teacher.backbone.named_parameters():
         assert torch.equal(method.image_encoder.backbone.get_parameter(name), p), name
     survey = Survey.load(pairs)
-    pipeline, _, _ = load_pipeline(tmp_path / "direct", survey, torch.device("cpu"))
+    pipeline, _, _ = load_pipeline(chain / "direct", survey, torch.device("cpu"))
     found = embed_readouts(pipeline, open_batches(pairs, "test", pipeline.view, 16, torch.device("cpu")))
     assert {name: vectors.shape[1] for name, (_, vectors) in found.items()} == {
         "image": 128, "spectrum": 128, "image_backbone": 96, "spectrum_backbone": 96}  # fmt: skip
     assert all(len(rows) == survey.count("test") for rows, _ in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_every_task_is_in_the_report(chain, aligned, pairs):
+    said = armillary("evaluate", chain / "astroclip", "--compare", chain / "photometry", "--out", chain / "out")
+    rows = pq.read_table(chain / "out" / "metrics.parquet").to_pylist()
+    assert {row["task"] for row in rows} == set(TASKS) - {"attention"}  # that one is a picture
+    record = json.loads((chain / "out" / "metrics.json").read_text())
+    assert tuple(record["features"]) == SETS and len(record["measures"]) == len(rows)
+    for line in record["lines"]:
+        assert line in said
+    page = (chain / "out" / "report.html").read_text()
+    for title in TITLES:
+        assert f"<h2>{title}</h2>" in page
+    for words in ("Training of astroclip", "Training of photometry", "data:image/png;base64,", "<svg"):
+        assert words in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    for metric in ("recall@10", "r2", "accuracy"):
+        assert [row for row in rows if row["metric"] == metric and np.isfinite(row["value"])], metric
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_searching_and_embedding(chain, aligned, pairs):
+    for readout in ("image", "spectrum"):
+        out = chain / f"{readout}.parquet"
+        armillary("embed", chain / "astroclip", "--readout", readout, "-o", out)
+    key = pq.read_table(pairs / "catalog.parquet")["key"][3].as_py()
+    said = armillary("search", chain / "image.parquet", "--query", key, "-k", 3)
+    assert key in said
+    across = ["--query-embeddings", chain / "image.parquet"]
+    assert key in armillary("search", chain / "spectrum.parquet", "--query", key, "-k", 400, *across)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_bad_input_ends_before_work_starts(chain, aligned, pairs, tmp_path):
+    place = ["--data.path", pairs, "--out", tmp_path, "--device", "cpu"]
+    said = run(recipe("--preset", "smoke", *place, "--method.image-from", tmp_path / "none", name="astroclip"), code=2)
+    assert f"method.image_from: image encoder: {tmp_path / 'none'}: no such run or file; train it first" in said
+    evaluate = ["evaluate", chain / "astroclip", "--out", tmp_path / "out"]
+    said = armillary(*evaluate, "--tasks", "telepathy", code=2)
+    assert (
+        "tasks: must be of baselines, collapse, search, properties, posterior, morphology, masking, attention, pictures, got telepathy"
+        in said
+    )
+    said = armillary(*evaluate, "--tasks", "properties", "--labels", "colour", code=2)
+    assert "properties: the survey has no label 'colour'; its labels: redshift" in said
+    said = armillary("evaluate", chain / "photometry", "--tasks", "masking", "--out", tmp_path / "out", code=2)
+    assert "masking: it needs a survey with spectra and a run with a spectrum encoder" in said
+    assert not (tmp_path / "out").exists()

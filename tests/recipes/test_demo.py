@@ -1,4 +1,7 @@
-"""The demo as `make demo` runs it: simulate, train on two ranks under ZeRO-2, evaluate; and what it may claim."""
+"""The demo in little: simulate, train on two ranks under ZeRO-2, evaluate; and what it may claim.
+
+Of the demo's 5,000 galaxies and 1,200 steps it takes 2,000 and 300, with the schedules' warm-ups in proportion.
+"""
 
 import json
 
@@ -6,22 +9,29 @@ import pytest
 from processes import armillary, recipe, run
 
 COSINE = "16-NN cosine"
+GALAXIES, STEPS = 2000, 300
+# Three seeds gave R2 .062, .103 and .109 above the untrained encoder and .133, .146 and .139 above the PCA; another
+# machine's rounding changes the course of a training as a seed does. The bounds are 2.7 and 9 standard deviations below the means.
+OVER_UNTRAINED, OVER_PCA = 0.02, 0.08
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_demo_learns_redshift_without_labels(tmp_path):
     survey, training = tmp_path / "survey", tmp_path / "training"
-    run(armillary("data", "simulate", "--out", survey, "--count", 5000, "--no-progress"))
-    run(armillary("data", "check", survey))
-    smoke = ["--preset", "smoke", "--device", "cpu"]
+    armillary("data", "simulate", "--out", survey, "--count", GALAXIES, "--no-progress")
+    armillary("data", "check", survey)
+    smoke = ["--preset", "smoke", "--device", "cpu", "--train.steps", STEPS]
+    smoke += ["--schedule.learning-rate.warmup-steps", STEPS // 20]
+    smoke += ["--schedule.teacher-temperature.warmup-steps", STEPS * 3 // 10]
     run(recipe(*smoke, "--data.path", survey, "--out", tmp_path, "--name", "training"))
-    assert "no collapse" in run(armillary("evaluate", training, "--data", survey, "--out", tmp_path))
+    tasks = ["--tasks", "baselines", "collapse", "pictures"]
+    assert "no collapse" in armillary("evaluate", training, "--data", survey, "--out", tmp_path, *tasks)
 
     found = json.loads((tmp_path / "metrics.json").read_text())
-    r2 = {m["features"]: m["r2"] for m in found["methods"] if m["probe"] == COSINE}
-    assert r2["trained encoder"] >= r2["untrained encoder"] + 0.04
-    assert r2["trained encoder"] >= r2["PCA-64 of the encoder's input"] + 0.08
+    r2 = {m["features"]: m["value"] for m in found["measures"] if (m["model"], m["metric"]) == (COSINE, "r2")}
+    assert r2["trained encoder"] >= r2["untrained encoder"] + OVER_UNTRAINED
+    assert r2["trained encoder"] >= r2["PCA-64 of the encoder's input"] + OVER_PCA
 
     lines = [json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))

@@ -1,16 +1,15 @@
 """The DINOv2 recipe with its real model, loader and views, in real processes."""
 
-import importlib.util
 import json
 import os
 import time
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
-from processes import ROOT, kill, recipe, run, start
+from processes import kill, recipe, run, start
 
-from armillary.engine.config.run import Run
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.simulate.survey import SimulatedSurvey
@@ -31,10 +30,7 @@ def survey(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def presets():
-    spec = importlib.util.spec_from_file_location("dinov2_vitl", ROOT / "recipes" / "dinov2_vitl.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: value for name, value in vars(module).items() if isinstance(value, Run)}
+    return processes.presets("dinov2_vitl")
 
 
 def pieces(folder, step):
@@ -72,7 +68,7 @@ def test_presets_fit_their_surveys(presets, survey, tmp_path):
 
 @pytest.mark.dist
 def test_full_recipe_on_a_machine_without_gpu_says_what_to_do(survey):
-    said = run(recipe("--data.path", survey, ranks=1), code=2)
+    said = run(recipe("--data.path", survey, ranks=1, launcher=True), code=2)
     assert "--preset smoke" in said and "--device cpu" in said and "Traceback" not in said
 
 
@@ -81,7 +77,7 @@ def test_full_recipe_on_a_machine_without_gpu_says_what_to_do(survey):
 def test_killed_run_continues_to_the_same_bits(survey, tmp_path, stage, precision):
     options = (*TINY, "--train.zero-stage", stage, "--train.precision", precision, "--data.path", survey)
     options += ("--out", tmp_path)
-    run(recipe(*options, "--name", "whole"))
+    run(recipe(*options, "--name", "whole", launcher=stage == 2))
     process = start(recipe(*options, "--name", "killed"))
     latest, deadline = tmp_path / "killed" / "checkpoints" / "latest", time.monotonic() + 120
     while not latest.exists() and time.monotonic() < deadline:

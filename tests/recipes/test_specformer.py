@@ -1,17 +1,16 @@
 """The SpecFormer recipe: published presets, real processes under two stages of ZeRO, and real spectra."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
-from processes import ROOT, recipe, run
+from processes import recipe, run
 
 from armillary.engine.config.config_json import from_json, to_json
-from armillary.engine.config.run import Run
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, Survey, WaveGrid
@@ -68,10 +67,7 @@ def survey(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def presets():
-    spec = importlib.util.spec_from_file_location("specformer", ROOT / "recipes" / "specformer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: value for name, value in vars(module).items() if isinstance(value, Run)}
+    return processes.presets("specformer")
 
 
 def specformer(*arguments):

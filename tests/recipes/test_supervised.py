@@ -1,21 +1,19 @@
 """The supervised recipe: presets are the published ones, train in real processes, resume and export exactly."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pyarrow.parquet as pq
 import pytest
 import torch
-from processes import ROOT, recipe, run
+from processes import recipe, run
 from safetensors.torch import load_file
 
 from armillary.engine.config.config_json import from_json, to_json
-from armillary.engine.config.run import Run
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, Survey, WaveGrid
@@ -77,19 +75,13 @@ def survey(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def presets():
-    spec = importlib.util.spec_from_file_location("supervised", ROOT / "recipes" / "supervised.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: value for name, value in vars(module).items() if isinstance(value, Run)}
-
-
-FILE = str(ROOT / "recipes" / "supervised.py")
+    return processes.presets("supervised")
 
 
 def supervised(*arguments, ranks=2):
-    """Command line of the recipe: under the launcher, or for one rank without."""
+    """Command line of the recipe."""
     options = "--device", "cpu", "--telemetry.no-tensorboard", *map(str, arguments)
-    return [sys.executable, FILE, *options] if ranks == 1 else recipe(*options, ranks=ranks, name="supervised")
+    return recipe(*options, ranks=ranks, name="supervised")
 
 
 def losses(folder: Path) -> list[float]:

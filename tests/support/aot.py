@@ -14,23 +14,33 @@
         assert used.stack == used.local == 0, used
         assert used.shared <= SHARED_LIMIT[sm], used
 
-The work happens in one fresh process for all architectures, once for each set of arguments: under TRITON_INTERPRET=1 a
-kernel is no JITFunction. It says nothing of speed, occupancy, races or miscompilation.
+Under TRITON_INTERPRET=1 a kernel is no JITFunction, so one helper process without it compiles for all tests of this
+process. What it found is kept below the user's cache folder under the very key that Triton gives to a compilation: the
+source of the kernel, of all that it calls and of all of Triton, signature, constants, options, architecture, version of
+ptxas. So a run compiles only what has changed. It says nothing of speed, occupancy, races or miscompilation.
 """
 
+import atexit
 import functools
+import hashlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that one block may ask for
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "armillary" / "compiled-kernels"
+KEPT_S = 30 * 24 * 3600  # results that nobody asked for in this time are removed
+PATIENCE_S = 600
 
 
 @dataclass(frozen=True)
@@ -63,9 +73,8 @@ def resources(
     constexprs: Mapping[str, object] | None = None,
     *,
     divisible: Sequence[str] = (),
-    num_warps: int = 4,
-    num_stages: int = 3,
     architectures: Sequence[int] = ARCHITECTURES,
+    **options: object,
 ) -> dict[int, Resources]:
     """Compile a kernel and return what it uses, by architecture.
 
@@ -75,9 +84,8 @@ def resources(
         constexprs: Value of each constexpr argument; a string "tl.x" stands for that attribute of triton.language. A
             runtime argument that is None or 1 at launch is a constexpr too.
         divisible: Integer arguments to be taken as divisible by 16. Pointers always are.
-        num_warps: As at launch.
-        num_stages: As at launch.
         architectures: Compute capabilities, 80 for 8.0.
+        options: num_warps (4), num_stages (3), enable_fp_fusion (True), as at launch.
 
     Raises:
         RuntimeError: It does not compile; the message ends with the compiler's.
@@ -87,32 +95,95 @@ def resources(
         "signature": dict(signature),
         "constexprs": dict(constexprs or {}),
         "divisible": sorted(divisible),
-        "options": {"num_warps": num_warps, "num_stages": num_stages},
+        "options": options,
         "architectures": list(architectures),
     }
-    return _compile_elsewhere(json.dumps(job, sort_keys=True))
+    return _asked(json.dumps(job, sort_keys=True))
 
 
 @functools.cache
-def _compile_elsewhere(job: str) -> dict[int, Resources]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)  # as imported here
-    with tempfile.TemporaryDirectory() as cache:  # a cubin from an older compiler run must not pass for this one
-        environment["TRITON_CACHE_DIR"] = cache
-        run = subprocess.run(
-            [sys.executable, __file__], input=job, capture_output=True, text=True, env=environment, timeout=600
+def _asked(job: str) -> dict[int, Resources]:
+    return _helper().compile(job)
+
+
+@functools.cache
+def _helper() -> "Helper":
+    return Helper(CACHE)
+
+
+class Helper:
+    """A process without TRITON_INTERPRET that compiles one job after the other; ends with this one.
+
+    Args:
+        cache: Folder of results.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.log = tempfile.TemporaryFile("w+")
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)  # as imported here
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(cache)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
         )
-    if run.returncode:
-        raise RuntimeError(f"{json.loads(job)['kernel']} does not compile:\n{run.stderr[-3000:]}")
-    return {int(sm): Resources(**used) for sm, used in json.loads(run.stdout.splitlines()[-1]).items()}
+        atexit.register(self.close)
+
+    def compile(self, job: str) -> dict[int, Resources]:
+        """What the kernel of a job uses, by architecture."""
+        assert self.process.stdin and self.process.stdout
+        answer = ""
+        if self.process.poll() is None:
+            self.process.stdin.write(job + "\n")
+            self.process.stdin.flush()
+            if select.select([self.process.stdout], [], [], PATIENCE_S)[0]:
+                answer = self.process.stdout.readline()
+        if not answer:
+            self.log.seek(0)
+            answer = json.dumps({"error": f"the compiler died or hangs: {self.log.read()}"})
+            self.close()
+            _helper.cache_clear()  # the next job gets a new one
+        found = json.loads(answer)
+        if "error" in found:
+            raise RuntimeError(f"{json.loads(job)['kernel']} does not compile:\n{found['error'][-3000:]}")
+        return {int(sm): Resources(**used) for sm, used in found.items()}
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()  # closes the pipes
+        self.log.close()
+        atexit.unregister(self.close)
 
 
-def _compile_here(job: dict) -> dict[int, Resources]:
+def _serve(cache: Path) -> None:
+    """Answer each line of the standard input, a job, by one line of JSON; what the compiler prints goes to the log."""
+    import traceback
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    cache.mkdir(parents=True, exist_ok=True)
+    for old in cache.iterdir():
+        if time.time() - old.stat().st_mtime > KEPT_S:
+            old.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TRITON_CACHE_DIR"] = scratch  # only what is complete goes to the cache
+        for line in sys.stdin:
+            try:
+                answer = {sm: asdict(used) for sm, used in _compile_here(json.loads(line), cache).items()}
+            except Exception:
+                answer = {"error": traceback.format_exc()}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def _compile_here(job: dict, cache: Path) -> dict[int, Resources]:
     import importlib
 
     import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module, name = job["kernel"].split(":")
@@ -133,20 +204,41 @@ def _compile_here(job: dict) -> dict[int, Resources]:
         constexprs=constexprs,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    used = {}
-    for sm in job["architectures"]:
-        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=job["options"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-        count = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-        used[sm] = Resources(
-            count["REG"], count["STACK"], count["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"]
-        )
-    return used
+    return {sm: _used(source, sm, job["options"], cache) for sm in job["architectures"]}
+
+
+def _used(source, sm: int, options: dict, cache: Path) -> Resources:
+    """From the cache, or compiled now."""
+    import triton
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import get_cache_key
+
+    target = GPUTarget("cuda", sm, 32)
+    backend = make_backend(target)
+    key = get_cache_key(source, backend, backend.parse_options(dict(options)), get_cache_invalidating_env_vars())
+    key += Path(__file__).read_text()  # how the results are read
+    kept = cache / hashlib.sha256(key.encode()).hexdigest()
+    try:
+        found = Resources(**json.loads(zlib.decompress(kept.read_bytes())))  # damage shows in the checksum
+        kept.touch()
+        return found
+    except (OSError, ValueError, zlib.error):
+        pass
+    compiled = triton.compile(source, target=target, options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    count = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    found = Resources(count["REG"], count["STACK"], count["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"])
+    written = kept.with_suffix(f".{os.getpid()}")
+    written.write_bytes(zlib.compress(json.dumps(asdict(found)).encode()))
+    written.replace(kept)
+    return found
 
 
 if __name__ == "__main__":
-    print(json.dumps({sm: asdict(used) for sm, used in _compile_here(json.load(sys.stdin)).items()}))
+    _serve(Path(sys.argv[1]))

@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 __all__ = ["Matches", "match_keys", "match_sky", "unit_vectors"]
 
 NAMED = 3  # repeated identifiers that an error names
+ROUNDING = 1e-14  # of separations as lengths: sines and cosines of one angle differ by 1e-16 between processors
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def match_sky(
 
     "one_to_one" takes pairs by increasing separation and uses every row at most once, so of two left rows that claim one
     right row the nearer gets it and the other its next candidate, if it has one. "nearest" gives every left row its
-    nearest right row, shared or not. Equal separations go to the lower rows. Rows without a position stay alone.
+    nearest right row, shared or not. Separations equal to 2e-9 arcsec go to the lower rows. Rows without a position stay alone.
 
     Args:
         ra: [N] degrees, NaN where unknown.
@@ -123,7 +124,10 @@ def match_sky(
     left = np.repeat(np.arange(mine.size), [len(n) for n in near])
     right = np.fromiter((j for n in near for j in n), np.int64, len(left))
     distance = np.linalg.norm(points[left] - tree.data[right], axis=1)
-    order = np.lexsort((right, left, distance))
+    order = np.argsort(distance)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.cumsum(np.diff(distance[order], prepend=0) > ROUNDING)  # equal for what is tied
+    order = np.lexsort((right, left, rank))
     left, right, distance = left[order], right[order], distance[order]
     first = np.unique(left, return_index=True)[1]  # the nearest candidate of each left row
     nearest = right[first]

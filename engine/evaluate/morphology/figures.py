@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 
 from armillary.engine.evaluate.page import figures
-from armillary.engine.evaluate.properties.tables import number, table
+from armillary.engine.evaluate.page.html import card, number, section, stack, table, verdicts
 
 __all__ = ["MorphologyResult", "morphology_chart", "morphology_section"]
 
@@ -43,7 +43,7 @@ class MorphologyResult:
     majority_f1: float
 
 
-def morphology_chart(results: Sequence[MorphologyResult], order: Sequence[str]) -> str:
+def morphology_chart(results: Sequence[MorphologyResult], order: Sequence[str]) -> Markup:
     """Bars of accuracy and F1 by question with one-sigma errors, dashes at the most frequent answer, as themed SVG.
 
     Args:
@@ -99,7 +99,7 @@ def morphology_section(
     model: str,
     min_votes: float,
     asked: float,
-) -> str:
+) -> Markup:
     """Chart and tables of all questions.
 
     Args:
@@ -120,22 +120,21 @@ def morphology_section(
         rows = []
         for question in dict.fromkeys(r.question for r in results):
             mine = [found[name, question] for name in names]
-            cells = [html.escape(question), f"{mine[0].train:,}", f"{len(mine[0].right):,}"]
+            cells = [question, f"{mine[0].train:,}", f"{len(mine[0].right):,}"]
             cells += [number(getattr(r, metric), getattr(r, error)) for r in mine]
             rows.append([*cells, number(getattr(mine[0], least))])
         means = [number(float(np.mean([getattr(r, metric) for r in results if r.features == name]))) for name in names]
         least_mean = number(float(np.mean([getattr(r, least) for r in results if r.features == names[0]])))
         groups.append((title, [*rows, ["mean", "", "", *means, least_mean]]))
-    head = ["Question", "train", "test", *(html.escape(name) for name in names), "most frequent"]
-    missing = "".join(f'<li class="note"><b>left out</b><span>{html.escape(t)}</span></li>' for t in left_out)
-    return (
-        "<h2>What would Galaxy Zoo's volunteers answer?</h2>"
-        f'<p class="quiet">A perceptron on the frozen embeddings ({html.escape(model)}, cross entropy against the '
+    head = ["Question", "train", "test", *names, "most frequent"]
+    text = (
+        f"A perceptron on the frozen embeddings ({model}, cross entropy against the "
         f"shares of votes) is trained on galaxies of whose volunteers {asked:.0%} or more were asked the question, and "
         f"judged on test galaxies with more than {min_votes:g} votes on it: right where its likeliest answer is that "
         "of most volunteers. F1 is the mean over answers weighted by their galaxies; dashes mark what always giving "
         "the most frequent answer scores. "
-        'Errors are one sigma over test galaxies, and do not hold the scatter between trainings.</p><div class="stack">'
-        f'<div class="card">{morphology_chart(results, order)}</div>{table(head, groups)}</div>'
-        + (f'<ul class="verdict">{missing}</ul>' if missing else "")
+        "Errors are one sigma over test galaxies, and do not hold the scatter between trainings."
     )
+    cards = stack([card(morphology_chart(results, order)), card(table(head, groups))])
+    missing = [verdicts(("note", "left out", line) for line in left_out)] if left_out else []
+    return section("What would Galaxy Zoo's volunteers answer?", text, cards, *missing)

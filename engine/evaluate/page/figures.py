@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from armillary.engine.evaluate.probes.scores import Scores, residuals
 
@@ -53,7 +54,7 @@ def line_chart(
     y: str = "",
     log: bool = False,
     limits: Mapping[str, float] | None = None,
-) -> str:
+) -> Markup:
     """Lines over steps as themed SVG.
 
     Args:
@@ -85,7 +86,7 @@ def line_chart(
     return svg(figure)
 
 
-def interval_chart(values: Sequence[float], errors: Sequence[float], colours: Sequence[int]) -> list[str]:
+def interval_chart(values: Sequence[float], errors: Sequence[float], colours: Sequence[int]) -> list[Markup]:
     """A dot with its one-sigma bar for each value, all on one scale, as small themed SVGs for the rows of a table.
 
     Args:
@@ -97,7 +98,7 @@ def interval_chart(values: Sequence[float], errors: Sequence[float], colours: Se
     low = min((v - 2 * e for v, e in known), default=0.0)
     high = max((v + 2 * e for v, e in known), default=1.0)
     span = max(high - low, 1e-6)
-    rows = []
+    rows: list[Markup] = []
     for value, error, colour in zip(values, errors, colours, strict=True):
         body = '<line x1="0" x2="160" y1="9" y2="9" stroke="var(--grid)"/>'
         if np.isfinite(value):
@@ -106,11 +107,11 @@ def interval_chart(values: Sequence[float], errors: Sequence[float], colours: Se
             paint = f"var(--s{colour + 1})"
             body += f'<line x1="{at - half:.1f}" x2="{at + half:.1f}" y1="9" y2="9" stroke="{paint}" stroke-width="3"/>'
             body += f'<circle cx="{at:.1f}" cy="9" r="4.5" fill="{paint}"/>'
-        rows.append(f'<svg viewBox="0 0 160 18" class="dot" aria-hidden="true">{body}</svg>')
+        rows.append(Markup(f'<svg viewBox="0 0 160 18" class="dot" aria-hidden="true">{body}</svg>'))
     return rows
 
 
-def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *, label: str, redshift: bool) -> str:
+def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *, label: str, redshift: bool) -> Markup:
     """Predicted against true label with residuals below, as themed SVG.
 
     Args:
@@ -154,7 +155,7 @@ def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *,
     return svg(figure)
 
 
-def point_map(points: np.ndarray, value: np.ndarray | None, *, label: str = "") -> str:
+def point_map(points: np.ndarray, value: np.ndarray | None, *, label: str = "") -> Markup:
     """A two-dimensional map of embeddings, coloured by a label, as themed SVG.
 
     Args:
@@ -215,7 +216,7 @@ def style(axes: Axes) -> None:
         axis.label.set_fontsize(11.5)
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: Figure) -> Markup:
     """Serialise, drop what a page does not need, make ids unique on it, put theme colours in."""
     from matplotlib import rc_context
 
@@ -232,7 +233,7 @@ def svg(figure: Figure) -> str:
     text = re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font-size: \1", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    return text
+    return Markup(text)
 
 
 def sequence() -> Any:

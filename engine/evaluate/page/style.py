@@ -55,6 +55,7 @@ ul.verdict li { display: grid; grid-template-columns: 6.4em 1fr; gap: 12px; padd
 ul.verdict li.yes { background: var(--good-bg); } ul.verdict li.no { background: var(--bad-bg); }
 ul.verdict li.note { background: var(--note-bg); }
 ul.verdict b { font-size: 13px; white-space: nowrap; }
+ul.verdict + .card { margin-top: 14px; }
 li.yes b { color: var(--good); } li.no b { color: var(--bad); } li.note b { color: var(--muted); }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
@@ -73,6 +74,7 @@ svg.chart text { font-family: inherit; }
 img { max-width: 100%; height: auto; display: block; }
 img.sheet { width: 100%; border-radius: 8px; background: #000; }
 .sky { background: #000; border-radius: 12px; padding: 10px; }
+.card .sky { margin-bottom: 12px; }
 .row { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: 6px; margin-bottom: 8px; }
 .row figure { margin: 0; position: relative; }
 .row img { width: 100%; border-radius: 6px; background: #000; }

@@ -237,7 +237,8 @@ def _below(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 
 def _checked(draws: np.ndarray, truth: np.ndarray, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    draws, truth = np.asarray(draws, np.float64), np.asarray(truth, np.float64)
+    # In C order, so that distances of equal vectors are sums in the same order.
+    draws, truth = np.ascontiguousarray(draws, np.float64), np.ascontiguousarray(truth, np.float64)
     if draws.ndim != 3 or truth.shape != (draws.shape[0], draws.shape[2]) or not truth.size:
         raise ValueError(f"shapes: need draws [M, S, P] and truths [M, P], got {draws.shape} and {truth.shape}")
     if draws.shape[1] < least:

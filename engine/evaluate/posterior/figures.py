@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from armillary.engine.evaluate.page import figures
 from armillary.engine.evaluate.posterior.calibration import Coverage
@@ -35,7 +36,7 @@ def colour_of(number: int) -> str:
     return figures.SERIES[number % len(figures.SERIES)]
 
 
-def coverage_chart(coverage: Mapping[str, Coverage]) -> str:
+def coverage_chart(coverage: Mapping[str, Coverage]) -> Markup:
     """Expected coverage against credibility with bootstrap bands, and its distance from the diagonal below.
 
     Args:
@@ -59,7 +60,7 @@ def coverage_chart(coverage: Mapping[str, Coverage]) -> str:
     return figures.svg(figure)
 
 
-def pit_chart(pit: Mapping[str, np.ndarray], label: str, bins: int = 12) -> str:
+def pit_chart(pit: Mapping[str, np.ndarray], label: str, bins: int = 12) -> Markup:
     """Histograms of the PIT of one parameter, with the band that holds 95% of the bins of calibrated posteriors.
 
     Args:
@@ -88,7 +89,7 @@ def pit_chart(pit: Mapping[str, np.ndarray], label: str, bins: int = 12) -> str:
 
 def corner_chart(
     draws: Mapping[str, np.ndarray], colours: Sequence[int], truth: np.ndarray, labels: Sequence[str]
-) -> str:
+) -> Markup:
     """Corner plot of one galaxy's posteriors, the truth marked; contours hold 39% and 86% of the draws (1 and 2 sigma).
 
     Args:
@@ -148,7 +149,7 @@ def corner_chart(
     return figures.svg(figure)
 
 
-def redshift_chart(pdf: Mapping[str, RedshiftPDF], rows: Sequence[int], true: np.ndarray) -> str:
+def redshift_chart(pdf: Mapping[str, RedshiftPDF], rows: Sequence[int], true: np.ndarray) -> Markup:
     """Redshift distributions of some galaxies, a panel each, the true redshift marked.
 
     Args:

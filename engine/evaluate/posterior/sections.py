@@ -5,13 +5,14 @@ Shape legend: M test rows, P parameters.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from markupsafe import Markup
 
 from armillary.engine.evaluate.page import figures
+from armillary.engine.evaluate.page.html import Bold, card, grid, number, section, stack, table
 from armillary.engine.evaluate.posterior import calibration
 from armillary.engine.evaluate.posterior.figures import (
     corner_chart,
@@ -40,7 +41,7 @@ def sections(
     keys: Sequence[str],
     corners: int,
     seed: int,
-) -> tuple[str, ...]:
+) -> tuple[Markup, ...]:
     """Likelihoods, calibration, and corner plots of some galaxies.
 
     Args:
@@ -61,7 +62,7 @@ def sections(
     return tuple(found)
 
 
-def redshift_section(pdfs: Mapping[str, RedshiftPDF], true: np.ndarray, panels: int) -> str:
+def redshift_section(pdfs: Mapping[str, RedshiftPDF], true: np.ndarray, panels: int) -> Markup:
     """p(z) of some galaxies, spread over the known redshifts.
 
     Args:
@@ -70,74 +71,61 @@ def redshift_section(pdfs: Mapping[str, RedshiftPDF], true: np.ndarray, panels: 
         panels: How many galaxies.
     """
     rows = _spread(true, np.isfinite(true), panels)
-    return (
-        '<h2>Redshift distributions</h2><p class="quiet">p(z) of test galaxies from flows of the redshift alone, evaluated '
-        "exactly on a grid; the dashed line is the true redshift.</p>"
-        f'<section class="card">{redshift_chart(pdfs, rows, true)}</section>'
+    text = (
+        "p(z) of test galaxies from flows of the redshift alone, evaluated exactly on a grid; the dashed line is the true "
+        "redshift."
     )
+    return section("Redshift distributions", text, card(redshift_chart(pdfs, rows, true)))
 
 
-def _likelihoods(targets: Sequence[str], joints: Mapping[str, Joint], prior: float) -> str:
+def _likelihoods(targets: Sequence[str], joints: Mapping[str, Joint], prior: float) -> Markup:
     values = [*(j.nll.mean for j in joints.values()), prior]
     errors = [*(j.nll.std for j in joints.values()), np.nan]
     colours = [*(number % len(figures.SERIES) for number in range(len(joints))), len(figures.SERIES) - 1]
     dots = figures.interval_chart(values, errors, colours)
     best = min(j.nll.mean for j in joints.values())
-    rows = ""
+    rows: list[list[object]] = []
     for (name, joint), dot in zip(joints.items(), dots, strict=False):
-        head = " class=head" if joint.nll.mean == best else ""
-        spread = f' <span class="se">\u00b1 {joint.nll.std:.3f}</span>' if np.isfinite(joint.nll.std) else ""
-        test = joint.coverage.test
-        rows += (
-            f'<tr{head}><td>{html.escape(name)}</td><td>{_signed(joint.nll.mean)}{spread}</td><td class="dot">{dot}</td>'
-            f"<td>{_signed(joint.nll.mixture)}</td><td>{joint.energy:.3f}</td><td>{test.deviation:.3f}</td>"
-            f"<td>{test.p_value:.2g}</td></tr>"
-        )
-    rows += (
-        f'<tr><td>no embedding: Gaussian of the labels</td><td>{_signed(prior)}</td><td class="dot">{dots[-1]}</td>'
-        "<td></td><td></td><td></td><td></td></tr>"
-    )
+        nll, test = joint.nll, joint.coverage.test
+        cells: list[object] = [name, number(nll.mean, nll.std), dot, number(nll.mixture), number(joint.energy)]
+        cells += [number(test.deviation), f"{test.p_value:.2g}"]
+        rows.append(Bold(cells) if nll.mean == best else cells)
+    rows.append(["no embedding: Gaussian of the labels", number(prior), dots[-1], "", "", "", ""])
     first = next(iter(joints.values()))
-    return (
-        "<h2>Posteriors of physical properties</h2>"
-        f'<p class="quiet">Conditional spline flows of {html.escape(", ".join(map(title_of, targets)))}, '
-        f"{len(first.ensemble.members)} members on each frozen embedding. NLL is the mean of \u2212log p over "
-        f"{first.nll.samples:,} test galaxies in nats, properties in units of their spread over the training split, "
-        "\u00b1 its standard deviation over members; smaller is better. The mixture of the members is the posterior that is "
-        f"scored in the other columns, on {first.coverage.samples:,} galaxies.</p>"
-        '<section class="card"><div class="scroll"><table><thead><tr><th>Flows on</th><th>NLL</th><th class="dot"></th>'
-        "<th>NLL of mixture</th><th>energy score</th><th>coverage deviation</th><th>p-value</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div></section>"
+    text = (
+        f"Conditional spline flows of {', '.join(map(title_of, targets))}, {len(first.ensemble.members)} members on each "
+        f"frozen embedding. NLL is the mean of \u2212log p over {first.nll.samples:,} test galaxies in nats, properties in "
+        "units of their spread over the training split, \u00b1 its standard deviation over members; smaller is better. The "
+        "mixture of the members is the posterior that is scored in the other columns, on "
+        f"{first.coverage.samples:,} galaxies."
     )
+    head = ["Flows on", "NLL", "", "NLL of mixture", "energy score", "coverage deviation", "p-value"]
+    return section("Posteriors of physical properties", text, card(table(head, [("", rows)], classes={2: "dot"})))
 
 
-def _calibration(targets: Sequence[str], joints: Mapping[str, Joint]) -> str:
-    first = next(iter(joints.values()))
-    chance = calibration.chance_deviation(first.coverage.samples)
-    cards = '<div class="card"><h3>TARP coverage, all properties jointly</h3>'
-    cards += coverage_chart({name: j.coverage for name, j in joints.items()}) + "</div>"
+def _calibration(targets: Sequence[str], joints: Mapping[str, Joint]) -> Markup:
+    chance = calibration.chance_deviation(next(iter(joints.values())).coverage.samples)
+    coverage = coverage_chart({name: j.coverage for name, j in joints.items()})
+    cards = [card(coverage, title="TARP coverage, all properties jointly")]
     for column, target in enumerate(targets):
-        cards += f'<div class="card"><h3>{html.escape(title_of(target))}</h3>'
-        cards += pit_chart({name: j.pit[:, column] for name, j in joints.items()}, target) + "</div>"
-    rows = ""
+        chart = pit_chart({name: j.pit[:, column] for name, j in joints.items()}, target)
+        cards.append(card(chart, title=title_of(target)))
+    groups: list[tuple[str, list[list[str]]]] = []
     for name, joint in joints.items():
-        rows += f'<tr class="group"><td colspan="{3 + len(LEVELS)}">{html.escape(name)}</td></tr>'
+        rows = []
         for column, target in enumerate(targets):
             pit = joint.pit[:, column]
-            inside = "".join(f"<td>{calibration.interval_coverage(pit, level)[0]:.1%}</td>" for level in LEVELS)
-            rows += (
-                f"<tr><td>{html.escape(title_of(target))}</td><td>{joint.crps[:, column].mean():.4f}</td>{inside}"
-                f"<td>{calibration.uniformity(pit).deviation:.3f}</td></tr>"
-            )
-    heads = "".join(f"<th>truth in {level:.0%} interval</th>" for level in LEVELS)
-    return (
-        '<h2>Are the posteriors calibrated?</h2><p class="quiet">Of a calibrated posterior the coverage lies on the diagonal '
-        "and the PIT is flat; grey marks what chance allows in 95% of bins. An S that starts above the diagonal, a PIT with "
-        "raised ends and too few truths in the intervals mean posteriors that are too narrow. By chance alone a deviation "
-        f"stays below {chance:.3f} in 95% of cases.</p>"
-        f'<div class="grid">{cards}</div><section class="card"><div class="scroll"><table><thead><tr><th>Property</th>'
-        f"<th>CRPS</th>{heads}<th>PIT deviation</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+            inside = [f"{calibration.interval_coverage(pit, level)[0]:.1%}" for level in LEVELS]
+            crps = number(joint.crps[:, column].mean(), form=".4f")
+            rows.append([title_of(target), crps, *inside, number(calibration.uniformity(pit).deviation)])
+        groups.append((name, rows))
+    head = ["Property", "CRPS", *(f"truth in {level:.0%} interval" for level in LEVELS), "PIT deviation"]
+    text = (
+        "Of a calibrated posterior the coverage lies on the diagonal and the PIT is flat; grey marks what chance allows in "
+        "95% of bins. An S that starts above the diagonal, a PIT with raised ends and too few truths in the intervals mean "
+        f"posteriors that are too narrow. By chance alone a deviation stays below {chance:.3f} in 95% of cases."
     )
+    return section("Are the posteriors calibrated?", text, grid(cards), card(table(head, groups)))
 
 
 def _corners(
@@ -150,13 +138,13 @@ def _corners(
     keys: Sequence[str],
     corners: int,
     seed: int,
-) -> str:
+) -> Markup:
     shown: dict[str, str] = {}
     for name in joints:  # the first set of each modality: an image and a spectrum side by side
         shown.setdefault(modality[name], name)
     order = list(joints)
     colours = [order.index(name) for name in shown.values()]
-    cards = ""
+    cards = []
     for row in _spread(truth[:, 0], known, corners):
         draws = {
             name: joints[name].ensemble.sample(
@@ -164,12 +152,12 @@ def _corners(
             )[0]
             for name in shown.values()
         }
-        chart = corner_chart(draws, colours, truth[row], targets)
-        cards += f'<div class="card"><h3>{html.escape(keys[row])}</h3>{chart}</div>'
-    return (
-        '<h2>Posteriors of single galaxies</h2><p class="quiet">Contours hold 39% and 86% of the draws, one and two sigma '
-        f'of a Gaussian in two dimensions. Dashed lines and crosses mark the catalogue\'s values.</p><div class="stack">{cards}</div>'
+        cards.append(card(corner_chart(draws, colours, truth[row], targets), title=keys[row]))
+    text = (
+        "Contours hold 39% and 86% of the draws, one and two sigma of a Gaussian in two dimensions. Dashed lines and crosses "
+        "mark the catalogue's values."
     )
+    return section("Posteriors of single galaxies", text, stack(cards))
 
 
 def _spread(value: np.ndarray, known: np.ndarray, count: int) -> list[int]:
@@ -178,7 +166,3 @@ def _spread(value: np.ndarray, known: np.ndarray, count: int) -> list[int]:
     rows = rows[np.argsort(value[rows], kind="stable")]
     count = min(count, len(rows))
     return [int(r) for r in rows[np.linspace(0, len(rows) - 1, count + 2).astype(int)[1:-1]]]
-
-
-def _signed(value: float) -> str:
-    return f"{value:.3f}".replace("-", "\u2212")

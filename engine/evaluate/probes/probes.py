@@ -1,7 +1,6 @@
 """Predictors on frozen embeddings: nearest neighbours, ridge regression, small perceptrons.
 
-Neighbours, ridge and `MLP` are scikit-learn's; `JointMLP` predicts several labels at once, some of which may be
-unknown.
+Ridge and `MLP` are scikit-learn's; `JointMLP` predicts several labels at once, some of which may be unknown.
 
 Shape legend: N training samples, M test samples, D embedding dimensions, T labels.
 """
@@ -10,15 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining, masked_mse, train_perceptron
+from armillary.engine.evaluate.probes.similarity import Metric, within_nearest
 
 __all__ = ["KNN", "MLP", "JointMLP", "Probe", "Ridge", "labelled", "nearest", "standardised"]
-
-Metric = Literal["cosine", "euclidean"]
 
 
 class Probe(ABC):
@@ -66,6 +64,8 @@ class Probe(ABC):
 class KNN(Probe):
     """Mean label of the nearest training samples, found exactly.
 
+    Samples that are as far as the last neighbour share its vote, so the order of the samples does not matter.
+
     Attributes:
         neighbours: How many.
         metric: Distance between embeddings.
@@ -97,14 +97,24 @@ class KNN(Probe):
         return out
 
     def _predict(self, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-        from sklearn.neighbors import KNeighborsRegressor
-
         train, labels, test = _checked(train, labels, test)
         _check_neighbours(self.neighbours, len(train))
         if self.standardise:
             train, test = standardised(train, test)
-        model = KNeighborsRegressor(self.neighbours, weights=self.weights, metric=self.metric, algorithm="brute")
-        return model.fit(train, labels).predict(test).astype(np.float64)
+        out = np.empty((len(test), labels.shape[1]))
+        for piece, row, sample, distance in within_nearest(train, test, self.neighbours, self.metric):
+            last = np.zeros(piece.stop - piece.start)
+            np.maximum.at(last, row, distance)
+            tied = distance == last[row]
+            share = (self.neighbours - np.bincount(row[~tied], minlength=len(last))) / np.bincount(row[tied])
+            weight = np.where(tied, share[row], 1.0)
+            if self.weights == "distance":  # a sample at the query's own place outweighs all others
+                here = distance == 0
+                any_here = np.bincount(row[here], minlength=len(last)) > 0
+                weight *= np.where(any_here[row], here, 1 / np.where(here, 1, distance))
+            sums = [np.bincount(row, weight * label[sample]) for label in labels.T]
+            out[piece] = np.stack(sums, 1) / np.bincount(row, weight)[:, None]
+        return out
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,7 @@ def labelled(vectors: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.nda
 def nearest(
     train: np.ndarray, query: np.ndarray, neighbours: int, metric: Metric = "cosine"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest training samples of each query, nearest first.
+    """Nearest training samples of each query, nearest first; of equally near ones the lower row.
 
     Args:
         train: [N, D] embeddings.
@@ -252,25 +262,30 @@ def nearest(
     Raises:
         ValueError: Shapes disagree, numbers are not finite, or there are fewer than `neighbours` training samples.
     """
-    from sklearn.neighbors import NearestNeighbors
-
     train, _, query = _checked(train, np.zeros(len(train)), query)
     _check_neighbours(neighbours, len(train))
-    model: Any = NearestNeighbors(n_neighbors=neighbours, metric=metric, algorithm="brute").fit(train)
-    distance, index = model.kneighbors(query)
+    index, distance = np.empty((len(query), neighbours), np.int64), np.empty((len(query), neighbours))
+    for piece, row, sample, far in within_nearest(train, query, neighbours, metric):
+        order = np.lexsort((sample, far, row))  # all samples of a query in one run, the nearest first
+        first = np.searchsorted(row, np.arange(piece.stop - piece.start))[:, None] + np.arange(neighbours)
+        index[piece], distance[piece] = sample[order][first], far[order][first]
     return index, distance
 
 
 def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Zero mean and unit variance of every dimension over the training samples; constant dimensions become 0.
+    """Zero mean and unit variance of every dimension over the training samples, float32.
+
+    Dimensions that vary by float32 rounding only, a spread of 1e-7 of their mean or less, become 0.
 
     Args:
-        train: [N, D] float32.
-        test: [M, D] float32.
+        train: [N, D].
+        test: [M, D].
     """
-    mean, spread = train.mean(0), train.std(0)
-    spread = np.where(spread > 1e-7 * (np.abs(mean) + 1e-30), spread, np.inf).astype(np.float32)
-    return (train - mean) / spread, (test - mean) / spread
+    # Sums of a million float32 numbers are off by 1e-3 of the spread.
+    mean, spread = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
+    spread = np.where(spread > 1e-7 * np.abs(mean), spread, np.inf)
+    scaled = [((v - mean) / spread).astype(np.float32) for v in (train, test)]
+    return scaled[0], scaled[1]
 
 
 def _checked(

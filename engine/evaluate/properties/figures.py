@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from armillary.engine.evaluate.page import figures
+from armillary.engine.evaluate.page.html import card, grid, section
 from armillary.engine.evaluate.probes.scores import Scores, score
 from armillary.engine.evaluate.properties.results import REDSHIFT, Prediction, Strata
 
@@ -18,7 +19,7 @@ MARKERS = "osD^vPX*"
 WORDS = {"image": "Images", "spectrum": "Spectra", "columns": "Catalogue columns"}
 
 
-def bias_chart(predictions: Sequence[Prediction], order: Sequence[str]) -> str:
+def bias_chart(predictions: Sequence[Prediction], order: Sequence[str]) -> Markup:
     """Mean dz with its error against mean predicted redshift, a line for each feature set, as themed SVG.
 
     Args:
@@ -43,7 +44,7 @@ def bias_chart(predictions: Sequence[Prediction], order: Sequence[str]) -> str:
     return figures.svg(figure)
 
 
-def strata_chart(strata: Sequence[Strata], label: str, order: Sequence[str]) -> str:
+def strata_chart(strata: Sequence[Strata], label: str, order: Sequence[str]) -> Markup:
     """Quality in bins, a line for each feature set, as themed SVG: R2 above scatter, or mean residual above scatter.
 
     The mean residual stands for R2 in bins of the label itself, where R2 compares with a variance that binning removed.
@@ -78,28 +79,28 @@ def strata_chart(strata: Sequence[Strata], label: str, order: Sequence[str]) -> 
     return figures.svg(figure)
 
 
-def prediction_section(predictions: Sequence[Prediction]) -> str:
+def prediction_section(predictions: Sequence[Prediction]) -> Markup:
     """Predicted against true label with residuals, a card for each feature set.
 
     Args:
         predictions: One for each feature set, all of one label.
     """
     label = predictions[0].label
-    cards = ""
+    cards = []
     for p in predictions:
         chart = figures.prediction_chart(
             p.true, p.predicted, p.scores or _plain(p), label=label, redshift=label == REDSHIFT
         )
-        cards += f'<div class="card"><h3>{html.escape(p.features)}, {html.escape(p.model)}</h3>{chart}</div>'
+        cards.append(card(chart, title=f"{p.features}, {p.model}"))
     dashes = ", dashes mark the outlier threshold" if label == REDSHIFT else ""
-    return (
-        f"<h2>Predicted against true {html.escape(label)}</h2>"
-        '<p class="quiet">Each dot is a test galaxy, warmer where they crowd. The line in the lower panel is the '
-        f'running median{dashes}.</p><div class="grid">{cards}</div>'
+    text = (
+        "Each dot is a test galaxy, warmer where they crowd. The line in the lower panel is the "
+        f"running median{dashes}."
     )
+    return section(f"Predicted against true {label}", text, grid(cards))
 
 
-def bias_section(predictions: Sequence[Prediction], order: Sequence[str]) -> str:
+def bias_section(predictions: Sequence[Prediction], order: Sequence[str]) -> Markup:
     """Bias in tomographic bins, a card for each modality.
 
     Args:
@@ -107,22 +108,19 @@ def bias_section(predictions: Sequence[Prediction], order: Sequence[str]) -> str
         order: All feature sets, whose place is their colour.
     """
     if not predictions:
-        return ""
-    cards = ""
-    for modality, title in WORDS.items():
-        of_it = [p for p in predictions if p.modality == modality]
-        if of_it:
-            cards += f'<div class="card"><h3>{title}</h3>{bias_chart(of_it, order)}</div>'
+        return Markup()
+    by_title = {title: [p for p in predictions if p.modality == modality] for modality, title in WORDS.items()}
+    cards = [card(bias_chart(of_it, order), title=title) for title, of_it in by_title.items() if of_it]
     count = max(len(p.bias) for p in predictions)
-    return (
-        "<h2>Bias in tomographic bins</h2>"
-        f'<p class="quiet">Mean of (predicted \u2212 true) / (1 + true) in {count} bins of predicted redshift with '
+    text = (
+        f"Mean of (predicted \u2212 true) / (1 + true) in {count} bins of predicted redshift with "
         "equally many galaxies, with its standard error. Bins of predicted redshift are what a lensing survey can "
-        f'make; in bins of true redshift every regression is biased towards the middle.</p><div class="grid">{cards}</div>'
+        "make; in bins of true redshift every regression is biased towards the middle."
     )
+    return section("Bias in tomographic bins", text, grid(cards))
 
 
-def strata_section(strata: Sequence[Strata], label: str, order: Sequence[str]) -> str:
+def strata_section(strata: Sequence[Strata], label: str, order: Sequence[str]) -> Markup:
     """Quality by magnitude and by the true label.
 
     Args:
@@ -131,15 +129,14 @@ def strata_section(strata: Sequence[Strata], label: str, order: Sequence[str]) -
         order: All feature sets, whose place is their colour.
     """
     if not strata:
-        return ""
-    by = " and ".join(f"true {html.escape(s.by)}" if s.by == label else html.escape(s.by) for s in strata)
-    return (
-        f"<h2>Quality by {by}</h2>"
-        '<p class="quiet">In bins of equally many test galaxies, at their median, with bootstrap standard errors. Bins '
+        return Markup()
+    by = " and ".join(f"true {s.by}" if s.by == label else s.by for s in strata)
+    text = (
+        "In bins of equally many test galaxies, at their median, with bootstrap standard errors. Bins "
         "of the true label show the mean residual instead of R\u00b2, which compares with a variance that binning "
-        "removed; the slope is the pull of every regression towards the middle.</p>"
-        f'<div class="card">{strata_chart(strata, label, order)}</div>'
+        "removed; the slope is the pull of every regression towards the middle."
     )
+    return section(f"Quality by {by}", text, card(strata_chart(strata, label, order)))
 
 
 def _plain(p: Prediction) -> Scores:

@@ -27,12 +27,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from armillary.engine.evaluate.probes.similarity import on_grid
 from armillary.engine.evaluate.search.index_settings import IndexSettings, Kind
 from armillary.engine.evaluate.search.vectors import CHUNK, ORIGIN, VectorFiles, difference, unit
 
 __all__ = ["Answers", "Index"]
 
 CANDIDATES = 8  # fetched for each answer that is re-ranked
+EXTRA = 8  # candidates of an exact index beyond the answers
+HELD = 2**24  # candidates of all queries held at a time
 VERSION = 1
 
 
@@ -43,7 +46,7 @@ class Answers(NamedTuple):
         row: [M, k] int64 places in the index.
         key: [M, k] their keys.
         similarity: [M, k] float32 cosines: exact for an exact index, to 1e-3 where candidates are re-ranked, otherwise as
-            the codes give them.
+            the codes give them. Equal vectors are equally similar, the lower row first, except by codes alone.
     """
 
     row: np.ndarray
@@ -228,8 +231,7 @@ class Index:
 
     def _candidates(self, queries: np.ndarray, k: int, probes: int | None) -> tuple[np.ndarray, np.ndarray]:
         if self.plan.kind == "exact":
-            similarity, row = self._engine.search(queries, k)
-            return similarity, row
+            return self._exact(queries, k, min(k + EXTRA, len(self)))
         fetched = k if self._kept is None else min(CANDIDATES * k, len(self))
         similarity, row = self._engine.search(queries, fetched, params=self.plan.parameters(probes))
         # A query whose lists hold too few vectors gets rows of -1; such a one looks at all lists.
@@ -238,10 +240,36 @@ class Index:
             similarity[short], row[short] = self._engine.search(queries[short], fetched, params=everywhere)
         if self._kept is None:
             return similarity, row
-        for i, query in enumerate(queries):
-            similarity[i] = self._kept[row[i]].astype(np.float32) @ query
+        return self._in_order(queries, row, k)
+
+    def _exact(self, queries: np.ndarray, k: int, fetched: int) -> tuple[np.ndarray, np.ndarray]:
+        """FAISS compares in float32; what it fetches beyond k must include all that rounding may have put below the k-th."""
+        similarity, row = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        rounding = self.dimensions * float(np.finfo(np.float32).eps)  # of a sum of D products, in any order
+        step = max(1, HELD // fetched)
+        for start in range(0, len(queries), step):
+            piece = slice(start, start + step)
+            rough, found = self._engine.search(queries[piece], fetched)
+            similarity[piece], row[piece] = self._in_order(queries[piece], found, k)
+            unsure = start + np.flatnonzero(rough[:, -1] >= rough[:, k - 1] - 2 * rounding)
+            if fetched < len(self) and len(unsure):
+                similarity[unsure], row[unsure] = self._exact(queries[unsure], k, min(4 * fetched, len(self)))
+        return similarity, row
+
+    def _in_order(self, queries: np.ndarray, row: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best k of the candidates [M, f] by the exact cosine, the lower row first where it is equal."""
+        row = np.sort(row, 1)
+        similarity = np.stack([on_grid(self._stored(r)) @ on_grid(q) for r, q in zip(row, queries, strict=True)])
         order = np.argsort(-similarity, 1, kind="stable")[:, :k]
-        return np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1)
+        return np.take_along_axis(similarity, order, 1).astype(np.float32), np.take_along_axis(row, order, 1)
+
+    def _stored(self, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), D] vectors as they are stored, in half precision beside an IVF-PQ index."""
+        if self._kept is not None:
+            return self._kept[rows]
+        import faiss
+
+        return faiss.rev_swig_ptr(self._engine.get_xb(), len(self) * self.dimensions).reshape(len(self), -1)[rows]
 
     def find(self, key: str) -> int:
         """Row of a key.
@@ -260,14 +288,12 @@ class Index:
         Raises:
             ValueError: The index holds codes only.
         """
-        if self._kept is not None:
-            return self._kept[np.asarray(rows)].astype(np.float32)
-        if self.plan.kind != "exact":
+        if not self.has_vectors:
             raise ValueError(
                 "vectors: this IVF-PQ index holds codes only; look the query up in its file of embeddings, or build the "
                 "index with the vectors kept"
             )
-        return np.stack([self._engine.reconstruct(int(row)) for row in rows])
+        return self._stored(np.asarray(rows)).astype(np.float32)
 
     def check(self, metadata: Mapping[str, str], names: Sequence[str] = ORIGIN) -> None:
         """Refuse embeddings that the index's own cannot be compared with; what either does not know is not compared.

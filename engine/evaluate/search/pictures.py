@@ -5,18 +5,18 @@ Shape legend: L pixels of a spectrum.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.colour import galaxy_picture
 from armillary.engine.evaluate.embedding.cutouts import having, read_cutouts, read_spectra
-from armillary.engine.evaluate.page import pictures
+from armillary.engine.evaluate.page import html, pictures
 
 __all__ = ["Tile", "draw_objects", "spectrum_tile", "tile_row"]
 
@@ -30,28 +30,23 @@ class Tile(NamedTuple):
     """One object in a row.
 
     Attributes:
-        picture: HTML of its picture: `draw_objects` makes it; empty for an object without that modality.
+        picture: `draw_objects` makes it; empty for an object without that modality.
         caption: Lines under it, plain text.
         outlined: Whether it is marked: the query, or its partner.
     """
 
-    picture: str
+    picture: Markup
     caption: Sequence[str] = ()
     outlined: bool = False
 
 
-def tile_row(tiles: Sequence[Tile], width: int) -> str:
-    """Objects side by side, in a row of `width` places; lies within an element of class sky."""
-    cells = []
-    for tile in tiles:
-        text = "<br>".join(html.escape(line) for line in tile.caption if line)
-        caption = f"<figcaption>{text}</figcaption>" if text else ""
-        picture = tile.picture or _square("", "Not observed")
-        cells.append(f'<figure class="{"query" if tile.outlined else ""}">{picture}{caption}</figure>')
-    return f'<div class="row neighbours" style="--n:{width}">{"".join(cells)}</div>'
+def tile_row(tiles: Sequence[Tile], width: int) -> Markup:
+    """Objects side by side, in a row of `width` places; lies in a `sky`."""
+    blank = _square("", "Not observed")
+    return html.row([html.figure(t.picture or blank, t.caption, outlined=t.outlined) for t in tiles], width)
 
 
-def draw_objects(folder: Path, survey: Survey, modality: str, rows: Sequence[int] | np.ndarray) -> Mapping[int, str]:
+def draw_objects(folder: Path, survey: Survey, modality: str, rows: Sequence[int] | np.ndarray) -> Mapping[int, Markup]:
     """Pictures of objects, each drawn once.
 
     Args:
@@ -74,11 +69,11 @@ def draw_objects(folder: Path, survey: Survey, modality: str, rows: Sequence[int
         return {row: spectrum_tile(wave, s) for row, s in zip(wanted, read_spectra(folder, wanted), strict=True)}
     drawn = {}
     for row, (image, valid) in zip(wanted, read_cutouts(folder, wanted), strict=True):
-        drawn[row] = f'<img alt="" src="{pictures.data_uri(galaxy_picture(image, valid, survey))}">'
+        drawn[row] = html.picture(pictures.data_uri(galaxy_picture(image, valid, survey)))
     return drawn
 
 
-def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> str:
+def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> Markup:
     """A spectrum as a small square SVG: means of the flux in bins, weighted by inverse variance.
 
     The curve fills the height from the 1% to the 99.5% quantile of the bins; the line is zero flux.
@@ -107,6 +102,8 @@ def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> str:
     return _square(body, "Spectrum")
 
 
-def _square(body: str, label: str) -> str:
+def _square(body: str, label: str) -> Markup:
     back = f'<rect width="{SIDE}" height="{SIDE}" rx="6" fill="{SHADE}"/>'
-    return f'<svg viewBox="0 0 {SIDE} {SIDE}" style="{STYLE}" role="img" aria-label="{label}">{back}{body}</svg>'
+    return Markup(
+        f'<svg viewBox="0 0 {SIDE} {SIDE}" style="{STYLE}" role="img" aria-label="{label}">{back}{body}</svg>'
+    )

@@ -1,8 +1,8 @@
 """How well a similarity search finds what it should: ranks of partners, recall, reciprocal rank, nDCG.
 
-Every similarity is compared exactly, by the cosine. Similarities that agree to 1e-6 are tied, and a tie is worth what a
-random order of the tied would be worth on average. So an encoder that has collapsed scores as chance does, and no
-number depends on the order of the samples.
+Every query is compared with every candidate by the cosine, which `on_grid` makes exact, then rounded to 1e-6. Equal
+similarities are tied, and a tie is worth what a random order of the tied would be worth on average. So an encoder that
+has collapsed scores as chance does, and no number depends on the order of the samples or on the processor.
 
 Shape legend: M queries, N candidates, D embedding dimensions, k answers.
 """
@@ -14,11 +14,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from armillary.engine.evaluate.probes.similarity import on_grid
 from armillary.engine.evaluate.search.vectors import unit
 
-__all__ = ["Gains", "PartnerRanks", "bootstrap_error", "closeness", "found_again", "gain_ndcg", "ndcg", "rank_partners"]
+__all__ = [
+    "Gains",
+    "PartnerRanks",
+    "bootstrap_error",
+    "closeness",
+    "found_again",
+    "gain_ndcg",
+    "ndcg",
+    "nearest_other",
+    "rank_partners",
+]
 
-DECIMALS = 6  # of a similarity; float32 products of unit vectors are good to a few 1e-7
+DECIMALS = 6  # of a similarity: float32 components are good to 6e-8 of a length, so closer ones mean nothing
 CHUNK = 512  # queries compared with all candidates at a time
 
 
@@ -175,6 +186,26 @@ def gain_ndcg(queries: np.ndarray, candidates: np.ndarray, gains: Gains, k: int)
     return found, chance
 
 
+def nearest_other(queries: np.ndarray, candidates: np.ndarray, seed: int) -> np.ndarray:
+    """[M] the most similar candidate that is not the query's own object, the candidate of its row; of several that are
+    equally similar one is drawn.
+
+    Args:
+        queries: [M, D].
+        candidates: [M, D] of the same objects in the same order, two or more.
+        seed: Of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    found = np.empty(len(queries), np.int64)
+    for rows, similarity in _similarities(queries, candidates):
+        similarity[np.arange(len(rows)), rows] = -np.inf
+        best = similarity == similarity.max(1, keepdims=True)
+        found[rows] = best.argmax(1)
+        for i in np.flatnonzero(best.sum(1) > 1):
+            found[rows[i]] = generator.choice(np.flatnonzero(best[i]))
+    return found
+
+
 def found_again(approximate: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """[M] share of the true k neighbours that an approximate index finds among its k.
 
@@ -218,8 +249,8 @@ def bootstrap_error(
 
 
 def _similarities(queries: np.ndarray, candidates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of queries with their cosines [m, N] with all candidates, rounded so that what should be tied is."""
-    left, right = unit(queries), unit(candidates)
+    """Rows of queries with their cosines [m, N] with all candidates."""
+    left, right = on_grid(unit(queries)), on_grid(unit(candidates))
     for start in range(0, len(left), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(left)))
         yield rows, np.round(left[rows] @ right.T, DECIMALS)

@@ -9,15 +9,15 @@ Shape legend: M test samples, D embedding dimensions.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from armillary.engine.evaluate.page import figures
+from armillary.engine.evaluate.page import figures, html
 from armillary.engine.evaluate.probes.scores import MAD_TO_SIGMA, residuals
 from armillary.engine.evaluate.search.index import Answers, Index
 from armillary.engine.evaluate.search.pictures import Tile, draw_objects, tile_row
@@ -26,6 +26,7 @@ from armillary.engine.evaluate.search.retrieval import (
     bootstrap_error,
     closeness,
     gain_ndcg,
+    nearest_other,
     rank_partners,
 )
 from armillary.engine.evaluate.study.study import FeatureSet, Measure, Outcome, Study
@@ -195,8 +196,7 @@ def _judge(study: Study, pair: _Pair, options: SearchOptions, labelled: bool) ->
             relevant = np.isfinite(value)
             if relevant.any():
                 add(options.label, f"ndcg@{DEPTH}", value[relevant], float(chance[relevant].mean()))
-            own = np.arange(len(queries))
-            first = Index.build(answers, kind="exact").search(queries, 1, leave_out=own).row[:, 0]
+            first = nearest_other(queries, answers, study.seed)
             nearest = np.full(count, np.nan)
             nearest[known] = label_known[first]
             away = residuals(label_known, label_known[first], redshift=redshift)
@@ -240,21 +240,19 @@ def _line(found: _Found) -> str:
     )
 
 
-def _table(found: list[_Found], options: SearchOptions, missing: str) -> str:
+def _table(found: list[_Found], options: SearchOptions, missing: str) -> Markup:
     columns = [("partner", f"recall@{k}") for k in RECALLS] + [("partner", "MRR"), ("partner", "median rank")]
     labelled = any(f.label is not None for f in found)
     if labelled:
         columns += [(options.label, f"ndcg@{DEPTH}"), (options.label, "nmad@1")]
     if not any(f.ranks for f in found):
         columns = [c for c in columns if c[0] != "partner"]
-    name = html.escape(options.label)
-    heads = "".join(f"<th>{NAMES.get(m, m)}{'' if t == 'partner' else f'<br>{name}'}</th>" for t, m in columns)
-    rows = ""
+    name = options.label
+    head = [html.lines(NAMES.get(m, m), *([] if t == "partner" else [name])) for t, m in columns]
+    rows = []
     for one in found:
-        for model in ("", "chance"):
-            cells = "".join(f"<td>{_cell(_value(one, t, m, model))}</td>" for t, m in columns)
-            title = html.escape(one.pair.title) if not model else '<span class="se">by chance</span>'
-            rows += f"<tr><td>{title}</td>{cells}</tr>"
+        for model, title in (("", one.pair.title), ("chance", html.quiet("by chance"))):
+            rows.append([title, *(_cell(_value(one, t, m, model)) for t, m in columns)])
     counts = sorted({len(f.pair.rows) for f in found})
     among = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     text = (
@@ -270,28 +268,22 @@ def _table(found: list[_Found], options: SearchOptions, missing: str) -> str:
             f"answer's {name} around the query's."
         )
     if missing:
-        text += f" Agreement of labels is left out: {html.escape(missing)}."
-    body = f"<table><thead><tr><th>Search</th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    return (
-        f'<h2>Similarity search</h2><p class="quiet">{text}</p><section class="card"><div class="scroll">{body}</div>'
-        "</section>"
-    )
+        text += f" Agreement of labels is left out: {missing}."
+    return html.section("Similarity search", text, html.card(html.table(["Search", *head], [("", rows)])))
 
 
 def _cell(measure: Measure | None) -> str:
     if measure is None:
         return ""
     form = ".1f" if measure.metric == "median rank" else ".3f"
-    if not math.isfinite(measure.error):
-        return f'<span class="se">{measure.value:{form}}</span>'
-    return f'{measure.value:{form}} <span class="se">\u00b1 {measure.error:{form}}</span>'
+    return html.number(measure.value, measure.error, form, quiet=not math.isfinite(measure.error))
 
 
-def _agreement(found: list[_Found], options: SearchOptions) -> str:
+def _agreement(found: list[_Found], options: SearchOptions) -> Markup:
     shown = [f for f in found if f.label is not None and f.nearest is not None]
     if not shown:
-        return ""
-    cards = ""
+        return Markup()
+    cards = []
     style: dict[str, Any] = {"s": 8, "linewidths": 0, "alpha": 0.6}
     for one in shown:
         assert one.label is not None and one.nearest is not None
@@ -301,25 +293,22 @@ def _agreement(found: list[_Found], options: SearchOptions) -> str:
         axes.scatter(one.label[:DOTS], one.nearest[:DOTS], color=figures.SERIES[0 if one.pair.crosses else 1], **style)
         axes.set_xlabel(f"{options.label} of the query")
         axes.set_ylabel(f"{options.label} of the best answer")
-        cards += f'<div class="card"><h3>{html.escape(one.pair.title)}</h3>{figures.svg(figure)}</div>'
-    name = html.escape(options.label)
-    return (
-        f'<h2>Is the best answer at the same {name}?</h2><p class="quiet">Each dot is a query (the first {DOTS:,}) with the most similar other '
-        f'object; its own partner is left out.</p><div class="grid">{cards}</div>'
-    )
+        cards.append(html.card(figures.svg(figure), title=one.pair.title))
+    text = f"Each dot is a query (the first {DOTS:,}) with the most similar other object; its own partner is left out."
+    return html.section(f"Is the best answer at the same {options.label}?", text, html.grid(cards))
 
 
-def _panels(study: Study, pairs: list[_Pair], options: SearchOptions) -> str:
+def _panels(study: Study, pairs: list[_Pair], options: SearchOptions) -> Markup:
     drawable = {"image": bool(study.survey.bands), "spectrum": study.survey.spectrum is not None}
     able = [p for p in pairs if drawable.get(p.query.modality) and drawable.get(p.answer.modality)]
     spaces = [p.query.space for p in able if p.crosses]
     shown = [p for p in able if not spaces or p.query.space == spaces[0]]
     if not shown or not options.queries:
-        return ""
-    title = "<h2>What the search finds</h2>"
+        return Markup()
+    title = "What the search finds"
     shards = [study.folder / shard.name for shard in study.survey.shards]
     if not (shards and all(path.is_file() for path in shards)):
-        return f'{title}<p class="quiet">No pictures: the shards of the survey are not on this machine.</p>'
+        return html.section(title, "No pictures: the shards of the survey are not on this machine.")
     common = shown[0].rows
     for pair in shown[1:]:
         common = np.intersect1d(common, pair.rows)
@@ -340,11 +329,11 @@ def _panels(study: Study, pairs: list[_Pair], options: SearchOptions) -> str:
         value = ""
         if label is not None and np.isfinite(label[row]):
             value = f"{'z' if options.label == 'redshift' else options.label} {label[row]:.3f}"
-        return Tile(drawn[modality].get(row, ""), (value, note), outlined)
+        return Tile(drawn[modality].get(row, Markup()), (value, note), outlined)
 
-    cards = ""
+    cards = []
     for number, query in enumerate(chosen.tolist()):
-        body = ""
+        body = []
         for pair, answers in zip(shown, results, strict=True):
             tiles = [tile(pair.query.modality, query, "query", True)]
             for place, similarity in zip(answers.row[number], answers.similarity[number], strict=True):
@@ -352,14 +341,14 @@ def _panels(study: Study, pairs: list[_Pair], options: SearchOptions) -> str:
                 own = row == query
                 note = f"{similarity:.3f}" + (", partner" if own else "")
                 tiles.append(tile(pair.answer.modality, row, note, own))
-            body += f"<h3>{html.escape(pair.title)}</h3>"
-            body += f'<div class="sky" style="margin-bottom:12px">{tile_row(tiles, count + 1)}</div>'
-        cards += f'<div class="card">{body}</div>'
-    return (
-        f'{title}<p class="quiet">Test objects drawn at random, each with its {count} best answers '
+            body.append(html.subsection(pair.title, html.sky(tile_row(tiles, count + 1))))
+        cards.append(html.card(*body))
+    text = (
+        f"Test objects drawn at random, each with its {count} best answers "
         "and their cosine similarity. The query is outlined, and so is its own partner where it is among the answers; within "
-        f'a modality the query is left out.</p><div class="stack">{cards}</div>'
+        "a modality the query is left out."
     )
+    return html.section(title, text, html.stack(cards))
 
 
 def _answers(pair: _Pair, chosen: np.ndarray, count: int) -> Answers:

@@ -114,7 +114,8 @@ def unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:
     Raises:
         ValueError: A number is not finite, or a vector has length zero and so no direction.
     """
-    vectors = np.asarray(vectors, np.float32)
+    # In C order, for the order of the sums of squares would otherwise be another.
+    vectors = np.ascontiguousarray(vectors, np.float32)
     wrong = ~np.isfinite(vectors).all(1)
     if wrong.any():
         raise ValueError(
@@ -128,7 +129,7 @@ def unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:
             f"{first + int((scale[:, 0] == 0).argmax())}"
         )
     scaled = vectors / scale
-    return np.ascontiguousarray(scaled / np.linalg.norm(scaled, axis=1, keepdims=True), np.float32)
+    return scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
 
 
 def difference(mine: Mapping[str, str], other: Mapping[str, str], names: Sequence[str] = ORIGIN) -> str:

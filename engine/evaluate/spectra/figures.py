@@ -1,22 +1,22 @@
 """Pictures of what a spectrum encoder does, and the score of its guesses: filled gaps, and attention over wavelength.
 
-All functions take plain arrays of spectra on one grid. The fragments of HTML are cards for a page with the style sheet of
-`style`; they have no heading. Spectra are averaged over a few pixels to be drawn, never to be scored.
+All functions take plain arrays of spectra on one grid. Spectra are averaged over a few pixels to be drawn, never to be scored.
 
 Shape legend: M spectra, L pixels, H attention heads, N tokens: one of mean and deviation, then one a window.
 """
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from armillary.engine.evaluate.page.figures import GRID, INK, MUTED, SERIES, canvas, svg
+from armillary.engine.evaluate.page.html import card, section, stack
 from armillary.engine.evaluate.study.study import Measure
 
 __all__ = ["LINES", "attention_over_wavelength", "fill_scores", "interpolate", "mask_filling", "token_wavelengths"]
@@ -136,8 +136,8 @@ def mask_filling(
     *,
     unit: str = "",
     titles: Sequence[str] = (),
-) -> str:
-    """Spectra with gaps and what the model puts there, one card each, as HTML.
+) -> Markup:
+    """Section of the report: spectra with gaps and what the model puts there, one card each.
 
     Args:
         wave: [L] angstrom, observed, vacuum.
@@ -167,7 +167,7 @@ def mask_filling(
         axes.set_xlabel("observed wavelength (Å)")
         cards.append(_card(titles[i] if titles else _title(float(z)), figure))
     said = "Grey: the spectrum. Shaded: what the model has not seen of it. Coloured: what it fills in."
-    return _stack(said, unit, cards)
+    return _section("Filling gaps in spectra", said, unit, cards)
 
 
 def attention_over_wavelength(
@@ -181,8 +181,8 @@ def attention_over_wavelength(
     step: int,
     unit: str = "",
     titles: Sequence[str] = (),
-) -> str:
-    """Where the heads of a pooling look in spectra, one card each, as HTML.
+) -> Markup:
+    """Section of the report: where the heads of a pooling look in spectra, one card each.
 
     Weights are drawn over the middle of their windows, in units of an even share, each head on a scale of its own; what the
     token of mean and deviation gets is printed.
@@ -231,7 +231,7 @@ def attention_over_wavelength(
     said = (
         "Weights of each head over the windows of a spectrum, in units of an even share. Dotted: the lines named above."
     )
-    return _stack(said, unit, cards)
+    return _section("What the alignment looks at in spectra", said, unit, cards)
 
 
 def token_wavelengths(wave: np.ndarray, tokens: int, *, window: int, step: int) -> np.ndarray:
@@ -328,16 +328,15 @@ def _name_lines(axes: Any, wave: np.ndarray, redshift: float) -> None:
         )
 
 
-def _stack(said: str, unit: str, cards: list[str]) -> str:
-    flux = f" Flux in {html.escape(unit)}." if unit else ""
-    return f'<p class="quiet">{said}{flux}</p><div class="stack">{"".join(cards)}</div>'
+def _section(title: str, said: str, unit: str, cards: list[Markup]) -> Markup:
+    return section(title, said + (f" Flux in {unit}." if unit else ""), stack(cards))
 
 
 def _title(redshift: float) -> str:
     return f"z = {redshift:.4f}" if math.isfinite(redshift) else "redshift unknown"
 
 
-def _card(title: str, figure: Any) -> str:
+def _card(title: str, figure: Any) -> Markup:
     # a tenth of a point is enough for coordinates, and halves the file
-    chart = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg(figure))
-    return f'<div class="card"><h3>{html.escape(title)}</h3>{chart}</div>'
+    chart = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), str(svg(figure)))
+    return card(Markup(chart), title=title)

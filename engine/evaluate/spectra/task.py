@@ -65,7 +65,7 @@ def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
     )
     shown, z = _examples(study, batch)
     assert study.survey.spectrum is not None
-    cards = mask_filling(
+    section = mask_filling(
         study.survey.spectrum.grid.angstrom(),
         flux[shown],
         weight[shown],
@@ -74,7 +74,7 @@ def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
         z,
         unit=study.survey.spectrum.unit,
     )
-    return Outcome("masking", measures, (line,), (f"<h2>Filling gaps in spectra</h2>{cards}",))
+    return Outcome("masking", measures, (line,), (section,))
 
 
 def attention(study: Study, encoders: Sequence[Encoder]) -> Outcome:
@@ -92,7 +92,7 @@ def attention(study: Study, encoders: Sequence[Encoder]) -> Outcome:
     flux, ivar = batch["spectrum"][shown], batch["spectrum_ivar"][shown]
     weights = method.attention(Batch(spectrum=flux, spectrum_ivar=ivar))["spectrum"]
     shape = method.config.spectrum
-    cards = attention_over_wavelength(
+    section = attention_over_wavelength(
         study.survey.spectrum.grid.angstrom(),
         flux.cpu().numpy(),
         ivar.cpu().numpy(),
@@ -102,7 +102,7 @@ def attention(study: Study, encoders: Sequence[Encoder]) -> Outcome:
         step=shape.step,
         unit=study.survey.spectrum.unit,
     )
-    return Outcome("attention", (), (), (f"<h2>What the alignment looks at in spectra</h2>{cards}",))
+    return Outcome("attention", (), (), (section,))
 
 
 def _spectra(study: Study, encoder: Encoder, count: int) -> Batch:

@@ -23,13 +23,13 @@ SWITCHES = [0.1, 0.2, 0.25]
 
 
 @triton.jit
-def _device_kernel(r2_ptr, c_ptr, out_ptr, n, A_MAX: tl.constexpr, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+def _device_kernel(r2_ptr, c_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     r2 = tl.load(r2_ptr + i, mask=i < n, other=0.0)
     c = tl.load(c_ptr)
     t, q = exp_coefficients(r2, c)
-    s, p = log_coefficients(r2, c, A_MAX)
-    gap, free = conformal(r2, c, EDGE)
+    s, p = log_coefficients(r2, c)
+    gap, free = conformal(r2, c)
     tl.store(out_ptr + i, t, mask=i < n)
     tl.store(out_ptr + n + i, q, mask=i < n)
     tl.store(out_ptr + 2 * n + i, s, mask=i < n)
@@ -43,7 +43,7 @@ def device_functions(r2: torch.Tensor, c: float, device: str) -> dict[str, list[
     out = torch.full((7, len(r2)), float("nan"), device=device)
     block = triton.next_power_of_2(len(r2))
     at = torch.tensor(c, dtype=torch.float32, device=device)
-    _device_kernel[(1,)](r2.float().to(device), at, out, len(r2), A_MAX=A_MAX, EDGE=EDGE, BLOCK=block)
+    _device_kernel[(1,)](r2.float().to(device), at, out, len(r2), BLOCK=block)
     return dict(zip(("t", "q", "s", "p", "sech2", "gap", "free"), out.tolist(), strict=True))
 
 

@@ -3,18 +3,11 @@ from functools import partial
 
 import pytest
 import torch
-from aot import ARCHITECTURES, SHARED_LIMIT, resources
+from ball import assert_rows_compile
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from armillary.kernels.geometry.geometry_combine import (
-    CLIP,
-    LAUNCH_BACKWARD,
-    LAUNCH_FORWARD,
-    combine_backward,
-    geometry_combine,
-    geometry_combine_reference,
-    warps,
-)
+from armillary.kernels.geometry import combine_backward, combine_forward
+from armillary.kernels.geometry.geometry_combine import CLIP, geometry_combine, geometry_combine_reference
 
 NAMES = ("u", "logits", "kappa", "c", "moebius_bias")
 FLOOR = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # a unit and a bit of what is stored
@@ -217,11 +210,11 @@ def test_spherical_expert_forgets_length(device):
 def test_column_sums(device, poison_empty):
     tensors = inputs(rows=10, device=device)
     dy = torch.randn(10, 97, device=device)
-    du, *_, sums = combine_backward(dy, *tensors, None, CLIP, column_sums=True)
+    du, *_, sums = combine_backward.combine_backward(dy, *tensors, None, CLIP, column_sums=True)
     torch.testing.assert_close(sums, du.sum(1))
     one = [tensors[0][:1].contiguous(), *tensors[1:]]
     for expert in range(3):
-        du, *_, sums = combine_backward(dy, *one, expert, CLIP, column_sums=True)
+        du, *_, sums = combine_backward.combine_backward(dy, *one, expert, CLIP, column_sums=True)
         torch.testing.assert_close(sums, du.sum(1))
 
 
@@ -263,31 +256,17 @@ def test_bad_input_is_refused(change, message):
 
 
 @pytest.mark.parametrize("dim", [768, 1024, 1536])
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_compiles_without_spilling(kernel, dim):
-    signature = {"u_ptr": "*bf16", "logit_ptr": "*fp32", "kappa_ptr": "*fp32", "c_ptr": "*fp32", "bias_ptr": "*fp32"}
-    signature |= {"clip": "fp32", "rows": "i32"}
-    constants = {"D": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "EXPERT": -1, "MOEBIUS": True}
-    if kernel == "forward":
-        name, table = "_combine_fwd_kernel", LAUNCH_FORWARD
-        signature |= {"y_ptr": "*bf16"}
-    else:
-        name, table = "_combine_bwd_kernel", LAUNCH_BACKWARD
-        signature |= {"dy_ptr": "*bf16", "du_ptr": "*bf16", "dlogit_ptr": "*fp32", "du_sum_ptr": "*fp32"}
-        signature |= {"db_ptr": "*fp32", "scalar_ptr": "*fp32"}
-        constants |= {"COLUMN_SUMS": True}
-    assert len({warps(table[sm], dim) for sm in ARCHITECTURES}) == 1  # one compilation serves all three
-    used = resources(
-        f"armillary.kernels.geometry.geometry_combine:{name}",
-        signature,
-        constants,
-        num_warps=warps(table[90], dim),
-    )
-    for sm in ARCHITECTURES:
-        assert used[sm].stack == used[sm].local == 0, (sm, used[sm])
-        assert used[sm].shared <= SHARED_LIMIT[sm], (sm, used[sm])
-        assert used[sm].registers <= 128, (sm, used[sm])
-        assert "ld.global.v4" in used[sm].ptx
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_compiles_without_spilling(way, dim):
+    module, name = {
+        "forward": (combine_forward, "_combine_fwd_kernel"),
+        "backward": (combine_backward, "_combine_bwd_kernel"),
+    }[way]
+    kernel = getattr(module, name)
+    constants = {"EXPERT": -1, "MOEBIUS": True, "COLUMN_SUMS": True}
+    half = {"u_ptr", "y_ptr", "dy_ptr", "du_ptr"}
+    for used in assert_rows_compile(f"{module.__name__}:{name}", kernel.arg_names, module.LAUNCH, dim, half, constants):
+        assert "ld.global.v4" in used.ptx
 
 
 @pytest.mark.gpu

@@ -4,34 +4,17 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from aot import ARCHITECTURES, SHARED_LIMIT, resources
+from ball import assert_rows_compile
 from torch.autograd import grad, gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
+from armillary.kernels.geometry import geometry_rows as rows_module
 from armillary.kernels.geometry.curvature import A_MAX
-from armillary.kernels.geometry.geometry_combine import warps
 from armillary.kernels.geometry.geometry_ffn import geometry_ffn, geometry_ffn_reference, saved_bytes
-from armillary.kernels.geometry.geometry_rows import (
-    LAUNCH_BACKWARD,
-    LAUNCH_FORWARD,
-    geometry_rows,
-    geometry_rows_reference,
-)
+from armillary.kernels.geometry.geometry_rows import geometry_rows, geometry_rows_reference
 from armillary.kernels.mlp.up_projection import ACTIVATIONS
 
-NAMES = (
-    "x",
-    "gate_weight",
-    "gate_bias",
-    "temperature",
-    "weight1",
-    "bias1",
-    "weight2",
-    "bias2",
-    "kappa",
-    "c",
-    "moebius_bias",
-)
+NAMES = tuple("x gate_weight gate_bias temperature weight1 bias1 weight2 bias2 kappa c moebius_bias".split())
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # a unit and a bit of what is stored
 
 
@@ -348,30 +331,16 @@ def test_bad_input_is_refused(change, message):
 
 
 @pytest.mark.parametrize("dim", [768, 1024, 1536])
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_row_kernels_compile_without_spilling(kernel, dim):
-    signature = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "temperature_ptr": "*fp32", "c_ptr": "*fp32"}
-    signature |= {"logit_ptr": "*fp32", "input_scale": "fp32", "rows": "i32"}
-    constants = {"D": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "A_MAX": A_MAX}
-    if kernel == "forward":
-        name, table = "_rows_fwd_kernel", LAUNCH_FORWARD
-        signature |= {"bias_ptr": "*bf16", "scale_ptr": "*fp32"}
-        constants |= {"BIAS": True}
-        assert len({table[sm].blocks["ROWS"] for sm in ARCHITECTURES}) == 1
-        constants |= {"ROWS": table[90].blocks["ROWS"]}
-    else:
-        name, table = "_rows_bwd_kernel", LAUNCH_BACKWARD
-        signature |= dict.fromkeys(("dlogit_ptr", "dscale_ptr", "dweight_ptr", "scalar_ptr"), "*fp32")
-        signature |= {"dy_ptr": "*bf16", "dx_ptr": "*bf16"}
-        constants |= {"LOGITS": True, "SCALE": True, "DY": True}
-    assert len({warps(table[sm], dim) for sm in ARCHITECTURES}) == 1  # one compilation serves all three
-    used = resources(
-        f"armillary.kernels.geometry.geometry_rows:{name}", signature, constants, num_warps=warps(table[90], dim)
-    )
-    for sm in ARCHITECTURES:
-        assert used[sm].stack == used[sm].local == 0, (sm, used[sm])
-        assert used[sm].shared <= SHARED_LIMIT[sm], (sm, used[sm])
-        assert used[sm].registers <= 128, (sm, used[sm])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_row_kernels_compile_without_spilling(way, dim):
+    name, table = {
+        "forward": ("_rows_fwd_kernel", rows_module.LAUNCH_FORWARD),
+        "backward": ("_rows_bwd_kernel", rows_module.LAUNCH_BACKWARD),
+    }[way]
+    kernel = getattr(rows_module, name)
+    constants = {"BIAS": True, "LOGITS": True, "SCALE": True, "DY": True}
+    half = {"x_ptr", "weight_ptr", "bias_ptr", "dy_ptr", "dx_ptr"}
+    assert_rows_compile(f"{rows_module.__name__}:{name}", kernel.arg_names, table, dim, half, constants)
 
 
 @pytest.mark.gpu

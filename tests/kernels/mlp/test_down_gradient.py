@@ -1,59 +1,11 @@
 import pytest
 import torch
-from aot import ARCHITECTURES, SHARED_LIMIT, resources
-from products import ACTIVATIONS, PATHS, assert_as_good, blocks_of, double, force_path, row_of
+from products import ACTIVATIONS, PATHS, PRODUCTS, count_persistent, double, force_path
+from products import inputs_of_down as inputs
 
 from armillary.kernels.mlp import down_gradient as module
-from armillary.kernels.mlp.down_gradient import down_gradient, down_gradient_reference
+from armillary.kernels.mlp.down_gradient import down_gradient
 from armillary.kernels.mlp.up_projection import up_projection_reference
-
-CASES = {  # (M, D, H, E), bias, row scale
-    "odd": ((37, 19, 45, 2), True, True),
-    "whole columns": ((40, 32, 64, 2), True, True),
-    "one expert, bias": ((33, 40, 64, 1), True, False),
-    "one expert, scale": ((5, 8, 72, 1), False, True),
-    "bare": ((35, 16, 64, 2), False, False),
-    "ones": ((1, 1, 1, 1), True, True),
-}
-NAMES = ("dz", "a", "d_bias", "d_row_scale")
-
-
-def inputs(shape, activation, device, dtype=torch.float32, bias=True, scale=True):
-    m, d, h, experts = shape
-    columns = (experts, 2, h) if activation == "swiglu" else (experts, h)
-    du, weight2, z, b = (
-        torch.randn(experts, m, d),
-        torch.randn(experts, d, h),
-        torch.randn(m, *columns),
-        torch.randn(columns),
-    )
-    row_scale = (torch.rand(experts, m) + 0.5).to(device) if scale else None
-    du, weight2, z, b = (t.to(device, dtype) for t in (du, weight2 * d**-0.5, z, b))
-    return du, weight2, z, b if bias else None, row_scale, activation
-
-
-def check(given):
-    eager, right = down_gradient_reference(*given), down_gradient_reference(*double(*given))
-    results = down_gradient(*given, impl="triton")
-    for name, got, *others in zip(NAMES, results, eager, right, strict=True):
-        assert got is None or got.dtype == (given[0].dtype if name in ("dz", "a") else torch.float32)
-        assert_as_good(got, *others)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("path", PATHS)
-def test_equals_the_reference(path, activation, case, device, monkeypatch, poison_empty):
-    force_path(monkeypatch, module, path)
-    check(inputs(case[0], activation, device, torch.float32, *case[1:]))
-
-
-@pytest.mark.parametrize("case", [CASES["odd"], CASES["whole columns"]], ids=["odd", "whole columns"])
-@pytest.mark.parametrize("path", PATHS)
-def test_half_precision(path, case, device, monkeypatch, poison_empty):
-    """float16: the interpreter multiplies bit patterns for bfloat16, which the GPU test covers."""
-    force_path(monkeypatch, module, path)
-    check(inputs(case[0], "gelu", device, torch.float16, *case[1:]))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -77,15 +29,13 @@ def test_reference_is_the_gradient_of_the_up_projection(activation):
 def test_tiles_over_several_rows_and_columns(path, device, monkeypatch, poison_empty):
     """Partial sums of several programs along both directions."""
     force_path(monkeypatch, module, path)
-    check(inputs((70, 16, 128, 2), "gelu_tanh", device))
+    PRODUCTS["down_gradient"].check(inputs((70, 16, 128, 2), "gelu_tanh", device))
 
 
 def test_descriptors_only_where_they_can_be(device, monkeypatch):
     """An inner dimension of broken tiles would read the next expert's weights: such shapes take plain pointers."""
     force_path(monkeypatch, module, "tma")
-    launches = []
-    launch = module.launch_persistent
-    monkeypatch.setattr(module, "launch_persistent", lambda *a, **k: (launches.append(1), launch(*a, **k)))
+    launches = count_persistent(monkeypatch)
     dtype, h, d = (torch.float32, 64, 16) if device == "cpu" else (torch.float16, 256, 64)
     for shape, expected in {
         (7, d, h, 2): 1,
@@ -95,7 +45,7 @@ def test_descriptors_only_where_they_can_be(device, monkeypatch):
         (7, d - 1, h, 1): 0,
     }.items():
         launches.clear()
-        check(inputs(shape, "gelu", device, dtype))
+        PRODUCTS["down_gradient"].check(inputs(shape, "gelu", device, dtype))
         assert len(launches) == expected, shape
 
 
@@ -126,53 +76,3 @@ def test_same_bits_again(device, monkeypatch):
     given = inputs((70, 16, 128, 2), "gelu", device)
     first = down_gradient(*given, impl="triton")
     assert all(torch.equal(a, b) for a, b in zip(first, down_gradient(*given, impl="triton"), strict=True))
-
-
-BF16 = dict.fromkeys(("z_ptr", "bias_ptr", "dz_ptr", "a_ptr"), "*bf16")
-EXPERTS = BF16 | dict.fromkeys(("scale_ptr", "columns_ptr", "rows_ptr"), "*fp32") | dict.fromkeys("MEH", "i32")
-VIT = {"scale_ptr": None, "rows_ptr": None, "E": 1}
-COMPILED = {  # one form for each architecture: the compiler takes seconds
-    "fused, experts, erf, sm_80": ("_fused_kernel", "gelu", {}, (80,)),
-    "fused, experts, erf": ("_fused_kernel", "gelu", {}, (90, 100)),
-    "tma, ViT, erf": ("_tma_kernel", "gelu", VIT, (90,)),
-    "tma, experts, swiglu": ("_tma_kernel", "swiglu", {}, (100,)),
-    "elementwise, experts, erf": ("_elementwise_kernel", "gelu", {}, ARCHITECTURES),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel, activation, fixed, architectures", COMPILED.values(), ids=COMPILED)
-def test_compiles_without_spilling(kernel, activation, fixed, architectures):
-    table = {"_fused_kernel": module.FUSED, "_tma_kernel": module.LAUNCH, "_elementwise_kernel": module.ELEMENTWISE}
-    (row,) = {id(row): row for row in (row_of(table[kernel], sm) for sm in architectures)}.values()
-    signature, constants = {"du_ptr": "*bf16", "w_ptr": "*bf16", **EXPERTS, "D": "i32"}, {"EVEN": True}
-    if kernel == "_tma_kernel":
-        signature, constants = signature | {"programs": "i32"}, {}
-        assert row.path == "tma"
-    elif kernel == "_elementwise_kernel":
-        signature, constants = {"da_ptr": "*bf16", **EXPERTS}, {}
-    gated = activation == "swiglu"
-    for sm, used in resources(
-        f"armillary.kernels.mlp.down_gradient:{kernel}",
-        {name: kind for name, kind in signature.items() if name not in fixed},
-        {**constants, **fixed, "GATED": gated, "TANH": activation == "gelu_tanh", **blocks_of(row, gated)},
-        divisible=("H", "D"),
-        num_warps=row.num_warps,
-        num_stages=row.num_stages,
-        architectures=architectures,
-    ).items():
-        assert used.stack == used.local == 0, (sm, used)
-        assert used.shared <= SHARED_LIMIT[sm], (sm, used)
-        if sm == 90 and kernel != "_elementwise_kernel":
-            assert "wgmma.mma_async" in used.ptx
-        if kernel == "_tma_kernel":
-            assert "cp.async.bulk.tensor" in used.ptx
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("path", PATHS)
-def test_training_shape(path, activation, monkeypatch):
-    force_path(monkeypatch, module, path)
-    for scale in (True, False):
-        check(inputs((8000, 1024, 4096, 3), activation, "cuda", torch.bfloat16, True, scale))

@@ -2,55 +2,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from aot import ARCHITECTURES, SHARED_LIMIT, resources
-from products import ACTIVATIONS, PATHS, assert_as_good, blocks_of, double, force_path, row_of
+from products import ACTIVATIONS, PATHS, count_persistent, double, force_path
+from products import inputs_of_up as inputs
 
 from armillary.kernels.mlp import gemm
 from armillary.kernels.mlp import up_projection as module
 from armillary.kernels.mlp.gemm import place_tile
 from armillary.kernels.mlp.up_projection import up_projection, up_projection_reference
-
-CASES = {  # (M, K, H, E), bias, row scale
-    "odd": ((37, 19, 45, 2), True, True),
-    "whole columns": ((40, 24, 64, 2), True, True),
-    "one expert, bias": ((33, 40, 72, 1), True, False),
-    "one expert, scale": ((5, 8, 64, 1), False, True),
-    "bare": ((35, 16, 64, 2), False, False),
-    "ones": ((1, 1, 1, 1), True, True),
-}
-
-
-def inputs(shape, activation, device, dtype=torch.float32, bias=True, scale=True):
-    m, k, h, experts = shape
-    rows = (experts, 2, h) if activation == "swiglu" else (experts, h)
-    x, weight, b = torch.randn(m, k), torch.randn(*rows, k) * k**-0.5, torch.randn(rows)
-    row_scale = (torch.rand(experts, m) + 0.5).to(device) if scale else None
-    x, weight, b = (t.to(device, dtype) for t in (x, weight, b))
-    return x, weight, b if bias else None, row_scale, activation
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("path", PATHS)
-def test_equals_the_reference(path, activation, case, device, monkeypatch, poison_empty):
-    force_path(monkeypatch, module, path)
-    check(inputs(case[0], activation, device, torch.float32, *case[1:]))
-
-
-@pytest.mark.parametrize("case", [CASES["odd"], CASES["whole columns"]], ids=["odd", "whole columns"])
-@pytest.mark.parametrize("path", PATHS)
-def test_half_precision(path, case, device, monkeypatch, poison_empty):
-    """float16: the interpreter multiplies bit patterns for bfloat16, which the GPU test covers."""
-    force_path(monkeypatch, module, path)
-    check(inputs(case[0], "gelu", device, torch.float16, *case[1:]))
-
-
-def check(given):
-    eager, right = up_projection_reference(*given), up_projection_reference(*double(*given))
-    z, a = up_projection(*given, impl="triton")
-    assert z.dtype == a.dtype == given[0].dtype
-    for got, *others in zip((z, a), eager, right, strict=True):
-        assert_as_good(got, *others)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -68,9 +26,7 @@ def test_descriptors_only_where_they_can_be(device, monkeypatch):
     """Odd strides, an offset that is not aligned and a width of broken tiles all take plain pointers."""
     force_path(monkeypatch, module, "tma")
     dtype = torch.float32 if device == "cpu" else torch.float16
-    launches = []
-    launch = module.launch_persistent
-    monkeypatch.setattr(module, "launch_persistent", lambda *a, **k: (launches.append(1), launch(*a, **k)))
+    launches = count_persistent(monkeypatch)
     wide = 64 if device == "cpu" else 256
     for (m, k, h, e), expected in {
         (7, 24, wide, 2): 1,
@@ -170,56 +126,3 @@ def test_reference_impl_takes_any_float():
     assert up_projection(*given, save_z=False)[0] is None
     with pytest.raises(ValueError, match=r'up_projection: impl must be "reference" or "auto" for torch.float64'):
         up_projection(*double(*given), impl="triton")
-
-
-EXPERTS = dict(bias_ptr="*bf16", scale_ptr="*fp32", z_ptr="*bf16", a_ptr="*bf16", M="i32", E="i32", H="i32")
-VIT = {"scale_ptr": None, "E": 1}
-COMPILED = {  # one form for each architecture: the compiler takes seconds
-    "fused, experts, erf, sm_80": ("_fused_kernel", "gelu", {}, (80,)),
-    "fused, experts, erf": ("_fused_kernel", "gelu", {}, (90, 100)),
-    "tma, ViT, erf": ("_tma_kernel", "gelu", VIT, (90,)),
-    "tma, experts, swiglu": ("_tma_kernel", "swiglu", {}, (100,)),
-    "elementwise, experts, erf": ("_elementwise_kernel", "gelu", {}, ARCHITECTURES),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel, activation, fixed, architectures", COMPILED.values(), ids=COMPILED)
-def test_compiles_without_spilling(kernel, activation, fixed, architectures):
-    table = {"_fused_kernel": module.FUSED, "_tma_kernel": module.LAUNCH, "_elementwise_kernel": module.ELEMENTWISE}
-    (row,) = {id(row): row for row in (row_of(table[kernel], sm) for sm in architectures)}.values()
-    signature, constants = {"x_ptr": "*bf16", "w_ptr": "*bf16", **EXPERTS, "K": "i32"}, {"EVEN": True}
-    if kernel == "_tma_kernel":
-        signature, constants = signature | {"programs": "i32"}, {}
-        assert row.path == "tma"
-    elif kernel == "_elementwise_kernel":
-        signature, constants = {"p_ptr": "*bf16", **EXPERTS}, {}
-    gated = activation == "swiglu"
-    for sm, used in resources(
-        f"armillary.kernels.mlp.up_projection:{kernel}",
-        {name: kind for name, kind in signature.items() if name not in fixed},
-        {**constants, **fixed, "GATED": gated, "TANH": activation == "gelu_tanh", **blocks_of(row, gated)},
-        divisible=("H", "K"),
-        num_warps=row.num_warps,
-        num_stages=row.num_stages,
-        architectures=architectures,
-    ).items():
-        assert used.stack == used.local == 0, (sm, used)
-        assert used.shared <= SHARED_LIMIT[sm], (sm, used)
-        if sm == 90 and kernel != "_elementwise_kernel":
-            assert "wgmma.mma_async" in used.ptx
-        if kernel == "_tma_kernel":
-            assert "cp.async.bulk.tensor" in used.ptx
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("path", PATHS)
-def test_training_shape(path, activation, monkeypatch):
-    force_path(monkeypatch, module, path)
-    given = inputs((8000, 1024, 4096, 3), activation, "cuda", torch.bfloat16)
-    for row_scale in (given[3], None):
-        given = (*given[:3], row_scale, activation)
-        eager, right = up_projection_reference(*given), up_projection_reference(*double(*given))
-        for got, *others in zip(up_projection(*given, impl="triton"), eager, right, strict=True):
-            assert_as_good(got, *others)

@@ -4,7 +4,7 @@ import torch
 from aot import ARCHITECTURES, SHARED_LIMIT, resources
 
 from armillary.engine.data.format import codec
-from armillary.kernels.pixels import decode_views as module
+from armillary.kernels.pixels import decode_views_kernels as kernels
 from armillary.kernels.pixels.crop import crop_reference
 from armillary.kernels.pixels.decode import decode_bitplane
 from armillary.kernels.pixels.decode_views import decode_views, decode_views_reference
@@ -330,10 +330,10 @@ COMPILED = {
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if "5x64" in c else c for c in COMPILED])
 def test_compiles_without_spilling(case, sm):
     kind, form, bands, number, turned, ones, divisible = COMPILED[case]
-    launch = module.LAUNCH[sm]
+    launch = kernels.LAUNCH[sm]
     constants = {"FORM": form, "BANDS": bands, "OUT_CHANNELS": bands, "CODEC": number, "TURNED": turned, "TILE": 128}
     used = resources(
-        "armillary.kernels.pixels.decode_views:_decode_views_kernel",
+        "armillary.kernels.pixels.decode_views_kernels:decode_views_kernel",
         POINTERS | {"out_ptr": kind} | {name: "i32" for name in INTEGERS if name not in ones},
         constants | dict(launch.blocks) | dict.fromkeys(ones, 1),
         divisible=divisible,
@@ -348,7 +348,7 @@ def test_compiles_without_spilling(case, sm):
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_the_index_compiles_without_spilling(sm):
     used = resources(
-        "armillary.kernels.pixels.decode_views:_index_kernel",
+        "armillary.kernels.pixels.decode_views_kernels:index_kernel",
         {"blobs_ptr": "*u8", "sizes_ptr": "*i64", "index_ptr": "*i32"}
         | dict.fromkeys(("stride", "kind", "shape", "channels", "count", "tiles"), "i32"),
         {"TILE": 128},

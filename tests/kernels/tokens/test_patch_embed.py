@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from aot import ARCHITECTURES, SHARED_LIMIT, resources
 
-from armillary.kernels.tokens import patch_embed as module
+from armillary.kernels.tokens import patch_embed_backward as backward
+from armillary.kernels.tokens import patch_embed_forward as forward
 from armillary.kernels.tokens.patch_embed import embed_crops, embed_crops_reference, patch_embed
 
 ORDER = ("weight", "bias", "positions", "cls", "registers", "mask", "mask_token", "mean", "inv_std")
@@ -317,7 +318,7 @@ def assert_clean(table, kernel, signature, constants, sm):
 
     blocks, warps, stages = launch(sm)
     used = resources(
-        f"{module.__name__}:{kernel}",
+        f"armillary.kernels.tokens.patch_embed_{kernel}",
         signature,
         constants | blocks,
         divisible=tuple({"dim"} & signature.keys()),
@@ -342,8 +343,8 @@ def assert_clean(table, kernel, signature, constants, sm):
 def test_forward_compiles_without_spilling(pixels, weight, channels, registers, masked, normalised, sm):
     """The width is no compile-time argument, so these are the kernels of ViT-S, ViT-B and ViT-L alike."""
     signature, constants = forward_arguments(pixels, weight, channels, registers, masked, normalised)
-    table = module.LAUNCH_FLOAT32 if weight == "fp32" else module.LAUNCH
-    used = assert_clean(table, "_patch_embed_fwd_kernel", signature, constants, sm)
+    table = forward.LAUNCH_FLOAT32 if weight == "fp32" else forward.LAUNCH
+    used = assert_clean(table, "forward:_patch_embed_fwd_kernel", signature, constants, sm)
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[sm] in used.ptx
     assert "cp.async" in used.ptx and "ld.global.b16" not in used.ptx  # four pixels at a time
 
@@ -354,11 +355,13 @@ def test_backward_compiles_without_spilling(sm):
     taken = ("image_ptr", "mask_ptr", "mean_ptr", "inv_std_ptr", "out_ptr", "rows", "patches", "columns")
     signature = {k: signature[k] for k in taken}
     constants = {k: v for k, v in constants.items() if not k.endswith("_ptr")}
-    used = assert_clean(module.LAUNCH_IM2COL, "_im2col_kernel", signature, constants, sm)
+    used = assert_clean(backward.LAUNCH_IM2COL, "backward:_im2col_kernel", signature, constants, sm)
     assert "ld.global.b16" not in used.ptx
     signature = {"grad_ptr": "*bf16", "mask_ptr": "*u8", "sums_ptr": "*fp32"}
     signature |= dict.fromkeys(("crops", "length", "dim"), "i32")
-    assert_clean(module.LAUNCH_SUMS, "_patch_embed_bwd_kernel", signature, {"REGISTERS": 0, "MASKED": True}, sm)
+    assert_clean(
+        backward.LAUNCH_SUMS, "backward:_patch_embed_bwd_kernel", signature, {"REGISTERS": 0, "MASKED": True}, sm
+    )
 
 
 @pytest.mark.gpu

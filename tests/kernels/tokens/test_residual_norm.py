@@ -5,6 +5,7 @@ import torch
 from aot import ARCHITECTURES, SHARED_LIMIT, resources
 
 from armillary.kernels.tokens import residual_norm as module
+from armillary.kernels.tokens import residual_norm_kernels as kernels
 from armillary.kernels.tokens.residual_norm import (
     Packing,
     residual_add,
@@ -311,9 +312,9 @@ SIGNATURES = {
 )
 def test_compiles_without_spilling(kernel, dtype, width, sm):
     rows, others = SIGNATURES[kernel]
-    shape = module._row_shape(module.LAUNCH[sm], width)
+    shape = kernels.row_shape(kernels.LAUNCH[sm], width)
     used = resources(
-        f"armillary.kernels.tokens.residual_norm:_residual_norm_{kernel}_kernel",
+        f"armillary.kernels.tokens.residual_norm_kernels:residual_norm_{kernel}_kernel",
         dict.fromkeys(rows, f"*{dtype}") | STATISTICS | MAPS | others,
         {"COLUMNS": shape["COLUMNS"]},
         divisible=("width",),

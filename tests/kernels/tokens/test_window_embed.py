@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from aot import ARCHITECTURES, SHARED_LIMIT, resources
 
-from armillary.kernels.tokens import window_embed as module
+from armillary.kernels.tokens import window_embed_kernels as module
 from armillary.kernels.tokens.window_embed import count_windows, window_embed, window_embed_reference, window_features
 
 

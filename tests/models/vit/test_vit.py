@@ -338,7 +338,7 @@ def test_bad_inputs():
         model([torch.zeros(2, 3, 24, 26)])
     with pytest.raises(ValueError, match=r"mask: must be \(2, 36\), crops and patches, got \(2, 35\)"):
         model(crops((2, 24)), mask=torch.zeros(2, 35, dtype=torch.bool))
-    with pytest.raises(ValueError, match="bare: takes neither mask nor select"):
+    with pytest.raises(ValueError, match="patches_only: takes neither mask nor select"):
         model(crops((2, 24)), mask=torch.zeros(2, 36, dtype=torch.bool), patches_only=True)
     with pytest.raises(ValueError, match=r"crops: sides must be positive multiples"):
         model([torch.zeros(2, 3, 24, 26)], patches_only=True)

@@ -50,6 +50,28 @@ def test_one_to_one_gives_the_nearer_claim_the_row_and_the_other_its_next():
     assert found.left.tolist() == [1] and found.right.tolist() == [0]
 
 
+def test_a_row_is_in_one_pair_only():
+    one, two = np.array([5.0]), np.array([5.0, 5.0]) + [0.2 * ARCSEC, 0.1 * ARCSEC]
+    found = match_sky(one, one * 0, two, two * 0, 1.0)
+    assert found.left.tolist() == [0] and found.right.tolist() == [1] and found.candidates == 1
+    found = match_sky(two, two * 0, one, one * 0, 1.0)
+    assert found.left.tolist() == [1] and found.right.tolist() == [0] and found.shared == 1
+
+
+@pytest.mark.parametrize("mode", ["one_to_one", "nearest"])
+@pytest.mark.parametrize("dec", [0.0, 33.3, -71.0])
+def test_equal_separations_go_to_the_lower_rows(mode, dec):
+    around = dec + np.array([-0.3, 0.3, 0.3, -0.3]) * ARCSEC  # equal but for the rounding of sines and cosines
+    for ra in np.linspace(0, 359, 40):
+        many, one = np.full(4, ra), np.array([ra])
+        found = match_sky(one, one * 0 + dec, many, around, 1.0, mode)
+        assert found.left.tolist() == [0] and found.right.tolist() == [0]
+        if mode == "one_to_one":
+            assert match_sky(many, around, one, one * 0 + dec, 1.0).left.tolist() == [0]
+            found = match_sky(many, around, many, around, 0.1)
+            assert found.left.tolist() == [0, 1, 2, 3] and found.right.tolist() == [0, 1, 2, 3]
+
+
 def test_rows_without_a_position_stay_alone_and_nothing_matches_nothing():
     nan, some = np.array([np.nan, 5.0]), np.array([5.0, 5.0])
     assert match_sky(nan, some, some[:1], some[:1], 1.0).left.tolist() == [1]

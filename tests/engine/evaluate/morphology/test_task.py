@@ -155,6 +155,19 @@ def test_too_few_or_constant_answers_are_left_out_with_a_sentence(make_study):
         morphology(study, MorphologyOptions(("disk-edge-on",)))
 
 
+def test_an_answer_depends_on_no_other_galaxy_of_the_test_split(make_study):
+    labels, hidden = zoo(("smooth-or-featured",))
+    hidden = hidden + 2 * np.random.default_rng(1).normal(size=hidden.shape)
+    order = TRAIN + np.argsort(hidden[TRAIN:, 0])
+    right = []
+    for test in (order, order[:40], order[40:]):
+        rows = np.r_[np.arange(TRAIN), test]
+        study = make_study({k: v[rows] for k, v in labels.items()}, {"a": image(hidden[rows])}, train=TRAIN)
+        (found,) = of(morphology(study, QUICK), "accuracy", target="smooth-or-featured", model="MLP 32")
+        right.append(found.value * len(test))
+    assert right[0] == pytest.approx(right[1] + right[2])
+
+
 def test_votes_that_are_never_known(make_study):
     labels, hidden = zoo()
     labels["disk-edge-on_yes"][:] = np.nan

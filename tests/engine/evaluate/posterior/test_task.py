@@ -3,6 +3,7 @@ from dataclasses import replace
 import h5py
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from armillary.engine.evaluate.posterior.flows import FlowOptions
 from armillary.engine.evaluate.posterior.joint_posterior import gaussian_nll
@@ -136,6 +137,10 @@ def test_the_gaussian_without_embeddings():
     spoiled[:10, 0] = np.nan
     assert gaussian_nll(theta, theta) == pytest.approx(exact, abs=0.01)
     assert gaussian_nll(theta, spoiled) == pytest.approx(exact, abs=0.1)
+    truth = rng.normal([3, -2], [3, 0.5], (500, 2))  # not distributed as the training labels are
+    mean, std = theta.mean(0), theta.std(0)
+    gaussian = multivariate_normal(np.zeros(2), np.cov(((theta - mean) / std).T))
+    assert gaussian_nll(theta, truth) == pytest.approx(-gaussian.logpdf((truth - mean) / std).mean())
 
 
 def test_default_properties_are_the_papers():

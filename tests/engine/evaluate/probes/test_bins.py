@@ -30,6 +30,13 @@ def test_equal_values_stay_together():
     assert quantile_strata("z", np.zeros(100), 4) == ()
 
 
+def test_a_bin_that_equal_values_leave_too_small_is_left_out():
+    values = np.r_[np.arange(10.0), np.full(60, 20.0), np.arange(30.0, 60)]
+    strata = quantile_strata("z", values, 4)  # edges at 20 and 35: 10 values, 65 and 25
+    assert [(s.low, s.high, len(s.rows)) for s in strata] == [(20, 34, 65), (35, 59, 25)]
+    assert [len(s.rows) for s in quantile_strata("z", values, 4, least=10)] == [10, 65, 25]
+
+
 def test_scores_of_a_bin_are_those_of_its_samples():
     rng = np.random.default_rng(0)
     true = rng.uniform(0, 1, 200)

@@ -5,7 +5,7 @@ from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
-from armillary.engine.evaluate.probes.probes import KNN, MLP, JointMLP, Ridge, labelled, nearest
+from armillary.engine.evaluate.probes.probes import KNN, MLP, JointMLP, Ridge, labelled, nearest, standardised
 
 
 @pytest.fixture
@@ -50,6 +50,41 @@ def test_a_training_sample_is_its_own_nearest_neighbour(data):
     train, label, _, _ = data
     np.testing.assert_allclose(KNN(1, "euclidean").predict(train, label, train), label)
     np.testing.assert_allclose(KNN(16, "euclidean", "distance").predict(train, label, train[:3]), label[:3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("probe", [KNN(7), KNN(7, "euclidean", "distance", True)], ids=lambda p: p.name)
+def test_equal_samples_share_their_votes_in_any_order(data, probe):
+    train, label, test, _ = data
+    train[40:160] = train[np.arange(120) % 40]  # four of each of the first forty
+    straight = probe.predict(train, label, np.concatenate([test, train[:40]]))
+    if probe.weights == "distance":  # those at the query's own place, and nothing else
+        np.testing.assert_allclose(straight[40:], label[:160].reshape(4, 40).mean(0))
+    for seed in range(10):
+        order = np.random.default_rng(seed).permutation(200)
+        turned = probe.predict(train[order], label[order], np.concatenate([test, train[:40]]))
+        np.testing.assert_allclose(turned, straight, rtol=1e-9)
+
+
+def test_votes_beyond_the_last_neighbour_are_shared():
+    train, label = np.array([[0.0], [1], [-1], [1], [9]]), np.array([0.0, 3, 6, 9, 100])
+    at = np.array([[0.1]]), np.array([[0.0]])
+    assert KNN(2, "euclidean").predict(train, label, at[1])[0] == pytest.approx((0 + 6) / 2)
+    assert KNN(2, "euclidean").predict(train, label, at[0])[0] == pytest.approx((0 + 6) / 2)  # 3 and 9 are tied
+    assert KNN(3, "euclidean").predict(train, label, at[1])[0] == pytest.approx((0 + 2 * 6) / 3)
+    assert KNN(4, "euclidean").predict(train, label, at[1])[0] == pytest.approx((0 + 3 + 6 + 9) / 4)
+
+
+def test_standardised_in_any_number_of_samples_and_without_constant_dimensions():
+    rng = np.random.default_rng(0)
+    train = np.float32(3) + rng.integers(0, 2, (1000, 1)).astype(np.float32) * np.spacing(np.float32(3))
+    train = np.concatenate([train, rng.normal(5, 1e-3, (1000, 1))], 1).astype(np.float32)
+    scaled, other = standardised(train, train[:10] + 1)
+    assert not scaled[:, 0].any() and not other[:, 0].any()  # it varies in the last bit alone
+    np.testing.assert_allclose(scaled[:, 1].astype(np.float64).mean(), 0, atol=1e-6)
+    # Sums in float32 of as many samples as a survey has are off by 1e-3 of the spread; these by none.
+    many = np.broadcast_to(train[:500, 1:], (2000, 500, 1)).reshape(-1, 1)
+    mean, spread = train[:500, 1].astype(np.float64).mean(), train[:500, 1].astype(np.float64).std()
+    np.testing.assert_allclose(standardised(many, many[:9])[1], (many[:9] - mean) / spread, rtol=1e-6, atol=1e-6)
 
 
 def test_as_many_neighbours_as_samples_give_the_mean(data):

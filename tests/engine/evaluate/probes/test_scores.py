@@ -56,6 +56,25 @@ def test_bootstrap_error_of_the_outlier_fraction_is_binomial():
     assert s.outliers_se == pytest.approx(np.sqrt(0.2 * 0.8 / 400), rel=0.15)
 
 
+def test_bootstrap_error_of_the_nmad_is_that_of_normal_residuals_whatever_their_bias():
+    rng = np.random.default_rng(0)
+    true = np.zeros(1000)
+    noise = 0.02 * rng.normal(size=1000)
+    plain, biased = (score(true, noise + bias, redshift=False, resamples=500) for bias in (0.0, 0.5))
+    assert biased.nmad_se == pytest.approx(plain.nmad_se, rel=1e-6)
+    # 1.167 sigma / sqrt(M) for normal residuals, with a spread of 10 % over 30 seeds: five spreads are left.
+    assert plain.nmad_se == pytest.approx(1.167 * 0.02 / np.sqrt(1000), rel=0.5)
+
+
+def test_the_interval_of_a_difference_holds_95_percent():
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=500)
+    first, second = (true + s * rng.normal(size=500) for s in (0.3, 0.35))
+    d = paired_difference(true, first, second, resamples=4000)
+    # 1.96 standard errors on either side, with a spread of 0.9 % over 30 seeds; an interval of 90 % has 1.645.
+    assert (d.high - d.low) / (2 * d.se) == pytest.approx(1.96, rel=0.08)
+
+
 def test_same_seed_same_errors():
     rng = np.random.default_rng(0)
     true, predicted = rng.uniform(0, 1, size=(2, 50))

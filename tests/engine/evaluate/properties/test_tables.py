@@ -1,33 +1,6 @@
-import math
-
-import pytest
-
 from armillary.engine.evaluate.probes.scores import Difference
 from armillary.engine.evaluate.properties.results import Comparison
-from armillary.engine.evaluate.properties.tables import comparison_section, number, redshift_section, table
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ((0.5,), "0.500"),
-        ((-0.5, 0.01), '\u22120.500 <span class="se">\u00b1 0.010</span>'),
-        ((0.5, 0.01, "+.2f"), '+0.50 <span class="se">\u00b1 0.01</span>'),
-        ((math.nan, 0.01), '<span class="se">undefined</span>'),
-    ],
-    ids=["plain", "negative", "signed", "undefined"],
-)
-def test_number(arguments, text):
-    assert number(*arguments) == text
-
-
-def test_only_the_number_is_bold():
-    assert number(0.5, 0.1, bold=True) == '<b>0.500</b> <span class="se">\u00b1 0.100</span>'
-
-
-def test_table_has_a_line_for_a_group_with_a_title():
-    page = table(["a", "b"], [("one", [["1", "2"]]), ("", [["3", "4"]])])
-    assert '<tr class="group"><td colspan="2">one</td></tr><tr><td>1</td><td>2</td></tr><tr><td>3</td>' in page
+from armillary.engine.evaluate.properties.tables import comparison_section, redshift_section
 
 
 def test_differences_that_are_clear_are_bold_whatever_their_sign():

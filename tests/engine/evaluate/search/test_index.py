@@ -98,11 +98,39 @@ def test_order_of_what_is_indexed_does_not_matter(small):
     np.testing.assert_array_equal(turned.search(queries, 9).key, index.search(queries, 9).key)
 
 
-def test_equal_vectors_are_equally_similar():
-    index = Index.build(np.ones((5, 3), np.float32))
-    answers = index.search(np.array([[2.0, 2.0, 2.0]]), 5)
-    np.testing.assert_allclose(answers.similarity, 1, atol=1e-6)
-    assert sorted(answers.key[0]) == list("01234")
+@pytest.mark.parametrize("width", [3, 200])
+def test_equal_vectors_are_equally_similar_and_come_in_order(width):
+    rng = np.random.default_rng(0)
+    kinds = rng.normal(size=(4, width)).astype(np.float32)
+    which = rng.integers(0, 4, 400)
+    queries = kinds + 0.1 * rng.normal(size=(4, width)).astype(np.float32)
+    answers = Index.build(kinds[which]).search(queries, 150)
+    for query, (row, similarity) in enumerate(zip(answers.row, answers.similarity, strict=True)):
+        mine = np.flatnonzero(which == query)
+        np.testing.assert_array_equal(row[: len(mine)], mine)
+        assert len(mine) < 150 and len(np.unique(similarity)) <= 4
+        assert all((np.diff(row[similarity == s]) > 0).all() for s in similarity)
+        np.testing.assert_array_equal(row, Index.build(kinds[which]).search(queries[query : query + 1], 150).row[0])
+    few = Index.build(kinds[which]).search(queries, 5).row  # fewer than are tied
+    np.testing.assert_array_equal(few, answers.row[:, :5])
+
+
+def test_candidates_that_rounding_may_have_put_too_low_are_fetched():
+    index = Index.build(np.eye(40, 3, dtype=np.float32) + [0, 0, 1])  # 38 equal vectors, of which FAISS fetches 10
+    engine, asked = index._engine, []
+
+    class Backwards:
+        d, get_xb = engine.d, engine.get_xb
+
+        def search(self, queries, count):
+            asked.append(count)
+            similarity, row = engine.search(queries, 40)
+            order = np.lexsort((-row, -np.round(similarity, 5)))[:, :count]  # of equal ones the last rows first
+            return np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1)
+
+    index._engine = Backwards()
+    assert index.search(np.array([[0.0, 0.0, 1.0]]), 2).row.tolist() == [[2, 3]]
+    assert asked == [10, 40]
 
 
 def test_unit_vectors_of_any_length():
@@ -115,14 +143,14 @@ def test_codes_find_most_neighbours_and_kept_vectors_nearly_all(coded):
     queries = clusters(200, seed=4)
     truth, _ = brute(vectors, queries, 10)
     codes = Index.load(folder / "codes")
-    assert found_again(codes.search(queries, 10, probes=64).row, truth).mean() > 0.8
+    # Over twelve seeds .809 with a spread of .012; .997 to .9935; .51 with a spread of .03. Five spreads are left.
+    assert found_again(codes.search(queries, 10, probes=64).row, truth).mean() > 0.75
     ranked = index.search(queries, 10, probes=64)
     assert found_again(ranked.row, truth).mean() > 0.98
     cosine = np.einsum("md,mkd->mk", unit(queries), unit(vectors)[ranked.row])
     np.testing.assert_allclose(ranked.similarity, cosine, atol=1e-3)  # of half-precision components
     assert (np.diff(ranked.similarity) <= 0).all()
-    few = found_again(codes.search(queries, 10, probes=1).row, truth).mean()
-    assert few < found_again(codes.search(queries, 10, probes=64).row, truth).mean()
+    assert found_again(codes.search(queries, 10, probes=1).row, truth).mean() < 0.65
 
 
 def test_short_lists_are_filled_up_from_all(coded):

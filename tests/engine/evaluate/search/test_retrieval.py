@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
+from armillary.engine.evaluate.probes.similarity import on_grid
+from armillary.engine.evaluate.search import retrieval
 from armillary.engine.evaluate.search.retrieval import (
     PartnerRanks,
     bootstrap_error,
@@ -9,6 +11,7 @@ from armillary.engine.evaluate.search.retrieval import (
     found_again,
     gain_ndcg,
     ndcg,
+    nearest_other,
     rank_partners,
 )
 from armillary.engine.evaluate.search.vectors import unit
@@ -78,18 +81,44 @@ def test_a_tie_is_worth_its_mean_over_orders():
     np.testing.assert_allclose(ranks.ndcg(3)[0], (1 / np.log2(3) + 1 / np.log2(4)) / 3)
 
 
-def test_the_order_of_samples_does_not_matter():
-    queries, candidates = noisy_pairs()
-    candidates[7] = candidates[8] = candidates[9]
+@pytest.mark.parametrize("width", [8, 384])
+def test_the_order_of_samples_does_not_matter(width):
+    queries, candidates = noisy_pairs(dimensions=width)
+    candidates[20:] = candidates[np.arange(40) % 8]  # of 40 queries each sees eight groups of six equal candidates
     label = np.random.default_rng(1).uniform(0, 1, 60)
-    order = np.random.default_rng(2).permutation(60)
-    first, second = rank_partners(queries, candidates), rank_partners(queries[order], candidates[order])
-    np.testing.assert_array_equal(second.above, first.above[order])
-    np.testing.assert_array_equal(second.tied, first.tied[order])
+    first = rank_partners(queries, candidates)
+    assert (first.tied[20:] == 6).all() and (first.tied[8:20] == 1).all()
     straight = gain_ndcg(queries, candidates, closeness(label, 0.1, redshift=True), 10)
-    turned = gain_ndcg(queries[order], candidates[order], closeness(label[order], 0.1, redshift=True), 10)
-    for a, b in zip(straight, turned, strict=True):
-        np.testing.assert_allclose(b, a[order], rtol=1e-12)
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(60)
+        second = rank_partners(queries[order], candidates[order])
+        np.testing.assert_array_equal(second.above, first.above[order])
+        np.testing.assert_array_equal(second.tied, first.tied[order])
+        turned = gain_ndcg(queries[order], candidates[order], closeness(label[order], 0.1, redshift=True), 10)
+        for a, b in zip(straight, turned, strict=True):
+            np.testing.assert_allclose(b, a[order], rtol=1e-12)  # sums of gains
+
+
+def test_similarities_are_exact_before_they_are_rounded(monkeypatch):
+    monkeypatch.setattr(retrieval, "DECIMALS", 16)  # a tie decided in the last bit would show
+    queries, candidates = noisy_pairs(dimensions=384)
+    candidates[20:] = candidates[np.arange(40) % 8]
+    ((_, similarity),) = retrieval._similarities(queries, candidates)
+    expected = np.round([[np.sum(q * c) for c in on_grid(unit(candidates))] for q in on_grid(unit(queries))], 16)
+    np.testing.assert_array_equal(similarity, expected)
+
+
+def test_the_most_similar_other_object_is_one_of_the_tied():
+    queries, candidates = noisy_pairs()
+    candidates[[3, 7, 9]] = queries[5]
+    drawn = np.array([nearest_other(queries, candidates, seed)[5] for seed in range(60)])
+    assert set(drawn) == {3, 7, 9}  # one is missed with a probability of 3 (2/3)^60
+    similarity = unit(queries).astype(np.float64) @ unit(candidates).T
+    np.fill_diagonal(similarity, -2)
+    others = np.delete(np.arange(60), [3, 5, 7, 9])
+    np.testing.assert_array_equal(nearest_other(queries[others], candidates[others], 0), similarity[np.ix_(others, others)].argmax(1))  # fmt: skip
+    collapsed = nearest_other(np.ones((300, 4), np.float32), np.ones((300, 4), np.float32), 0)
+    assert len(set(collapsed)) > 150 and (collapsed != np.arange(300)).all()  # 190 of 300 are drawn, give or take 6
 
 
 @pytest.mark.parametrize("k", [1, 4, 10, 11])

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import Markup
 
 from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import Survey
@@ -231,6 +232,6 @@ def test_spectrum_tile_shows_the_line_where_it_is():
 
 
 def test_captions_are_escaped():
-    row = tile_row([Tile("<b></b>", ("z < 1", "", "q"), True)], 3)
+    row = tile_row([Tile(Markup("<b></b>"), ("z < 1", "", "q"), True)], 3)
     assert "z &lt; 1<br>q" in row and 'class="query"' in row and "--n:3" in row
     assert math.isclose(row.count("<figure"), 1)

@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 import torch
 from cases.case import Case
-from gpu_check import check, passes_of, run_once
-from gpu_timing import measure
+from gpu.measure import check, measure, passes_of, run_once
 
 from armillary.kernels.launch import INTERPRETER, Launch, settings
 from armillary.kernels.mlp.gemm import Gemm
@@ -26,11 +25,16 @@ from armillary.kernels.mlp.gemm import Gemm
 __all__ = ["candidates", "tables_of", "tune_rows"]
 
 MODULES = {
-    "geometry_ffn": ("up_projection", "down_gradient", "geometry_combine", "geometry_rows"),
+    "geometry_combine": ("combine_forward", "combine_backward"),
+    "geometry_ffn": ("up_projection", "down_gradient", "combine_forward", "combine_backward", "geometry_rows"),
     "linear_gelu": ("up_projection", "down_gradient"),
+    "patch_embed": ("patch_embed_forward", "patch_embed_backward"),
+    "window_embed": ("window_embed_kernels",),
+    "residual_norm": ("residual_norm_kernels",),
+    "decode_views": ("decode_views_kernels",),
     "prototype_loss": ("prototype_rows", "logsumexp"),
 }
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 0.1  # of repeats for a candidate
 TABLE_SECONDS = 100  # after which a table is left with the best so far
 PATHS: tuple[Literal["tma", "fused", "cublas"], ...] = ("tma", "fused", "cublas")

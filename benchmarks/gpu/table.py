@@ -120,7 +120,7 @@ def _heading(rows: Sequence[Row]) -> str:
     when = ", ".join(f"{date} at {commit}" for date, commit in runs)
     limits = next((row for row in rows if row["kind"] == "limits"), None)
     copy, gemm = number(limits, "copy_gb_s"), number(limits, "gemm_tflop_s")
-    text = f"# {machine['device']}\n\nMade by `python benchmarks/gpu.py` from gpu.csv. torch {machine['torch']}, triton {machine['triton']}, {when}."
+    text = f"# {machine['device']}\n\nMade by `python benchmarks/gpu` from gpu.csv. torch {machine['torch']}, triton {machine['triton']}, {when}."
     if copy is None or gemm is None:
         return text + " **Nothing was timed.**"
     return text + f" Limits, measured: copy {copy:,.0f} GB/s (read and written), bf16 products {gemm:,.0f} TFLOP/s."

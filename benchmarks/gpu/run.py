@@ -1,4 +1,4 @@
-"""A run of `gpu.py`: which jobs, in which order, in which processes, and what is written."""
+"""A run: which jobs, in which order, in which processes, and what is written."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from pathlib import Path
 
 from cases import OPERATIONS, load
 from common import append_rows
-from gpu_job import Job, Row
-from gpu_step import VARIANTS
-from gpu_table import read_rows, write_table
-from gpu_worker import work
+from gpu.table import read_rows, write_table
+from gpu.work import VARIANTS, Job, Row, work
 
 __all__ = ["Run", "order"]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TESTS_AT_ONCE = 6  # they mostly compile
 TESTS_SECONDS = 180.0
 GRACE_S = 20.0  # past the budget, for the job that is running

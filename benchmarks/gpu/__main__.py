@@ -1,9 +1,9 @@
 """Prove and time every kernel on one GPU, in at most eight minutes.
 
-    python benchmarks/gpu.py                          # the tests, all operations, the ViT-L step; tables
-    python benchmarks/gpu.py --only geometry_ffn      # one operation (or several, or step)
-    python benchmarks/gpu.py --tune linear_gelu       # search better launch settings, print the best of each table
-    python benchmarks/gpu.py --device cpu --smoke     # the same code at tiny sizes under Triton's interpreter, untimed
+    python benchmarks/gpu                          # the tests, all operations, the ViT-L step; tables
+    python benchmarks/gpu --only geometry_ffn      # one operation (or several, or step)
+    python benchmarks/gpu --tune linear_gelu       # search better launch settings, print the best of each table
+    python benchmarks/gpu --device cpu --smoke     # the same code at tiny sizes under Triton's interpreter, untimed
 
 First the gpu-marked tests of every operation run. Then each operation is compared with float64 on the very inputs that
 are timed, and timed against eager PyTorch and torch.compile: forward, backward and both, medians and percentiles,
@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "triton", "numpy", "pytest")
 TO_BUILD = ("pybind11", "setuptools")
 
@@ -59,7 +59,10 @@ def prepare() -> None:
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise SystemExit(f"gpu.py needs {', '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}")
+        raise SystemExit(
+            f"benchmarks/gpu needs {', '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}"
+        )
+    sys.path[0] = str(ROOT / "benchmarks")  # where Python has put this folder
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if importlib.util.find_spec("armillary._C") is not None:
@@ -67,7 +70,7 @@ def prepare() -> None:
     missing = [name for name in TO_BUILD if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(
-            f"gpu.py has to build csrc/ and needs {', '.join(missing)}: "
+            f"benchmarks/gpu has to build csrc/ and needs {', '.join(missing)}: "
             f"{sys.executable} -m pip install {' '.join(missing)}"
         )
     print("building the C++ extension", flush=True)
@@ -86,8 +89,8 @@ def folder_of(device: str) -> Path:
         name = "cpu"
     elif not torch.cuda.is_available():
         raise SystemExit(
-            "gpu.py: torch finds no GPU; to walk through the code without one: "
-            "TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --smoke --out DIR"
+            "benchmarks/gpu: torch finds no GPU; to walk through the code without one: "
+            "TRITON_INTERPRET=1 python benchmarks/gpu --device cpu --smoke --out DIR"
         )
     else:
         name = torch.cuda.get_device_name(torch.device(device))
@@ -104,7 +107,7 @@ def main() -> int:
         os.environ.pop("TRITON_INTERPRET", None)
     prepare()
     out = options.out or folder_of(options.device)
-    from gpu_run import Run
+    from gpu.run import Run
 
     run = Run(options.device, options.smoke, out, begin + options.budget_s)
     return run.tune(options.tune) if options.tune else run.everything(options.only)
