@@ -1,10 +1,14 @@
 """Ten deaths a ZeRO stage, many of them inside a save, must not change one bit of a run's last checkpoint.
 
     python tests/soak.py [--stages 1 2 3] [--kills 10] [--seed 0]
+    python tests/soak.py --exits 200 [--stages 1 2 3]
 
 For each stage a two-rank run goes through once undisturbed. Its twin is killed with SIGKILL again and again, one rank or
 both, at a random moment of a step or at a chosen point of a save, and started again by the same command. Prints one line
 a death and exits with 1 where the last checkpoints differ.
+
+With `--exits` nothing is killed: so many two-rank runs of two steps a stage must all leave with exit code 0. Their ranks are
+forked, so that the imports are paid once, and end as any Python process does.
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,15 +35,41 @@ sys.path.insert(0, str(SCRIPT.parent))
 sys.path.insert(0, str(ROOT))
 
 
-def launch(folder: Path, name: str, stage: int, **environment: str) -> list[subprocess.Popen]:
-    """Start two ranks, each in a session of its own."""
+def environment_of(folder: Path) -> dict[str, str]:
+    """What two ranks share; a port of their own."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    common = os.environ | {
+    return os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_OUT": str(folder), "TOY_SURVEY": str(folder / "survey"),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "STEP_SECONDS": "0.03", **environment,
+        "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
     }  # fmt: skip
+
+
+def leave(folder: Path, stage: int, runs: int) -> bool:
+    """Let many runs end by themselves; True where every rank's exit code is 0."""
+    import fork_server
+
+    codes: Counter[int] = Counter()
+    for number in range(runs):
+        arguments = ["--name", f"exit{stage}", "--train.zero-stage", str(stage), "--train.steps", "2"]
+        common = environment_of(folder)
+        ranks = [
+            fork_server.start(SCRIPT, arguments, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
+        ]
+        said = [rank.communicate(120)[0] for rank in ranks]
+        codes.update(rank.wait() for rank in ranks)
+        for rank, text in zip(ranks, said, strict=True):
+            if rank.returncode:
+                print(f"ZeRO-{stage}: run {number + 1}: exit code {rank.returncode}\n{text}", flush=True)
+        shutil.rmtree(folder / f"exit{stage}")
+    print(f"ZeRO-{stage}: exit codes of {runs} runs of two ranks: {dict(codes)}", flush=True)
+    return set(codes) == {0}
+
+
+def launch(folder: Path, name: str, stage: int, **environment: str) -> list[subprocess.Popen]:
+    """Start two ranks, each in a session of its own."""
+    common = environment_of(folder) | {"STEP_SECONDS": "0.03", **environment}
     fields = {
         "--name": name, "--train.zero-stage": str(stage), "--train.steps": str(STEPS),
         "--checkpoint.every-steps": str(EVERY), "--checkpoint.verify": None,
@@ -129,12 +161,15 @@ def main() -> int:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exits", type=int, help="runs that end by themselves, in place of kills")
     asked = parser.parse_args()
     import toy
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         toy.toy_survey(folder / "survey")
+        if asked.exits is not None:
+            return 0 if all([leave(folder, stage, asked.exits) for stage in asked.stages]) else 1
         draw = random.Random(asked.seed)
         return 0 if all([soak(folder, stage, asked.kills, draw) for stage in asked.stages]) else 1
 

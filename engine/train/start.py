@@ -90,27 +90,27 @@ def run_to_exit_code(
 
     me = trainer.ranks()
     loaders = {} if open_loader is None else {"open_loader": open_loader}
+    code, message = 0, ""
     try:
         trainer.train(run, restore=restore, init_from=init_from, **loaders)
-        return 0
     except trainer.Stopped:
-        return EXIT_STOPPED
+        code = EXIT_STOPPED
     except trainer.BadInput as error:
         code, message = EXIT_BAD_INPUT, f"{run.name}: this run cannot start:\n" + _indent(str(error))
     except trainer.NonFinite as error:
         code, message = EXIT_NON_FINITE, f"{run.name}: stopped: {error}"
     except CheckpointError as error:
         code, message = EXIT_CHECKPOINT, f"{run.name}: {error}"
-    except Exception:
-        if me.world == 1:
-            raise
-        # Communication that is under way would keep this process from ending, and with it the launcher and all ranks.
+    except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)
-    if me.rank == 0:
+        if me.world > 1:
+            # Communication that is under way would keep this process from ending, and with it the launcher and all ranks.
+            os._exit(1)
+        code = 1
+    if message and me.rank == 0:
         print(message, file=sys.stderr, flush=True)
-    else:
+    elif message:
         time.sleep(2)  # the launcher kills everybody when the first rank leaves; rank 0 has something to say
     return code
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -101,15 +103,15 @@ OpenLoader = Callable[[Run, Method, Survey, torch.device, Ranks], BatchSource]
 
 
 class _StopRequest:
-    """Remembers SIGTERM and SIGINT instead of dying of them; a second SIGINT does what the first would have done."""
+    """Remembers SIGTERM and SIGINT instead of dying of them; a SIGINT after either interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self._kept = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.default_int_handler(number, frame)
         self.asked = True
 
     def forget(self) -> None:
@@ -148,39 +150,39 @@ def train(
     if newest is None and restore is None:
         _take_weights(run, method, survey, init_from)
 
-    stop = _StopRequest()
-    device = start_processes(run.resolved_device)
-    sharded = Sharded(run, method, device)
-    progress, note, set_random = _begin(run, sharded, newest, restore)
-    if run.data.token_cache is not None:
-        _bring_features(run, sharded, survey, me, stop)
-    loader = open_loader(run, method, survey, device, me)
-    if progress.loader:
-        loader.load_state_dict(progress.loader)
-    if me.rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.save(run.folder / "run.json", **known, world=me.world)
-    dist.barrier()
-    meter = Meter(run, method, device, progress.step)
-    for line in note:
-        meter.say(line)
-    try:
+    with ExitStack() as leaving:
+        stop = _StopRequest()
+        leaving.callback(stop.forget)
+        device = start_processes(run.resolved_device)
+        sharded = Sharded(run, method, device)
+        progress, note, set_random = _begin(run, sharded, newest, restore)
+        if run.data.token_cache is not None:
+            _bring_features(run, sharded, survey, me, stop)
+        loader = open_loader(run, method, survey, device, me)
+        leaving.callback(loader.close)
+        if progress.loader:
+            loader.load_state_dict(progress.loader)
+        if me.rank == 0:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.save(run.folder / "run.json", **known, world=me.world)
+        dist.barrier()
+        meter = Meter(run, method, device, progress.step)
+        leaving.callback(meter.close)
+        for line in note:
+            meter.say(line)
         loop = _Loop(run, sharded, loader, meter, progress, known, stop, newest)
         set_random()
-        loop.go()
-        loop.save()
-        if me.rank == 0:
-            own = packages_of(to_json(run))  # this process's own classes
-            export_encoder(TrainedEncoder.open(run.folder, own), run.folder / EXPORT)
-        meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
-    except (Stopped, NonFinite, checkpoint.CheckpointError):  # all ranks are here
+        try:
+            loop.go()
+            loop.save()
+            if me.rank == 0:
+                own = packages_of(to_json(run))  # this process's own classes
+                export_encoder(TrainedEncoder.open(run.folder, own), run.folder / EXPORT)
+            meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
+        except (Stopped, NonFinite, checkpoint.CheckpointError):  # all ranks are here
+            sharded.destroy()
+            raise
         sharded.destroy()
-        raise
-    finally:
-        meter.close()
-        loader.close()
-        stop.forget()
-    sharded.destroy()
     return run.folder
 
 
@@ -225,7 +227,6 @@ def _bring_features(run: Run, sharded: Sharded, survey: Survey, me: Ranks, stop:
         )
     except (TokenCacheError, Interrupted) as error:  # all ranks are here
         sharded.destroy()
-        stop.forget()
         if isinstance(error, Interrupted):
             say("stopped by a signal while filling data.token_cache; the same command continues")
             raise Stopped from error

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import importlib
 import logging
 import os
 import socket
@@ -73,6 +75,8 @@ def start_processes(device: str) -> torch.device:
     elif "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    # Its functions' default arguments are the process group of the moment of import, which they would keep alive.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=30), verbose=False)
     return torch.device("cuda", me.local_rank) if device == "cuda" else torch.device("cpu")
@@ -255,7 +259,23 @@ class Sharded:
             self.layout.refresh_teacher()
 
     def destroy(self) -> None:
-        """Leave the process group, all ranks together."""
+        """Leave the process group, all ranks together, and end its threads.
+
+        Destroying a group takes it out of torch's registry only; its threads end with the last reference to it. Until then
+        they may let go of tensors, for which they need the interpreter, and one that asks for it while Python shuts down is
+        ended in the middle of a destructor, which aborts the process. DeepSpeed's objects are never freed under ZeRO-3, so
+        they are made to let go of their groups.
+        """
+        import deepspeed.comm
+
         dist.barrier()
         self.engine.destroy()
-        dist.destroy_process_group()
+        own = [x for x in gc.get_objects() if str(type(x).__module__).startswith("deepspeed.")]
+        for holder in (*own, *self.method.parameters()):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if isinstance(value, dist.ProcessGroup):
+                    setattr(holder, name, None)
+                elif isinstance(value, list) and any(isinstance(item, dist.ProcessGroup) for item in value):
+                    value.clear()
+        deepspeed.comm.destroy_process_group()
+        gc.collect()

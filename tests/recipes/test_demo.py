@@ -25,10 +25,11 @@ def test_demo_learns_redshift_without_labels(tmp_path):
     smoke += ["--schedule.learning-rate.warmup-steps", STEPS // 20]
     smoke += ["--schedule.teacher-temperature.warmup-steps", STEPS * 3 // 10]
     run(recipe(*smoke, "--data.path", survey, "--out", tmp_path, "--name", "training"))
-    assert "no collapse" in armillary("evaluate", training, "--data", survey, "--out", tmp_path)
+    tasks = ["--tasks", "baselines", "collapse", "pictures"]
+    assert "no collapse" in armillary("evaluate", training, "--data", survey, "--out", tmp_path, *tasks)
 
     found = json.loads((tmp_path / "metrics.json").read_text())
-    r2 = {m["features"]: m["r2"] for m in found["methods"] if m["probe"] == COSINE}
+    r2 = {m["features"]: m["value"] for m in found["measures"] if (m["model"], m["metric"]) == (COSINE, "r2")}
     assert r2["trained encoder"] >= r2["untrained encoder"] + OVER_UNTRAINED
     assert r2["trained encoder"] >= r2["PCA-64 of the encoder's input"] + OVER_PCA
 

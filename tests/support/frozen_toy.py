@@ -166,14 +166,14 @@ if __name__ == "__main__":
     if "FAULT_CHUNK" in os.environ and os.environ.get("RANK", "0") == os.environ.get("FAULT_RANK", "0"):
         from armillary.engine.token_cache import fill
 
-        write = fill._write
+        write = fill.write_bytes
 
         def faulty(path, data):
             if path.name == f"chunk-{int(os.environ['FAULT_CHUNK']):06d}":
                 os.kill(os.getpid(), int(os.environ["FAULT_SIGNAL"]))
             write(path, data)
 
-        fill._write = faulty
+        fill.write_bytes = faulty
     if "CHUNK_BYTES" in os.environ:
         from armillary.engine.token_cache import fill
 

@@ -287,4 +287,8 @@ if __name__ == "__main__":
     toy.arm_fault()
     base = toy.toy_run(Path(os.environ["TOY_OUT"]), Path(os.environ["TOY_SURVEY"]))
     wide = replace(base, method=toy.ToyConfig(width=32))
-    sys.exit(start(base, {"wide": wide}, sys.argv[1:], open_loader=toy.open_toy_loader))
+    code = start(base, {"wide": wide}, sys.argv[1:], open_loader=toy.open_toy_loader)
+    left = [Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")]
+    if talking := [name for name in left if name.startswith(("pt_", "gloo_"))]:
+        sys.exit(f"threads of the process group outlive the run, which ended with {code}: {talking}")
+    sys.exit(code)

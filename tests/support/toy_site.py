@@ -10,10 +10,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import fork_server
 import pytest
 
 SCRIPT = Path(__file__).with_name("toy.py")
 ROOT = Path(__file__).parents[2]
+
+
+def _popen(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+    )
 
 
 @dataclass
@@ -39,42 +52,37 @@ class Site:
 
         self.runs = folder / "runs"
         self.survey = toy.toy_survey(folder / "survey")
-        self.live: list[subprocess.Popen] = []
+        self.live: list[subprocess.Popen | fork_server.Rank] = []
 
     def start(
-        self, *arguments: str, world: int = 2, launcher: bool = False, script: Path = SCRIPT, **environment: str
+        self,
+        *arguments: str,
+        world: int = 2,
+        launcher: bool = False,
+        fresh: bool = False,
+        script: Path = SCRIPT,
+        **environment: str,
     ) -> list:
-        """Start processes without waiting for them; world = 0 is one process that knows nothing of launchers."""
+        """Start processes without waiting for them; world = 0 is one process that knows nothing of launchers.
+
+        Without a launcher they are forked by the fork server, or, if `fresh`, interpreters that a shell would start.
+        """
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
         common = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         common |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOY_OUT": str(self.runs)}
         common |= {"TOY_SURVEY": str(self.survey), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | environment
+        ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)} for r in range(world)] or [{}]
         if launcher:
             program = str(Path(sys.executable).with_name("deepspeed"))
-            commands = [([program, "--num_gpus", str(world), "--master_port", port, str(script), *arguments], {})]
             common["PATH"] = f"{Path(sys.executable).parent}:{common['PATH']}"
+            command = [program, "--num_gpus", str(world), "--master_port", port, str(script), *arguments]
+            started = [_popen(command, common)]
+        elif fresh:
+            started = [_popen([sys.executable, str(script), *arguments], common | own) for own in ranks]
         else:
-            commands = [
-                (
-                    [sys.executable, str(script), *arguments],
-                    {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)} if world else {},
-                )
-                for r in range(max(world, 1))
-            ]
-        started = [
-            subprocess.Popen(
-                command,
-                env=common | own,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-                cwd=ROOT,
-            )
-            for command, own in commands
-        ]
+            started = [fork_server.start(script, arguments, common | own) for own in ranks]
         self.live += started
         return started
 
@@ -97,6 +105,8 @@ class Site:
     def stop(self, processes: list) -> None:
         """SIGKILL whole sessions: nothing a test started outlives it."""
         for p in processes:
+            if p.poll() is not None:
+                continue
             try:
                 os.killpg(p.pid, signal.SIGKILL)
             except ProcessLookupError:

@@ -2,12 +2,11 @@
 
 import inspect
 import os
-import subprocess
-import sys
+import signal
 import textwrap
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import fork_server
+from fork_server import ROOT
 
 PREAMBLE = """
 import os, sys
@@ -21,24 +20,20 @@ dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], ran
 def run_on_ranks(function, folder, ranks, timeout=300):
     """Run `function(rank)`, which imports what it uses, on so many ranks; fail with their output unless all succeed."""
     source = PREAMBLE + textwrap.dedent(inspect.getsource(function)) + f"\n{function.__name__}(rank)\n"
-    source += "dist.barrier()\ndist.destroy_process_group()\n"
-    processes = []
-    for rank in range(ranks):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FOLDER": str(folder), "STORE": f"{folder}/store"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", source], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
+    script = folder / "ranks.py"
+    script.write_text(source + "dist.barrier()\ndist.destroy_process_group()\n")
+    common = {**os.environ, "WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    common |= {"FOLDER": str(folder), "STORE": f"{folder}/store", "DS_ACCELERATOR": "cpu"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    started = [fork_server.start(script, (), common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
     try:
-        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+        outputs = [p.communicate(timeout)[0] for p in started]
     finally:
-        for p in processes:
-            p.kill()
-            p.wait()
-    assert [p.returncode for p in processes] == [0] * ranks, "\n---\n".join(outputs)
+        for p in started:
+            if p.poll() is None:
+                os.kill(p.pid, signal.SIGKILL)
+                p.wait()
+    assert [p.returncode for p in started] == [0] * ranks, "\n---\n".join(outputs)
 
 
 def run_on_two_ranks(function, folder, timeout=300):

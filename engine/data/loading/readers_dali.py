@@ -3,7 +3,7 @@
 DALI reads what its index files say, in their order, so the plan is handed over as index files: one a run of samples of
 the same shard. It would keep 315 MB for every million samples it is told of; therefore a pipeline is given one segment
 of the plan at a time, and the next segment's pipeline is built by a helper thread while the current one is read. DALI
-reads the index files when it is built; they are deleted at once and nothing is left behind by a process that dies.
+reads the index files when it is built; they are deleted at once (see `index_folder`).
 
 Files are read, not mapped: a mapped tar that is truncated under the run ends the process with SIGBUS, and mapping is
 slow on network file systems. That costs one descriptor a run, which bounds a segment.
@@ -12,8 +12,6 @@ slow on network file systems. That costs one descriptor a run, which bounds a se
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +24,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from armillary.engine.data.format.shards import INDEX_VERSION
 from armillary.engine.data.format.survey import MODALITIES
 from armillary.engine.data.loading.epoch_order import MicroBatch
+from armillary.engine.data.loading.index_folder import index_folder, remove_leftovers
 from armillary.engine.data.loading.shard_files import PAD_TO, Blobs, ShardFiles
 
 __all__ = ["DaliReader", "segments"]
@@ -92,6 +91,7 @@ class DaliReader:
     def read(self, requests: Iterator[MicroBatch]) -> Generator[tuple[MicroBatch, Blobs], None, None]:
         """Yield every request with its blobs, in order; see `readers.Reader`."""
         if self._builder is None:
+            remove_leftovers()
             self._builder = ThreadPoolExecutor(1, thread_name_prefix="armillary-dali")
         source = segments(requests)
         following = self._builder.submit(self._next_pipeline, source)
@@ -118,15 +118,15 @@ class DaliReader:
             return None
         requests, runs = segment
         on_gpu = self._device.type == "cuda"
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        with tempfile.TemporaryDirectory(prefix="armillary-index-", dir=memory) as folder:
+        with index_folder() as folder:
             indices = []
             for number, (shard, members) in enumerate(runs):
                 lines = self._files.lines(shard)
-                index = os.path.join(folder, f"{number}.idx")
-                with open(index, "wb") as f:
-                    f.write(f"{INDEX_VERSION} {len(members)}\n".encode() + b"".join(lines[i] + b"\n" for i in members))
-                indices.append(index)
+                index = folder / f"{number}.idx"
+                index.write_bytes(
+                    b"\n".join([f"{INDEX_VERSION} {len(members)}".encode(), *(lines[i] for i in members), b""])
+                )
+                indices.append(str(index))
             pipeline = Pipeline(
                 batch_size=len(requests[0].position),
                 num_threads=self._threads,

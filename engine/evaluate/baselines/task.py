@@ -60,7 +60,7 @@ def baselines(study: Study, options: Options) -> Outcome:
         tuple(_lines(result)),
         (sections.comparison(result), sections.predictions(result)),
         headline=sections.headline(result),
-        verdict=sections.verdict(result),
+        verdict=tuple(sections.verdict(result)),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from armillary.engine.evaluate.collapse.measures import assess
-from armillary.engine.evaluate.page.verdict import item
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 
 __all__ = ["collapse"]
@@ -38,12 +37,12 @@ def collapse(study: Study) -> Outcome:
     )
     if c.collapsed:
         reasons = "; ".join(c.reasons)
-        verdict = item("no", "Collapsed", reasons + ".")
-        return Outcome("collapse", measures, ("collapsed: " + reasons,), verdict=verdict, collapsed=True)
+        verdict = ("no", "Collapsed", reasons + ".")
+        return Outcome("collapse", measures, ("collapsed: " + reasons,), verdict=(verdict,), collapsed=True)
     use = ""
     if c.prototypes_in_use is not None and c.prototypes:
         use = f" {c.prototypes_in_use:.0f} of {c.prototypes:.0f} prototypes are in use."
     twins = "no two embeddings are equal" if not c.duplicates else f"{c.duplicates} are duplicates"
     rank = f"ffective rank {c.effective_rank:.1f} of {c.dimensions}"
-    verdict = item("yes", "No collapse", f"E{rank} over {c.samples:,} embeddings; {twins}.{use}")
-    return Outcome("collapse", measures, (f"no collapse: e{rank}",), verdict=verdict)
+    verdict = ("yes", "No collapse", f"E{rank} over {c.samples:,} embeddings; {twins}.{use}")
+    return Outcome("collapse", measures, (f"no collapse: e{rank}",), verdict=(verdict,))

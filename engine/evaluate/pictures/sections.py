@@ -5,14 +5,14 @@ Shape legend: M samples of the shown split, D embedding dimensions, H x W pixels
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from markupsafe import Markup
 
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.evaluate.page import figures, pictures
+from armillary.engine.evaluate.page import figures, html, pictures
 from armillary.engine.evaluate.probes.probes import nearest
 
 __all__ = ["Gallery", "data", "embedding_map", "inputs", "layout_map", "neighbours"]
@@ -77,100 +77,95 @@ def layout_map(vector: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
     return flat, "principal components"
 
 
-def embedding_map(gallery: Gallery, name: str) -> str:
+def embedding_map(gallery: Gallery, name: str) -> Markup:
     """The embeddings in two dimensions, as points and as galaxies."""
     count = min(len(gallery.vector), MAP_SAMPLES)
     points, method = layout_map(gallery.vector[:count])
     label = None if gallery.label is None else gallery.label[:count]
     sheet = pictures.picture_map(points, gallery.picture[:count])
-    coloured = f", coloured by {html.escape(name)}" if name and label is not None else ""
-    return (
-        "<h2>Map of the embeddings</h2>"
-        f'<p class="quiet">{method} of {count:,} {html.escape(gallery.split)} embeddings{coloured}; beside it the galaxies '
-        "that lie there, one in each occupied cell.</p>"
-        f'<div class="grid"><div class="card">{figures.point_map(points, label, label=name)}</div>'
-        f'<div class="card"><img class="sheet" alt="Galaxies at their place in the map" '
-        f'src="{pictures.data_uri(sheet)}"></div></div>'
+    coloured = f", coloured by {name}" if name and label is not None else ""
+    galaxies = html.picture(pictures.data_uri(sheet), "Galaxies at their place in the map", sheet=True)
+    return html.section(
+        "Map of the embeddings",
+        f"{method} of {count:,} {gallery.split} embeddings{coloured}; beside it the galaxies that lie there, one in each "
+        "occupied cell.",
+        html.grid((html.card(figures.point_map(points, label, label=name)), html.card(galaxies))),
     )
 
 
-def neighbours(gallery: Gallery, name: str, queries: int = 6, shown: int = 8) -> str:
+def neighbours(gallery: Gallery, name: str, queries: int = 6, shown: int = 8) -> Markup:
     """Galaxies, each with its nearest neighbours by cosine."""
-    if len(gallery.vector) < 3:
-        return ""
     count = len(gallery.vector)
+    if count < 3:
+        return Markup()
     shown = min(shown, count - 1)
-    order = np.arange(count)
-    if gallery.label is not None and np.isfinite(gallery.label).any():
-        order = np.argsort(np.where(np.isfinite(gallery.label), gallery.label, np.inf))
-        order = order[: np.isfinite(gallery.label).sum()]
+    order = _by_label(gallery.label, np.arange(count))
+    if gallery.label is not None and (known := int(np.isfinite(gallery.label).sum())):
+        order = order[:known]
     chosen = order[np.linspace(0, len(order) - 1, min(queries, len(order)) + 2).astype(int)[1:-1]]
     found, distance = nearest(gallery.vector, gallery.vector[chosen], shown + 1)
     rows = []
     for query, index, far in zip(chosen, found, distance, strict=True):
         others = [(i, d) for i, d in zip(index, far, strict=True) if i != query][:shown]
-        cells = [_picture(gallery, query, name, "query")]
-        cells += [_picture(gallery, i, name, "", f"{1 - d:.3f}") for i, d in others]
-        rows.append(f'<div class="row neighbours" style="--n:{shown + 1}">{"".join(cells)}</div>')
-    value = f"{html.escape(name)} and " if name else ""
-    return (
-        '<h2>Nearest neighbours</h2><p class="quiet">The outlined galaxy is the query; to its right the galaxies whose '
-        f"embeddings point in the most similar direction, with {value}cosine similarity. "
-        f'All are from the {html.escape(gallery.split)} split.</p><div class="sky">{"".join(rows)}</div>'
+        cells = [_picture(gallery, query, name, outlined=True)]
+        cells += [_picture(gallery, i, name, f"{1 - d:.3f}") for i, d in others]
+        rows.append(html.row(cells, shown + 1))
+    value = f"{name} and " if name else ""
+    return html.section(
+        "Nearest neighbours",
+        "The outlined galaxy is the query; to its right the galaxies whose embeddings point in the most similar direction, "
+        f"with {value}cosine similarity. All are from the {gallery.split} split.",
+        html.sky(*rows),
     )
 
 
-def _picture(gallery: Gallery, index: int, name: str, kind: str, note: str = "") -> str:
-    value = ""
-    if gallery.label is not None and np.isfinite(gallery.label[index]):
-        value = f"{'z' if name == 'redshift' else html.escape(name)} {gallery.label[index]:.3f}"
-    source = pictures.data_uri(gallery.picture[index])
-    text = "<br>".join(t for t in (value, note) if t)
-    caption = f"<figcaption>{text}</figcaption>" if text else ""
-    return f'<figure class="{kind}"><img alt="" src="{source}">{caption}</figure>'
-
-
-def data(survey: Survey, gallery: Gallery, name: str, shown: int = 96) -> str:
+def data(survey: Survey, gallery: Gallery, name: str, shown: int = 96) -> Markup:
     """Cutouts of the survey."""
     count = min(shown, len(gallery.picture))
-    chosen = np.arange(count)
-    order = ""
-    if gallery.label is not None and np.isfinite(gallery.label).any():
-        chosen = chosen[np.argsort(np.where(np.isfinite(gallery.label[:count]), gallery.label[:count], np.inf))]
-        order = f", in order of {html.escape(name)}"
+    chosen = _by_label(None if gallery.label is None else gallery.label[:count], np.arange(count))
+    order = f", in order of {name}" if name else ""
     sheet = pictures.mosaic([gallery.picture[int(i)] for i in chosen], 12 if count > 24 else 6)
     height, width = survey.height, survey.width
     side = f"{width} x {height} pixels"
     if survey.pixel_scale_arcsec:
         side += f" ({width * survey.pixel_scale_arcsec:.0f} x {height * survey.pixel_scale_arcsec:.0f} arcsec)"
+    bands = [survey.bands[i] for i in (len(survey.bands) - 1, len(survey.bands) // 2, 0)]
+    composite = ", ".join(f"{b} as {c}" for b, c in zip(bands, ("red", "green", "blue"), strict=True))
     stretch = (
         "Display pictures, as they are."
         if survey.unit == "count"
-        else f"Colours are {_composite(survey)} with an asinh stretch (Lupton et al. 2004)."
+        else f"Colours are {composite} with an asinh stretch (Lupton et al. 2004)."
     )
-    return (
-        f'<h2>The data</h2><p class="quiet">{count} cutouts of the {html.escape(gallery.split)} split{order}, {side}. '
-        f'{stretch}</p><div class="sky"><img class="sheet" alt="Cutouts of the survey" '
-        f'src="{pictures.data_uri(sheet)}"></div>'
+    return html.section(
+        "The data",
+        f"{count} cutouts of the {gallery.split} split{order}, {side}. {stretch}",
+        html.sky(html.picture(pictures.data_uri(sheet), "Cutouts of the survey", sheet=True)),
     )
 
 
-def _composite(survey: Survey) -> str:
-    bands = [survey.bands[i] for i in (len(survey.bands) - 1, len(survey.bands) // 2, 0)]
-    return ", ".join(f"{html.escape(b)} as {c}" for b, c in zip(bands, ("red", "green", "blue"), strict=True))
-
-
-def inputs(gallery: Gallery) -> str:
+def inputs(gallery: Gallery) -> Markup:
     """What the encoder is given; nothing where that is unknown."""
-    if not gallery.inputs:
-        return ""
-    cards = ""
+    cards = []
     for title, row in gallery.inputs.items():
         sheet = pictures.mosaic(list(row), min(len(row), INPUT_COLUMNS))
-        enlarge = max(1, 900 // sheet.shape[1])
-        cards += f'<div class="card"><h3>{html.escape(title)}</h3><img class="sheet" style="image-rendering:pixelated" '
-        cards += f'alt="{html.escape(title)}" src="{pictures.data_uri(sheet, enlarge=min(enlarge, 3))}"></div>'
-    return (
-        '<h2>What the encoder sees</h2><p class="quiet">Model inputs after crop and stretch, each channel from its 1% to '
-        f'its 99.7% quantile.</p><div class="stack">{cards}</div>'
+        source = pictures.data_uri(sheet, enlarge=min(max(1, 900 // sheet.shape[1]), 3))
+        cards.append(html.card(html.picture(source, title, sheet=True, pixelated=True), title=title))
+    if not cards:
+        return Markup()
+    return html.section(
+        "What the encoder sees",
+        "Model inputs after crop and stretch, each channel from its 1% to its 99.7% quantile.",
+        html.stack(cards),
     )
+
+
+def _by_label(label: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+    """Rows in order of their label, unknown ones last."""
+    return rows if label is None else rows[np.argsort(np.where(np.isfinite(label), label, np.inf))]
+
+
+def _picture(gallery: Gallery, index: int, name: str, note: str = "", *, outlined: bool = False) -> Markup:
+    value = ""
+    if gallery.label is not None and np.isfinite(gallery.label[index]):
+        value = f"{'z' if name == 'redshift' else name} {gallery.label[index]:.3f}"
+    return html.figure(html.picture(pictures.data_uri(gallery.picture[index])), (value, note), outlined=outlined)

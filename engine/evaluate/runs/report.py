@@ -5,8 +5,6 @@ Nothing is loaded from elsewhere: pictures are data URIs, charts are inline SVG.
 
 from __future__ import annotations
 
-import datetime
-import html
 import json
 import math
 import shlex
@@ -16,33 +14,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from markupsafe import Markup
 
 from armillary.engine.atomic_file import atomic_path, write_text
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.evaluate.page.html import card, header, now, section, table, verdicts, write_page
 from armillary.engine.evaluate.page.run_log import RunLog
-from armillary.engine.evaluate.page.style import CSS
-from armillary.engine.evaluate.page.verdict import item
 from armillary.engine.evaluate.runs import report_run
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 
-__all__ = ["page", "save_measures", "write_report"]
-
-
-def page(title: str, header: str, sections: Sequence[str]) -> str:
-    """A whole page.
-
-    Args:
-        title: For the browser's tab.
-        header: HTML of the head.
-        sections: HTML of the body, in order.
-    """
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body>"
-        f"{header}<main>{''.join(sections)}</main>"
-        f"<footer>Written {_now()} by armillary. This page needs no network.</footer></body></html>\n"
-    )
+__all__ = ["save_measures", "write_report"]
 
 
 def save_measures(folder: Path, study: Study, outcomes: Sequence[Outcome]) -> None:
@@ -90,22 +71,16 @@ def write_report(
         logbooks: Records and curves of the runs whose embeddings are compared, by name; the studied one first.
     """
     first = next(iter(logbooks.values()))
-    training = "".join(
-        report_run.training(book).replace("<h2>Training</h2>", f"<h2>Training of {html.escape(name)}</h2>")
-        for name, book in logbooks.items()
-    )
     sections = [
         _verdict(outcomes),
         _contents(study),
         *(section for outcome in outcomes for section in outcome.sections),
-        training,
+        *(report_run.training(book, name) for name, book in logbooks.items()),
         report_run.throughput(first),
         *(report_run.provenance(study.survey, book, name) for name, book in logbooks.items()),
     ]
-    facts = {"Galaxies": _split_counts(study)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = _run_header(title, study.survey, first, facts)
-    write_text(path, page(f"{title} on {study.survey.name}", header, sections))
+    head = _run_header(title, study.survey, first, {"Galaxies": _split_counts(study)})
+    write_page(path, f"{title} on {study.survey.name}", head, sections)
 
 
 def _split_counts(study: Study) -> str:
@@ -118,37 +93,32 @@ def _split_counts(study: Study) -> str:
     return ", ".join(said)
 
 
-def _verdict(outcomes: Sequence[Outcome]) -> str:
-    items = "".join(
-        item("note", f"{outcome.task} is left out", outcome.left_out)
-        if outcome.left_out
-        else outcome.verdict or "".join(item("note", outcome.task, line) for line in outcome.lines)
-        for outcome in outcomes
-    )
-    heads = "".join(outcome.headline for outcome in outcomes)
-    return f'<h2>What was found</h2><section class="card">{heads}<ul class="verdict">{items}</ul></section>'
+def _verdict(outcomes: Sequence[Outcome]) -> Markup:
+    items: list[tuple[str, str, str]] = []
+    for outcome in outcomes:
+        if outcome.left_out:
+            items.append(("note", f"{outcome.task} is left out", outcome.left_out))
+        else:
+            items += outcome.verdict or [("note", outcome.task, line) for line in outcome.lines]
+    return section("What was found", "", card(*(o.headline for o in outcomes if o.headline), verdicts(items)))
 
 
-def _contents(study: Study) -> str:
-    rows = ""
+def _contents(study: Study) -> Markup:
+    rows = []
     for one in study.features.values():
         e = one.embeddings
         kind = f"predictions of {', '.join(one.targets)}" if one.targets else f"{e.vector.shape[1]} dimensions"
-        aligned = "yes" if one.space else "no"
-        rows += (
-            f"<tr><td>{html.escape(one.name)}</td><td>{one.modality}</td><td>{html.escape(kind)}</td>"
-            f"<td>{'' if one.targets else aligned}</td><td>{html.escape(e.metadata.get('run', ''))}</td>"
-            f"<td>{len(e):,}</td></tr>"
-        )
-    return (
-        '<h2>What is compared</h2><p class="quiet">All encoders are frozen; every predictor is fitted on the training split '
-        "and judged on the test split, on the same galaxies. Supervised models were trained on the labels of the training "
-        'split.</p><section class="card"><div class="scroll"><table><thead><tr><th>Features</th><th>made of</th><th></th>'
-        f"<th>aligned</th><th>run</th><th>galaxies</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+        aligned = "" if one.targets else "yes" if one.space else "no"
+        rows.append((one.name, one.modality, kind, aligned, e.metadata.get("run", ""), f"{len(e):,}"))
+    return section(
+        "What is compared",
+        "All encoders are frozen; every predictor is fitted on the training split and judged on the test split, on the same "
+        "galaxies. Supervised models were trained on the labels of the training split.",
+        card(table(("Features", "made of", "", "aligned", "run", "galaxies"), [("", rows)])),
     )
 
 
-def _run_header(title: str, survey: Survey, logbook: RunLog, more: Mapping[str, str]) -> str:
+def _run_header(title: str, survey: Survey, logbook: RunLog, more: Mapping[str, str]) -> Markup:
     record = logbook.record
     facts: dict[str, str] = {"Survey": _size(survey), **more}
     if steps := logbook.series.get("step"):
@@ -162,15 +132,10 @@ def _run_header(title: str, survey: Survey, logbook: RunLog, more: Mapping[str, 
         )
     if device := record.get("device") or record.get("run", {}).get("device"):
         facts["Device"] = str(device)
-    facts["Evaluated"] = _now()
-    cells = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
+    facts["Evaluated"] = now()
     command = record.get("command")
     shown = shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")
-    line = f'<p class="quiet"><code>{html.escape(shown)}</code></p>' if shown else ""
-    return (
-        f'<header><div class="brand">Armillary</div><h1>{html.escape(title)}</h1>'
-        f"{line}<dl class='facts'>{cells}</dl></header>"
-    )
+    return header(title, command=shown, facts=facts)
 
 
 def _size(survey: Survey) -> str:
@@ -179,7 +144,3 @@ def _size(survey: Survey) -> str:
     if survey.spectrum is None:
         return f"{count} cutouts in {''.join(survey.bands)}"
     return f"{count} {'pairs of ' + ''.join(survey.bands) + ' cutout and spectrum' if survey.bands else 'spectra'}"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

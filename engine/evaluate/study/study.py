@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from markupsafe import Markup
 
 from armillary.engine.data.format.columns import numbers
 from armillary.engine.data.format.survey import Survey
@@ -63,9 +64,9 @@ class Outcome:
         task: Its name.
         measures: All numbers.
         lines: What to tell on a terminal and at the head of the report, a sentence each.
-        sections: Pieces of HTML for the report, in order; each begins with its <h2>.
-        headline: HTML of the main figure, for the head of the report.
-        verdict: Items of an HTML list for the head of the report, in place of the lines.
+        sections: Pieces for the report, in order, each of `page.html.section`.
+        headline: The main figure, of `page.html.headline`, for the head of the report.
+        verdict: Kind ("yes", "no", "note"), title and text of lines at the head of the report, in place of `lines`.
         collapsed: True where an encoder has collapsed.
         left_out: Why the task was not done; empty where it was.
     """
@@ -73,9 +74,9 @@ class Outcome:
     task: str
     measures: tuple[Measure, ...]
     lines: tuple[str, ...] = ()
-    sections: tuple[str, ...] = ()
-    headline: str = ""
-    verdict: str = ""
+    sections: tuple[Markup, ...] = ()
+    headline: Markup = Markup()
+    verdict: tuple[tuple[str, str, str], ...] = ()
     collapsed: bool = False
     left_out: str = ""
 

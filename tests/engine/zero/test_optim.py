@@ -93,6 +93,19 @@ def test_each_clip_group_is_clipped_by_its_own_norm(impl):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+def test_moments_are_those_of_clipped_gradients(impl):
+    """Adam's step does not see a constant factor of its gradients, its moments do."""
+    (p,) = parameters((6, 6))
+    optimizer = AdamW([group([p])], (0.9, 0.99), clip_norm=0.7, impl=impl)
+    fill_gradients([p], 0, 5.0)
+    clipped = p.grad * (0.7 / p.grad.norm())
+    optimizer.set_step(0, RATES)
+    optimizer.clip_local()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * clipped, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], 0.01 * clipped.square(), rtol=1e-5, atol=1e-9)
+
+
 def test_small_gradients_are_left_alone(impl):
     (p,), (q,) = parameters((8,)), parameters((8,))
     clipped, free = AdamW([group([p])], clip_norm=1e3, impl=impl), AdamW([group([q])], impl=impl)
@@ -214,6 +227,14 @@ def test_groups_are_split_by_teacher_and_merged_by_rates(method):
     assert found[frozenset({"extra"})]["average"] is False
     assert found[frozenset({"student.head.weight"})]["freeze"] is True
     assert all(g["average"] for key, g in found.items() if "extra" not in key)
+
+
+def test_parameters_with_and_without_a_teacher_are_never_merged(method, monkeypatch):
+    everything = {n: p for n, p in method.named_parameters() if p.requires_grad}
+    monkeypatch.setattr(method, "parameter_groups", lambda: [ParameterGroup(everything)])
+    without, with_teacher = build_groups(method)
+    assert with_teacher["average"] and not without["average"]
+    assert [id(p) for p in without["params"]] == [id(method.extra)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dali_here import needs_dali
 from armillary.engine.data.format import codec
 from armillary.engine.data.format.shards import ShardWriter, write_index
 from armillary.engine.data.format.survey import Statistics, Survey
-from armillary.engine.data.loading import readers
+from armillary.engine.data.loading import index_folder, readers
 from armillary.engine.data.loading.decoding import decode_padded, pad_blobs
 from armillary.engine.data.loading.epoch_order import EpochOrder, micro_batches
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
@@ -70,23 +70,24 @@ def survey(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
-    """No thread, descriptor or index folder of ours outlives a test."""
+def nothing_is_left(tmp_path_factory, monkeypatch):
+    """No thread, descriptor or index folder of ours outlives a test; the folders of other runs are not looked at."""
+    memory = tmp_path_factory.mktemp("memory")
+    monkeypatch.setattr(index_folder, "MEMORY", memory)
 
     def ours():
-        gc.collect()
         threads = {t.name for t in threading.enumerate() if t.name.startswith("armillary")}
         tars = {
             os.readlink(f"/proc/self/fd/{n}")
             for n in os.listdir("/proc/self/fd")
             if Path(f"/proc/self/fd/{n}").exists()
         }
-        folders = {name for name in os.listdir("/dev/shm") if name.startswith("armillary-index-")}
-        return threads | {t for t in tars if t.endswith(".tar")} | folders
+        return threads | {t for t in tars if t.endswith(".tar")} | set(os.listdir(memory))
 
     yield
     end = time.monotonic() + 10
     while (left := ours()) and time.monotonic() < end:
+        gc.collect()  # slow, and what is gone without it is gone
         time.sleep(0.05)
     assert not left
 
@@ -529,24 +530,24 @@ def test_a_closed_loader_says_so(survey):
 
 
 def _rows_in_child(loader, queue):
-    queue.put([next(loader)["row"].tolist() for _ in range(3)])
+    queue.put([next(loader)["row"].tolist() for _ in range(4)])
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("started", [False, True])
-def test_a_forked_process_goes_on_by_itself(survey, started):
+@pytest.mark.parametrize("handed_out", [0, 1, 4])  # of three micro-batches a global batch
+def test_a_forked_process_goes_on_by_itself(survey, handed_out):
     context = multiprocessing.get_context("fork")
-    with load(survey, threads=1) as loader, load(survey) as reference:
-        if started:
-            next(loader), next(reference)
+    slices = {"micro_batch": 2, "accumulation": 3}
+    with load(survey, threads=1, **slices) as loader, load(survey, **slices) as reference:
+        take(loader, handed_out), take(reference, handed_out)
         queue = context.SimpleQueue()
         child = context.Process(target=_rows_in_child, args=(loader, queue))
         child.start()
         child.join(30)
         assert child.exitcode == 0
-        wanted = [next(reference)["row"].tolist() for _ in range(3)]
+        wanted = [next(reference)["row"].tolist() for _ in range(4)]
         assert queue.get() == wanted
-        assert [next(loader)["row"].tolist() for _ in range(3)] == wanted
+        assert [next(loader)["row"].tolist() for _ in range(4)] == wanted
 
 
 @BOTH

@@ -13,6 +13,7 @@ from armillary.engine.cli import main as command
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.evaluate import Encoder, Options, evaluate_study, feature_sets
+from armillary.engine.evaluate.page.html import section
 from armillary.engine.evaluate.runs import evaluate as evaluate_module
 from armillary.engine.evaluate.runs import tasks as tasks_module
 from armillary.engine.evaluate.study.study import Measure, Outcome
@@ -99,7 +100,7 @@ class Count(tasks_module.Task):
         assert torch.get_num_threads() == 1
         count = len(study.rows("test"))
         measure = Measure("count", "fluxes", "", "", "samples", float(count), samples=count)
-        return Outcome("count", (measure,), (f"{count} & counting",), ("<h2>Counted</h2>",))
+        return Outcome("count", (measure,), (f"{count} & counting",), (section("Counted"),))
 
 
 class Never(tasks_module.Task):
