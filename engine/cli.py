@@ -121,7 +121,7 @@ def export(
     from armillary.engine.weights.trained_encoder import TrainedEncoder
 
     if block_chunks and format != "dinov2":
-        raise ValueError(f"block_chunks: only with --format dinov2, got {block_chunks}")
+        raise ValueError(f"block_chunks: must be 0 without --format dinov2, got {block_chunks}")
     if format == "portable":
         export_portable(find_checkpoint(run), out)
     else:

@@ -127,7 +127,9 @@ class TokenCache:
             self.layout, self.made_of = TokenLayout.from_json(record), record["made_of"]
             wanted, complete = record["crc"], record["complete"] and record["format"] == FORMAT
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TokenCacheError(f"data.token_cache: a complete token cache, got {folder} ({error})") from error
+            raise TokenCacheError(
+                f"data.token_cache: must be a complete token cache, got {folder} ({error})"
+            ) from error
         for name, size in self.layout.files().items():
             path = folder / name
             found = path.stat().st_size if path.is_file() else None
@@ -140,7 +142,7 @@ class TokenCache:
             )
         if plan.samples != self.layout.samples:
             raise TokenCacheError(
-                f"data.token_cache: tokens of the {plan.samples} samples of the split, got {self.layout.samples} in {folder}"
+                f"data.token_cache: must hold tokens of the {plan.samples} samples of the split, got {self.layout.samples} in {folder}"
             )
         self._crc = np.frombuffer(crc, "<u4").reshape(self.layout.samples, -1)
         self._first_rows = np.asarray(plan.first_rows, np.int64)
@@ -159,7 +161,9 @@ class TokenCache:
         shard = np.searchsorted(self._first_rows, row, side="right") - 1
         within = row - self._first_rows[shard]
         if (bad := (shard < 0) | (within >= self._counts[shard])).any():
-            raise TokenCacheError(f"data.token_cache: rows of the split, got row {row[bad][0]} of catalog.parquet")
+            raise TokenCacheError(
+                f"data.token_cache: rows must be of the split, got row {row[bad][0]} of catalog.parquet"
+            )
         return self._begins[shard] + within
 
     def read_into(self, name: str, place: int, out: np.ndarray) -> None:

@@ -61,7 +61,7 @@ class TokenCacheFill:
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TokenCacheError(
-                f"data.token_cache: a folder that can be written to, got {self.folder} ({error})"
+                f"data.token_cache: must be a folder that can be written to, got {self.folder} ({error})"
             ) from error
         with open(self.work / "lock", "w") as lock:
             try:
@@ -85,7 +85,7 @@ class TokenCacheFill:
             refuse_difference(self.folder, json.loads(plan.read_text()), mine)
         elif strangers := [p.name for p in self.folder.iterdir() if p != self.work]:
             raise TokenCacheError(
-                f"data.token_cache: an empty folder or a token cache, got {self.folder} with {strangers[0]}"
+                f"data.token_cache: must be an empty folder or a token cache, got {self.folder} with {strangers[0]}"
             )
         needed = sum(self.layout.files().values())
         there = sum(p.stat().st_blocks * 512 for p in self.folder.glob("*.bin"))
@@ -155,7 +155,7 @@ class TokenCacheFill:
     def _stored(self, name: str, arrays: Mapping[str, np.ndarray], first: int) -> np.ndarray:
         array, shape = arrays[name], self.layout.shapes[name]
         if array.shape[1:] != shape:
-            raise TokenCacheError(f"data.token_cache: {name} of shape {shape} a sample, got {array.shape[1:]}")
+            raise TokenCacheError(f"data.token_cache: {name} must have shape {shape} a sample, got {array.shape[1:]}")
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(array).astype(DTYPES[self.layout.dtype])
         bad = ~np.isfinite(stored).reshape(len(stored), -1).all(1)
@@ -164,7 +164,7 @@ class TokenCacheFill:
             largest = float(np.abs(array[i]).max())
             hint = " (choose data.token_cache_dtype float32)" if np.isfinite(largest) else ""
             raise TokenCacheError(
-                f"data.token_cache: finite {name} within {self.layout.dtype}, got {largest:g} in sample {first + i} of the "
+                f"data.token_cache: {name} must be finite and within {self.layout.dtype}, got {largest:g} in sample {first + i} of the "
                 f"split{hint}"
             )
         return stored
@@ -172,7 +172,9 @@ class TokenCacheFill:
     def finish(self) -> None:
         """Write tokens.json, once every chunk is finished."""
         if left := self.pending():
-            raise TokenCacheError(f"data.token_cache: all chunks, got {len(left)} unfinished, first {left[0]}")
+            raise TokenCacheError(
+                f"data.token_cache: all chunks must be filled, got {len(left)} unfinished, first {left[0]}"
+            )
         crc = b"".join(self._mark(number).read_bytes() for number in range(len(self.chunks)))
         write_bytes(self.folder / "rows.crc", crc)
         record = {"format": FORMAT, **self.layout.to_json(), "made_of": self.made_of, "crc": zlib.crc32(crc)}

@@ -85,7 +85,9 @@ def probe_tokens(method: Method, inputs: InputSpec, device: torch.device) -> dic
         tokens = method.tokens(_made_up(inputs, device))
     for name, x in tokens.items():
         if x.requires_grad:
-            raise TokenCacheError(f"data.token_cache: frozen encoders, got {name} that depend on trained parameters")
+            raise TokenCacheError(
+                f"data.token_cache: the encoders must be frozen, got {name} that depend on trained parameters"
+            )
     return {name: x.detach().float().cpu().contiguous() for name, x in tokens.items()}
 
 

@@ -151,7 +151,7 @@ def _prepare(held: ExitStack, fill: TokenCacheFill, run: Run, survey: Survey, pr
     if found := [f"{count} without {name}" for name, count in lacking.items() if count]:
         total = fill.layout.samples
         raise TokenCacheError(
-            f"data.token_cache: samples that have {' and '.join(wanted)}, got {', '.join(found)} among {total}; build the survey "
+            f"data.token_cache: samples must have {' and '.join(wanted)}, got {', '.join(found)} among {total}; build the survey "
             "from objects that have them (a required match)"
         )
     held.enter_context(fill.prepared())

@@ -82,7 +82,7 @@ class Progress:
 
     Attributes:
         step: Global batches consumed.
-        skipped: Steps that changed nothing, for a loss or gradient was not finite.
+        skipped: Steps that changed nothing, because a loss or gradient was not finite.
         bad_in_a_row: Of these, the ones since the last good step.
         applied: Steps that the optimizer applied.
         loader: State of the loader.
@@ -276,16 +276,18 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
     }
     stage = changed.pop("train.zero_stage", None)
     found = [
-        f"{name}: {old!r}, as in {folder} (give another recipe another --name), got {new!r}"
+        f"{name}: must be {old!r}, as in {folder}, got {new!r}; give another recipe another --name"
         for name, (old, new) in changed.items()
     ]
     if state["survey"] != facts["survey"]:
-        found.append(f"data.path: the survey that {folder} was trained on, got one with other shards: {run.data.path}")
+        found.append(
+            f"data.path: must be the survey that {folder} was trained on, got one with other shards: {run.data.path}"
+        )
     if found or (stage is None and state["world"] == world):
         return found
     was = state["run"]["train"]["zero_stage"]
     return [
-        f"train.zero_stage: {state['world']} ranks under ZeRO-{was}, as in {folder}, got {world} under "
+        f"train.zero_stage: must be continued by {state['world']} ranks under ZeRO-{was}, as in {folder}, got {world} under "
         f"ZeRO-{run.train.zero_stage}. To continue it so, export it with `armillary export {run.folder} "
         "--format portable -o FILE` and start the recipe under another --name with --restore FILE"
     ]

@@ -180,7 +180,7 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", type() as kind, str(key), str(), int(elements)) if issubclass(kind, _Inert):
                 return _Storage(kind.origin, key, elements)
-        raise ValueError(f"a reference to something other than a storage: {pid!r:.80}")
+        raise ValueError(f"it refers to something other than a storage: {pid!r:.80}")
 
 
 class _Archive:
@@ -189,45 +189,45 @@ class _Archive:
     def __init__(self, file: zipfile.ZipFile) -> None:
         pickles = [name for name in file.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"a zip file with one data.pkl, as torch.save writes it, got {len(pickles)}")
+            raise ValueError(f"it must be a zip file with one data.pkl, as torch.save writes it, got {len(pickles)}")
         self._file, self.pickle = file, pickles[0]
         self._folder = self.pickle.removesuffix("data.pkl")
         self._read: dict[str, Tensor] = {}
         order = f"{self._folder}byteorder"
         stored = self.bytes(order) if order in file.namelist() else b"little"
         if stored != sys.byteorder.encode():
-            raise ValueError(f"bytes in {sys.byteorder}-endian order, got {bytes(stored)!r:.20}")
+            raise ValueError(f"its bytes must be in {sys.byteorder}-endian order, got {bytes(stored)!r:.20}")
 
     def bytes(self, name: str) -> bytearray:
         """Contents of an entry. Compressed ones, which torch does not write, are refused: they may grow without end."""
         entry = self._file.getinfo(name)
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise ValueError(f"{name}: an entry without compression")
+            raise ValueError(f"{name}: must be an entry without compression")
         content = bytearray(entry.file_size)
         with self._file.open(entry) as opened:
             at, view = 0, memoryview(content)
             while count := opened.readinto(view[at:]):  # type: ignore[attr-defined]
                 at += count
         if at != len(content):
-            raise ValueError(f"{name}: {len(content)} bytes, got {at}")
+            raise ValueError(f"{name}: must have {len(content)} bytes, got {at}")
         return content
 
     def storage(self, storage: _Storage) -> Tensor:
         """A storage as a flat tensor; tensors that share one share it here, too."""
         if storage.kind not in _DTYPES:
-            raise ValueError(f"a storage of one of {', '.join(sorted(_DTYPES))}, got {storage.kind}")
+            raise ValueError(f"a storage must be one of {', '.join(sorted(_DTYPES))}, got {storage.kind}")
         dtype = _DTYPES[storage.kind]
         if storage.key not in self._read:
             name = f"{self._folder}data/{storage.key}"
             if name not in self._file.NameToInfo:
-                raise ValueError(f"{name}: a storage that the file refers to and does not hold")
+                raise ValueError(f"{name}: the file refers to a storage that it does not hold")
             content = self.bytes(name)
             if len(content) != storage.elements * dtype.itemsize:
-                raise ValueError(f"{name}: {storage.elements} numbers of {dtype}, got {len(content)} bytes")
+                raise ValueError(f"{name}: must have {storage.elements} numbers of {dtype}, got {len(content)} bytes")
             self._read[storage.key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         found = self._read[storage.key]
         if found.dtype != dtype or len(found) != storage.elements:
-            raise ValueError(f"storage {storage.key}: referred to as {dtype} and as {found.dtype}")
+            raise ValueError(f"storage {storage.key}: is referred to as {dtype} and as {found.dtype}")
         return found
 
     def tensor(self, described: _Tensor) -> Tensor:
@@ -240,9 +240,11 @@ class _Archive:
                 elements = math.prod(size)
                 last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else -1
                 if last >= len(flat) or elements > len(flat):
-                    raise ValueError(f"a tensor {size} with strides {stride} at {offset} of {len(flat)} numbers")
+                    raise ValueError(
+                        f"a tensor {size} with strides {stride} at {offset} does not lie within its {len(flat)} numbers"
+                    )
                 return flat.as_strided(size, stride, offset)
-        raise ValueError("a tensor with a storage, an offset, a size and strides")
+        raise ValueError("a tensor must come with a storage, an offset, a size and strides")
 
 
 def read_state_dict(path: Path | str) -> dict[str, Tensor]:
@@ -294,12 +296,12 @@ def _tensors_only(content: Any) -> dict[str, Any]:
     if isinstance(content, Mapping):
         content = next((content[k] for k in WRAPPERS if isinstance(content.get(k), Mapping)), content)
     if not isinstance(content, Mapping):
-        raise ValueError(f"a dictionary of tensors, got {_name(content)}")
+        raise ValueError(f"it must hold a dictionary of tensors, got {_name(content)}")
     for name, value in content.items():
         if isinstance(value, _Inert) or (isinstance(value, type) and issubclass(value, _Inert)):
-            raise ValueError(f"a checkpoint with pickled code (refused): {name!r:.80} is of {value.origin}")
+            raise ValueError(f"it is a checkpoint with pickled code (refused): {name!r:.80} is of {value.origin}")
         if not isinstance(name, str) or not isinstance(value, (_Tensor, Tensor)):
-            raise ValueError(f"{name!r:.80}: a tensor with a name, got {_name(value)}")
+            raise ValueError(f"{name!r:.80}: must be a tensor with a name, got {_name(value)}")
     return dict(content)
 
 

@@ -43,7 +43,11 @@ def test_help_imports_nothing_heavy(name):
         (["data", "burn"], 2, "no command 'data burn'"),
         (["version", "2"], 2, "no command 'version'"),
         (["export", "/nowhere", "-o", "x"], 2, "/nowhere: no such run or file"),
-        (["export", "/nowhere", "-o", "x", "--block-chunks", "2"], 2, "block_chunks: only with --format dinov2"),
+        (
+            ["export", "/nowhere", "-o", "x", "--block-chunks", "2"],
+            2,
+            "block_chunks: must be 0 without --format dinov2, got 2",
+        ),
         (["export"], 2, "Folder of the run"),
     ],
 )

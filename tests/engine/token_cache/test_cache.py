@@ -109,7 +109,7 @@ def test_a_killed_fill_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     again = fill_of(tmp_path)
     with again.prepared():
         assert again.pending() == [0, 1]
-        with pytest.raises(TokenCacheError, match="all chunks, got 2 unfinished, first 0"):
+        with pytest.raises(TokenCacheError, match="all chunks must be filled, got 2 unfinished, first 0"):
             again.finish()
         for number in again.pending():
             again.write(number, parts(again.chunks[number]))
@@ -167,7 +167,7 @@ def test_a_full_disk_is_found_before_the_first_token(tmp_path):
 @pytest.mark.parametrize(
     "value,dtype,message",
     [
-        (np.nan, "float32", "finite image_tokens within float32, got nan in sample 1"),
+        (np.nan, "float32", "image_tokens must be finite and within float32, got nan in sample 1"),
         (1e5, "float16", r"within float16, got 100000 in sample 1 .*choose data.token_cache_dtype float32"),
     ],
     ids=["nan", "overflow"],
@@ -187,7 +187,7 @@ def test_tokens_that_cannot_be_stored_are_refused(tmp_path, value, dtype, messag
         (lambda chunk: list(parts(chunk))[:2], "ends at sample 5, got 4"),
         (
             lambda chunk: [(0, {name: np.zeros((5, 2, 2), np.float32) for name in SHAPES})],
-            "image_tokens of shape .4, 3.",
+            "image_tokens must have shape .4, 3.",
         ),
     ],
     ids=["gap", "short", "shape"],
@@ -253,7 +253,7 @@ def test_a_file_cut_short_while_it_is_filled_is_refused(tmp_path):
 @pytest.mark.parametrize("row", [0, 5, 8, 19])
 def test_rows_of_other_splits_have_no_tokens(tmp_path, row):
     cache = TokenCache(filled(tmp_path / "f"), PLAN)
-    with pytest.raises(TokenCacheError, match=f"rows of the split, got row {row} of catalog.parquet"):
+    with pytest.raises(TokenCacheError, match=f"rows must be of the split, got row {row} of catalog.parquet"):
         cache.places(np.array([2, row]))
 
 

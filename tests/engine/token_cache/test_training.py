@@ -201,7 +201,7 @@ def test_another_survey_is_refused(run, tmp_path):
 def test_samples_without_a_modality_are_counted(run, tmp_path):
     run = with_data(run, path=make_survey(tmp_path / "gaps", Pairs(40, lacking=tuple(range(0, 40, 2)))))
     with pytest.raises(
-        TokenCacheError, match=r"samples that have image and spectrum, got \d+ without spectrum among \d+"
+        TokenCacheError, match=r"samples must have image and spectrum, got \d+ without spectrum among \d+"
     ):
         fill(run)
     assert not run.data.token_cache.exists() or not list(run.data.token_cache.iterdir())

@@ -57,7 +57,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_before_processes_start(run, o
     checkpoint.save(run.folder / "checkpoints", scrambled(run), progress(), run, known)
     method = run.method.build(INPUTS)
     assert trainer._startable(run, method, known, 1) == run.folder / "checkpoints" / "step-00000003"
-    with pytest.raises(BadInput, match="optim.lr: 0.02, as in"):
+    with pytest.raises(BadInput, match="optim.lr: must be 0.02, as in"):
         trainer._startable(replace(run, optim=replace(run.optim, lr=1.0)), method, known, 1)
     with pytest.raises(BadInput, match="1 ranks under ZeRO-2"):
         trainer._startable(run, method, known, 2)

@@ -196,7 +196,7 @@ def test_another_run_is_refused_field_by_field(run, folder):
     assert [p.split(":")[0] for p in found] == ["optim.lr", "seed"]
     assert "0.02, as in" in found[0] and "got 9.0" in found[0]
     (found,) = checkpoint.same_run_problems(state_of(run), run, 2, FACTS | {"survey": "0"}, folder)
-    assert found.startswith("data.path: the survey that")
+    assert found.startswith("data.path: must be the survey that")
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 2), (2, 3), (4, 1)])

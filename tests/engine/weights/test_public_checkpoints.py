@@ -201,8 +201,8 @@ def test_a_pickled_module_in_place_of_tensors_is_refused(tmp_path, program):
 
 @pytest.mark.parametrize(
     "content, text",
-    [([torch.ones(1)], "a dictionary of tensors, got a list"), ({"a": 3}, "'a': a tensor with a name, got a int"),
-     ({1: torch.ones(1)}, "1: a tensor with a name"), (torch.ones(2), "a dictionary of tensors")],
+    [([torch.ones(1)], "a dictionary of tensors, got a list"), ({"a": 3}, "'a': must be a tensor with a name, got a int"),
+     ({1: torch.ones(1)}, "1: must be a tensor with a name"), (torch.ones(2), "a dictionary of tensors")],
     ids=["list", "number", "no name", "tensor"],
 )  # fmt: skip
 def test_other_contents_are_named(tmp_path, content, text):
@@ -344,15 +344,15 @@ def test_described_tensors_are_read(tmp_path):
     "described, text",
     [
         ({"elements": 5}, "5 numbers of torch.float32, got 16 bytes"),
-        ({"key": "../../etc/passwd"}, "a storage that the file refers to and does not hold"),
+        ({"key": "../../etc/passwd"}, "the file refers to a storage that it does not hold"),
         ({"offset": 1}, "a tensor"),
-        ({"offset": -1}, "a tensor with a storage"),
+        ({"offset": -1}, "a tensor must come with a storage"),
         ({"stride": (2,)}, "a tensor"),
-        ({"stride": (-1,)}, "a tensor with a storage"),
-        ({"size": (2, 2)}, "a tensor with a storage"),
+        ({"stride": (-1,)}, "a tensor must come with a storage"),
+        ({"size": (2, 2)}, "a tensor must come with a storage"),
         ({"size": (10**12,), "stride": (0,)}, "a tensor"),
-        ({"size": (2.0,)}, "a tensor with a storage"),
-        ({"kind": ("torch", "ComplexFloatStorage")}, "a storage of one of"),
+        ({"size": (2.0,)}, "a tensor must come with a storage"),
+        ({"kind": ("torch", "ComplexFloatStorage")}, "a storage must be one of"),
     ],
     ids=["short", "path", "offset", "before", "stride", "backwards", "ranks", "endless", "fraction", "kind"],
 )
