@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from armillary.engine.atomic_file import write_text
+
 __all__ = ["Target", "latest", "read_rows", "targets", "write_table"]
 
 PHASES = ("teacher", "student", "heads+losses", "backward", "clip", "optimizer", "copy")
@@ -110,7 +112,7 @@ def write_table(folder: Path) -> str:
     rows = latest(read_rows(folder))
     parts = [_heading(rows), _targets(rows), _cases(rows), _step(rows), _troubles(rows)]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    (folder / "gpu.md").write_text(text)
+    write_text(folder / "gpu.md", text)
     return text
 
 
