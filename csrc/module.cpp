@@ -1,5 +1,5 @@
 // armillary._C: the compiled part of Armillary. Each file of csrc/ binds its own functions.
-#include "threads.h"
+#include <pybind11/pybind11.h>
 
 namespace py = pybind11;
 
@@ -8,7 +8,6 @@ void bind_noise(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled parts of Armillary: the shard codec, keyed random numbers, pixel noise, crops, blur and block masks.";
-  armillary::wait_for_calls_at_exit();
   bind_codec(m);
   bind_noise(m);
 }

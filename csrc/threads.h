@@ -1,10 +1,11 @@
-// Threads inside of one call, and calls that run without the GIL while the process ends.
+// Threads inside of one call, and calls that run without the GIL, even while the process ends.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <new>
 #include <system_error>
@@ -13,21 +14,25 @@
 
 namespace armillary {
 
-// Work without the GIL. A daemon thread that asks for the GIL of an interpreter that has ended is unwound by it through
-// frames that may not throw, which aborts the process. So the interpreter waits for such work before it ends, and a
-// thread that comes later stays here until the process is gone.
+// Work without the GIL. A thread that asks for it once the interpreter has ended is unwound by Python (before 3.14, where
+// it waits for ever), and may not be unwound through the destructors and pybind11's frames above, which aborts the
+// process: "terminate called without an active exception". So it stays here until the process is gone.
 class WithoutGil {
  public:
-  WithoutGil();
-  ~WithoutGil();
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {  // also what unwinds a thread that ends
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
 
  private:
   PyThreadState* state_;
 };
-
-void wait_for_calls_at_exit();  // once, when the module is imported
 
 // `body(index)` for every index below `count` on `threads` threads, this one included; it must not throw. Indices are
 // handed out one at a time, so uneven work balances itself. Where the system has no more threads, those there are do it.

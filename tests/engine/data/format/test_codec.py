@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -314,3 +316,34 @@ def test_values_beyond_float16_are_refused(function):
     image[1, 0, 0] = -65520
     with pytest.raises(ValueError, match="band 1.*65520.*beyond float16"):
         function(image, None)
+
+
+ENDS = """
+import atexit, threading, time
+def join():
+    stop.append(True)
+    for thread in threads:
+        thread.join()
+if {joined}:
+    atexit.register(join)  # before the codec is imported: it runs after all that the codec could have registered
+import numpy as np
+from armillary.engine.data.format import codec
+image, stop = np.random.default_rng(0).normal(size=(3, 256, 256)).astype(np.float32), []
+def encode():
+    while not stop:
+        codec.encode(image, (0.01, 0.01, 0.01))
+threads = [threading.Thread(target=encode, daemon=True) for _ in range(2)]
+for thread in threads:
+    thread.start()
+time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["left running", "joined while the process ends"])
+def test_a_process_ends_while_a_thread_encodes(joined):
+    """A thread without the interpreter's lock neither aborts the process that ends nor keeps it."""
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, "-c", ENDS.format(joined=joined)], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
