@@ -15,8 +15,8 @@ from armillary.engine.data.sources.files.fits_tables import (
     Table,
     check_flux_unit,
     open_fits,
-    position_problem,
 )
+from armillary.engine.data.sources.source import position_problem
 
 __all__ = ["DESI_GRID", "LABELS", "UNNAMED", "CoaddFile"]
 

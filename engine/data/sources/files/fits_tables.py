@@ -12,7 +12,7 @@ import numpy as np
 from astropy import units
 from astropy.io import fits
 
-__all__ = ["FLUX_UNIT", "READ_ERRORS", "Table", "check_flux_unit", "open_fits", "position_problem"]
+__all__ = ["FLUX_UNIT", "READ_ERRORS", "Table", "check_flux_unit", "open_fits"]
 
 READ_ERRORS = (
     OSError,
@@ -32,7 +32,6 @@ UNIT_TOLERANCE = 1e-6  # relative
 FORM = re.compile(r"(\d*)([LXBIJKAEDCMPQ])")
 CODES = {"L": "u1", "X": "u1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "A": "S1", "E": ">f4", "D": ">f8"}
 CODES |= {"C": ">c8", "M": ">c16", "P": ">i8", "Q": ">c16"}  # the last two are pairs: bytes are all that counts
-POSITION = {"ra": 360.0, "dec": 90.0}
 
 
 def open_fits(path: Path) -> Any:
@@ -211,10 +210,3 @@ def check_flux_unit(path: Path, where: str, text: object) -> None:
         raise ValueError(f"{path}: {where}: unit {text!r}, {FLUX_UNIT} expected: {error}") from error
     if abs(factor - 1) > UNIT_TOLERANCE:
         raise ValueError(f"{path}: {where}: unit {text!r} is {factor:g} times the {FLUX_UNIT} expected")
-
-
-def position_problem(axis: str, value: float) -> str | None:
-    """Why a coordinate (`ra` or `dec`, degrees) is impossible; None if it is possible or unknown (NaN)."""
-    high = POSITION[axis]
-    low = 0.0 if axis == "ra" else -high
-    return None if np.isnan(value) or low <= value <= high else f"{value:g} is outside [{low:g}, {high:g}] degrees"

@@ -7,7 +7,6 @@ A catalogue has no pixels; `joined.Joined` puts its rows beside images or spectr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ import numpy as np
 
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, VectorRecord
 from armillary.engine.data.sources.files.columns import Catalogue, check_positions
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, digest, key_from_name
+from armillary.engine.data.sources.source import BadSample, Rows, Sample, digest, key_from_name, listing_mark
 
 __all__ = ["TableRows"]
 
@@ -117,8 +116,7 @@ class TableRows:
             marks = {name: f"sha256:{digest(file)}" for name, file in files.items()}
         else:
             listing = [(name, f.stat().st_size) for name, f in files.items()] + [("rows", self.catalogue.count)]
-            mark = hashlib.sha256(repr(listing).encode()).hexdigest()
-            marks = {f"{len(files)} files from {self.catalogue.names[0]}": f"listing-sha256:{mark}"}
+            marks = {f"{len(files)} files from {self.catalogue.names[0]}": listing_mark(listing)}
         return marks | {f"cut: {why}": f"removed {count} rows" for why, count in self.removed.items()}
 
     def keep(self, wanted: np.ndarray, why: str) -> None:
@@ -170,23 +168,13 @@ class TableRows:
         found = self.describe(index, index + 1)
         if found.bad:
             raise BadSample(found.bad[index])
-        labels = {name: found.columns[name][0] for name in self.labels}
         rows = self._rows(index, index + 1)
         number, inside = self.catalogue.place(int(rows[0]))
         vectors = {
             name: np.concatenate([self._clean(column, rows).reshape(-1) for column in columns]).astype(np.float32)
             for name, columns in self._parts.items()
         }
-        return Sample(
-            key=found.keys[0],
-            image=None,
-            valid=None,
-            ra=float(found.columns["ra"][0]),
-            dec=float(found.columns["dec"][0]),
-            labels={name: v if isinstance(v, str) else float(v) for name, v in labels.items()},
-            source=f"{self.catalogue.names[number]}:{inside}",
-            vectors=vectors,
-        )
+        return found.sample(0, self.labels, f"{self.catalogue.names[number]}:{inside}", vectors=vectors)
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop) if self.rows is None else self.rows[start:stop]

@@ -12,7 +12,6 @@ default grid, a piece of that lattice, spectra are therefore copied; onto other 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +27,17 @@ from armillary.engine.data.sources.files.fits_tables import (
     Table,
     check_flux_unit,
     open_fits,
+)
+from armillary.engine.data.sources.files.parts import find_files
+from armillary.engine.data.sources.resample import pixel_edges, rebin
+from armillary.engine.data.sources.source import (
+    BadSample,
+    Rows,
+    Sample,
+    key_from_name,
+    listing_mark,
     position_problem,
 )
-from armillary.engine.data.sources.resample import pixel_edges, rebin
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, key_from_name
 
 __all__ = ["SDSS_GRID", "SdssSpectra"]
 
@@ -114,8 +120,8 @@ class SdssSpectra:
     def inputs(self) -> dict[str, str]:
         """The files (checksum of names and sizes) and the options."""
         listing = [(f.name, f.stat().st_size) for f in self.files]
-        mark = hashlib.sha256(repr((listing, self._mask, self._coverage)).encode()).hexdigest()
-        return {f"{len(self.files)} spectra from {self.files[0].name}": f"listing-sha256:{mark}"}
+        mark = listing_mark((listing, self._mask, self._coverage))
+        return {f"{len(self.files)} spectra from {self.files[0].name}": mark}
 
     def describe(self, start: int, stop: int) -> Rows:
         """Keys, positions and labels; see `Described`. Of each file the tables' headers and HDU 2 are read."""
@@ -201,19 +207,9 @@ class SdssSpectra:
 
 def _find(path: Path | str | Sequence[Path | str]) -> list[Path]:
     """The files; no two of one name."""
-    if not isinstance(path, str | Path):
-        files = [Path(p) for p in path]
-    elif Path(path).is_dir():
-        found = (p for p in Path(path).rglob("spec-*") if p.name.lower().endswith(SUFFIXES))
-        files = sorted(p for p in found if p.is_file())
-    else:
-        files = [Path(path)]
-    if not files:
-        raise ValueError(f"{path}: no spectra in it (looked for spec-*.fits and spec-*.fits.gz)")
+    files = find_files(path, SUFFIXES, "spectrum file", prefix="spec-")
     keys: dict[str, Path] = {}
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file or folder of spectra")
         if (other := keys.setdefault(_key(file), file)) is not file:
             raise ValueError(f"{file}: the same spectrum as {other}; keep one")
     return files

@@ -23,16 +23,14 @@ import numpy as np
 from armillary.engine.data.format.survey import VectorRecord
 from armillary.engine.data.sources.files.hdf5 import (
     HDF5_SUFFIXES,
-    Part,
-    PartSource,
     checked,
     column_names,
-    find_files,
     label_name,
     open_hdf5,
     opened,
     plain,
 )
+from armillary.engine.data.sources.files.parts import Part, PartSource, find_files, short_names
 from armillary.engine.data.sources.source import Rows
 
 __all__ = ["SuperMock", "resample_sed", "sed_grid"]
@@ -80,11 +78,11 @@ class SuperMock(PartSource):
         resample_sed: bool = False,
         leave_out: Sequence[str] = (),
     ) -> None:
-        files, names = find_files(path, HDF5_SUFFIXES, "HDF5")
+        files = find_files(path, HDF5_SUFFIXES, "HDF5 file")
         self._resample = resample_sed
         parts: list[Part] = []
         layouts: list[tuple[Path, _Layout]] = []
-        for file, name in zip(files, names, strict=True):
+        for file, name in zip(files, short_names(files), strict=True):
             layout = _Layout(file, resample_sed)
             layouts.append((file, layout))
             parts.append(Part(file, name, layout.count))

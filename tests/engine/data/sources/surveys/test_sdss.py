@@ -345,9 +345,9 @@ def test_byte_swapped_pixels_are_not_taken_for_spectra(tmp_path):
 
 
 def test_missing_empty_and_twice(tmp_path):
-    with pytest.raises(ValueError, match="no spectra in it"):
+    with pytest.raises(ValueError, match="no spectrum files in it"):
         SdssSpectra(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"spec-0\.fits: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"spec-0\.fits: no such spectrum file"):
         SdssSpectra(tmp_path / "spec-0.fits")
     fits.HDUList([fits.PrimaryHDU(), fits.ImageHDU(np.ones(3)), fits.ImageHDU(np.ones(3))]).writeto(
         tmp_path / "spec-1-2-3.fits"
