@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import armillary
 from armillary.engine.atomic_file import atomic_open
+from armillary.engine.choices import check_choice
 from armillary.engine.data.building.build_state import (
     Journal,
     clear_leftovers,
@@ -64,6 +65,9 @@ CATALOG_GROUP = 65536  # rows of a Parquet row group
 EXAMPLES = 20  # skipped samples named in the provenance
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+Codec = Literal["bitplane", "float16"]
+OnBad = Literal["error", "skip"]
+
 log = logging.getLogger("armillary.data")
 
 
@@ -72,7 +76,7 @@ def build(
     folder: Path | str,
     *,
     name: str,
-    codec: Literal["bitplane", "float16"] = "bitplane",
+    codec: Codec = "bitplane",
     step_fraction: float | None = None,
     sky_sigma: Sequence[float] | None = None,
     samples_per_shard: int = 2048,
@@ -82,7 +86,7 @@ def build(
     processes: int = 1,
     dask: str | None = None,
     progress: bool = True,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: OnBad = "error",
 ) -> Survey:
     """Pack a source into a survey folder, or continue an interrupted build of it.
 
@@ -121,10 +125,8 @@ def build(
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: must be at least 1, got {samples_per_shard}")
-    if codec not in ("bitplane", "float16"):
-        raise ValueError(f"codec: must be bitplane or float16, got {codec!r}")
-    if on_bad not in ("error", "skip"):
-        raise ValueError(f"on_bad: must be error or skip, got {on_bad!r}")
+    check_choice("codec", codec, Codec)
+    check_choice("on_bad", on_bad, OnBad)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: must be in 0 .. 2^64 - 1, got {seed}")
     if step_fraction is not None and not (codec == "bitplane" and 0 < step_fraction < math.inf):
@@ -166,7 +168,7 @@ def _build(
     bar: Progress,
     options: dict[str, Any],
     rule: SplitRule,
-    on_bad: Literal["error", "skip"],
+    on_bad: OnBad,
 ) -> Survey:
     planning = bar.add_task("plan", total=None)
     layout = lay_out(
@@ -211,7 +213,7 @@ def _measure(
     workers: Workers | Cluster,
     layout: ShardAssignment,
     options: dict[str, Any],
-    on_bad: Literal["error", "skip"],
+    on_bad: OnBad,
 ) -> Settings:
     """Measure shape and sky noise from some samples of the first split, and decide the quantisation steps."""
     first = [plan.rows for plan in layout.shards if plan.split == layout.shards[0].split]

@@ -19,11 +19,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from armillary.engine.data.building.build import build
+from armillary.engine.data.building.build import Codec, OnBad, build
 from armillary.engine.data.building.splits import parse_split
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.joined import Joined, Key, Match, Sky
@@ -99,7 +99,7 @@ class Preparation:
     cuts: tuple[str, ...] = ()
     split: str = "auto"
     test_fraction: float | None = None
-    codec: Literal["bitplane", "float16"] = "bitplane"
+    codec: Codec = "bitplane"
     samples_per_shard: int = 2048
     seed: int = 0
 
@@ -146,7 +146,7 @@ def prepare(
     *,
     processes: int = 2,
     dask: str | None = None,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: OnBad = "error",
     progress: bool = True,
 ) -> Survey:
     """Build the survey that a recipe describes; an interrupted build goes on.
@@ -196,7 +196,7 @@ class _Command:
     survey: Annotated[Preparation, tyro.conf.arg(name="")]
     processes: int = 2
     dask: str | None = None
-    on_bad: Literal["error", "skip"] = "error"
+    on_bad: OnBad = "error"
     progress: bool = True
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from armillary.engine.data.format.survey import SpectrumRecord, VectorRecord
-from armillary.engine.data.sources.match import Matches, match_keys, match_sky
+from armillary.engine.data.sources.match import Matches, MatchMode, match_keys, match_sky
 from armillary.engine.data.sources.source import (
     Rows,
     Sample,
@@ -41,7 +40,7 @@ class Sky:
     """
 
     radius_arcsec: float
-    mode: Literal["one_to_one", "nearest"] = "one_to_one"
+    mode: MatchMode = "one_to_one"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,11 @@ from typing import Literal
 import numpy as np
 from scipy.spatial import cKDTree
 
+from armillary.engine.choices import check_choice
+
 __all__ = ["Matches", "match_keys", "match_sky", "unit_vectors"]
+
+MatchMode = Literal["one_to_one", "nearest"]
 
 NAMED = 3  # repeated identifiers that an error names
 ROUNDING = 1e-14  # of separations as lengths: sines and cosines of one angle differ by 1e-16 between processors
@@ -90,7 +94,7 @@ def match_sky(
     other_ra: np.ndarray,
     other_dec: np.ndarray,
     radius_arcsec: float,
-    mode: Literal["one_to_one", "nearest"] = "one_to_one",
+    mode: MatchMode = "one_to_one",
 ) -> Matches:
     """Pair positions that lie within a radius.
 
@@ -111,8 +115,7 @@ def match_sky(
     """
     if not 0 < radius_arcsec <= 3600:
         raise ValueError(f"radius_arcsec: must be above 0 and at most 3600, got {radius_arcsec}")
-    if mode not in ("one_to_one", "nearest"):
-        raise ValueError(f"mode: must be one_to_one or nearest, got {mode!r}")
+    check_choice("mode", mode, MatchMode)
     mine, theirs = _placed("left", ra, dec), _placed("right", other_ra, other_dec)
     if not (mine.size and theirs.size):
         empty = np.empty(0, np.int64)

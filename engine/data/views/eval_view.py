@@ -14,7 +14,7 @@ __all__ = ["CropInput", "EvalView"]
 
 
 class CropInput(Protocol):
-    """Makes model inputs of images: `augment.EvalInput`."""
+    """Makes model inputs of images, as `crops.EvalInput` does."""
 
     packed: bool
 

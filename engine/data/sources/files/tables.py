@@ -13,11 +13,15 @@ from typing import Literal
 
 import numpy as np
 
+from armillary.engine.choices import check_choice
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, VectorRecord
 from armillary.engine.data.sources.files.columns import Catalogue, check_positions
 from armillary.engine.data.sources.source import BadSample, Rows, Sample, digest, key_from_name, listing_mark
 
 __all__ = ["TableRows"]
+
+RaUnit = Literal["degree", "hour"]
+Duplicates = Literal["error", "first"]
 
 DIGESTED = 4 << 30  # bytes up to which inputs are known by their checksum, not by their size
 
@@ -75,14 +79,13 @@ class TableRows:
         components: Mapping[str, Sequence[str]] | None = None,
         missing: Sequence[float] | Mapping[str, Sequence[float]] = (),
         text: Sequence[str] = (),
-        ra_unit: Literal["degree", "hour"] | None = None,
-        duplicates: Literal["error", "first"] = "error",
+        ra_unit: RaUnit | None = None,
+        duplicates: Duplicates = "error",
         table: int | str | None = None,
     ) -> None:
-        if ra_unit not in (None, "degree", "hour"):
-            raise ValueError(f"ra_unit: must be degree or hour, got {ra_unit!r}")
-        if duplicates not in ("error", "first"):
-            raise ValueError(f"duplicates: must be error or first, got {duplicates!r}")
+        if ra_unit is not None:
+            check_choice("ra_unit", ra_unit, RaUnit)
+        check_choice("duplicates", duplicates, Duplicates)
         self.catalogue = Catalogue(path, table)
         self.rows: np.ndarray | None = None
         self.removed: dict[str, int] = {}

@@ -14,11 +14,15 @@ from typing import Literal
 
 import numpy as np
 
+from armillary.engine.choices import check_choice
 from armillary.engine.data.sources.files.columns import Catalogue
-from armillary.engine.data.sources.files.tables import TableRows
+from armillary.engine.data.sources.files.tables import Duplicates, TableRows
 from armillary.engine.data.sources.source import Rows
 
 __all__ = ["DECALS_QUESTIONS", "GalaxyZoo2", "GalaxyZooDecals"]
+
+DecalsFractions = Literal["debiased", "fraction"]
+Zoo2Fractions = Literal["debiased", "weighted_fraction", "fraction"]
 
 DECALS_QUESTIONS = {
     "smooth-or-featured": ("smooth", "featured-or-disk", "artifact"),
@@ -75,7 +79,7 @@ class _Votes(TableRows):
         extra: Mapping[str, tuple[str, str]],
         text: Sequence[str],
         min_votes: int,
-        duplicates: Literal["error", "first"],
+        duplicates: Duplicates,
     ) -> None:
         if min_votes < 0:
             raise ValueError(f"min_votes: must not be negative, got {min_votes}")
@@ -180,12 +184,11 @@ class GalaxyZooDecals(_Votes):
         self,
         path: Path | str | Sequence[Path | str],
         *,
-        fractions: Literal["debiased", "fraction"] = "debiased",
+        fractions: DecalsFractions = "debiased",
         min_votes: int = 0,
-        duplicates: Literal["error", "first"] = "error",
+        duplicates: Duplicates = "error",
     ) -> None:
-        if fractions not in ("debiased", "fraction"):
-            raise ValueError(f"fractions: must be debiased or fraction, got {fractions!r}")
+        check_choice("fractions", fractions, DecalsFractions)
         catalogue = Catalogue(path)
         extra = {"iauname": ("iauname", "name by position"), "redshift": ("redshift", "spectroscopic or photometric")}
         super().__init__(
@@ -229,12 +232,11 @@ class GalaxyZoo2(_Votes):
         self,
         path: Path | str | Sequence[Path | str],
         *,
-        fractions: Literal["debiased", "weighted_fraction", "fraction"] = "debiased",
+        fractions: Zoo2Fractions = "debiased",
         min_votes: int = 0,
-        duplicates: Literal["error", "first"] = "error",
+        duplicates: Duplicates = "error",
     ) -> None:
-        if fractions not in ("debiased", "weighted_fraction", "fraction"):
-            raise ValueError(f"fractions: must be debiased, weighted_fraction or fraction, got {fractions!r}")
+        check_choice("fractions", fractions, Zoo2Fractions)
         catalogue = Catalogue(path)
         answers: dict[str, list[str]] = {}
         for column in catalogue.columns:

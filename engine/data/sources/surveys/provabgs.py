@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from armillary.engine.data.sources.files.columns import Catalogue
-from armillary.engine.data.sources.files.tables import TableRows
+from armillary.engine.data.sources.files.tables import Duplicates, TableRows
 from armillary.engine.data.sources.source import Rows
 
 __all__ = ["THETA", "Provabgs"]
@@ -84,7 +83,7 @@ class Provabgs(TableRows):
         path: Path | str | Sequence[Path | str],
         *,
         cuts: bool = True,
-        duplicates: Literal["error", "first"] = "error",
+        duplicates: Duplicates = "error",
     ) -> None:
         catalogue = Catalogue(path)
         for column in (*REQUIRED, "PROVABGS_THETA_BF"):
