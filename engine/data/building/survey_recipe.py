@@ -39,10 +39,10 @@ class Read:
     """Files to read.
 
     Attributes:
-        kind: One of `sources.KINDS`.
+        kind: One of `sources.kinds.KINDS`.
         path: File or folder.
         options: Keyword arguments of the reader.
-        cuts: Conditions on its rows, see `surveys.selected`.
+        cuts: Conditions on its rows, see `sources.selected`.
         drop_duplicates_arcsec: Of rows closer than this only the first is kept.
     """
 

@@ -118,7 +118,9 @@ class WaveGrid:
         """Refuse a grid that does not increase."""
         check_choice("wavelength grid: kind", self.kind, GridKind)
         if self.count < 2 or (self.kind == "table") != (len(self.table) == self.count):
-            raise ValueError(f"wavelength grid: {self.kind} of {self.count} pixels with {len(self.table)} listed")
+            raise ValueError(
+                f"wavelength grid: a {self.kind} grid of {self.count} pixels lists {len(self.table)} wavelengths"
+            )
         wave = self.angstrom()
         if not (np.isfinite(wave).all() and wave[0] > 0 and (np.diff(wave) > 0).all()):
             raise ValueError("wavelength grid: wavelengths must be positive, finite and increasing")
@@ -264,7 +266,7 @@ class Survey:
         raw = dict(described)
         version = raw.pop("format_version")
         if version not in READABLE:
-            raise ValueError(f"format version {version}, this program reads {' and '.join(map(str, READABLE))}")
+            raise ValueError(f"it has format version {version}, this program reads {' and '.join(map(str, READABLE))}")
         spectrum = raw.pop("spectrum", None)
         if spectrum is not None:
             spectrum = dict(spectrum)

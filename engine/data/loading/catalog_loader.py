@@ -1,4 +1,4 @@
-"""Batches that name samples without reading them: for methods whose inputs are catalogue columns or cached features.
+"""Batches that name samples without reading them: methods whose inputs are catalogue columns or cached tokens need no more.
 
 The order, the state and the global batches are those of `loader.Loader`. Only `row` and `position` are made here; the
 transforms add the rest. No shard is opened, so the tars need not be on this machine.

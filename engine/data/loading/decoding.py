@@ -30,7 +30,7 @@ class BatchMaker:
     """Makes batches of a split from blobs.
 
     Args:
-        plan: The global order, for the place of a replacement.
+        plan: The global order; it says where a replacement lies.
         files: The split's files.
         survey: Their description.
         device: Where batches are made. On a GPU the blobs are checked by the CPU and decoded there.

@@ -195,7 +195,7 @@ class SplitStream(ABC):
         shuffle: False for stored order in every epoch.
         transforms: Run on every batch, in this order; None does nothing.
         prefetch: See `StreamOptions`.
-        timeout_s: Likewise.
+        timeout_s: See `StreamOptions`.
 
     Attributes:
         survey: Description of the survey.

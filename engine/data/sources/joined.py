@@ -60,7 +60,7 @@ class Match:
     """A source to be joined to the first one.
 
     Attributes:
-        source: It.
+        source: What is joined.
         on: How its rows are found.
         required: Objects without a match are left out; otherwise they lack its modalities and labels.
         name: Prefix of its labels where another source has one of the same name.
@@ -77,7 +77,7 @@ class Joined:
 
     Args:
         first: Gives keys, positions and splits.
-        matches: What is joined to it.
+        matches: What is joined to the first.
 
     Attributes:
         found: The matches of each joined source.

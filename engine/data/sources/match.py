@@ -100,7 +100,7 @@ def match_sky(
 
     "one_to_one" takes pairs by increasing separation and uses every row at most once, so of two left rows that claim one
     right row the nearer gets it and the other its next candidate, if it has one. "nearest" gives every left row its
-    nearest right row, shared or not. Separations equal to 2e-9 arcsec go to the lower rows. Rows without a position stay alone.
+    nearest right row, shared or not. Of pairs whose separations agree within 2e-9 arcsec the one of the lower rows comes first. Rows without a position stay alone.
 
     Args:
         ra: [N] degrees, NaN where unknown.
@@ -111,7 +111,7 @@ def match_sky(
         mode: See above.
 
     Raises:
-        ValueError: The radius is not within 0 .. 3,600 arcsec, or a position is none.
+        ValueError: The radius is not within 0 .. 3,600 arcsec, or a position is outside the sky.
     """
     if not 0 < radius_arcsec <= 3600:
         raise ValueError(f"radius_arcsec: must be above 0 and at most 3600, got {radius_arcsec}")

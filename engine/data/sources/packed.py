@@ -1,4 +1,4 @@
-"""A packed survey as a source: its samples decoded one by one, for pictures, exports, and packing again."""
+"""A packed survey as a source: samples are decoded one by one, to draw them, export them or pack them again."""
 
 from __future__ import annotations
 

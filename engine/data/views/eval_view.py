@@ -50,7 +50,7 @@ class EvalView:
         return self.image is not None and self.image.packed
 
     def __call__(self, batch: Batch) -> Batch:
-        """A batch with the model's inputs; of images only what this view reads, and only where the batch holds them."""
+        """A batch with the model's inputs. Images and spectra that this view does not read are left out."""
         out: Batch = batch.copy()
         image, valid = out.pop("image", None), out.pop("valid", None)
         blobs, sizes = out.pop("blobs", None), out.pop("sizes", None)

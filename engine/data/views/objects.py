@@ -95,7 +95,7 @@ class ObjectViews:
         return _Objects(self, survey, torch.device(device))
 
     def eval_view(self, survey: Survey, device: torch.device | str) -> EvalView:
-        """Inputs for embedding, nothing random; of an image survey's objects the image alone, and so on.
+        """Inputs for embedding, nothing random: what these views show and the survey has.
 
         Raises:
             ValueError: The survey has nothing that these views show.

@@ -104,7 +104,9 @@ class Table:
         place["file"].seek(place["datLoc"])
         data = place["file"].read(self.count * offset)
         if len(data) != self.count * offset:
-            raise ValueError(f"{path}: HDU {self.name}: {len(data)} bytes, {self.count * offset} expected; truncated")
+            raise ValueError(
+                f"{path}: HDU {self.name}: it has {len(data)} of {self.count * offset} bytes; the file is truncated"
+            )
         self._data = np.frombuffer(data, np.uint8).reshape(self.count, offset)
 
     def __contains__(self, name: str) -> bool:
@@ -174,7 +176,7 @@ class Table:
         else:
             dtype = np.dtype(CODES[code])
         if repeat != 1 or code in "XPQ":
-            raise ValueError(f"{self._where(name)}: holds {form!r}, one value a row expected")
+            raise ValueError(f"{self._where(name)}: holds {form!r}, and must hold one value a row")
         raw = np.ascontiguousarray(self._data[:, offset : offset + dtype.itemsize]).reshape(-1).view(dtype)
         if code == "L":
             return raw == ord("T")
@@ -188,7 +190,7 @@ class Table:
 
 
 def check_flux_unit(path: Path, where: str, text: object) -> None:
-    """Refuse fluxes that are not in 1e-17 erg/s/cm2/angstrom; a file that does not say is taken at its format's word.
+    """Refuse fluxes that are not in 1e-17 erg/s/cm2/angstrom; a file that names none has the unit of its format.
 
     Args:
         path: The file, for errors.
@@ -207,6 +209,6 @@ def check_flux_unit(path: Path, where: str, text: object) -> None:
             warnings.simplefilter("ignore")  # two slashes
             factor = units.Unit(spelled).to(units.Unit("1e-17 erg / (s cm2 Angstrom)"))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {where}: unit {text!r}, {FLUX_UNIT} expected: {error}") from error
+        raise ValueError(f"{path}: {where}: its unit is {text!r}, and must be {FLUX_UNIT}: {error}") from error
     if abs(factor - 1) > UNIT_TOLERANCE:
-        raise ValueError(f"{path}: {where}: unit {text!r} is {factor:g} times the {FLUX_UNIT} expected")
+        raise ValueError(f"{path}: {where}: its unit {text!r} is {factor:g} times {FLUX_UNIT}, and must be equal to it")

@@ -229,7 +229,7 @@ def refuse_repeats(keys: Sequence[str], column: str) -> dict[int, str]:
 
 
 def refuse_differences(layouts: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
-    """Refuse files whose columns, by name and whatever describes them, are not those of the first one.
+    """Refuse files whose columns (name: what describes it) differ from those of the first one.
 
     Raises:
         ValueError: Naming file and column.

@@ -187,11 +187,7 @@ def _find(path: Path | str | Sequence[Path | str]) -> tuple[list[Path], list[str
 
 
 def _redrock_of(coadd: Path, where: bool | Path | str) -> Path:
-    """The redrock file of a coadd: beside it, in a folder, or the file that is given.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
+    """The redrock file of a coadd: beside it, in a folder, or the file that is given."""
     if not isinstance(where, bool) and Path(where).is_file():
         return Path(where)
     folder = coadd.parent if isinstance(where, bool) else Path(where)

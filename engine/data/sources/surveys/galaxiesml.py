@@ -76,13 +76,8 @@ MEANING = {
 class _HscImages(PartSource):
     """Images and label columns, which both data sets have.
 
-    Args:
-        path: One file, several, or a folder of them.
-        size: Cut the central `size` x `size` pixels out of every image.
-        zero_is_missing: Pixels of exactly 0 carry no data.
-        identity: Column of the key.
-        redshift: Column that becomes the label `redshift`.
-        groups: Sub-groups with label columns, and the prefix of a label whose name is taken.
+    `identity` is the column of the key, `redshift` the one that becomes the label `redshift`, `groups` are sub-groups
+    with label columns, each with the prefix of a label whose name is taken.
     """
 
     bands = BANDS

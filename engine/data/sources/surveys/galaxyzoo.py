@@ -54,17 +54,8 @@ log = logging.getLogger("armillary.data")
 class _Votes(TableRows):
     """Labels `<question>_<answer>` (fractions) and `<question>_votes`, and a vector of the fractions by question.
 
-    Args:
-        path: The table.
-        catalogue: Its columns.
-        key: Column of the keys.
-        answers: Answers by question.
-        fractions: Which columns of an answer are read: `<question>_<answer>_<fractions>`.
-        votes: Columns whose sum is the number of votes, by question.
-        extra: Other labels by column, with their meanings.
-        text: Columns of identifiers.
-        min_votes: Least number of votes on the first question.
-        duplicates: See `TableRows`.
+    The columns `<question>_<answer>_<fractions>` are read; those of `votes` add up to the number of votes on a question.
+    `extra` are other labels by column, with their meanings. Rows have at least `min_votes` on the first question.
     """
 
     def __init__(
@@ -244,9 +235,11 @@ class GalaxyZoo2(_Votes):
                 answers.setdefault(found[1], []).append(found[2])
         identifiers = [name for name in IDENTIFIERS if name in catalogue.columns]
         if not answers:
-            raise ValueError(f"{catalogue.files[0]}: no column like 't01_smooth_or_features_a01_smooth_count'")
+            raise ValueError(f"{catalogue.files[0]}: it has no column like 't01_smooth_or_features_a01_smooth_count'")
         if not identifiers:
-            raise ValueError(f"{catalogue.files[0]}: no identifier: one of the columns {', '.join(IDENTIFIERS)}")
+            raise ValueError(
+                f"{catalogue.files[0]}: it must have an identifier, one of the columns {', '.join(IDENTIFIERS)}"
+            )
         super().__init__(
             path,
             catalogue,

@@ -91,7 +91,7 @@ class Provabgs(TableRows):
         size = catalogue.columns["PROVABGS_THETA_BF"].size
         if size not in (len(THETA) - 1, len(THETA)):
             raise ValueError(
-                f"{catalogue.files[0]}: column 'PROVABGS_THETA_BF': {size or 'one'} numbers a row, a model with a burst "
+                f"{catalogue.files[0]}: column 'PROVABGS_THETA_BF' has rows of length {size or 1}, but a model with a burst "
                 f"has {len(THETA)} parameters, or {len(THETA) - 1} without the fibre's share"
             )
         known = REQUIRED | {c: what for c, what in OPTIONAL.items() if c in catalogue.columns}

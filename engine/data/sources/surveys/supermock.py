@@ -184,7 +184,7 @@ class _Layout:
                 points = sed_grid()[0] if resample else self.wave
                 records.append(VectorRecord("sed", _unique(points, "um"), "Jy", "flux density at wavelengths"))
         if not records:
-            raise ValueError(f"{path}: no vectors in it: no columns mag_BAND_SURVEY, SFH or SED")
+            raise ValueError(f"{path}: it holds no vectors: there are no columns mag_BAND_SURVEY, SFH or SED")
         self.vectors = tuple(records)
         taken = {c for of in self.magnitudes.values() for c in of} | {"ra_true", "dec_true"}
         self.labels = {
@@ -237,7 +237,7 @@ def _axis(place: str, file: Any, name: str) -> np.ndarray:
     values = np.asarray(checked(place, file, name, "fiu")[:], np.float64)
     wrong = ~np.isfinite(values)
     if wrong.any():
-        raise ValueError(f"{place}: row {int(np.flatnonzero(wrong)[0])}: column {name!r}: not finite")
+        raise ValueError(f"{place}: row {int(np.flatnonzero(wrong)[0])}: column {name!r} is not finite")
     falls = np.flatnonzero(np.diff(values) <= 0)
     if len(values) < 2 or falls.size or values[0] <= 0:
         row = int(falls[0]) + 1 if falls.size else 0
