@@ -228,7 +228,7 @@ def encode_reference(
     for band in range(channels):
         bad = int((~np.isfinite(image[band]) & usable[band]).sum())
         if bad:
-            raise ValueError(f"band {band}: {bad} pixels are not finite; set them to False in `valid` to mask them")
+            raise ValueError(f"band {band}: {bad} non-finite pixels; set them to False in `valid` to mask them")
     clean = np.where(usable, image, np.float32(0))
     masked = not usable.all()
     if steps is None:
