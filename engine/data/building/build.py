@@ -222,11 +222,11 @@ def _measure(
     skies = list(workers.map(measure_sky, tasks))
     types = next((sky.label_types for sky in skies if sky.label_types is not None), None)
     if types is None:
-        raise ValueError(f"none of the {rows.size} samples that were tried is usable; look at the source")
+        raise ValueError(f"none of {rows.size} samples that were tried is usable; look at the source")
     shape = next((sky.shape for sky in skies if sky.shape is not None), (0, 0, 0))
     if source.bands and shape == (0, 0, 0):
         raise ValueError(
-            f"none of the {rows.size} samples that were tried has an image; the source declares {source.bands}"
+            f"none of {rows.size} samples that were tried has an image; the source declares {source.bands}"
         )
     if set(types) != set(source.labels):
         raise ValueError(f"labels: the source declares {sorted(source.labels)}, its samples have {sorted(types)}")

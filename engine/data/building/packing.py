@@ -218,9 +218,9 @@ def _check_image(
     found = image.shape
     if len(found) != 3 or found[0] != bands or 0 in found or (shape is not None and found != shape):
         expected = shape if shape is not None else f"({bands}, height, width)"
-        raise BadSample(f"{where}: the image is {found}, those of the survey are {expected}")
+        raise BadSample(f"{where}: image of {found}, the survey has {expected}")
     if valid is not None and valid.shape != found:
-        raise BadSample(f"{where}: the mask is {valid.shape}, the image {found}")
+        raise BadSample(f"{where}: mask of {valid.shape} for an image of {found}")
     bad = ~np.isfinite(image)
     if valid is not None:
         if not valid.any():

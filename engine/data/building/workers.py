@@ -13,7 +13,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from armillary.engine.data.sources.source import Source
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "in_order"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -90,14 +90,9 @@ class Workers:
             for task in tasks:
                 yield function(self.source, task)
             return
-        running: deque[Future[Any]] = deque()
+        pool = self._pool
         try:
-            for task in tasks:
-                running.append(self._pool.submit(_run, function, task))
-                if len(running) >= 2 * self.processes:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+            yield from in_order(lambda task: pool.submit(_run, function, task), tasks, 2 * self.processes)
         except BrokenProcessPool as error:
             if not self._started.is_set():
                 raise RuntimeError(
@@ -107,6 +102,27 @@ class Workers:
                 "a worker process died (killed, or out of memory); use fewer processes and run the same command "
                 "again: what is finished is kept"
             ) from error
+
+
+def in_order(submit: Callable[[Task], Any], tasks: Iterable[Task], ahead: int) -> Iterator[Any]:
+    """Results in the order of tasks, of which at most `ahead` are submitted and not yet handed out.
+
+    Args:
+        submit: Gives the task's future.
+        tasks: Taken as results are.
+        ahead: At least 1.
+    """
+    running: deque[Any] = deque()
+    try:
+        for task in tasks:
+            running.append(submit(task))
+            if len(running) >= ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
 
 
 def _start(file: Path, started: Event) -> None:

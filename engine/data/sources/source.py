@@ -285,7 +285,7 @@ def cut_out(
 def position_problem(axis: str, value: float) -> str | None:
     """Why a coordinate (`ra` or `dec`, degrees) is impossible; None if it is possible or unknown (NaN)."""
     low, high = POSITION[axis]
-    return None if value != value or low <= value <= high else f"{value:g} is outside [{low:g}, {high:g}] degrees"
+    return None if value != value or low <= value <= high else f"{value} is outside [{low:g}, {high:g}] degrees"
 
 
 def listing_mark(listing: object) -> str:

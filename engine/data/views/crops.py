@@ -22,6 +22,7 @@ from torch import Tensor
 
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.draws import CropDraws
+from armillary.engine.data.views.eval_view import require_all
 from armillary.engine.data.views.stretch import Stretch
 from armillary.kernels.launch import Impl
 from armillary.kernels.pixels.blur import blur_
@@ -54,12 +55,7 @@ class CropMaker:
 
     def __call__(self, batch: Batch, key: BatchKey) -> Batch:
         """The batch with `global_crops` and, where there are any, `local_crops` in place of images or blobs."""
-        if "has_image" in batch and not bool(batch["has_image"].all()):
-            row = int(batch["row"][~batch["has_image"]][0])
-            raise ValueError(
-                f"views: row {row} of catalog.parquet has no image to crop; build the survey from objects that have one "
-                "(a required match)"
-            )
+        require_all(batch, "image")
         out: Batch = batch.copy()
         position = batch["position"].cpu().numpy()
         if "blobs" in batch:

@@ -10,7 +10,21 @@ from torch import Tensor
 from armillary.engine.data.format.columns import Columns
 from armillary.models.method import Batch
 
-__all__ = ["CropInput", "EvalView"]
+__all__ = ["CropInput", "EvalView", "require_all"]
+
+
+def require_all(batch: Batch, modality: str) -> None:
+    """Refuse a batch in which a sample lacks its image or spectrum.
+
+    Raises:
+        ValueError: Naming the sample's row.
+    """
+    there = batch.get(f"has_{modality}")
+    if isinstance(there, Tensor) and not bool(there.all()):
+        raise ValueError(
+            f"views: row {int(batch['row'][~there][0])} of catalog.parquet has no {modality}; build the survey from objects "
+            "that have one (a required match)"
+        )
 
 
 class CropInput(Protocol):

@@ -14,7 +14,7 @@ import torch
 
 from armillary.engine.data.format.columns import Columns, column_problems
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.views.eval_view import EvalView
+from armillary.engine.data.views.eval_view import EvalView, require_all
 from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.models.method import Batch, BatchKey, InputSpec
 
@@ -133,12 +133,8 @@ class _Objects:
         if self.crop is not None:
             out = self.crop(out, key)
             out["crop"] = out.pop("global_crops")
-        if self.spectrum and "has_spectrum" in batch and not bool(batch["has_spectrum"].all()):
-            row = int(batch["row"][~batch["has_spectrum"]][0])
-            raise ValueError(
-                f"views: row {row} of catalog.parquet has no spectrum; build the survey from objects that have one "
-                "(a required match)"
-            )
+        if self.spectrum:
+            require_all(batch, "spectrum")
         if self.columns is not None:
             out["columns"] = self.columns.of(batch["row"])
         if self.targets is not None:

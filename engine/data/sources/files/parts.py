@@ -58,7 +58,12 @@ class PartSource(ABC):
         parts: The parts, in order.
         open_file: Opens a file; its result has `close`.
         repeats: Reasons by row, for rows whose key occurred before; see `refuse_repeats`.
+
+    Attributes:
+        labels: Label columns with their unit or meaning.
     """
+
+    labels: dict[str, str]
 
     def __init__(
         self, parts: Sequence[Part], open_file: Callable[[Path], Any], repeats: Mapping[int, str] | None = None
@@ -72,11 +77,6 @@ class PartSource(ABC):
     def _forget(self) -> None:
         self._handle: tuple[int, Path, Any] | None = None
         self._block: tuple[int, Rows] | None = None
-
-    @property
-    @abstractmethod
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
 
     @abstractmethod
     def _columns(self, part: Part, low: int, high: int) -> Rows:

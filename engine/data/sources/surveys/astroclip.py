@@ -67,6 +67,7 @@ class AstroClipPairs(PartSource):
     pixel_scale_arcsec: float | None = PIXEL_SCALE_ARCSEC
     unit = "nanomaggy"
     spectrum = SPECTRUM
+    labels = {"redshift": "spectroscopic redshift (DESI EDR)", "targetid": "DESI TARGETID, as text"}
 
     def __init__(
         self, path: Path | str | Sequence[Path | str], *, size: int | None = None, zero_is_missing: bool = True
@@ -95,11 +96,6 @@ class AstroClipPairs(PartSource):
         self._height, self._width = central_size(size, height, width)
         repeats = refuse_repeats(identifiers, "targetid" if self._is_parquet else "targetids")
         super().__init__(parts, open_parquet if self._is_parquet else open_hdf5, repeats)
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {"redshift": "spectroscopic redshift (DESI EDR)", "targetid": "DESI TARGETID, as text"}
 
     def _columns(self, part: Part, low: int, high: int) -> Rows:
         file = self._file(part)

@@ -138,14 +138,10 @@ class _HscImages(PartSource):
             name = label_name(column)
             prefix = groups.get(column.split("/", 1)[0], "file")
             self._labels[f"{prefix}_{name}" if name in self._labels else name] = (column, text)
+        self.labels = {name: _meaning(name, column) for name, (column, _) in self._labels.items()}
 
     def _look(self, path: Path, file: Any, count: int) -> None:
         """Check what else a file must hold."""
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {name: _meaning(name, column) for name, (column, _) in self._labels.items()}
 
     def _columns(self, part: Part, low: int, high: int) -> Rows:
         file = self._file(part)

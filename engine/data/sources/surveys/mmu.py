@@ -117,13 +117,9 @@ class MultimodalUniverse(PartSource):
             if column not in ("ra", "dec", redshift):
                 name = label_name(column)
                 self._labels[f"file_{name}" if name in self._labels else name] = (column, kind == "text")
+        self.labels = {name: f"{column} of the catalogue" for name, (column, _) in self._labels.items()}
         self._first_row(size, unit, spectrum_unit)
         self._handle = None
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {name: f"{column} of the catalogue" for name, (column, _) in self._labels.items()}
 
     def _first_row(self, size: int | None, unit: str | None, spectrum_unit: str) -> None:
         """Bands, unit, sizes and grid, from the first row."""

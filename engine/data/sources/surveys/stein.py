@@ -90,16 +90,12 @@ class SteinSurvey(PartSource):
         self._inputs = {f"{len(files)} files from {names[0]}, rows {low}:{high}": listing_mark(listing)}
         self._has_identity = all(columns.get(name) == () for name in IDENTITY)
         self._label_parts = _label_parts(columns)
+        self.labels = {label: _meaning(column) for label, (column, _) in self._label_parts.items()}
         parts = []
         for file, name, begin, end in zip(files, names, [0, *ends], ends, strict=False):
             first, last = max(low, begin), min(high, end)
             parts.append(Part(file, name, max(last - first, 0), first - begin))
         super().__init__(parts, open_hdf5)
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {label: _meaning(column) for label, (column, _) in self._label_parts.items()}
 
     def inputs(self) -> dict[str, str]:
         """The files (checksum of names, sizes and rows: tens of terabytes are not read twice)."""

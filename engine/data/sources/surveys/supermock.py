@@ -99,6 +99,7 @@ class SuperMock(PartSource):
         self.vectors = tuple(record for record in first.vectors if record.name not in leave_out)
         self._magnitudes = {name: columns for name, columns in first.magnitudes.items() if name not in leave_out}
         self._labels = first.labels
+        self.labels = {name: MEANING.get(name, f"{column} of the file") for name, (column, _) in self._labels.items()}
         self._wave = first.wave
         super().__init__(parts, open_hdf5)
 
@@ -109,11 +110,6 @@ class SuperMock(PartSource):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what was read."""
         return {**super().__getstate__(), "_kept": None}
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {name: MEANING.get(name, f"{column} of the file") for name, (column, _) in self._labels.items()}
 
     def _columns(self, part: Part, low: int, high: int) -> Rows:
         file = self._file(part)

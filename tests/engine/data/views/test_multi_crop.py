@@ -371,7 +371,7 @@ def test_a_gpu_gives_the_views_of_a_cpu(views):
 def test_objects_without_images_are_refused():
     s = survey()
     batch = a_batch(s, n=2) | {"row": torch.tensor([7, 8]), "has_image": torch.tensor([True, False])}
-    with pytest.raises(ValueError, match="row 8 of catalog.parquet has no image to crop"):
+    with pytest.raises(ValueError, match="row 8 of catalog.parquet has no image; build"):
         full().build(s, "cpu")(batch, KEY)
     with pytest.raises(ValueError, match="views: need images to crop"):
         full().build(survey(bands=()), "cpu")

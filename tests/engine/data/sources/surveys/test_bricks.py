@@ -268,7 +268,7 @@ def test_malformed(bricks, make, match):
         ({"bands": ("g", "i")}, "none of 11 files is a legacysurvey-<brick>-image-i.fits.fz"),
         ({"positions": (np.zeros(2), np.zeros(3))}, "positions: 2 keys, 2 ra and 3 dec"),
         ({"positions": (np.zeros(2),)}, r"positions: must be \(ra, dec\) or \(keys, ra, dec\)"),
-        ({"positions": (np.array([0, -1.0]), np.zeros(2))}, r"row 1: ra -1 is outside \[0, 360\] degrees"),
+        ({"positions": (np.array([0, -1.0]), np.zeros(2))}, r"row 1: ra -1.0 is outside \[0, 360\] degrees"),
     ],
 )
 def test_wrong_options(bricks, options, match):

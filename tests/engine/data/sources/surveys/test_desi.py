@@ -292,9 +292,9 @@ def test_empty_redrock(tmp_path):
 @pytest.mark.parametrize(
     ("column", "value", "match"),
     [
-        ("TARGET_RA", 400.0, r"row 1: column 'TARGET_RA': 400 is outside \[0, 360\]"),
-        ("TARGET_RA", -1.0, r"row 1: column 'TARGET_RA': -1 is outside"),
-        ("TARGET_DEC", 91.0, r"row 1: column 'TARGET_DEC': 91 is outside \[-90, 90\]"),
+        ("TARGET_RA", 400.0, r"row 1: column 'TARGET_RA': 400.0 is outside \[0, 360\]"),
+        ("TARGET_RA", -1.0, r"row 1: column 'TARGET_RA': -1.0 is outside"),
+        ("TARGET_DEC", 91.0, r"row 1: column 'TARGET_DEC': 91.0 is outside \[-90, 90\]"),
         ("TARGET_RA", np.inf, r"row 1: column 'TARGET_RA': inf is outside"),
     ],
     ids=["ra high", "ra low", "dec", "inf"],

@@ -200,7 +200,7 @@ def test_wrong_spectra(tmp_path, changes, match):
         ("spectrum/ivar", 1, 0, "row 1: column 'spectrum/ivar': no pixel carries data"),
         ("targetid", 1, b"39627640566453260", "row 1: column 'targetid': 39627640566453260 is repeated, row 0"),
         ("targetid", 1, b"396.1", r"row 1: key '396\.1': must be"),
-        ("DESI_fibermap/TARGET_RA", 1, -1, r"row 1: column 'ra': -1 is outside \[0, 360\]"),
+        ("DESI_fibermap/TARGET_RA", 1, -1, r"row 1: column 'ra': -1.0 is outside \[0, 360\]"),
     ],
     ids=["negative ivar", "no data", "repeated TARGETID", "dotted TARGETID", "RA"],
 )

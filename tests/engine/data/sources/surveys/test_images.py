@@ -192,7 +192,7 @@ def test_labels_beside_are_found(folder):
         ("file,z\np0,1\np1,3\np0.png,2\n", r"line 4, column 'file': 'p0\.png' already has a row at line 2"),
         ("file,z\np0,1\np1,2\np2,abc\n", r"line 4, column 'z': 'abc' is not a number, as most"),
         ("file,ra\np0,abc\n", r"line 2, column 'ra': 'abc' is not a number, as a position must be"),
-        ("file,ra\np0,-1\n", r"line 2, column 'ra': -1 is outside \[0, 360\]"),
+        ("file,ra\np0,-1\n", r"line 2, column 'ra': -1\.0 is outside \[0, 360\]"),
         ("file,dec\np0,1\np1,90.1\n", r"line 3, column 'dec': 90\.1 is outside \[-90, 90\]"),
         ('file,z\n"p0,1\n', "not readable as CSV"),
     ],

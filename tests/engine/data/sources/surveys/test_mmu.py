@@ -284,7 +284,7 @@ def test_wrong_layouts(tmp_path, changes, match):
         (changed("spectrum_lambda", 1, DESI + 0.3), r"column 'spectrum_lambda': pixel 0 at 3600\.300 .* is not on the"),
         (changed("spectrum_lambda", 1, DESI + 8), r"column 'spectrum_lambda': pixel 7771 at .* is not on the survey's"),
         (changed("spectrum_ivar", 1, 0), "column 'spectrum_ivar': no pixel carries data"),
-        ({"dec": np.array([0, 91, 0])}, r"column 'dec': 91 is outside \[-90, 90\]"),
+        ({"dec": np.array([0, 91, 0])}, r"column 'dec': 91.0 is outside \[-90, 90\]"),
     ],
     ids=["another band", "NaN wavelength", "falling", "between pixels", "beyond the grid", "no data", "declination"],
 )

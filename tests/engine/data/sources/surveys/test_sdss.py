@@ -284,7 +284,7 @@ LAYOUTS = [
         {"row": {"Z": np.ones(3)}},
         "column 'Z' of HDU SPECOBJ: holds '3D', and must hold one value a row",
     ),
-    ("ra", {"row": {"PLUG_RA": 361.0}}, r"column 'PLUG_RA': 361 is outside \[0, 360\]"),
+    ("ra", {"row": {"PLUG_RA": 361.0}}, r"column 'PLUG_RA': 361.0 is outside \[0, 360\]"),
     ("dec", {"row": {"PLUG_DEC": -90.5}}, r"column 'PLUG_DEC': -90.5 is outside \[-90, 90\]"),
     ("other fibre", {"row": {"FIBERID": np.int32(8)}}, r"say \(266, 51602, 8\), the file's name says otherwise"),
     ("two rows", {"rows": 2}, r"HDU 2 \(SPECOBJ\): it has 2 rows, and must have one"),
