@@ -10,6 +10,7 @@ is a server for each value; armillary is imported by the rank. A server ends wit
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
@@ -24,8 +25,10 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = ("torch", "torch._dynamo", "torch.utils.tensorboard", "deepspeed", "deepspeed.ops", "deepspeed.runtime.engine",
-        "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer", "scipy.stats", "safetensors.torch", "tyro.constructors", "rich.progress", "cloudpickle", "setuptools", "torch.profiler")  # fmt: skip
+SLOW = ("torch", "torch._dynamo", "torch.utils.tensorboard", "torch.profiler", "deepspeed", "deepspeed.ops",
+        "deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
+        "scipy.stats", "safetensors.torch", "tyro.constructors", "rich.progress", "cloudpickle", "setuptools", "webdataset",
+        "nvidia.dali.plugin.pytorch")  # fmt: skip
 
 
 class Rank:
@@ -207,7 +210,8 @@ if __name__ == "__main__":
     import importlib
 
     for name in SLOW:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # DALI is not everywhere
+            importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads, and what they had locked"
     gc.freeze()  # a rank's collections need not copy these pages
     found = _serve(sys.argv[1])
