@@ -19,15 +19,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from armillary.kernels.launch import IMPLS, Impl
+from armillary.kernels.launch import Impl
 from armillary.kernels.objective.prototype_loss import Term, prototype_loss
-from armillary.kernels.tokens.attention import BACKENDS
+from armillary.kernels.tokens.attention import Backend
 from armillary.models.dinov2.centering import SoftmaxCentre, sinkhorn_bias
 from armillary.models.dinov2.collapse import CollapseMonitor
 from armillary.models.dinov2.dino_head import DINOHead, Head
 from armillary.models.dinov2.koleo import koleo_loss
 from armillary.models.dinov2.masking import masks
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
+from armillary.models.rules import at_least, choices, fractions, positive, refuse
 from armillary.models.vit.vit import VisionTransformer, ViT
 
 __all__ = ["DINOv2", "DINOv2Method"]
@@ -76,36 +77,20 @@ class DINOv2(MethodConfig):
     masking: Literal["block", "random"] = "block"
     layer_decay: float = 0.9
     patch_embed_lr: float = 0.2
-    attention: Literal["auto", "flash_attn", "torch", "dense"] = "auto"
+    attention: Backend = "auto"
     impl: Impl = "auto"
     checkpoint_activations: bool = False
     readout: Literal["cls", "mean"] = "cls"
 
     def problems(self, inputs: InputSpec) -> list[str]:
-        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
+        """Broken rules, see `MethodConfig`."""
         found = [f"vit.{p}" for p in self.vit.problems()]
         found += [f"head.{p}" for p in self.head.problems()]
         if self.separate_head:
             found += [f"ibot_head.{p}" for p in self.ibot_head.problems()]
-        for name, choices in (
-            ("centering", ("softmax", "sinkhorn")),
-            ("masking", ("block", "random")),
-            ("attention", BACKENDS),
-            ("impl", IMPLS),
-            ("readout", ("cls", "mean")),
-        ):
-            if getattr(self, name) not in choices:
-                found.append(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("dino_weight", "ibot_weight", "koleo_weight"):
-            if not getattr(self, name) >= 0:
-                found.append(f"{name}: must be at least 0, got {getattr(self, name)}")
-        for name in ("student_temperature", "layer_decay", "patch_embed_lr"):
-            if not getattr(self, name) > 0:
-                found.append(f"{name}: must be positive, got {getattr(self, name)}")
-        if not 0 <= self.center_momentum < 1:
-            found.append(f"center_momentum: must be in [0, 1), got {self.center_momentum}")
-        if self.sinkhorn_iterations < 1:
-            found.append(f"sinkhorn_iterations: must be at least 1, got {self.sinkhorn_iterations}")
+        found += choices(self) + at_least(0, self, "dino_weight", "ibot_weight", "koleo_weight")
+        found += positive(self, "student_temperature", "layer_decay", "patch_embed_lr")
+        found += fractions(self, "center_momentum") + at_least(1, self, "sinkhorn_iterations")
         if not 0 <= self.masked_crops <= 1:
             found.append(f"masked_crops: must be in [0, 1], got {self.masked_crops}")
         low, high = self.mask_ratio
@@ -123,14 +108,8 @@ class DINOv2(MethodConfig):
         return found
 
     def build(self, inputs: InputSpec) -> DINOv2Method:
-        """Build the method with freshly initialised parameters (from torch's global generator).
-
-        Raises:
-            ValueError: The configuration breaks a rule; all of them are listed.
-        """
-        problems = self.problems(inputs)
-        if problems:
-            raise ValueError("DINOv2: " + "; ".join(problems))
+        """Build the method, see `MethodConfig`."""
+        refuse("DINOv2", self.problems(inputs))
         return DINOv2Method(self, inputs)
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.launch import IMPLS, Impl, untraced
 from armillary.kernels.tokens.attention import BACKENDS, PackedSequences
+from armillary.models.rules import at_least, choices, fractions, one_of, refuse
 from armillary.models.vit.patch_embed import PatchEmbed
 from armillary.models.vit.residual_stream import ResidualNorm, Stream, materialise
 from armillary.models.vit.stochastic_depth import Runs, draw_subsets
@@ -73,11 +74,7 @@ class ViT:
 
     def problems(self) -> list[str]:
         """Every rule that the configuration breaks, as `field: rule, got value`."""
-        found = [
-            f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("channels", "image_size", "patch_size", "dim", "depth", "heads")
-            if getattr(self, name) < 1
-        ]
+        found = at_least(1, self, "channels", "image_size", "patch_size", "dim", "depth", "heads")
         if found:
             return found
         if self.image_size % self.patch_size:
@@ -86,13 +83,7 @@ class ViT:
             found.append(f"heads: must divide dim {self.dim}, got {self.heads}")
         if self.hidden < 1:
             found.append(f"mlp_ratio: must give a hidden width of at least 1, got {self.mlp_ratio}")
-        if self.registers < 0:
-            found.append(f"registers: must be at least 0, got {self.registers}")
-        if not 0 <= self.drop_path < 1:
-            found.append(f"drop_path: must be in [0, 1), got {self.drop_path}")
-        if self.gelu not in ("erf", "tanh"):
-            found.append(f'gelu: must be "erf" or "tanh", got {self.gelu!r}')
-        return found
+        return found + at_least(0, self, "registers") + fractions(self, "drop_path") + choices(self)
 
     def patches(self, side: int) -> int:
         """Patches T of a square crop.
@@ -156,13 +147,7 @@ class VisionTransformer(nn.Module):
         self, config: ViT, backend: str = "auto", checkpoint_activations: bool = False, impl: Impl = "auto"
     ) -> None:
         super().__init__()
-        problems = config.problems()
-        if backend not in BACKENDS:
-            problems.append(f"backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if impl not in IMPLS:
-            problems.append(f"impl: must be one of {', '.join(IMPLS)}, got {impl!r}")
-        if problems:
-            raise ValueError("ViT: " + "; ".join(problems))
+        refuse("ViT", config.problems() + one_of("backend", backend, BACKENDS) + one_of("impl", impl, IMPLS))
         self.config = config
         self.checkpoint_activations = checkpoint_activations
         self.impl = impl
