@@ -12,8 +12,8 @@ import torch
 import toy
 from safetensors.torch import load_file
 
-from armillary.engine.weights.checkpoint import open_archive
 from armillary.engine.weights.portable import export_portable
+from armillary.engine.weights.resume import open_archive
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
