@@ -69,7 +69,7 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
     for option in ("restore", "init_from"):
         path = getattr(chosen, option)
         if path is not None and not path.exists():
-            found.append(f"--{option.replace('_', '-')}: an existing file, got {path}")
+            found.append(f"--{option.replace('_', '-')}: must be an existing file, got {path}")
     if found:
         if first:
             print(f"{run.name}: this run cannot start:", *(f"  {p}" for p in found), sep="\n", file=sys.stderr)

@@ -48,7 +48,7 @@ def test_an_error_nobody_foresaw_keeps_its_traceback(run, monkeypatch, capsys):
 
 
 def test_the_method_is_checked_before_processes_start(run):
-    with pytest.raises(BadInput, match="schedule.teacher_temperature: a schedule"):
+    with pytest.raises(BadInput, match="schedule.teacher_temperature: must be a schedule"):
         trainer.train(replace(run, schedule=Schedules()), open_loader=toy.open_toy_loader)
     assert not run.folder.exists()
 
