@@ -28,7 +28,7 @@ from armillary.models.rules import at_least, choices, fractions, one_of, refuse
 from armillary.models.vit.patch_embed import PatchEmbed
 from armillary.models.vit.residual_stream import ResidualNorm, Stream, materialise
 from armillary.models.vit.stochastic_depth import Runs, draw_subsets
-from armillary.models.vit.vit_block import Block, Drop, TokenSelection
+from armillary.models.vit.vit_block import Block, Drop, select_tokens
 
 __all__ = ["Tokens", "ViT", "VisionTransformer"]
 
@@ -203,13 +203,14 @@ class VisionTransformer(nn.Module):
         """
         if patches_only and (mask is not None or select is not None):
             raise ValueError("patches_only: takes neither mask nor select, which belong to training with class tokens")
+        skip = 1 + self.config.registers  # tokens before the patches
         x, runs = self._embed(crops, mask, patches_only)
         layout, drops = self._plan(runs, x.device)
         stream = Stream(x)
         *blocks, last = zip(self.blocks, drops, strict=True)
         for block, drop in blocks:
             stream = self._run(block, stream, layout, drop)
-        selected = None if select is None else self._selected(runs, select)
+        selected = None if select is None else select_tokens(runs, select, skip)
         _, y = self.norm(self._run(last[0], stream, layout, last[1], selected))
         if selected is not None:
             n_cls = sum(n for n, _ in runs)
@@ -220,13 +221,12 @@ class VisionTransformer(nn.Module):
         ]
         if patches_only:
             return Tokens((), tuple(groups))
-        skip = 1 + self.config.registers
         return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
 
     def _run(self, block: nn.Module, *args: Any) -> Stream:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return block(*args)
-        # Settled, so that of a block's border only the tokens are kept; it costs another pass over them. The draws of
+        # Materialised, so that of a block's border only the tokens are kept; it costs another pass over them. The draws of
         # stochastic depth are arguments, so no generator has to be put back for the recomputation.
         return checkpoint(
             lambda *args: materialise(block(*args), self.impl), *args, use_reentrant=False, preserve_rng_state=False
@@ -285,27 +285,3 @@ class VisionTransformer(nn.Module):
             return layout, [(None, None)] * depth
         subsets = draw_subsets(runs, self.config.drop_path, 2 * depth, device)
         return layout, list(zip(subsets[::2], subsets[1::2], strict=True))
-
-    @untraced
-    def _selected(self, runs: Runs, select: Tensor) -> TokenSelection:
-        """Indices of the last block's tokens, made on the device without waiting for it."""
-        device = select.device
-        length = runs[0][1]
-        patches = length - 1 - self.config.registers
-        crop = select // patches
-        n = sum(m for m, _ in runs)
-        per_crop = torch.zeros(n, dtype=torch.int64, device=device).index_add_(0, crop, torch.ones_like(crop))
-        starts, first = [], 0
-        for m, length_of_run in runs:
-            starts.append(first + length_of_run * torch.arange(m, device=device))
-            first += m * length_of_run
-        cls_place = torch.arange(n, device=device) + per_crop.cumsum(0) - per_crop
-        patch_place = torch.arange(len(select), device=device) + crop + 1
-        order = torch.cat([cls_place, patch_place])
-        tokens = torch.empty_like(order)
-        tokens[cls_place] = torch.cat(starts)
-        tokens[patch_place] = crop * length + 1 + self.config.registers + select % patches
-        samples = torch.empty_like(order)
-        samples[cls_place] = torch.arange(n, device=device)
-        samples[patch_place] = crop
-        return TokenSelection(tokens, order, samples, PackedSequences.from_lengths(per_crop + 1, length))

@@ -246,7 +246,10 @@ def augmented(run):
             lambda run: replace(run, views=replace(run.views, targets=("z",))),
             "views.targets: must be empty with data.token_cache",
         ),
-        (lambda run: with_data(run, token_cache=run.data.path / "survey.json"), "data.token_cache: must be a folder, got"),
+        (
+            lambda run: with_data(run, token_cache=run.data.path / "survey.json"),
+            "data.token_cache: must be a folder, got",
+        ),
     ],
     ids=["augmented", "zero-3", "skip", "targets", "file"],
 )
