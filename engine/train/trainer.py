@@ -16,7 +16,7 @@ from armillary.engine.config.provenance import facts
 from armillary.engine.config.randomness import seed_everything
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.token_cache.training import Interrupted, TokenCacheError, fill_token_cache, token_cache_loader
+from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.telemetry import Meter
@@ -41,9 +41,7 @@ def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, 
     from armillary.engine.data.loading.loader import Loader
 
     data = run.data
-    if data.token_cache is not None:
-        return token_cache_loader(run, method, survey, device, rank=me.rank, world=me.world)
-    views = run.views.build(survey, device)
+    cached = data.token_cache is not None
     order: dict[str, Any] = {
         "split": data.split,
         "micro_batch": run.train.micro_batch,
@@ -52,11 +50,11 @@ def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, 
         "world": me.world,
         "seed": run.seed,
         "device": device,
-        "views": views,
+        "views": cached_tokens(run, survey, device) if cached else run.views.build(survey, device),
         "prepare": method.prepare,
         "prefetch": data.prefetch,
     }
-    if not run.views.modalities:
+    if cached or not run.views.modalities:
         return CatalogLoader(data.path, **order)
     return Loader(
         data.path,
