@@ -42,7 +42,7 @@ def trust(*names: str) -> None:
 
 
 def load_module(name: str) -> ModuleType:
-    """Import a module by its name, or by the path of its file or of its package's folder.
+    """Import a module by its name, also out of the working folder, or by the path of its file or of its package's folder.
 
     Raises:
         ValueError: It cannot be imported, or another module has its name.
@@ -52,8 +52,9 @@ def load_module(name: str) -> ModuleType:
     path = Path(name).resolve() if name.endswith(".py") or "/" in name else None
     if path is not None and not path.exists():
         raise ValueError(f"{name}: there is no such file or folder")
-    if path is not None and str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
+    folder = str(Path.cwd() if path is None else path.parent)
+    if name not in sys.modules and folder not in sys.path:
+        sys.path.append(folder)  # at the end, where it shadows nothing
     try:
         module = importlib.import_module(name if path is None else path.stem)
     except ImportError as error:

@@ -70,8 +70,9 @@ def test_a_reader_a_method_and_a_task_of_ones_own(outside, monkeypatch):
     )
     said = processes.armillary("embed", runs / "colours", *data, "-o", out, "--package", "colours", code=2)
     assert "colours: cannot be imported (No module named 'colours'); install it, add its folder to PYTHONPATH" in said
+    monkeypatch.chdir(outside)
+    processes.armillary("embed", runs / "colours", *data, "-o", out, "--package", "colours")
     package = ("--package", outside / "colours")
-    processes.armillary("embed", runs / "colours", *data, "-o", out, *package)
     assert Embeddings.load(out).vector.shape == (90, 16)
     exported = outside / "colours.safetensors"
     processes.armillary("export", runs / "colours", "-o", exported, *package)
