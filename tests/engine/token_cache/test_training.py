@@ -237,17 +237,20 @@ def augmented(run):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (augmented, "data.token_cache: only without augmentation, got ObjectViews"),
+        (augmented, "data.token_cache: must be None with augmentation, got ObjectViews"),
         (
             lambda run: replace(run, train=replace(run.train, zero_stage=3)),
-            "train.zero_stage: 1 or 2 with data.token_cache",
+            "train.zero_stage: must be 1 or 2 with data.token_cache",
         ),
-        (lambda run: with_data(run, on_corrupt="skip"), 'data.on_corrupt: "error" with data.token_cache'),
+        (lambda run: with_data(run, on_corrupt="skip"), 'data.on_corrupt: must be "error" with data.token_cache'),
         (
             lambda run: replace(run, views=replace(run.views, targets=("z",))),
-            "views.targets: none with data.token_cache",
+            "views.targets: must be empty with data.token_cache",
         ),
-        (lambda run: with_data(run, token_cache=run.data.path / "survey.json"), "data.token_cache: a folder, got"),
+        (
+            lambda run: with_data(run, token_cache=run.data.path / "survey.json"),
+            "data.token_cache: must be a folder, got",
+        ),
     ],
     ids=["augmented", "zero-3", "skip", "targets", "file"],
 )
