@@ -39,7 +39,7 @@ class PhotometryMLP:
         if not self.hidden or min(self.hidden) < 1:
             found.append(f"hidden: must be one or more widths, each at least 1, got {self.hidden}")
         if not inputs.columns:
-            found.append("views.columns: columns of the catalogue, which PhotometryMLP reads, got none")
+            found.append("views.columns: must name columns, which PhotometryMLP reads, got none")
         return found
 
     def build(self, inputs: InputSpec) -> Perceptron:
