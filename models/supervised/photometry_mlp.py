@@ -5,7 +5,7 @@ A magnitude that is unknown (of a flux below 0, say) counts as its mean over the
 Shape legend: B samples, m columns, n outputs.
 
 Source: the photometry baseline of AstroCLIP (Parker et al. 2024, arXiv:2310.03024): 3-64-64-n with ReLU. There one mean
-and standard deviation are taken over all magnitudes; the views' columns have each its own.
+and standard deviation are taken over all magnitudes; here each column has its own.
 """
 
 from __future__ import annotations
