@@ -11,15 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from armillary.engine.config.config_json import packages_of, to_json
+from armillary.engine.config.config_json import from_json, packages_of, to_json
 from armillary.engine.config.provenance import facts
 from armillary.engine.config.randomness import seed_everything
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.token_cache.training import Interrupted, TokenCacheError, fill_token_cache, token_cache_loader
+from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.telemetry import Meter
+from armillary.engine.user_code import trust
 from armillary.engine.weights import portable, resume
 from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest
 from armillary.engine.weights.export import export_encoder
@@ -41,9 +42,7 @@ def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, 
     from armillary.engine.data.loading.loader import Loader
 
     data = run.data
-    if data.token_cache is not None:
-        return token_cache_loader(run, method, survey, device, rank=me.rank, world=me.world)
-    views = run.views.build(survey, device)
+    cached = data.token_cache is not None
     order: dict[str, Any] = {
         "split": data.split,
         "micro_batch": run.train.micro_batch,
@@ -52,11 +51,11 @@ def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, 
         "world": me.world,
         "seed": run.seed,
         "device": device,
-        "views": views,
+        "views": cached_tokens(run, survey, device) if cached else run.views.build(survey, device),
         "prepare": method.prepare,
         "prefetch": data.prefetch,
     }
-    if not run.views.modalities:
+    if cached or not run.views.modalities:
         return CatalogLoader(data.path, **order)
     return Loader(
         data.path,
@@ -127,8 +126,7 @@ def train(
             loop.go()
             loop.save()
             if me.rank == 0:
-                own = packages_of(to_json(run))  # this process's own classes
-                export_encoder(TrainedEncoder.open(run.folder, own), run.folder / EXPORT)
+                export_encoder(TrainedEncoder.open(run.folder), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
         except (Stopped, NonFinite, CheckpointError):  # all ranks are here
             sharded.destroy()
@@ -139,6 +137,12 @@ def train(
 
 def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> Path | None:
     """Last checks before processes are started; the checkpoint to continue from."""
+    record = to_json(run)
+    try:
+        trust(*packages_of(record))
+        from_json(record)  # or no command could read the run back
+    except ValueError as error:
+        raise BadInput(str(error)) from error
     found = method_problems(run, method)
     newest = latest(run.folder / "checkpoints")
     if newest is not None:
@@ -152,15 +156,14 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> P
 
 def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | None) -> None:
     """Fill what a new run takes from earlier ones."""
-    own = packages_of(to_json(run))
     for modality, source in method.starts_from().items():
         try:
-            init_encoder(method, modality, TrainedEncoder.open(source, own), run.views, survey)
+            init_encoder(method, modality, TrainedEncoder.open(source), run.views, survey)
         except (ValueError, OSError) as error:
             raise BadInput(f"method.{modality}_from: {error}") from error
     if init_from is not None:
         try:
-            init_method(method, TrainedEncoder.open(init_from, own))
+            init_method(method, TrainedEncoder.open(init_from))
         except (ValueError, OSError) as error:
             raise BadInput(f"--init-from: {error}") from error
 

@@ -10,15 +10,17 @@ import pytest
 import torch
 import toy
 
+from armillary.engine import user_code
 from armillary.engine.config.config_json import differences, from_json, packages_of, to_json, type_problems
 from armillary.engine.config.run import Data, Run
 from armillary.engine.config.schedule import Schedules
 from armillary.engine.train import start as start_module
 from armillary.engine.train.checks import checkpoint_bytes, method_problems, problems, space_problems
 from armillary.engine.train.start import EXIT_BAD_INPUT, start
+from armillary.engine.user_code import trust
 from armillary.models.method import InputSpec
 
-PACKAGES = ("armillary", "toy", "test_run")
+trust("toy", __name__)
 
 
 @pytest.fixture
@@ -192,14 +194,15 @@ def test_disk_space(run):
 
 def test_records_come_back_as_they_were(run, tmp_path):
     run.save(tmp_path / "run.json", commit="abc")
-    assert Run.load(tmp_path, PACKAGES) == Run.load(tmp_path / "run.json", PACKAGES) == run
+    assert Run.load(tmp_path) == Run.load(tmp_path / "run.json") == run
     assert json.loads((tmp_path / "run.json").read_text())["commit"] == "abc"
     assert packages_of(to_json(run)) == ("armillary", "toy")
 
 
-def test_only_named_packages_are_imported(run, tmp_path):
+def test_only_trusted_packages_are_imported(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(user_code, "_trusted", {"armillary"})
     run.save(tmp_path / "run.json")
-    with pytest.raises(ValueError, match=r"run.method: class toy:ToyConfig is outside armillary"):
+    with pytest.raises(ValueError, match=r"run.method: class toy:ToyConfig is not part of armillary; .*--package toy"):
         Run.load(tmp_path)
 
 
@@ -208,8 +211,8 @@ def test_only_named_packages_are_imported(run, tmp_path):
     [
         (lambda d: d["run"]["optim"].update(lrr=1), "run.optim: Optim has no field lrr"),
         (lambda d: d["run"]["train"].pop("steps"), "run.train: Training needs steps"),
-        (lambda d: d["run"]["method"].update({"$type": "toy:Nothing"}), "class toy:Nothing cannot be imported"),
-        (lambda d: d["run"]["method"].update({"$type": "toy:digest"}), "toy:digest is not a dataclass"),
+        (lambda d: d["run"]["method"].update({"$type": "toy:Nothing"}), "toy:Nothing: there is no Nothing in toy"),
+        (lambda d: d["run"]["method"].update({"$type": "toy:digest"}), "toy:digest must be a dataclass"),
         (lambda d: d["run"].update({"$type": "armillary.engine.config.run:Optim", "lr": 1}), "has no field"),
         (lambda d: d.pop("run"), "not the record of a run"),
     ],
@@ -220,7 +223,7 @@ def test_broken_records_are_refused(run, tmp_path, edit, message):
     edit(content)
     (tmp_path / "run.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        Run.load(tmp_path, PACKAGES)
+        Run.load(tmp_path)
 
 
 def test_records_that_are_not_there(tmp_path):
@@ -240,7 +243,7 @@ class Holder:
 
 def test_json_of_odd_values():
     for value in (Holder(), Holder((), {"a": 0.5}, Path("/x"))):
-        assert from_json(json.loads(json.dumps(to_json(value))), (Holder.__module__.split(".")[0],)) == value
+        assert from_json(json.loads(json.dumps(to_json(value)))) == value
     with pytest.raises(TypeError, match="set: a run's fields hold"):
         to_json(Holder({1}))
 
