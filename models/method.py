@@ -215,7 +215,7 @@ class Method(nn.Module, ABC):
         return {}
 
     def tokens(self, batch: Batch) -> dict[str, Tensor]:
-        """What frozen encoders make of a batch, for a cache; `training_step` takes it from a batch in place of its inputs.
+        """What frozen encoders make of a batch, to be cached; `training_step` takes it in place of the inputs.
 
         Args:
             batch: As for `training_step`.

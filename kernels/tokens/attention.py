@@ -55,12 +55,12 @@ class PackedSequences:
 
     @classmethod
     def from_runs(cls, runs: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> PackedSequences:
-        """PackedSequences of `count` sequences of `length` tokens for each (count, length); made once for equal arguments."""
+        """`count` sequences of `length` tokens for each (count, length); made once for equal arguments."""
         return _layout(tuple((int(n), int(length)) for n, length in runs), torch.device(device))
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, max_len: int) -> PackedSequences:
-        """PackedSequences of ragged sequences from a tensor of lengths, without waiting for the device.
+        """Ragged sequences from a tensor of lengths, without waiting for the device.
 
         Args:
             lengths: [N] integers on the tokens' device.

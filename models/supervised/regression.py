@@ -41,16 +41,18 @@ class Regression(MethodConfig):
         found = [p if p.startswith("views.") else f"network.{p}" for p in self.network.problems(inputs)]
         n = len(inputs.targets)
         if not n:
-            found.append("views.targets: labels to learn, one or more, got none")
+            found.append("views.targets: must name labels to learn, got none")
         if not len(inputs.target_mean) == len(inputs.target_std) == n:
             found.append(
-                f"views.targets: a mean and a standard deviation for each of {n}, got {len(inputs.target_mean)} and "
+                f"views.targets: must come with a mean and a standard deviation for each of {n}, got {len(inputs.target_mean)} and "
                 f"{len(inputs.target_std)}"
             )
             return found
         for name, mean, std in zip(inputs.targets, inputs.target_mean, inputs.target_std, strict=True):
             if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-                found.append(f"views.targets: labels that vary, got {name} with mean {mean} and deviation {std}")
+                found.append(
+                    f"views.targets: must be labels that vary, got {name} with mean {mean} and deviation {std}"
+                )
         return found
 
     def build(self, inputs: InputSpec) -> RegressionMethod:

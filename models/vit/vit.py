@@ -279,7 +279,7 @@ class VisionTransformer(nn.Module):
 
     @untraced
     def _plan(self, runs: Runs, device: torch.device) -> tuple[PackedSequences, list[Drop]]:
-        """PackedSequences of the packed tokens, and which samples run each block's two branches."""
+        """Layout of the packed tokens, and which samples run each block's two branches."""
         layout, depth = PackedSequences.from_runs(runs, device), self.config.depth
         if not self.training or self.config.drop_path == 0:
             return layout, [(None, None)] * depth

@@ -33,7 +33,7 @@ class TokenSelection:
         tokens: [Q] their place in [P], crop by crop, the class token first.
         order: [Q] sorts them into all class tokens, then the selected patches.
         samples: [Q] crop of each of `tokens`, counted over all groups.
-        queries: PackedSequences of `tokens`.
+        queries: Layout of `tokens`.
     """
 
     tokens: Tensor

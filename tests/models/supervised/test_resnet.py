@@ -170,8 +170,12 @@ def test_flops_are_those_of_the_products(width, side, channels):
     ("config", "spec", "text"),
     [
         (ResNet18(0), inputs(), "width: must be at least 1, got 0"),
-        (ResNet18(), inputs(0, 0), "views.image: a crop of the image, which ResNet18 reads, got none"),
-        (ResNet18(), inputs(3, 31), "views.image.global_size: at least 32, for it is halved five times, got 31"),
+        (ResNet18(), inputs(0, 0), "views.image: must give a crop, which ResNet18 reads, got none"),
+        (
+            ResNet18(),
+            inputs(3, 31),
+            "views.image.global_size: must be at least 32, because it is halved five times, got 31",
+        ),
     ],
     ids=["no-width", "no-image", "small-crop"],
 )
