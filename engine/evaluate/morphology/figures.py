@@ -27,7 +27,7 @@ class MorphologyResult:
         accuracy_se: Its binomial standard error.
         f1: Mean F1 score of the answers, weighted by their galaxies.
         f1_se: Its bootstrap standard error.
-        majority: Accuracy of always giving the most frequent answer of the test galaxies.
+        majority: Accuracy of always giving the most frequent answer of the training galaxies.
         majority_f1: F1 score of the same.
     """
 

@@ -45,8 +45,9 @@ def table_section(
     text = (
         "R\u00b2, with bootstrap standard errors over test samples. Neighbours and perceptrons are "
         f"fitted on the frozen features of {train:,} training samples and judged on {test:,} test samples{fewer}, "
-        f'those that every feature set has; "{OWN}" are predictions of models trained on labels. Bold: the best of its '
-        "column and modality, where the 95% interval of its difference from the second-best feature set excludes 0."
+        f'those that every feature set has; "{OWN}" are predictions of models trained on labels. Each feature set is '
+        "represented by the probe that is best on a fifth of the training samples, which is held out for this. Bold: the "
+        "best set of its column and modality, where the 95% interval of its difference from the second excludes 0."
     )
     return section("How well are galaxy properties predicted?", text, card(table(["Features", *labels], groups)))
 
@@ -76,9 +77,9 @@ def comparison_section(comparisons: Sequence[Comparison], headline: str, labels:
             cells.append(number(d.value, d.se, "+.3f", bold=d.low > 0 or d.high < 0) if d else "\u2013")
         rows.append(cells)
     text = (
-        f"On the {headline}, and below it differences in R\u00b2 of all labels ({comparisons[0].model} on embeddings) on the "
-        "same test samples; errors resample both "
-        "together, and differences whose 95% interval excludes 0 are bold."
+        f"First the verdicts on the {headline}; then the differences in R\u00b2 of all labels, on the same test samples, with "
+        f"{comparisons[0].model} on embeddings. Errors come from resampling both together. Differences whose 95% interval "
+        "excludes 0 are bold."
     )
     listing = card(table(["R\u00b2 difference", *labels], [("", rows)]))
     return section("What does alignment bring?", text, verdicts(items), listing)

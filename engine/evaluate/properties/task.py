@@ -214,6 +214,6 @@ def _lines(
         if features.targets and not set(features.targets) & set(labels):
             out.append(f"{name}: left out, it predicts none of {', '.join(labels)}")
     if len(strata) < 2:
-        have = ", ".join(s.by for s in strata) or "nothing"
-        out.append(f"{headline} is split by {have} only: too few test samples, or no label of {', '.join(MAGNITUDES)}")
+        how = f"by {strata[0].by} only" if strata else "neither by magnitude nor by its value"
+        out.append(f"{headline} is split {how}: there are too few test samples, or no label of {', '.join(MAGNITUDES)}")
     return out

@@ -147,7 +147,7 @@ def feature_sets(
 
 
 def run_tasks(study: Study, tasks: Sequence[str], options: Options, encoders: Sequence[Encoder] = ()) -> list[Outcome]:
-    """Run tasks by name, in the order of the report; one that raises ValueError is left out and says why.
+    """Run tasks by name, in the order of the report; one that cannot be done is left out and says why.
 
     Args:
         study: Embeddings and catalogue.
@@ -163,7 +163,7 @@ def _outcome(name: str, study: Study, options: Options, encoders: Sequence[Encod
     """What a task found; where it cannot be done, that is no reason for the others to end."""
     try:
         return TASKS[name].run(study, options, encoders)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         return Outcome(name, (), left_out=str(error))
 
 

@@ -39,6 +39,11 @@ def _first_reads_images_alone(methods: Sequence[Method]) -> str:
     return "" if sound else "it judges a run on images alone"
 
 
+def _only_predictions(methods: Sequence[Method]) -> str:
+    embeddings = any(not r.targets for m in methods for r in m.readouts().values())
+    return "" if embeddings else "there are no embeddings, only predictions"
+
+
 class _Baselines(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
         return _first_reads_images_alone(methods)
@@ -72,8 +77,7 @@ class _Pictures(Task):
 
 class _Search(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
-        embeddings = any(not r.targets for m in methods for r in m.readouts().values())
-        return "" if embeddings else "there are no embeddings, only predictions"
+        return _only_predictions(methods)
 
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.search.task import SearchOptions, search
@@ -98,6 +102,8 @@ class _Morphology(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
         from armillary.engine.data.sources.surveys.galaxyzoo import DECALS_QUESTIONS
 
+        if why := _only_predictions(methods):
+            return why
         asked = [q for q in DECALS_QUESTIONS if f"{q}_votes" in survey.labels]
         return "" if asked else "the survey has no votes of Galaxy Zoo (labels <question>_votes)"
 
@@ -109,7 +115,7 @@ class _Morphology(Task):
 
 class _Posterior(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
-        return _lacks_labels(survey, options.labels)
+        return _only_predictions(methods) or _lacks_labels(survey, options.labels)
 
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.posterior.flows import PRESETS

@@ -169,7 +169,7 @@ def test_studies_that_cannot_be_done(make_study, tmp_path, labels, change, messa
 def test_predictions_alone_are_refused(make_study):
     labels, good, _ = sky()
     study = make_study(labels, {"Conv+Att": ("spectrum", good[:, :1], "", ("redshift",))}, train=TRAIN)
-    with pytest.raises(ValueError, match="predictions only"):
+    with pytest.raises(ValueError, match="no embeddings, only predictions"):
         posterior(study, OPTIONS)
 
 

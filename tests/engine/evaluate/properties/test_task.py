@@ -178,7 +178,9 @@ def test_too_few_for_strata_is_told(make_study):
         {k: v[rows] for k, v in labels.items()}, {"a": ("image", vectors(0.1)[rows], "", ())}, train=TRAIN
     )
     outcome = properties(study, QUICK)
-    assert "redshift is split by nothing only: too few test samples" in outcome.lines[-1]
+    assert (
+        "redshift is split neither by magnitude nor by its value: there are too few test samples" in outcome.lines[-1]
+    )
 
 
 def test_a_magnitude_that_is_never_known_is_not_used(make_study):
