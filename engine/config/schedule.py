@@ -137,7 +137,7 @@ class Schedules:
                 continue
             name = field.name
             if name == "learning_rate" and schedule.start is not None:
-                found.append(f"{name}.start: None, for its peak is optim.lr, got {schedule.start!r}")
+                found.append(f"{name}.start: must be None, because the peak is optim.lr; got {schedule.start!r}")
             if name != "learning_rate" and schedule.start is None:
                 found.append(f"{name}.start: a number, got None")
             if schedule.warmup_steps < 0:

@@ -129,21 +129,14 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
 
 
 def accuracy(confusion: np.ndarray) -> np.ndarray:
-    """[...] share of right answers.
-
-    Args:
-        confusion: [..., K, K] galaxies by true and by predicted answer.
-    """
+    """[...] share of right answers from [..., K, K] galaxies by true and by predicted answer."""
     return np.trace(confusion, axis1=-2, axis2=-1) / confusion.sum((-2, -1))
 
 
 def weighted_f1(confusion: np.ndarray) -> np.ndarray:
-    """[...] mean F1 score of the answers, weighted by how many galaxies truly have them.
+    """[...] mean F1 score of the answers of such a matrix, weighted by how many galaxies truly have them.
 
     An answer that is never given scores 0.
-
-    Args:
-        confusion: [..., K, K] galaxies by true and by predicted answer.
     """
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     true, given = confusion.sum(-1), confusion.sum(-2)

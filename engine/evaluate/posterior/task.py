@@ -59,7 +59,7 @@ class PosteriorOptions:
         if self.corners < 0 or self.panels < 0:
             raise ValueError(f"corners and panels: must not be negative, got {self.corners} and {self.panels}")
         if len(set(self.targets)) != len(self.targets):
-            raise ValueError(f"targets: each label once, got {', '.join(self.targets)}")
+            raise ValueError(f"targets: must differ, got {', '.join(self.targets)}")
 
 
 def posterior(study: Study, options: PosteriorOptions) -> Outcome:

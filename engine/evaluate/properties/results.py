@@ -186,12 +186,6 @@ def compare(study: Study, predictions: Sequence[Prediction], model: str, *, resa
 
     Aligned embeddings are those with a shared space (`FeatureSet.space`). A model of catalogue columns, such as
     magnitudes, is a rival of images.
-
-    Args:
-        study: Where the feature sets are from.
-        predictions: Of `predict`.
-        model: The probe whose predictions are compared.
-        resamples: Bootstrap resamples, each for both.
     """
     found = []
     for one in predictions:
@@ -219,11 +213,6 @@ def clear_winners(predictions: Sequence[Prediction], *, resamples: int = 1000, s
 
     Each feature set enters with the probe that is best on held-out training samples. The best set wins where the 95%
     interval of its R2 minus the second set's is above 0; a set alone in its modality wins nothing.
-
-    Args:
-        predictions: Of `predict`.
-        resamples: Bootstrap resamples, each for both.
-        seed: Keys the bootstrap.
     """
     won = []
     for group in dict.fromkeys((p.label, p.modality) for p in predictions):

@@ -19,14 +19,7 @@ MODALITIES = {"image": "From images", "spectrum": "From spectra", "columns": "Fr
 def table_section(
     study: Study, predictions: Sequence[Prediction], winners: Sequence[Prediction], labels: Sequence[str]
 ) -> Markup:
-    """R2 of every label from every feature set by every probe.
-
-    Args:
-        study: Where they are from.
-        predictions: All of them.
-        winners: Which of them to print bold.
-        labels: Columns of the table.
-    """
+    """R2 of every label from every feature set by every probe, the winners bold."""
     bold = {(p.features, p.model, p.label) for p in winners}
     found = {(p.features, p.model, p.label): p for p in predictions}
     groups: list[tuple[str, list[list[str]]]] = []
@@ -53,13 +46,7 @@ def table_section(
 
 
 def comparison_section(comparisons: Sequence[Comparison], headline: str, labels: Sequence[str]) -> Markup:
-    """What alignment brings: verdicts on the headline label, and differences in R2 of all labels.
-
-    Args:
-        comparisons: All of them; nothing is written where there are none.
-        headline: The label that verdicts are given on.
-        labels: Columns of the table.
-    """
+    """What alignment brings: verdicts on the headline label, differences in R2 of all labels; nothing without comparisons."""
     if not comparisons:
         return Markup()
     items = [
@@ -86,11 +73,7 @@ def comparison_section(comparisons: Sequence[Comparison], headline: str, labels:
 
 
 def redshift_section(predictions: Sequence[Prediction]) -> Markup:
-    """Scatter, bias and failures of the redshifts.
-
-    Args:
-        predictions: Of redshifts, with scores; nothing is written where there are none.
-    """
+    """Scatter, bias and failures of the redshifts; nothing without any."""
     if not predictions:
         return Markup()
     groups: list[tuple[str, list[list[str]]]] = []

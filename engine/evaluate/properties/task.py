@@ -70,7 +70,7 @@ class PropertyOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be 1 or more, got {getattr(self, name)}")
         if len(set(self.labels)) != len(self.labels):
-            raise ValueError(f"labels: each once, got {', '.join(self.labels)}")
+            raise ValueError(f"labels: must differ, got {', '.join(self.labels)}")
 
 
 def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:

@@ -12,8 +12,7 @@ from armillary.engine.evaluate.study.options import PROPERTIES, Options
 from armillary.engine.evaluate.study.study import Outcome, Study
 from armillary.models.method import Method
 
-__all__ = ["TASKS", "Task", "left_out"]
-
+__all__ = ["TASKS", "Task"]
 
 NO_SPECTRA = "it needs a survey with spectra and a run with a spectrum encoder"
 NO_ALIGNMENT = "it needs a survey with spectra and a run that aligns them with images"
@@ -172,15 +171,3 @@ TASKS: dict[str, Task] = {
     "pictures": _Pictures(),
 }
 """In the order of the report."""
-
-
-def left_out(name: str, survey: Survey, methods: Sequence[Method], options: Options) -> str:
-    """Why a task cannot be done; empty if it can.
-
-    Args:
-        name: Of the task.
-        survey: What would be studied.
-        methods: What would be compared.
-        options: The study's.
-    """
-    return TASKS[name].impossible(survey, methods, options)

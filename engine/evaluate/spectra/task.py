@@ -82,12 +82,7 @@ def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
 
 
 def attention(study: Study, encoders: Sequence[Encoder]) -> Outcome:
-    """Draw what the query of the alignment's spectrum head attends to.
-
-    Args:
-        study: The survey.
-        encoders: Of runs; one is an alignment.
-    """
+    """Draw what the query of the alignment's spectrum head attends to."""
     encoder = next(e for e in encoders if isinstance(e.method, AstroCLIPMethod))
     method = encoder.method
     assert isinstance(method, AstroCLIPMethod) and study.survey.spectrum is not None

@@ -46,7 +46,10 @@ def test_only_the_schedules_that_are_set_are_handed_out():
 @pytest.mark.parametrize(
     ("schedules", "message"),
     [
-        (Schedules(learning_rate=Constant(0.1)), "learning_rate.start: None, for its peak is optim.lr, got 0.1"),
+        (
+            Schedules(learning_rate=Constant(0.1)),
+            "learning_rate.start: must be None, because the peak is optim.lr; got 0.1",
+        ),
         (Schedules(weight_decay=Cosine()), "weight_decay.start: a number, got None"),
         (Schedules(weight_decay=Constant(-1.0)), "weight_decay.start: a finite number >= 0, got -1.0"),
         (Schedules(ema_momentum=Linear(0.9, 1.5)), "ema_momentum.end: 0 to 1, got 1.5"),

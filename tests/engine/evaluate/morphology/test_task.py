@@ -181,7 +181,7 @@ def test_votes_that_are_never_known(make_study):
     labels, hidden = zoo()
     labels["disk-edge-on_yes"][:] = np.nan
     outcome = morphology(make_study(labels, {"a": image(hidden)}, train=TRAIN), QUICK)
-    assert any("disk-edge-on: left out, label 'disk-edge-on_yes': known for none" in line for line in outcome.lines)
+    assert any("disk-edge-on: left out, label 'disk-edge-on_yes': is known for none" in line for line in outcome.lines)
 
 
 def test_no_question_at_all(make_study):

@@ -173,22 +173,22 @@ def test_a_task_that_was_asked_for_and_cannot_be_done_ends_it_before_any_work(ru
     ids=["label", "one label", "votes", "spectra", "alignment"],
 )
 def test_what_tasks_need(survey_dir, task, options, message):
-    assert message in tasks_module.left_out(task, Survey.load(survey_dir), [Colours("flux")], options)
+    assert message in tasks_module.TASKS[task].impossible(Survey.load(survey_dir), [Colours("flux")], options)
 
 
 @pytest.mark.parametrize("task", ["search", "posterior", "morphology"])
 def test_tasks_on_embeddings_leave_predictions_out(survey_dir, task):
     survey = Survey.load(survey_dir)
-    assert "only predictions" in tasks_module.left_out(task, survey, [Colours("prediction")], Options())
-    assert "only predictions" not in tasks_module.left_out(task, survey, [Colours("flux")], Options())
+    assert "only predictions" in tasks_module.TASKS[task].impossible(survey, [Colours("prediction")], Options())
+    assert "only predictions" not in tasks_module.TASKS[task].impossible(survey, [Colours("flux")], Options())
 
 
 @pytest.mark.parametrize("task", ["baselines", "collapse"])
 def test_predictions_are_not_judged_as_embeddings(survey_dir, task):
     survey = Survey.load(survey_dir)
-    assert "gives predictions" in tasks_module.left_out(task, survey, [Colours("prediction")], Options())
-    assert "images alone" in tasks_module.left_out(task, survey, [Colours("spectrum")], Options())
-    assert tasks_module.left_out(task, survey, [Colours("light")], Options()) == ""
+    assert "gives predictions" in tasks_module.TASKS[task].impossible(survey, [Colours("prediction")], Options())
+    assert "images alone" in tasks_module.TASKS[task].impossible(survey, [Colours("spectrum")], Options())
+    assert tasks_module.TASKS[task].impossible(survey, [Colours("light")], Options()) == ""
 
 
 class Foreign(Colours):
@@ -204,7 +204,7 @@ class Foreign(Colours):
 
 @pytest.mark.parametrize("task", ["masking", "attention"])
 def test_a_method_of_ones_own_is_left_out(pairs_dir, task):
-    assert "it needs" in tasks_module.left_out(task, Survey.load(pairs_dir), [Foreign()], Options())
+    assert "it needs" in tasks_module.TASKS[task].impossible(Survey.load(pairs_dir), [Foreign()], Options())
 
 
 @pytest.mark.parametrize("options", [{"samples": 1}, {"test_split": "train"}, {"seed": -1}])
