@@ -121,7 +121,7 @@ def type_problems(value: Any, where: str = "") -> list[str]:
         name = f"{where}.{field.name}" if where else field.name
         item = getattr(value, field.name)
         if not _fits(item, hints[field.name]):
-            problems.append(f"{name}: {_describe(hints[field.name])}, got {item!r}")
+            problems.append(f"{name}: must be {_describe(hints[field.name])}, got {item!r}")
         elif dataclasses.is_dataclass(item) and not isinstance(item, type):
             problems += type_problems(item, name)
     return problems
@@ -161,6 +161,6 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in args)
     if origin is tuple:
-        return "tuple of " + ", ".join("..." if a is Ellipsis else _describe(a) for a in args)
-    names = {int: "whole number", float: "number", str: "text", bool: "True or False", type(None): "None"}
+        return "a tuple of " + ", ".join("..." if a is Ellipsis else _describe(a) for a in args)
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

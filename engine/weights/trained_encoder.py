@@ -17,8 +17,9 @@ from torch import Tensor
 
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.weights.checkpoint import latest, open_archive
+from armillary.engine.weights.checkpoint import latest
 from armillary.engine.weights.public_checkpoints import read_state_dict
+from armillary.engine.weights.resume import open_archive
 from armillary.engine.weights.tensors import Archive
 from armillary.engine.zero.partition import persistent_buffers
 from armillary.models.method import InputSpec, Method

@@ -1,8 +1,8 @@
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 from sklearn.metrics import r2_score
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
@@ -123,23 +123,6 @@ def test_strata_of_magnitude_and_redshift(full, outcome):
     assert sum(m.samples for m in strata if m.features == "ResNet18" and m.stratum.startswith("mag_r")) == TEST
 
 
-class Balance(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.open = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_sections_are_sound_html_with_escaped_names(outcome):
     assert [re.match(r"<h2>(.*?)</h2>", s)[1] for s in outcome.sections] == [
         "How well are galaxy properties predicted?",
@@ -150,7 +133,7 @@ def test_sections_are_sound_html_with_escaped_names(outcome):
         "Quality by mag_r and true redshift",
     ]
     for section in outcome.sections:
-        Balance(section)
+        Page(section)
         assert "<spectrum>" not in section
     assert outcome.sections[3].count("<svg") == 6
     # Image embeddings differ by far more than chance, the spectra's by nothing.

@@ -1,11 +1,11 @@
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from html_page import Page
 from markupsafe import Markup
 
 from armillary.engine.data.format.spectra import Spectrum
@@ -33,25 +33,6 @@ def feature_set(pairs_dir, name, modality, space="", noise=0.0, dimensions=6, ke
 
 def aligned(pairs_dir, noise=0.5):
     return [feature_set(pairs_dir, f"A {m}", m, "A", noise) for m in ("image", "spectrum")]
-
-
-class Nesting(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.open = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def value_of(outcome, features, target, metric, model=""):
@@ -96,7 +77,7 @@ def test_page_shows_numbers_scatter_and_objects(pairs_dir):
         "Similarity search", "Is the best answer at the same redshift?", "What the search finds"
     ]  # fmt: skip
     for section in outcome.sections:
-        Nesting(section)
+        Page(section)
     panel = outcome.sections[2]
     assert panel.count('class="row neighbours"') == 2 * 4  # two objects, four searches; the unaligned set has no panel
     assert panel.count("<figure") == 2 * 4 * (1 + 3)
