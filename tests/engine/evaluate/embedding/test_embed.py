@@ -260,7 +260,7 @@ def test_untrained_twin_is_built_anew(survey_dir):
     views = types.SimpleNamespace(modalities=("image",), eval_view=lambda survey, device: view)
     built = types.SimpleNamespace(build=lambda inputs: spec.append(inputs) or Net())
     survey, device = Survey.load(survey_dir), torch.device("cpu")
-    encoder = TrainedEncoder(survey_dir, None, {"run": None}, ())
+    encoder = TrainedEncoder(survey_dir, None, {"run": None})
     encoder.run = types.SimpleNamespace(name="r", seed=3, views=views, method=built)
     encoder.pixels, encoder.inputs = survey.pixels(), InputSpec(3, 6)
     trained = Net()

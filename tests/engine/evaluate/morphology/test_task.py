@@ -92,6 +92,15 @@ def test_it_learns_what_the_vectors_hold(outcome):
         assert 0.7 * bad.error < scores("f1", question, "unaligned <image>").error < 2 * bad.error
 
 
+def test_the_most_frequent_answer_is_that_of_the_training_split(make_study):
+    labels, hidden = zoo(("smooth-or-featured", "disk-edge-on"))
+    yes = np.r_[np.arange(TRAIN) < 0.6 * TRAIN, np.arange(TEST) < 0.2 * TEST]
+    labels["disk-edge-on_yes"], labels["disk-edge-on_no"] = np.where(yes, 0.9, 0.1), np.where(yes, 0.1, 0.9)
+    outcome = morphology(make_study(labels, {"a": image(hidden)}, train=TRAIN), QUICK)
+    (m,) = of(outcome, "accuracy", target="disk-edge-on", model="most frequent answer")
+    assert m.value == pytest.approx(0.2)
+
+
 def test_means_and_verdicts(outcome):
     for metric in ("accuracy", "f1"):
         mine = of(outcome, metric, features="AstroCLIP image", model="MLP 32")
@@ -172,7 +181,7 @@ def test_votes_that_are_never_known(make_study):
     labels, hidden = zoo()
     labels["disk-edge-on_yes"][:] = np.nan
     outcome = morphology(make_study(labels, {"a": image(hidden)}, train=TRAIN), QUICK)
-    assert any("disk-edge-on: left out, label 'disk-edge-on_yes': known for none" in line for line in outcome.lines)
+    assert any("disk-edge-on: left out, label 'disk-edge-on_yes': is known for none" in line for line in outcome.lines)
 
 
 def test_no_question_at_all(make_study):
@@ -188,7 +197,7 @@ def test_no_question_at_all(make_study):
 def test_predictions_alone_are_refused(make_study):
     labels, hidden = zoo()
     study = make_study(labels, {"r": image(hidden[:, :1], targets=("redshift",))}, train=TRAIN)
-    with pytest.raises(ValueError, match="morphology needs embeddings, and all sets are predictions"):
+    with pytest.raises(ValueError, match="no embeddings, only predictions"):
         morphology(study)
 
 

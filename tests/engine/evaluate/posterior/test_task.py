@@ -112,7 +112,7 @@ def test_properties_without_values_are_left_out_by_default(make_study):
     (nll,) = values(outcome, metric="nll", model="flows")
     assert nll.target == "redshift, log_mstar, tage_mw"
     told = [line for line in outcome.lines if line.startswith("left out: ")]
-    assert len(told) == 2 and "constant" in "".join(told) and "known for none" in "".join(told)
+    assert len(told) == 2 and "must vary" in "".join(told) and "known for none" in "".join(told)
 
 
 def test_a_single_target(study):
@@ -150,10 +150,10 @@ def test_default_properties_are_the_papers():
 @pytest.mark.parametrize(
     "labels, change, message",
     [
-        (None, {"targets": ("colour",)}, "label 'colour': the survey's labels are"),
+        (None, {"targets": ("colour",)}, "label 'colour': must be one of the survey's labels"),
         ({"mag_g": np.arange(COUNT) * 1.0}, {}, "none of redshift, log_mstar"),
         ({"log_mstar": np.arange(COUNT) * 1.0}, {"qp_out": "pz"}, "qp_out: p.z. needs redshifts"),
-        ({"log_mstar": np.where(np.arange(COUNT) < 401, 1.0, 2.0)}, {"targets": ("log_mstar",)}, "constant"),
+        ({"log_mstar": np.where(np.arange(COUNT) < 401, 1.0, 2.0)}, {"targets": ("log_mstar",)}, "must vary"),
     ],
     ids=["unknown-target", "no-property", "no-redshift", "constant"],
 )
@@ -169,7 +169,7 @@ def test_studies_that_cannot_be_done(make_study, tmp_path, labels, change, messa
 def test_predictions_alone_are_refused(make_study):
     labels, good, _ = sky()
     study = make_study(labels, {"Conv+Att": ("spectrum", good[:, :1], "", ("redshift",))}, train=TRAIN)
-    with pytest.raises(ValueError, match="predictions only"):
+    with pytest.raises(ValueError, match="no embeddings, only predictions"):
         posterior(study, OPTIONS)
 
 
@@ -187,7 +187,7 @@ def test_files_of_two_feature_sets_must_differ(make_study, tmp_path):
         ({"draws": 1}, "draws and scored"),
         ({"scored": 1}, "draws and scored"),
         ({"corners": -1}, "corners and panels"),
-        ({"targets": ("redshift", "redshift")}, "each label once"),
+        ({"targets": ("redshift", "redshift")}, "targets: must differ"),
     ],
     ids=["draws", "scored", "corners", "repeated-target"],
 )

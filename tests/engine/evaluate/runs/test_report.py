@@ -180,7 +180,7 @@ def test_report_without_labels(make_survey, encoders, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     found = Found(folder, features, RunLog.read(tmp_path), tmp_path / "r.html")
     words, _ = check_self_contained(tmp_path / "r.html")
-    assert "label 'redshift': the survey's labels are none" in words
+    assert "label 'redshift': must be one of the survey's labels (none)" in words
     assert "holds no metrics.jsonl" in words
     assert "unnamed run" in words
     assert "redshift" in found.record["left_out"]["baselines"]
@@ -200,8 +200,8 @@ def test_display_pictures(make_survey, run_dir, tmp_path):
     ("options", "said"),
     [
         (Options(labels=("kind",)), "must be numbers"),
-        (Options(labels=("mass",)), "label 'mass': the survey's labels"),
-        (Options(test_split="holdout"), "no embeddings of split 'holdout'"),
+        (Options(labels=("mass",)), "label 'mass': must be one of the survey's labels"),
+        (Options(test_split="holdout"), "has no embeddings of split 'holdout'"),
     ],
 )
 def test_labels_that_cannot_be_predicted(survey_dir, features, run_dir, tmp_path, options, said):

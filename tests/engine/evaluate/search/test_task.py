@@ -158,12 +158,12 @@ def test_bad_studies(pairs_dir):
     with pytest.raises(ValueError, match="share the space 'A', but have 6 and 5 dimensions"):
         search(Study.open(pairs_dir, [aligned(pairs_dir)[0], other]), QUICK)
     predictions = feature_set(pairs_dir, "P", "image", dimensions=1)
-    with pytest.raises(ValueError, match="only supervised predictions"):
+    with pytest.raises(ValueError, match="no embeddings, only predictions"):
         search(Study.open(pairs_dir, [replace(predictions, targets=("redshift",))]), QUICK)
     few = feature_set(
         pairs_dir, "F", "image", kept=lambda s: np.r_[np.flatnonzero(s == "train"), np.flatnonzero(s == "test")[:11]]
     )
-    with pytest.raises(ValueError, match="need 12 test samples or more with F and F, got 11"):
+    with pytest.raises(ValueError, match="12 test samples or more must have F, got 11"):
         search(Study.open(pairs_dir, [few]), QUICK)
 
 
