@@ -21,11 +21,7 @@ SPEC = InputSpec(
     target_mean=(0.2, 10.5, 6.0),
     target_std=(0.1, 0.5, 2.0),
 )
-NETWORKS = {
-    "resnet18": ResNet18(width=2),
-    "conv-attention": ConvAttention(),
-    "photometry": PhotometryMLP((16, 16)),
-}
+NETWORKS = {"resnet18": ResNet18(width=2), "conv-attention": ConvAttention(), "photometry": PhotometryMLP((16, 16))}
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
 
