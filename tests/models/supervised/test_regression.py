@@ -121,7 +121,7 @@ def test_bfloat16_weights_give_float32_losses(network):
         setattr(m.get_submodule(owner), leaf, buffer.float() if buffer.is_floating_point() else buffer)
     losses = m(b, {})
     assert losses.total.dtype == torch.float32
-    assert losses.total.item() == pytest.approx(exact.item(), rel=0.05)
+    assert losses.total.item() == pytest.approx(exact.item(), rel=0.01)  # ResNet18: 0.0025 +- 0.0011 over 8 seeds
 
 
 @every_network
