@@ -254,4 +254,8 @@ class MethodConfig(ABC):
 
     @abstractmethod
     def build(self, inputs: InputSpec) -> Method:
-        """Build the method with freshly initialised parameters (from torch's global generator)."""
+        """Build the method with freshly initialised parameters (from torch's global generator).
+
+        Raises:
+            ValueError: The configuration breaks a rule; all of them are listed.
+        """

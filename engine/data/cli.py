@@ -49,7 +49,7 @@ def build(
     Args:
         source: File or folder.
         out: Folder of the survey; made if need be.
-        kind: What the source is; by default seen from its file names.
+        kind: What the source is; by default seen from its file names. module:class, or file.py:class, for a reader of your own.
         name: Survey name; by default that of the folder.
         labels: CSV of labels; by default labels.csv in the folder or beside the archive.
         size: Cut the central SIZE x SIZE pixels out of every image.

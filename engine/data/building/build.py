@@ -115,7 +115,8 @@ def build(
         BadSample: A sample is unusable and `on_bad` is "error".
         FileExistsError: The folder holds something else.
         OSError: The folder cannot be written; what is finished is kept.
-        RuntimeError: A worker process died, or another build is running in the folder.
+        RuntimeError: A worker process died, another build is running in the folder, or the script that was started has
+            no `if __name__ == "__main__":` around its call with several processes.
         ValueError: An option is wrong, the source is empty, or keys repeat.
     """
     if samples_per_shard < 1:
@@ -136,26 +137,26 @@ def build(
     options: dict[str, Any] = {"name": name, "codec": codec, "step_fraction": step_fraction, "split": repr(rule)}
     options |= {"sky_sigma": sky_sigma, "samples_per_shard": samples_per_shard, "seed": seed}
     out = Path(folder)
-    with locked(out), _workers(source, processes, dask) as workers, _bar(progress) as bar:
-        try:
-            return _build(source, out, workers, bar, options, rule, on_bad)
-        except BadSample as error:
-            raise BadSample(
-                f"{error}. Repair or remove it, or continue without unusable samples: on_bad='skip' (--on-bad skip)"
-            ) from error
-        except OSError as error:
-            ours = error.filename is not None and Path(error.filename).is_relative_to(out)
-            if error.errno in NO_ROOM or (error.errno is not None and ours):
-                raise OSError(
-                    error.errno,
-                    f"{error.strerror}; make room and run the same build again: finished shards are kept",
-                    error.filename or str(out),
+    pool = Workers(source, processes, out / BUILD_FOLDER) if dask is None else Cluster(source, dask)
+    with locked(out):
+        with pool as workers, _bar(progress) as bar:
+            try:
+                survey = _build(source, out, workers, bar, options, rule, on_bad)
+            except BadSample as error:
+                raise BadSample(
+                    f"{error}. Repair or remove it, or continue without unusable samples: on_bad='skip' (--on-bad skip)"
                 ) from error
-            raise
-
-
-def _workers(source: Source, processes: int, dask: str | None) -> Workers | Cluster:
-    return Workers(source, processes) if dask is None else Cluster(source, dask)
+            except OSError as error:
+                ours = error.filename is not None and Path(error.filename).is_relative_to(out)
+                if error.errno in NO_ROOM or (error.errno is not None and ours):
+                    raise OSError(
+                        error.errno,
+                        f"{error.strerror}; make room and run the same build again: finished shards are kept",
+                        error.filename or str(out),
+                    ) from error
+                raise
+        shutil.rmtree(out / BUILD_FOLDER)  # last: workers that start late read their source from it
+    return survey
 
 
 def _build(
@@ -178,7 +179,6 @@ def _build(
     )
     identity = identify(source, options, layout)
     if there := finished(folder, identity):
-        shutil.rmtree(folder / BUILD_FOLDER)
         return there
     journal = load_journal(folder, identity)
     bar.update(planning, total=1, completed=1)
@@ -203,9 +203,7 @@ def _build(
             log.warning("skipped: %s", reason)
         bar.update(packing, advance=plan.rows.size)
     clear_leftovers(folder)  # of workers that died
-    survey = _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
-    shutil.rmtree(folder / BUILD_FOLDER)
-    return survey
+    return _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
 
 
 def _measure(

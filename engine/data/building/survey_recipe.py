@@ -39,7 +39,7 @@ class Read:
     """Files to read.
 
     Attributes:
-        kind: One of `sources.KINDS`.
+        kind: One of `sources.kinds.KINDS`, or "module:class" of a reader of one's own.
         path: File or folder.
         options: Keyword arguments of the reader.
         cuts: Conditions on its rows, see `surveys.selected`.
@@ -108,8 +108,8 @@ class Preparation:
         found = []
         reads = [("first", self.first), *((f"matches.{i}.read", m.read) for i, m in enumerate(self.matches))]
         for where, read in reads:
-            if read.kind not in KINDS:
-                found.append(f"{where}.kind: must be one of {', '.join(KINDS)}, got {read.kind!r}")
+            if read.kind not in KINDS and ":" not in read.kind:
+                found.append(f"{where}.kind: must be module:class or one of {', '.join(KINDS)}, got {read.kind!r}")
             if not read.path.exists():
                 found.append(f"{where}.path: must be an existing file or folder, got {read.path}")
         for where, cuts in [(f"{where}.cuts", read.cuts) for where, read in reads] + [("cuts", self.cuts)]:

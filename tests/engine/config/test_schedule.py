@@ -46,14 +46,20 @@ def test_only_the_schedules_that_are_set_are_handed_out():
 @pytest.mark.parametrize(
     ("schedules", "message"),
     [
-        (Schedules(learning_rate=Constant(0.1)), "learning_rate.start: None, for its peak is optim.lr, got 0.1"),
-        (Schedules(weight_decay=Cosine()), "weight_decay.start: a number, got None"),
-        (Schedules(weight_decay=Constant(-1.0)), "weight_decay.start: a finite number >= 0, got -1.0"),
-        (Schedules(ema_momentum=Linear(0.9, 1.5)), "ema_momentum.end: 0 to 1, got 1.5"),
-        (Schedules(teacher_temperature=Constant(0.0)), "teacher_temperature.start: above 0, got 0.0"),
-        (Schedules(teacher_temperature=Constant(0.1, 3)), "teacher_temperature.warmup_start: above 0, got 0.0"),
-        (Schedules(learning_rate=Cosine(warmup_steps=-1)), "warmup_steps: 0 or more, got -1"),
-        (Schedules(weight_decay=Constant(float("nan"))), "weight_decay.start: a finite number"),
+        (
+            Schedules(learning_rate=Constant(0.1)),
+            "learning_rate.start: must be None, because its peak is optim.lr, got 0.1",
+        ),
+        (Schedules(weight_decay=Cosine()), "weight_decay.start: must be a number, got None"),
+        (Schedules(weight_decay=Constant(-1.0)), "weight_decay.start: must be a finite number >= 0, got -1.0"),
+        (Schedules(ema_momentum=Linear(0.9, 1.5)), r"ema_momentum.end: must be in \[0, 1\], got 1.5"),
+        (Schedules(teacher_temperature=Constant(0.0)), "teacher_temperature.start: must be positive, got 0.0"),
+        (
+            Schedules(teacher_temperature=Constant(0.1, warmup_steps=3)),
+            "teacher_temperature.warmup_start: must be positive, got 0.0",
+        ),
+        (Schedules(learning_rate=Cosine(warmup_steps=-1)), "warmup_steps: must be at least 0, got -1"),
+        (Schedules(weight_decay=Constant(float("nan"))), "weight_decay.start: must be a finite number"),
     ],
 )
 def test_rules(schedules, message):
@@ -68,5 +74,5 @@ def test_no_rule_is_broken_by_the_defaults():
 
 
 def test_a_start_that_is_left_out_is_an_error_elsewhere():
-    with pytest.raises(ValueError, match="only learning_rate may leave it out"):
+    with pytest.raises(ValueError, match="must be a number, as only learning_rate may leave it out"):
         Cosine().at(0, 10)

@@ -144,7 +144,7 @@ def test_states_that_are_refused(survey, change, message):
         ({"threads": 0}, "threads: must be at least 1, got 0"),
         ({"prefetch": 0}, "prefetch: must be at least 1, got 0"),
         ({"on_corrupt": "ignore"}, "on_corrupt: must be error or skip, got 'ignore'"),
-        ({"reader": "tar"}, "reader: must be one of auto, dali, webdataset, got 'tar'"),
+        ({"reader": "tar"}, "reader: must be auto, dali or webdataset, got 'tar'"),
         ({"seed": -3}, "seed: must be in"),
     ],
 )
