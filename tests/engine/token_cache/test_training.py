@@ -351,6 +351,6 @@ def test_another_reading_of_the_same_weights_is_refused(run, tmp_path):
     assert method_problems(first, method) == []
     fill(first, method)
     cached = losses(first, method, open_loader(first, method, Survey.load(run.data.path), CPU, ALONE), 6)
-    assert cached == pytest.approx(without, rel=1e-5)  # 2e-7 apart with AVX2
+    assert cached == pytest.approx(without, rel=1e-5)  # 2e-7 apart with SSE4
     with pytest.raises(TokenCacheError, match="gives other image_tokens .relative difference .* from a setting"):
         fill(*aligned("positioned"))
