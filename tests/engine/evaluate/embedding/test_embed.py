@@ -96,10 +96,7 @@ def test_unreadable_files(tmp_path):
 def test_one_pass_serves_all_encoders():
     images, batches = make_batches()
     served = iter(batches)
-    rows, vectors = embed(
-        {"a": Pipeline(plain, mean_encoder), "b": Pipeline(plain, mean_encoder, "top")},
-        served,
-    )
+    rows, vectors = embed({"a": Pipeline(plain, mean_encoder), "b": Pipeline(plain, mean_encoder, "top")}, served)
     np.testing.assert_array_equal(rows, np.arange(10))
     np.testing.assert_allclose(vectors["a"], images.mean((2, 3)))
     np.testing.assert_allclose(vectors["b"], images.amax((2, 3)))

@@ -45,12 +45,13 @@ def values(outcome, **match):
 
 
 def test_a_study_of_two_modalities(study, tmp_path):
-    outcome = posterior(study, replace(OPTIONS, qp_out=tmp_path / "pz"))
+    outcome = posterior(study, replace(OPTIONS, flows=replace(FLOWS, epochs=10), qp_out=tmp_path / "pz"))
     assert outcome.task == "posterior"
     nll = {m.features: m for m in values(outcome, metric="nll", target="redshift, log_mstar, tage_mw")}
     assert set(nll) == {"AstroCLIP image", "AstroCLIP spectrum", ""}, "predictions are no embeddings"
-    assert nll["AstroCLIP spectrum"].value < nll["AstroCLIP image"].value - 0.5
-    assert nll["AstroCLIP image"].value < nll[""].value
+    # Bounds are four spreads or more away: over 8 seeds 2.9 +- 0.4 and 0.40 +- 0.06, below 0.15 +- 0.05 and 0.28 +- 0.04.
+    assert nll["AstroCLIP spectrum"].value < nll["AstroCLIP image"].value - 1.3
+    assert nll["AstroCLIP image"].value < nll[""].value - 0.1
     assert nll["AstroCLIP image"].samples == COUNT - TRAIN and nll["AstroCLIP image"].error > 0
     for name in ("AstroCLIP image", "AstroCLIP spectrum"):
         for label in ("redshift", "log_mstar", "tage_mw"):
@@ -58,9 +59,9 @@ def test_a_study_of_two_modalities(study, tmp_path):
             assert set(found) == {"crps", "pit deviation", "pit p-value", "coverage of 68%", "coverage of 95%"}
             assert found["crps"].samples == 120
         (deviation,) = values(outcome, features=name, metric="coverage deviation")
-        assert 0 < deviation.value < 0.25
+        assert 0 < deviation.value < 0.34
     crps = {m.features: m.value for m in values(outcome, metric="crps", target="log_mstar")}
-    assert crps["AstroCLIP spectrum"] < 0.7 * crps["AstroCLIP image"]
+    assert crps["AstroCLIP spectrum"] < 0.5 * crps["AstroCLIP image"]
     assert all(np.isfinite(m.value) for m in outcome.measures)
 
     line = next(text for text in outcome.lines if text.startswith("flows on AstroCLIP image: NLL"))
