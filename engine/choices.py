@@ -1,18 +1,12 @@
-"""Checking values against the choices that their type names."""
+"""Checking an argument against the choices that its type names."""
 
 from __future__ import annotations
 
 from typing import Any, get_args
 
-__all__ = ["check_choice", "choice_problem"]
+from armillary.models.rules import one_of
 
-
-def choice_problem(field: str, value: object, choices: Any) -> str | None:
-    """`field: must be a, b or c, got value` for a value that is none of a `Literal`'s; None for one that is."""
-    words = get_args(choices)
-    if value in words:
-        return None
-    return f"{field}: must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}"
+__all__ = ["check_choice"]
 
 
 def check_choice(field: str, value: object, choices: Any) -> None:
@@ -21,5 +15,5 @@ def check_choice(field: str, value: object, choices: Any) -> None:
     Raises:
         ValueError: It is not; the message lists the choices.
     """
-    if problem := choice_problem(field, value, choices):
-        raise ValueError(problem)
+    if problem := one_of(field, value, get_args(choices)):
+        raise ValueError(problem[0])

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from armillary.engine.choices import choice_problem
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.crops import CropMaker, EvalInput
 from armillary.engine.data.views.draws import CropDraws, LogNormal, origins
@@ -25,6 +24,7 @@ from armillary.engine.data.views.stretch import Stretch, ToRGB
 from armillary.kernels.launch import Impl
 from armillary.kernels.pixels.philox import Purpose, normals, streams, uniforms
 from armillary.models.method import BatchKey, InputSpec
+from armillary.models.rules import one_of
 
 __all__ = ["ASTROCLIP_PAPER", "ASTROCLIP_RELEASED", "LogNormal", "MultiCrop"]
 
@@ -118,8 +118,7 @@ class MultiCrop:
         if self.n_local > 0:
             rule("local_size", 1 <= self.local_size <= side, inside, self.local_size)
         for field, choices in (("placement", Placement), ("rotation", Rotation), ("impl", Impl)):
-            if problem := choice_problem(f"views.{field}", getattr(self, field), choices):
-                found.append(problem)
+            found += one_of(f"views.{field}", getattr(self, field), get_args(choices))
         rule("jitter_px", self.jitter_px >= 0, "must be >= 0", self.jitter_px)
         if self.placement == "random":
             rule("jitter_px", self.jitter_px == 0, 'must be 0 with placement "random"', self.jitter_px)

@@ -198,8 +198,8 @@ def test_wrong_keys_always_stop(tmp_path, change, match, on_bad):
     ("options", "match"),
     [
         ({"samples_per_shard": 0}, "samples_per_shard: must be at least 1"),
-        ({"codec": "zip"}, "codec: must be bitplane or float16, got 'zip'"),
-        ({"on_bad": "ignore"}, "on_bad: must be error or skip"),
+        ({"codec": "zip"}, "codec: must be one of bitplane, float16, got 'zip'"),
+        ({"on_bad": "ignore"}, "on_bad: must be one of error, skip"),
         ({"seed": -1}, "seed: must be in"),
         ({"step_fraction": 0}, "step_fraction: must be positive"),
         ({"step_fraction": 0.1, "codec": "float16"}, "step_fraction: .*no effect with float16"),

@@ -143,8 +143,8 @@ def test_states_that_are_refused(survey, change, message):
         ({"rank": 2, "world": 2}, r"rank: must be in \[0, world = 2\), got 2"),
         ({"threads": 0}, "threads: must be at least 1, got 0"),
         ({"prefetch": 0}, "prefetch: must be at least 1, got 0"),
-        ({"on_corrupt": "ignore"}, "on_corrupt: must be error or skip, got 'ignore'"),
-        ({"reader": "tar"}, "reader: must be auto, dali or webdataset, got 'tar'"),
+        ({"on_corrupt": "ignore"}, "on_corrupt: must be one of error, skip, got 'ignore'"),
+        ({"reader": "tar"}, "reader: must be one of auto, dali, webdataset, got 'tar'"),
         ({"seed": -3}, "seed: must be in"),
     ],
 )

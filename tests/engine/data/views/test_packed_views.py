@@ -150,7 +150,9 @@ def test_views_that_change_pixels_are_given_images(folder, change):
 def test_recipes_choose_the_implementation(folder):
     survey = Survey.load(folder)
     assert ASTROCLIP_RELEASED.impl == "auto"
-    assert replace(TRAIN, impl="cuda").problems(survey) == ["views.impl: must be auto, reference or triton, got 'cuda'"]
+    assert replace(TRAIN, impl="cuda").problems(survey) == [
+        "views.impl: must be one of auto, reference, triton, got 'cuda'"
+    ]
 
 
 def test_the_command_hands_blobs_to_a_view_that_wants_them(folder, tmp_path, monkeypatch):
