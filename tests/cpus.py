@@ -24,7 +24,8 @@ NUMERIC = (
     "tests/engine/evaluate/probes", "tests/engine/evaluate/search", "tests/engine/evaluate/properties",
     "tests/engine/evaluate/posterior", "tests/engine/evaluate/morphology", "tests/engine/data/sources/test_match.py",
     "tests/engine/data/sources/test_resample.py", "tests/engine/data/building/test_splits.py", "tests/engine/data/views",
-    "tests/models/astroclip", "tests/models/dinov2", "tests/models/supervised", "tests/models/geometry",
+    "tests/engine/token_cache", "tests/models/astroclip", "tests/models/dinov2", "tests/models/supervised",
+    "tests/models/geometry",
 )  # fmt: skip
 CHOICE = "not dist and not slow"
 SEEN = """
