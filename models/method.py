@@ -48,6 +48,8 @@ class Batch(TypedDict, total=False):
     mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
     mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
     token_mask: Tensor  # [B, N] bool: True where a token of the spectrum is hidden
+    image_mask: Tensor  # [B, T] bool: True where a patch of the crop is hidden
+    spectrum_hidden: Tensor  # [B] bool: True where the whole spectrum is hidden, or the sample has none
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Readout:
     """
 
     title: str
-    modality: Literal["image", "spectrum", "columns"]
+    modality: Literal["image", "spectrum", "image+spectrum", "columns"]
     aligned: bool = False
     targets: tuple[str, ...] = ()
 
@@ -161,6 +163,9 @@ class Method(nn.Module, ABC):
 
     required_scalars: tuple[str, ...] = ()
     """Schedules that `training_step` reads, by name; the engine checks that the recipe has them."""
+
+    takes_missing_spectra: bool = False
+    """Whether samples of a batch may lack their spectrum (`has_spectrum`); the engine checks the views against it."""
 
     def forward(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
         """Run one training step's forward pass; see `training_step`."""

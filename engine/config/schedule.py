@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-__all__ = ["Constant", "Cosine", "Linear", "Schedule", "Schedules"]
+__all__ = ["Constant", "Cosine", "Linear", "Schedule", "Schedules", "WarmRestarts"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,44 @@ class Cosine:
         return self.end + 0.5 * (peak - self.end) * (1 + math.cos(phase))
 
 
-Schedule = Constant | Linear | Cosine
+@dataclass(frozen=True)
+class WarmRestarts:
+    """Half cosines from `start` towards `end`, one after the other, each longer than the one before.
+
+    Unlike the others it warms up as PyTorch's LinearLR does, to reach `start` one value after the warm-up. The cosines are
+    those of CosineAnnealingWarmRestarts (Loshchilov and Hutter, arXiv:1608.03983).
+
+    Attributes:
+        start: Value after the warm-up; None in `schedule.learning_rate`, whose peak is `optim.lr`.
+        end: Value that a cosine would reach one value after its last.
+        warmup_steps: Steps of linear warm-up.
+        warmup_start: Value at step 0 of the warm-up.
+        period_steps: Steps of the first cosine.
+        growth: Length of a cosine over that of the one before.
+        hold_steps: Steps for which a value holds: those of an epoch, where it changes once an epoch.
+    """
+
+    start: float | None = None
+    end: float = 0.0
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+    period_steps: int = 1000
+    growth: int = 2
+    hold_steps: int = 1
+
+    def at(self, step: int, total_steps: int) -> float:
+        """Value at a step (0 is the first) of `total_steps`."""
+        peak = _known(self.start)
+        step -= step % self.hold_steps
+        if step < self.warmup_steps:
+            return self.warmup_start + (peak - self.warmup_start) * step / self.warmup_steps
+        step, period = step - self.warmup_steps, self.period_steps
+        while step >= period:
+            step, period = step - period, period * self.growth
+        return self.end + 0.5 * (peak - self.end) * (1 + math.cos(math.pi * step / period))
+
+
+Schedule = Constant | Linear | Cosine | WarmRestarts
 
 
 def _known(start: float | None) -> float:
@@ -142,6 +179,9 @@ class Schedules:
                 found.append(f"{name}.start: a number, got None")
             if schedule.warmup_steps < 0:
                 found.append(f"{name}.warmup_steps: 0 or more, got {schedule.warmup_steps}")
+            for key in ("period_steps", "growth", "hold_steps"):
+                if getattr(schedule, key, 1) < 1:
+                    found.append(f"{name}.{key}: 1 or more, got {getattr(schedule, key)}")
             for key in ("start", "end", "warmup_start"):
                 value = getattr(schedule, key, None)
                 if value is None or (key == "warmup_start" and schedule.warmup_steps == 0):

@@ -23,17 +23,19 @@ __all__ = ["ObjectViews"]
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectViews:
-    """The recipe's description of what a method sees of an object. Every object must have all of it.
+    """The recipe's description of what a method sees of an object. Every object must have all that is not optional.
 
     Attributes:
         image: The crop and its augmentation; one global crop, no local ones. None: no image.
         spectrum: Whether the spectrum is read.
+        spectrum_optional: An object may lack its spectrum, which is 0 without data then (`has_spectrum`).
         columns: Columns of the catalogue that are inputs, standardised by the training split.
         targets: Labels to predict, standardised likewise; an object may lack any.
     """
 
     image: MultiCrop | None = None
     spectrum: bool = False
+    spectrum_optional: bool = False
     columns: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
 
@@ -60,6 +62,8 @@ class ObjectViews:
         if self.spectrum and survey.spectrum is None:
             has = ", ".join(survey.modalities)
             found.append(f"views.spectrum: needs a survey with spectra, but {survey.name!r} has only {has}")
+        if self.spectrum_optional and not (self.spectrum and self.image is not None):
+            found.append("views.spectrum_optional: must be off without an image and a spectrum, or nothing may be left")
         found += column_problems(survey, "views.columns", self.columns)
         return found + column_problems(survey, "views.targets", self.targets)
 
@@ -122,7 +126,7 @@ class _Objects:
     """`ObjectViews` fixed for a survey and a device."""
 
     def __init__(self, views: ObjectViews, survey: Survey, device: torch.device) -> None:
-        self.spectrum = views.spectrum
+        self.spectrum_needed = views.spectrum and not views.spectrum_optional
         self.crop = None if views.image is None else views.image.build(survey, device)
         self.packed = bool(getattr(self.crop, "packed", False))
         self.columns = Columns.read(survey, views.columns) if views.columns else None
@@ -133,7 +137,7 @@ class _Objects:
         if self.crop is not None:
             out = self.crop(out, key)
             out["crop"] = out.pop("global_crops")
-        if self.spectrum and "has_spectrum" in batch and not bool(batch["has_spectrum"].all()):
+        if self.spectrum_needed and "has_spectrum" in batch and not bool(batch["has_spectrum"].all()):
             row = int(batch["row"][~batch["has_spectrum"]][0])
             raise ValueError(
                 f"views: row {row} of catalog.parquet has no spectrum; build the survey from objects that have one "

@@ -133,8 +133,10 @@ def test_whether_anything_is_random(change, augmented):
         (ObjectViews(image=replace(CROP, global_size=99)), "views.image.global_size: must be in 1 .. 20"),
         (ObjectViews(columns=("mass",)), r"views.columns: must be labels of the survey \(z\), got 'mass'"),
         (ObjectViews(spectrum=True, targets=("age",)), "views.targets: must be labels"),
+        (ObjectViews(spectrum=True, spectrum_optional=True), "views.spectrum_optional: must be off without an image"),
+        (ObjectViews(image=CROP, spectrum_optional=True), "views.spectrum_optional: must be off without an image"),
     ],
-    ids=["nothing", "two crops", "local crops", "too large", "no such column", "no such target"],
+    ids=["nothing", "two crops", "local crops", "too large", "no such column", "no such target", "alone", "optional"],
 )
 def test_rules(folder, views, message):
     survey = Survey.load(folder)
@@ -179,6 +181,25 @@ def test_unpaired_objects_end_a_training_run(lacking, views, lacks):
     ):
         for _ in range(2):
             next(loader)
+
+
+class WithImages(Mixed):
+    """Every object has an image, a fifth of them no spectrum."""
+
+    def read(self, index):
+        sample = super().read(index)
+        return sample if sample.image is not None else replace(super().read(0), key=sample.key, source=sample.source)
+
+
+def test_optional_spectra_may_be_missing(tmp_path):
+    build(WithImages(20, with_vectors=False), tmp_path / "s", name="s", test_fraction=0.25, processes=1, progress=False)
+    views = ObjectViews(image=CROP, spectrum=True, spectrum_optional=True)
+    made = views.build(Survey.load(tmp_path / "s"), "cpu")
+    with Loader(tmp_path / "s", micro_batch=14, device="cpu", views=made, modalities=views.modalities) as loader:
+        batch = next(loader)
+    assert 0 < (~batch["has_spectrum"]).sum() < 7 and batch["crop"].shape == (14, 3, 16, 16)
+    assert torch.equal((batch["spectrum_ivar"] > 0).any(1), batch["has_spectrum"])
+    assert not batch["spectrum"][~batch["has_spectrum"]].any()
 
 
 def test_catalogue_columns_need_nothing_else(folder):
