@@ -49,6 +49,8 @@ class Batch(TypedDict, total=False):
     mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
     token_mask: Tensor  # [B, N] bool: True where a token of the spectrum is hidden
     image_mask: Tensor  # [B, T] bool: True where a patch of the crop is hidden
+    shown_patches: Tensor  # [P] int64, ascending: the others as sample * T + patch; its length is known to the host
+    shown_tokens: Tensor  # [P] int64, ascending: tokens of spectra that are not hidden, likewise
     spectrum_hidden: Tensor  # [B] bool: True where the whole spectrum is hidden, or the sample has none
 
 
@@ -80,6 +82,8 @@ class InputSpec:
         local_size: Side of a local crop in pixels; 0 where there are none.
         n_local: Local crops a sample.
         pixels: Pixels L of a spectrum; 0 without spectra.
+        wave_start_angstrom: Wavelength of its first pixel, where pixels are equally spaced; else 0.
+        wave_step_angstrom: Their spacing; 0 where they are not equally spaced.
         columns: Columns of the catalogue that are inputs.
         column_mean: Mean of each of them over the training split, in the column's unit.
         column_std: Its standard deviation.
@@ -94,6 +98,8 @@ class InputSpec:
     local_size: int = 0
     n_local: int = 0
     pixels: int = 0
+    wave_start_angstrom: float = 0.0
+    wave_step_angstrom: float = 0.0
     columns: tuple[str, ...] = ()
     column_mean: tuple[float, ...] = ()
     column_std: tuple[float, ...] = ()

@@ -19,10 +19,19 @@ Expected: NMAD of the redshift of .026 from unmasked images alone, within about 
 They stay apart from the published runs in these: the last weights count, where there the best of a validation split did; an
 epoch leaves out the samples that do not fill a batch; and see `models/mmae/mmae.py` on the spectrum's decoder.
 
-One preset runs on a laptop's CPU, on simulated pairs of g, r, z images and spectra:
+    --preset improved   another model for the same task, not published (`models/mmae/token_drop.py`): hidden tokens are not
+                        computed, each sample hides its own share, U(0, .75), or a modality as a whole; p(z) in bins with
+                        CRPS; spectra decoded in the rest frame at a given redshift; images asinh of 3 sky sigmas a band and
+                        whitened, flipped and turned. `--method.stem convolutions` for a stem of convolutions
+
+Two presets run on a laptop's CPU, on simulated pairs of g, r, z images and spectra:
 
     armillary data simulate --spectra --count 500 --out runs/mmae/survey
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 recipes/mmae.py --preset smoke --device cpu --data.path runs/mmae/survey
+
+Measured with 390 galaxies to train on and 110 to test (`armillary evaluate RUN --tasks properties`), redshift predicted from
+images alone: smoke, seeds 0, 1, 2: R2 .77, .75, .73, NMAD .043, .038, .044; smoke_improved, seed 0: R2 .79, NMAD .038, with the
+spectrum .035. So few galaxies do not tell the two apart.
 """
 
 from dataclasses import replace
@@ -35,6 +44,7 @@ from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.data.views.stretch import AsinhWhiten, Identity
 from armillary.engine.train.start import main
 from armillary.models.mmae.mmae import MMAE
+from armillary.models.mmae.token_drop import TokenDropMMAE
 
 EPOCH = 94_173 // 256  # steps
 
@@ -80,6 +90,21 @@ RESTARTS = replace(
     ),
 )
 
+IMPROVED = replace(
+    RECIPE,
+    name="mmae_improved",
+    method=TokenDropMMAE(),
+    views=ObjectViews(
+        image=MultiCrop(
+            global_size=64, n_global=1, placement="centre", rotation="any", stretch=AsinhWhiten(ridge=0.03)
+        ),
+        spectrum=True,
+        targets=("redshift",),
+    ),
+    optim=Optim(lr=3e-4, betas=(0.9, 0.95), clip_norm=1.0),
+    schedule=Schedules(learning_rate=Cosine(end=0.0, warmup_steps=5 * EPOCH), weight_decay=Constant(0.05)),
+)
+
 SMOKE = Run(
     name="mmae_smoke",
     method=MMAE(dim=64, depth=2, fusion_depth=2, heads=4, dropout=0.0),
@@ -102,5 +127,21 @@ SMOKE = Run(
     checkpoint=Checkpointing(every_steps=150),
 )
 
+SMOKE_IMPROVED = replace(
+    SMOKE,
+    name="mmae_smoke_improved",
+    method=TokenDropMMAE(
+        dim=64, depth=3, heads=4, decoder_dim=32, decoder_depth=1, rest_points=512, rest_hidden=128,
+        highest_redshift=1.0, redshift_bins=60,
+    ),
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main(RECIPE, published=RECIPE, published_restarts=RESTARTS, smoke=SMOKE)
+    main(
+        RECIPE,
+        published=RECIPE,
+        published_restarts=RESTARTS,
+        improved=IMPROVED,
+        smoke=SMOKE,
+        smoke_improved=SMOKE_IMPROVED,
+    )

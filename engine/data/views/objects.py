@@ -72,11 +72,15 @@ class ObjectViews:
         columns = Columns.read(survey, self.columns) if self.columns else None
         targets = Columns.read(survey, self.targets) if self.targets else None
         image = None if self.image is None else self.image.input_spec(survey)
+        grid = survey.spectrum.grid if self.spectrum and survey.spectrum else None
+        linear = grid if grid and grid.kind == "linear" else None
         return InputSpec(
             channels=image.channels if image else 0,
             global_size=image.global_size if image else 0,
             n_global=1,
-            pixels=survey.spectrum.grid.count if self.spectrum and survey.spectrum else 0,
+            pixels=grid.count if grid else 0,
+            wave_start_angstrom=linear.start if linear else 0.0,
+            wave_step_angstrom=linear.step if linear else 0.0,
             columns=self.columns,
             column_mean=columns.mean if columns else (),
             column_std=columns.std if columns else (),

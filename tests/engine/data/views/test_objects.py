@@ -10,7 +10,7 @@ from mixed import Mixed
 
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.columns import Columns
-from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.format.survey import Survey, WaveGrid
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
 from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.engine.data.views.objects import ObjectViews
@@ -61,6 +61,8 @@ def test_input_spec_says_what_the_method_gets(folder):
         global_size=16,
         n_global=1,
         pixels=501,
+        wave_start_angstrom=3600.0,
+        wave_step_angstrom=0.8,
         columns=("z",),
         column_mean=spec.target_mean,
         column_std=spec.target_std,
@@ -69,7 +71,12 @@ def test_input_spec_says_what_the_method_gets(folder):
         target_std=spec.column_std,
     )
     np.testing.assert_allclose((*spec.target_mean, *spec.target_std), (z.mean(), z.std()))
-    assert ObjectViews(spectrum=True).input_spec(Survey.load(folder)) == InputSpec(n_global=1, pixels=501)
+    alone, survey = ObjectViews(spectrum=True), Survey.load(folder)
+    assert alone.input_spec(survey) == InputSpec(
+        n_global=1, pixels=501, wave_start_angstrom=3600.0, wave_step_angstrom=0.8
+    )
+    survey = replace(survey, spectrum=replace(survey.spectrum, grid=WaveGrid("log10", 3.5, 1e-4, 501)))
+    assert alone.input_spec(survey) == InputSpec(n_global=1, pixels=501)
 
 
 def test_a_training_batch(folder):
