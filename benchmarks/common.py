@@ -1,10 +1,11 @@
-"""What every benchmark shares: one way to time and one CSV schema that says where a figure was measured.
+"""What benchmarks share: one way to time, the size of a run, targets, and one CSV schema that says where a figure was measured.
 
 Benchmarks are scripts beside this file and import it as `common`: `python benchmarks/loader.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.metadata
 import io
@@ -23,7 +24,9 @@ import torch
 
 from armillary.engine.atomic_file import write_text
 
-__all__ = ["Timing", "append_rows", "describe_machine", "summary", "timed"]
+__all__ = [
+    "Timing", "append_rows", "csv_option", "describe_machine", "device_name", "fill_sizes", "summary", "timed", "verdict",
+]  # fmt: skip
 
 VERSIONED = ("torch", "triton", "numpy")
 
@@ -74,6 +77,31 @@ def summary(seconds: Sequence[float]) -> Timing:
     return Timing(statistics.median(seconds), fifths[0], fifths[3])
 
 
+def csv_option(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add --csv, the file that rows are appended to."""
+    default = Path("benchmarks/results") / f"{name}.csv"
+    parser.add_argument("--csv", type=Path, default=default, help=f"rows are appended ({default})")
+
+
+def fill_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace, **sizes: tuple[int, int]) -> None:
+    """Give options that were left out their value with --quick or without: `name=(quick, full)`; at least 1 each."""
+    for name, (quick, full) in sizes.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else full)
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+
+
+def verdict(value: float, bound: float, *, at_most: bool = False) -> str:
+    """Whether a target is met."""
+    return f"target {bound:g}: {'met' if (value <= bound if at_most else value >= bound) else 'MISSED'}"
+
+
+def device_name(device: torch.device | str) -> str:
+    """What the column `device` says."""
+    return "cpu" if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -102,7 +130,7 @@ def _constants() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     return {"device": device, "cpu": _cpu_name(), "cores": str(os.cpu_count()), **versions, "commit": _commit()}
 
 

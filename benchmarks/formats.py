@@ -27,7 +27,7 @@ import h5py
 import imagecodecs
 import numpy as np
 import torch
-from common import append_rows
+from common import append_rows, csv_option, fill_sizes, summary
 from format_kinds import FORMATS, Format
 from format_pieces import Pieces, real, simulated
 
@@ -100,7 +100,7 @@ def report(found: dict[str, dict[str, Any]], common: dict[str, object]) -> list[
         line = f"{name:34}{values['KiB']:8.1f}{size:9.2f}{values['error']:9.4f}"
         for quantity in ("encode", "decode"):
             ratio = statistics.median(a / b for a, b in zip(values[quantity], ours[quantity], strict=True))
-            low, median, high = np.percentile(values[quantity], [20, 50, 80]).tolist()
+            median, low, high = summary(values[quantity])
             cpu = statistics.median(values[f"{quantity} CPU"])
             line += f"{median:10.0f}{ratio:9.3f}{cpu:9.3f}"
             rows.append(
@@ -123,13 +123,9 @@ def parse() -> argparse.Namespace:
     where = Path(data) / REAL_FOLDER if data else None
     text = f"folder of Legacy Survey FITS cutouts ({REAL_FOLDER} in the folder that ARMILLARY_REAL_DATA names)"
     parser.add_argument("--cutouts", type=Path, default=where, help=text)
-    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/formats.csv"), help="rows are appended")
+    csv_option(parser, "formats")
     options = parser.parse_args()
-    for name, quick, full in (("images", 16, 64), ("slow_images", 4, 8), ("repeats", 3, 7)):
-        if getattr(options, name) is None:
-            setattr(options, name, quick if options.quick else full)
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    fill_sizes(parser, options, images=(16, 64), slow_images=(4, 8), repeats=(3, 7))
     return options
 
 

@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import webdataset as wds
-from common import append_rows, timed
+from common import append_rows, csv_option, device_name, fill_sizes, summary, timed, verdict
 from cutouts import BANDS, SKY_SIGMA, cutout
 from torch import Tensor
 
@@ -109,11 +109,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4, help="processes of the others (4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where batches go")
     parser.add_argument("--folder", type=Path, help="where to put the files (a temporary folder)")
-    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/loader.csv"), help="rows are appended")
+    csv_option(parser, "loader")
     options = parser.parse_args()
-    for name, quick, full in (("images", 512, 2048), ("batches", 16, 40), ("repeats", 3, 7)):
-        if getattr(options, name) is None:
-            setattr(options, name, quick if options.quick else full)
+    fill_sizes(parser, options, images=(512, 2048), batches=(16, 40), repeats=(3, 7))
     if options.images < options.batch:
         parser.error(f"--images must be at least --batch = {options.batch}, got {options.images}")
     return options
@@ -262,10 +260,8 @@ def main() -> None:
     common = {
         "benchmark": "loader", "shape": "x".join(map(str, shape)), "batch": options.batch, "images": options.images,
         "repeats": options.repeats, "webdataset": wds.__version__, "h5py": h5py.__version__,
-        "dali": version("nvidia-dali-cuda130"),
+        "dali": version("nvidia-dali-cuda130"), "device": device_name(options.device),
     }  # fmt: skip
-    if options.device == "cpu":
-        common["device"] = "cpu"
     with tempfile.TemporaryDirectory(prefix="armillary-benchmark-", dir=options.folder) as temporary:
         folder = Path(temporary)
         source = Cutouts(options.images, options.size)
@@ -321,7 +317,7 @@ def report_reading(
         ratios = [statistics.median(a / b for a, b in zip(values, base, strict=True)) for base in (alone, workers)]
         cost = statistics.median(pace.cpu_ms for pace in paces[name])
         kib = statistics.median(pace.kib for pace in paces[name])
-        low, median, high = np.percentile(values, [20, 50, 80]).tolist()
+        median, low, high = summary(values)
         print(f"{name:32}{median:10.0f}{low:9.0f}{high:9.0f}{ratios[0]:9.2f}{ratios[1]:18.2f}{cost:14.3f}{kib:11.1f}")
         row = {"name": name, "unit": "images/s", "value": median, "p20": low, "p80": high}
         row |= {"ratio_to_h5py": ratios[0], "ratio_to_h5py_workers": ratios[1]}
@@ -363,11 +359,6 @@ def report_codec(
         print(f"{name}: largest error {error:.4f} sky sigma")
         rows.append({**common, "name": f"{name}, largest error", "unit": "sky sigma", "value": error})
     return rows
-
-
-def verdict(value: float, target: float) -> str:
-    """Whether a target is met."""
-    return f"target {target:g}: {'met' if value >= target else 'MISSED'}"
 
 
 if __name__ == "__main__":

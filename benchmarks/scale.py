@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import append_rows
+from common import append_rows, csv_option, verdict
 
 from armillary.engine.data.format.survey import ShardRecord, Statistics, Survey
 from armillary.engine.data.loading.epoch_order import EpochOrder, micro_batches
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/scale.csv"))
+    csv_option(parser, "scale")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # the measuring process
     args = parser.parse_args()
     if args.start:
@@ -136,8 +136,7 @@ def main() -> None:
         ("start_s", "s to the first planned micro-batch"),
         ("peak_gib", "GiB at most, the imports' included"),
     ):
-        value = row[name]
-        print(f"  {value:.2f} {unit} (target {TARGETS[name]:g}: {'met' if value <= TARGETS[name] else 'missed'})")
+        print(f"  {row[name]:.2f} {unit} ({verdict(row[name], TARGETS[name], at_most=True)})")
     print(f"  {row['plan_us_a_sample']:.2f} us a planned sample; imports alone {row['peak_before_gib']:.2f} GiB")
     print(f"  {WORLD} ranks read {once:,} samples once, none twice; {left:,} fill no global batch this epoch")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from common import append_rows, timed
+from common import append_rows, csv_option, timed
 
 from armillary.engine.evaluate.search.index import Index
 from armillary.engine.evaluate.search.index_settings import IndexSettings
@@ -53,11 +53,6 @@ def check_exact(index: Index, vectors: np.ndarray, queries: np.ndarray) -> None:
         raise SystemExit(f"the exact index is off by {error:g}")
 
 
-def directory_bytes(folder: Path) -> int:
-    """Bytes of the saved index itself, without keys and kept vectors."""
-    return (folder / "index.faiss").stat().st_size
-
-
 def main() -> None:
     """Measure, print and append to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -72,7 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/search.csv"), help="rows are appended")
+    csv_option(parser, "search")
     args = parser.parse_args()
     faiss.omp_set_num_threads(args.threads)
     vectors = make_vectors(args.vectors, args.dimensions, args.clusters, args.spread, 0)
@@ -114,7 +109,7 @@ def main() -> None:
         ranked = Index.build(vectors, plan=plan, keep=Path(place) / "kept.npy")
         build_s = time.perf_counter() - start
         ranked.save(Path(place) / "index")
-        size = directory_bytes(Path(place) / "index") / args.vectors
+        size = (Path(place) / "index" / "index.faiss").stat().st_size / args.vectors  # without keys and kept vectors
         (Path(place) / "index" / "vectors.npy").unlink()
         codes = Index.load(Path(place) / "index")
         for probes in args.probes or (plan.probes, min(plan.lists, 4 * plan.probes)):

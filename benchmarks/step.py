@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import append_rows, summary
+from common import append_rows, csv_option, device_name, summary
 from step_methods import MODELS, CachedCLIP, CLIPSubject, DINOv2Subject, MMAESubject, SpecFormerSubject
 from step_training import Subject, Training, phase_columns
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/step.csv"))
+    csv_option(parser, "step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace, precision: str, device: torch.device, fold
         unit = subject.unit
         row: dict[str, object] = {
             "benchmark": f"{args.method} step",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": device_name(device),
             **columns(args, name, subject),
             "precision": precision,
             "batch": args.batch,

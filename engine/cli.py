@@ -25,6 +25,7 @@ from typing import Annotated, Literal
 import tyro
 
 import armillary
+from armillary.engine.user_code import Packages, trust
 
 __all__ = ["COMMANDS", "export", "main"]
 
@@ -101,7 +102,7 @@ def export(
     *,
     format: Literal["safetensors", "dinov2", "specformer", "portable"] = "safetensors",
     block_chunks: int = 0,
-    package: tuple[str, ...] = (),
+    package: Packages = (),
 ) -> int:
     """Take the encoder, or everything, out of a run's newest checkpoint.
 
@@ -113,19 +114,19 @@ def export(
             .safetensors or .ckpt. portable is weights, optimizer, average, loader and counters, from which --restore of a
             recipe continues with another number of ranks or another ZeRO stage.
         block_chunks: With dinov2, the other program's block_chunks.
-        package: Packages besides armillary that the run's method and views come from.
+        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
     """
-    from armillary.engine.config.config_json import PACKAGES
     from armillary.engine.weights.export import export_dinov2, export_encoder, export_specformer
     from armillary.engine.weights.portable import export_portable, find_checkpoint
     from armillary.engine.weights.trained_encoder import TrainedEncoder
 
+    trust(*package)
     if block_chunks and format != "dinov2":
         raise ValueError(f"block_chunks: must be 0 without --format dinov2, got {block_chunks}")
     if format == "portable":
         export_portable(find_checkpoint(run), out)
     else:
-        encoder = TrainedEncoder.open(run, (*PACKAGES, *package))
+        encoder = TrainedEncoder.open(run)
         if format == "dinov2":
             export_dinov2(encoder, out, block_chunks)
         elif format == "specformer":

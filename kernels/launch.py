@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, wraps
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar, get_args
 
 import torch
 import triton
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Impl = Literal["auto", "reference", "triton"]
-IMPLS: tuple[str, ...] = ("auto", "reference", "triton")
+IMPLS: tuple[str, ...] = get_args(Impl)
 
 INTERPRETER = 0  # the key of a launch table for Triton's interpreter: small blocks, so that small inputs have borders
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

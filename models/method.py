@@ -226,7 +226,7 @@ class Method(nn.Module, ABC):
         return {}
 
     def tokens(self, batch: Batch) -> dict[str, Tensor]:
-        """What frozen encoders make of a batch, for a cache; `training_step` takes it from a batch in place of its inputs.
+        """What frozen encoders make of a batch, to be cached; `training_step` takes it in place of the inputs.
 
         Args:
             batch: As for `training_step`.
@@ -265,4 +265,8 @@ class MethodConfig(ABC):
 
     @abstractmethod
     def build(self, inputs: InputSpec) -> Method:
-        """Build the method with freshly initialised parameters (from torch's global generator)."""
+        """Build the method with freshly initialised parameters (from torch's global generator).
+
+        Raises:
+            ValueError: The configuration breaks a rule; all of them are listed.
+        """

@@ -22,11 +22,11 @@ Where the paper and the released code differ, both are presets:
     --preset paper     512 dimensions, encoders trained on, flips and rotations, all 1,024 pairs contrasted with each other,
                        weight decay .01, 500 epochs (its "iterations", which take 6 minutes each)
 
-Both have the released heads and image tokens (`models/astroclip/astroclip.py`); rate and warm-up of the paper's run are not published,
-and are the released ones.
+Both have the released heads and image tokens (`models/astroclip/astroclip.py`). The paper does not say its learning rate
+and warm-up: they are the released ones.
 
 Negatives come from one pass over one micro-batch. Contrasting a whole global batch takes `gather` and micro_batch * GPUs =
-global_batch, so PAPER wants 8 GPUs; with fewer the negatives get fewer, not the pairs.
+global_batch, so PAPER wants 8 GPUs; with fewer GPUs a step has as many pairs, but each is contrasted with fewer.
 
 With frozen encoders and no augmentation, tokens may be computed once: `--data.token-cache PATH`, 1.5 MB a pair in float16.
 

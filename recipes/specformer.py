@@ -3,7 +3,7 @@
 Source: Parker et al. 2024 (AstroCLIP, arXiv:2310.03024), section 3.2 and its released code.
 Data: DESI coadds of galaxies, 7,781 pixels from 3600 to 9824 angstrom, in 1e-17 erg/s/cm2/angstrom: the spectra of the
     released pairs, or any survey on that grid:
-    armillary data build recipes/survey_desi_pairs.py --out surveys/desi-pairs
+    python recipes/survey_desi_pairs.py --out surveys/desi-pairs      (its docstring names the folders to give)
 Hardware: published on 4 A100, 12 hours (released code's README) or 4 H100, 24 hours (paper). Not run here.
 Expected: R2 of 0.84 for stellar mass and 0.57 for metallicity from the mean of the tokens, by nearest neighbours (paper).
     Not run here.
@@ -12,11 +12,11 @@ Expected: R2 of 0.84 for stellar mass and 0.57 for metallicity from the mean of 
 
 Where the paper and the released code differ, both are presets:
 
-    recipe (released)  6 hidden chunks of 50 tokens; 30,000 steps (README) of a cosine made for 500,000, on which the rate
-                       falls from 1e-5 to 9.92e-6 only; 4 x 64 spectra a step in float32, every parameter decayed
+    recipe (released)  6 hidden chunks of 50 tokens; 30,000 steps (README) of a cosine made for 500,000, so that the
+                       rate falls from 1e-5 to 9.92e-6 only; 4 x 64 spectra a step in float32, every parameter decayed
     --preset released_500k   the same to the end of that cosine, as the released configuration has it
-    --preset paper     6 hidden chunks of 30 tokens (600 pixels), 500 epochs; the rest, of which the paper says nothing, as
-                       released
+    --preset paper     6 hidden chunks of 30 tokens (600 pixels), 500 epochs; the rest as released, as the paper does not
+                       say
 
 One preset runs on a laptop's CPU, on the simulated pairs of galaxies and spectra: 193 windows four times as wide, which know
 continua and not single lines. 900 steps are ten minutes of processor time, on two threads. Measured on 983 test galaxies (one

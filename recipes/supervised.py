@@ -16,9 +16,9 @@ Where the paper and the released code differ on the ResNet, both are presets:
     recipe (released)  50 epochs, batch 128; there Gaussian blur of 3 pixels, and flips of whole batches
     --preset paper     100 epochs, batch 512; there Gaussian blur of 5 pixels, sigma of U(0, 2)
 
-They stay apart from the published runs in these: images are flipped one by one and not blurred; one network predicts all
-labels, not a network each (`--views.targets redshift` trains one label alone); the last weights count, after a cosine of
-the learning rate down to 0, where there the best epoch on a validation split did, under a constant rate.
+They differ from the published runs in three things. Images are flipped one by one and not blurred. One network predicts
+all labels; there each label had its own (`--views.targets redshift` trains one label alone). The learning rate falls on a
+cosine to 0 and the last weights count; there the rate was constant and the best epoch on a validation split counted.
 
 Three presets run on a laptop's CPU, on 4,000 simulated pairs of galaxies and spectra, a minute or two each on two
 cores. R2 on the 983 test galaxies, as measured:

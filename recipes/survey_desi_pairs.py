@@ -2,7 +2,8 @@
 
 Source: images of Stein et al. 2021 (arXiv:2110.13151), DESI early data release spectra (arXiv:2306.06308) with Redrock's
     redshifts, PROVABGS stellar masses (arXiv:2202.01809). AstroCLIP (arXiv:2310.03024) pairs 197,632 objects in this way;
-    its authors also publish the pairs ready made: `armillary data build astroclip_desi.1.1.5.h5`.
+    its authors also publish the pairs ready made:
+    armillary data build astroclip_desi.1.1.5.h5 --out surveys/desi-pairs
 Data: the files as published, in three folders; positions are matched within 1 arcsec, PROVABGS by DESI's TARGETID.
 Expected: not run here, because the files (60 GB and more) have not been at hand.
 

@@ -7,8 +7,8 @@ For each stage a two-rank run goes through once undisturbed. Its twin is killed 
 both, at a random moment of a step or at a chosen point of a save, and started again by the same command. Prints one line
 a death and exits with 1 where the last checkpoints differ.
 
-With `--exits` nothing is killed: so many two-rank runs of two steps a stage must all leave with exit code 0. Their ranks are
-forked, so that the imports are paid once, and end as any Python process does.
+With `--exits` nothing is killed: so many two-rank runs of two steps a stage must all leave with exit code 0. Ranks are forked, so
+that the imports are paid once, and end as any Python process does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,29 +32,20 @@ POINTS = ("shard", "state", "latest")
 sys.path.insert(0, str(SCRIPT.parent))
 sys.path.insert(0, str(ROOT))
 
+import fork_server  # noqa: E402
 
-def environment_of(folder: Path) -> dict[str, str]:
-    """What two ranks share; a port of their own."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    return os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_OUT": str(folder), "TOY_SURVEY": str(folder / "survey"),
-        "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
-    }  # fmt: skip
+
+def places(folder: Path) -> dict[str, str]:
+    """Where the toy finds its survey and writes its runs."""
+    return {"TOY_OUT": str(folder), "TOY_SURVEY": str(folder / "survey")}
 
 
 def leave(folder: Path, stage: int, runs: int) -> bool:
     """Let many runs end by themselves; True where every rank's exit code is 0."""
-    import fork_server
-
     codes: Counter[int] = Counter()
     for number in range(runs):
         arguments = ["--name", f"exit{stage}", "--train.zero-stage", str(stage), "--train.steps", "2"]
-        common = environment_of(folder)
-        ranks = [
-            fork_server.start(SCRIPT, arguments, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
-        ]
+        ranks = fork_server.start(SCRIPT, arguments, **places(folder))
         said = [rank.communicate(120)[0] for rank in ranks]
         codes.update(rank.wait() for rank in ranks)
         for rank, text in zip(ranks, said, strict=True):
@@ -67,31 +56,14 @@ def leave(folder: Path, stage: int, runs: int) -> bool:
     return set(codes) == {0}
 
 
-def launch(folder: Path, name: str, stage: int, **environment: str) -> list[subprocess.Popen]:
-    """Start two ranks, each in a session of its own."""
-    common = environment_of(folder) | {"STEP_SECONDS": "0.03", **environment}
-    fields = {
-        "--name": name, "--train.zero-stage": str(stage), "--train.steps": str(STEPS),
-        "--checkpoint.every-steps": str(EVERY), "--checkpoint.verify": None,
-    }  # fmt: skip
-    command = [sys.executable, str(SCRIPT)]
-    for key, value in fields.items():
-        command += [key] if value is None else [key, value]
-    return [
-        subprocess.Popen(
-            command,
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
+def launch(folder: Path, name: str, stage: int, **environment: str) -> list[fork_server.Rank]:
+    """Start two ranks."""
+    arguments = ["--name", name, "--train.zero-stage", str(stage), "--train.steps", str(STEPS)]
+    arguments += ["--checkpoint.every-steps", str(EVERY), "--checkpoint.verify"]
+    return fork_server.start(SCRIPT, arguments, **places(folder), STEP_SECONDS="0.03", **environment)
 
 
-def end(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+def end(processes: list[fork_server.Rank], seconds: float) -> list[int]:
     """Exit codes, after SIGKILL for whoever is still there in the end."""
     limit = time.monotonic() + seconds
     while any(p.poll() is None for p in processes) and time.monotonic() < limit:
@@ -147,7 +119,7 @@ def soak(folder: Path, stage: int, kills: int, draw: random.Random) -> bool:
     processes = launch(folder, tried, stage)
     codes = end(processes, 120)
     if codes != [0, 0]:
-        print("".join(p.stderr.read() for p in processes if p.stderr))
+        print("".join(p.communicate()[0] for p in processes))
         return False
     last = f"step-{STEPS:08d}"
     digests = {toy.digest(folder / name / "checkpoints" / last) for name in (calm, tried)}

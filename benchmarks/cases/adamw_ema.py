@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from armillary.kernels.adamw_ema import adamw_ema_, adamw_ema_reference
-from cases.case import Case, Problem
+from cases.case import Case, Problem, word
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.04, "step": 10, "grad_scale": 1.7}
 
@@ -55,4 +55,4 @@ def _case(n: int, grad_dtype: torch.dtype) -> Case:
         return p, m, v, ema.lerp_(p, 1 - 0.992)
 
     traffic = n * (4.0 * 8 + grad_dtype.itemsize)
-    return Case("adamw_ema", f"N={n} gradient {str(grad_dtype).removeprefix('torch.')}", build, (traffic, 0.0))
+    return Case("adamw_ema", f"N={n} gradient {word(grad_dtype)}", build, (traffic, 0.0))

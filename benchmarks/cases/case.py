@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "Outputs", "Problem", "Way", "dtype_of", "gaussian"]
+__all__ = ["Case", "Outputs", "Problem", "Way", "ball_points", "dtype_of", "gaussian", "word"]
 
 Outputs = Tensor | tuple[Tensor, ...]
 Way = Callable[..., Outputs]
@@ -75,6 +75,17 @@ def dtype_of(tiny: bool) -> torch.dtype:
     return torch.float32 if tiny else torch.bfloat16
 
 
+def word(dtype: torch.dtype) -> str:
+    """A dtype in the results."""
+    return str(dtype).removeprefix("torch.")
+
+
 def gaussian(*shape: int, scale: float = 1.0, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normally distributed numbers from torch's global generator, drawn in float32 on the device."""
     return torch.randn(*shape, device=device).mul_(scale).to(dtype)
+
+
+def ball_points(m: int, d: int, tiny: bool, device: torch.device) -> dict[str, Tensor | None]:
+    """Inputs of a map of two rows: points x and y [m, d] of the Poincare ball, and its c."""
+    x, y = (gaussian(m, d, scale=length * d**-0.5, dtype=dtype_of(tiny), device=device) for length in (0.7, 0.4))
+    return {"x": x, "y": y, "c": torch.tensor(0.8, device=device)}

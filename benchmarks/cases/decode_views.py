@@ -9,7 +9,7 @@ from torch import Tensor
 
 from armillary.kernels.pixels.decode_views import decode_views, decode_views_reference
 from armillary.kernels.pixels.stretch import AsinhMatrix, Lupton, StretchNumbers
-from cases.case import Case, Problem
+from cases.case import Case, Problem, word
 from cases.decode import padded_blobs
 
 STRETCHES: dict[str, StretchNumbers] = {
@@ -58,5 +58,5 @@ def _case(b: int, side: int, crop: int, stretch: str, dtype: torch.dtype) -> Cas
 
     output = float(dtype.itemsize) * b * len(BANDS) * crop**2
     compressed = b * 2.11 * side**2  # bytes: 47.6 KiB of a cutout of 3 x 152 x 152
-    name = f"B={b} 3x{side}x{side} to {crop} {stretch} {str(dtype).removeprefix('torch.')}"
+    name = f"B={b} 3x{side}x{side} to {crop} {stretch} {word(dtype)}"
     return Case("decode_views", name, build, (output + compressed, 0.0), output_bytes=output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from armillary.kernels.geometry.mobius_add import mobius_add, mobius_add_reference
-from cases.case import Case, Problem, dtype_of, gaussian
+from cases.case import Case, Problem, ball_points, dtype_of
 
 
 def cases(tiny: bool) -> list[Case]:
@@ -13,10 +13,7 @@ def cases(tiny: bool) -> list[Case]:
     m, d = (9, 24) if tiny else (47808, 1024)
 
     def build(device: torch.device) -> Problem:
-        def points(length: float) -> torch.Tensor:
-            return gaussian(m, d, scale=length * d**-0.5, dtype=dtype_of(tiny), device=device)
-
-        inputs = {"x": points(0.7), "y": points(0.4), "c": torch.tensor(0.8, device=device)}
+        inputs = ball_points(m, d, tiny, device)
         return Problem(inputs, lambda **x: mobius_add(**x, impl="triton"), mobius_add_reference, tuple(inputs))
 
     row = m * d * dtype_of(tiny).itemsize

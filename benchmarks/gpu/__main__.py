@@ -84,17 +84,14 @@ def prepare() -> None:
 def folder_of(device: str) -> Path:
     """Where results of a device go."""
     import torch
+    from common import device_name
 
-    if device == "cpu":
-        name = "cpu"
-    elif not torch.cuda.is_available():
+    if device != "cpu" and not torch.cuda.is_available():
         raise SystemExit(
             "benchmarks/gpu: torch finds no GPU; to walk through the code without one: "
             "TRITON_INTERPRET=1 python benchmarks/gpu --device cpu --smoke --out DIR"
         )
-    else:
-        name = torch.cuda.get_device_name(torch.device(device))
-    return ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def main() -> int:

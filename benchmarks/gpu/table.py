@@ -66,14 +66,11 @@ def by_shape(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     return found
 
 
-def _at_least(what: str, bound: float, value: float | None, unit: str, digits: int) -> Target:
-    measured = None if value is None else f"{value:.{digits}f}{unit}"
-    return Target(what, f"at least {bound:g}{unit}", measured, None if value is None else value >= bound)
-
-
-def _at_most(what: str, bound: float, value: float | None, unit: str, digits: int) -> Target:
-    measured = None if value is None else f"{value:.{digits}f}{unit}"
-    return Target(what, f"at most {bound:g}{unit}", measured, None if value is None else value <= bound)
+def _target(limit: str, what: str, bound: float, value: float | None, unit: str, digits: int) -> Target:
+    text = f"{limit} {bound:g}{unit}"
+    if value is None:
+        return Target(what, text, None, None)
+    return Target(what, text, f"{value:.{digits}f}{unit}", value >= bound if limit == "at least" else value <= bound)
 
 
 def targets(rows: Sequence[Row]) -> Iterator[Target]:
@@ -82,26 +79,28 @@ def targets(rows: Sequence[Row]) -> Iterator[Target]:
         ours = ways.get("triton")
         if operation == "geometry_ffn":
             name = f"geometry experts {shape}".strip()
-            yield _at_least(f"{name}: faster than eager", 1.4, ratio(ways.get("eager"), ours, "whole_ms"), "x", 2)
+            yield _target(
+                "at least", f"{name}: faster than eager", 1.4, ratio(ways.get("eager"), ours, "whole_ms"), "x", 2
+            )
             if "compiled" in ways:
                 against = ratio(ways["compiled"], ours, "whole_ms")
-                yield _at_least(f"{name}: faster than torch.compile", 1.15, against, "x", 2)
+                yield _target("at least", f"{name}: faster than torch.compile", 1.15, against, "x", 2)
             if PLAIN in ways:
                 over = ratio(ours, ways[PLAIN], "whole_ms")
                 over = None if over is None else 100 * (over - 1)
-                yield _at_most(f"{name}: more than {PLAIN} of the same products", 5, over, " %", 1)
+                yield _target("at most", f"{name}: more than {PLAIN} of the same products", 5, over, " %", 1)
         if operation in ("decode", "decode_views") and ours is not None:
             share = number(ours, "output_percent")
-            yield _at_least(f"{operation} {shape}: rate of its output over the copy rate", 70, share, " %", 0)
+            yield _target("at least", f"{operation} {shape}: rate of its output over the copy rate", 70, share, " %", 0)
         if operation == "prototype_loss":
             share = ratio(ours, ways.get("eager"), "peak_mib")
-            yield _at_most(f"prototype loss {shape}: memory over eager's", 0.125, share, "", 3)
+            yield _target("at most", f"prototype loss {shape}: memory over eager's", 0.125, share, "", 3)
     step = {row["variant"]: row for row in rows if row["kind"] == "step"}
     if step:
         against = ratio(step.get("compiled"), step.get("triton"), "ms_per_image")
-        yield _at_least("ViT-L step: faster than torch.compile", 1.1, against, "x", 2)
+        yield _target("at least", "ViT-L step: faster than torch.compile", 1.1, against, "x", 2)
         share = number(step.get("triton"), "gemm_percent")
-        yield _at_least("ViT-L step: matrix products over the measured bf16 rate", 55, share, " %", 0)
+        yield _target("at least", "ViT-L step: matrix products over the measured bf16 rate", 55, share, " %", 0)
 
 
 PLAIN = "three plain FFNs"

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import torch
 from cases.case import Case
-from gpu.measure import check, measure, passes_of, run_once
+from gpu.check import check, run_once
+from gpu.measure import measure, passes_of
 
 from armillary.kernels.launch import INTERPRETER, Launch, settings
 from armillary.kernels.mlp.gemm import Gemm

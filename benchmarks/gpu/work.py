@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from cases import load
-from cases.case import Case, Way
-from gpu.measure import Measurement, Wrong, check, device_limits, measure, passes_of, run_once
+from cases.case import Case, word
+from gpu.check import Wrong, check, run_once
+from gpu.measure import Measurement, device_limits, measure, passes_of
 from gpu.tune import tune_rows
 from step_methods import CROPS, MODELS, DINOv2Subject
 from step_training import Training, phase_columns
@@ -153,7 +154,7 @@ def case_rows(case: Case, device: torch.device, smoke: bool, rows: list[Row]) ->
     common: Row = {
         "operation": case.operation,
         "shape": case.shape,
-        "dtype": str(next(x for x in problem.inputs.values() if x is not None).dtype).removeprefix("torch."),
+        "dtype": word(next(x for x in problem.inputs.values() if x is not None).dtype),
         "forward_gb": case.traffic[0] / 1e9,
         "backward_gb": case.traffic[1] / 1e9,
         "forward_gflop": case.flop[0] / 1e9,
@@ -166,7 +167,8 @@ def case_rows(case: Case, device: torch.device, smoke: bool, rows: list[Row]) ->
         **problem.others,
     }
     if case.compiled:
-        ways["compiled"] = _compiled(problem.reference, device)
+        # made for these very shapes
+        ways["compiled"] = torch.compile(problem.reference, dynamic=False, backend=_backend(device))
     for variant, way in ways.items():
         row: Row = {**common, "variant": variant, "status": "ok"}
         if variant == "triton":
@@ -184,9 +186,9 @@ def case_rows(case: Case, device: torch.device, smoke: bool, rows: list[Row]) ->
     torch.compiler.reset()
 
 
-def _compiled(way: Way, device: torch.device) -> Way:
-    """The reference through torch.compile, made for these very shapes; by Inductor where there is something to time."""
-    return torch.compile(way, dynamic=False, backend="inductor" if device.type == "cuda" else "eager")
+def _backend(device: torch.device) -> str:
+    """What torch.compile compiles with: Inductor where there is something to time."""
+    return "inductor" if device.type == "cuda" else "eager"
 
 
 def columns(found: Measurement) -> Row:
@@ -262,7 +264,6 @@ def _step_row(variant: str, device: torch.device, batch: int, smoke: bool) -> di
 
 
 def _compile_blocks(training: Training, device: torch.device) -> None:
-    backend = "inductor" if device.type == "cuda" else "eager"
     for network in (training.method.student, training.method.teacher):
         for block in network.backbone.blocks[:-1]:
-            block.compile(backend=backend, dynamic=False)
+            block.compile(backend=_backend(device), dynamic=False)

@@ -1,22 +1,20 @@
 """Frozen dataclasses as JSON and back, their type check, and the difference of two of them.
 
 A run's description has to outlive its process: `to_json` keeps, beside the fields of every dataclass, the import path of
-its class under "$type", so that `from_json` rebuilds the very same objects. Only classes of named packages are imported.
+its class under "$type", so that `from_json` rebuilds the very same objects. Only classes of trusted packages are imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["PACKAGES", "differences", "from_json", "packages_of", "to_json", "type_problems"]
+from armillary.engine.user_code import import_path, load_class
 
-PACKAGES = ("armillary",)
-"""Packages whose dataclasses `from_json` rebuilds unless told otherwise."""
+__all__ = ["differences", "from_json", "packages_of", "to_json", "type_problems"]
 
 
 def to_json(value: Any) -> Any:
@@ -31,7 +29,7 @@ def to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"$type": f"{cls.__module__}:{cls.__qualname__}", **fields}
+        return {"$type": f"{import_path(cls.__module__)}:{cls.__qualname__}", **fields}
     if isinstance(value, PurePath):
         return {"$path": str(value)}
     if isinstance(value, Mapping):
@@ -43,27 +41,32 @@ def to_json(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__}: a run's fields hold dataclasses, paths, tuples, numbers and text only")
 
 
-def from_json(value: Any, packages: Sequence[str] = PACKAGES, where: str = "run") -> Any:
+def from_json(value: Any, where: str = "run") -> Any:
     """Rebuild what `to_json` described; lists come back as tuples.
 
     Args:
         value: Parsed JSON.
-        packages: Top-level packages (or modules) whose dataclasses may be imported.
         where: Name of the value in messages.
 
     Raises:
-        ValueError: A class is outside `packages`, cannot be imported, is no dataclass, or its fields do not match.
+        ValueError: A class is not of a trusted package (see `user_code.trust`), cannot be imported, is no dataclass, or its
+            fields do not match.
     """
     if isinstance(value, list):
-        return tuple(from_json(v, packages, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(from_json(v, f"{where}[{i}]") for i, v in enumerate(value))
     if not isinstance(value, dict):
         return value
     if "$path" in value:
         return Path(value["$path"])
-    fields = {k: from_json(v, packages, f"{where}.{k}") for k, v in value.items() if k != "$type"}
+    fields = {k: from_json(v, f"{where}.{k}") for k, v in value.items() if k != "$type"}
     if "$type" not in value:
         return fields
-    cls = _load_class(value["$type"], packages, where)
+    try:
+        cls = load_class(value["$type"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"{where}: {value['$type']} must be a dataclass")
     known = {f.name for f in dataclasses.fields(cls)}
     required = {
         f.name
@@ -87,23 +90,6 @@ def packages_of(described: Any) -> tuple[str, ...]:
     else:
         own, nested = (), [packages_of(v) for v in described] if isinstance(described, list) else []
     return tuple(dict.fromkeys([*own, *(name for names in nested for name in names)]))
-
-
-def _load_class(path: str, packages: Sequence[str], where: str) -> type:
-    module_name, _, qualname = path.partition(":")
-    if module_name.split(".")[0] not in packages:
-        raise ValueError(
-            f"{where}: class {path} is outside {', '.join(packages)}; name its package to allow it to be imported"
-        )
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where}: class {path} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise ValueError(f"{where}: {path} is not a dataclass")
-    return found
 
 
 def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
@@ -135,7 +121,7 @@ def type_problems(value: Any, where: str = "") -> list[str]:
         name = f"{where}.{field.name}" if where else field.name
         item = getattr(value, field.name)
         if not _fits(item, hints[field.name]):
-            problems.append(f"{name}: {_describe(hints[field.name])}, got {item!r}")
+            problems.append(f"{name}: must be {_describe(hints[field.name])}, got {item!r}")
         elif dataclasses.is_dataclass(item) and not isinstance(item, type):
             problems += type_problems(item, name)
     return problems
@@ -175,6 +161,6 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in args)
     if origin is tuple:
-        return "tuple of " + ", ".join("..." if a is Ellipsis else _describe(a) for a in args)
-    names = {int: "whole number", float: "number", str: "text", bool: "True or False", type(None): "None"}
+        return "a tuple of " + ", ".join("..." if a is Ellipsis else _describe(a) for a in args)
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from armillary.engine.atomic_file import write_json
-from armillary.engine.config.config_json import PACKAGES, from_json, to_json
+from armillary.engine.config.config_json import from_json, to_json
 from armillary.engine.config.schedule import Schedules
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.kernels.launch import Impl
@@ -217,12 +217,11 @@ class Run:
         write_json(path, {"run": to_json(self), **extra})
 
     @classmethod
-    def load(cls, path: Path | str, packages: Sequence[str] = PACKAGES) -> Run:
+    def load(cls, path: Path | str) -> Run:
         """Read a record.
 
         Args:
             path: run.json, or the folder of a run.
-            packages: Packages whose classes it may name; add your own for a method that is not part of armillary.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -236,17 +235,17 @@ class Run:
             record = json.loads(path.read_text())["run"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the record of a run: {error!r}") from error
-        return cls.from_record(record, path, packages)
+        return cls.from_record(record, path)
 
     @classmethod
-    def from_record(cls, record: Any, path: Path, packages: Sequence[str] = PACKAGES) -> Run:
+    def from_record(cls, record: Any, path: Path) -> Run:
         """Rebuild a run from its record as JSON types, which was found at `path`.
 
         Raises:
             ValueError: As for `load`.
         """
         try:
-            run = from_json(record, packages)
+            run = from_json(record)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not the record of a run: {error!r}") from error
         except ValueError as error:

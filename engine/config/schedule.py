@@ -8,133 +8,115 @@ curves of DINOv2's `CosineScheduler`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass, fields, replace
 
 __all__ = ["Constant", "Cosine", "Linear", "Schedule", "Schedules", "WarmRestarts"]
 
 
 @dataclass(frozen=True)
-class Constant:
-    """A value that stays.
+class _Warmup(ABC):
+    """A linear warm-up to a first value, and what follows.
 
     Attributes:
-        start: The value; None in `schedule.learning_rate`, whose peak is `optim.lr`.
+        start: Value after the warm-up; None in `schedule.learning_rate`, whose peak is `optim.lr`.
         warmup_steps: Steps of linear warm-up.
         warmup_start: Value at step 0 of the warm-up.
     """
 
     start: float | None = None
+    _: KW_ONLY
     warmup_steps: int = 0
     warmup_start: float = 0.0
 
     def at(self, step: int, total_steps: int) -> float:
         """Value at a step (0 is the first) of `total_steps`."""
-        peak = _known(self.start)
-        return peak if step >= self.warmup_steps else _warmup(self, peak, step)
+        peak, warmup = self.start, self.warmup_steps
+        if peak is None:
+            raise ValueError("schedule.start: must be a number, as only learning_rate may leave it out, got None")
+        if step >= warmup:
+            return self._after(peak, step - warmup, total_steps - warmup)
+        if warmup == 1:
+            return self.warmup_start
+        return self.warmup_start + (peak - self.warmup_start) * step / (warmup - 1)
+
+    @abstractmethod
+    def _after(self, peak: float, step: int, steps: int) -> float:
+        """Value at a step of the `steps` after the warm-up."""
 
 
 @dataclass(frozen=True)
-class Linear:
+class Constant(_Warmup):
+    """A value that stays."""
+
+    def _after(self, peak: float, step: int, steps: int) -> float:
+        return peak
+
+
+@dataclass(frozen=True)
+class Linear(_Warmup):
     """A line from `start`, after the warm-up, to `end` at the last step, which it reaches.
 
     Attributes:
-        start: Value after the warm-up; None in `schedule.learning_rate`, whose peak is `optim.lr`.
         end: Value at the last step.
-        warmup_steps: Steps of linear warm-up.
-        warmup_start: Value at step 0 of the warm-up.
     """
 
-    start: float | None = None
     end: float = 0.0
-    warmup_steps: int = 0
-    warmup_start: float = 0.0
 
-    def at(self, step: int, total_steps: int) -> float:
-        """Value at a step (0 is the first) of `total_steps`."""
-        peak = _known(self.start)
-        if step < self.warmup_steps:
-            return _warmup(self, peak, step)
-        last = total_steps - 1 - self.warmup_steps
-        return peak + (self.end - peak) * (min((step - self.warmup_steps) / last, 1.0) if last > 0 else 0.0)
+    def _after(self, peak: float, step: int, steps: int) -> float:
+        return peak + (self.end - peak) * (min(step / (steps - 1), 1.0) if steps > 1 else 0.0)
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Warmup):
     """Half a cosine from `start`, after the warm-up, towards `end`, which it would reach one step after the last.
 
     Attributes:
-        start: Value after the warm-up; None in `schedule.learning_rate`, whose peak is `optim.lr`.
         end: Value at `total_steps`.
-        warmup_steps: Steps of linear warm-up.
-        warmup_start: Value at step 0 of the warm-up.
     """
 
-    start: float | None = None
     end: float = 0.0
-    warmup_steps: int = 0
-    warmup_start: float = 0.0
 
-    def at(self, step: int, total_steps: int) -> float:
-        """Value at a step (0 is the first) of `total_steps`."""
-        peak = _known(self.start)
-        if step < self.warmup_steps:
-            return _warmup(self, peak, step)
-        if step >= total_steps:
+    def _after(self, peak: float, step: int, steps: int) -> float:
+        if step >= steps:
             return self.end
-        phase = math.pi * (step - self.warmup_steps) / (total_steps - self.warmup_steps)
-        return self.end + 0.5 * (peak - self.end) * (1 + math.cos(phase))
+        return self.end + 0.5 * (peak - self.end) * (1 + math.cos(math.pi * step / steps))
 
 
 @dataclass(frozen=True)
-class WarmRestarts:
+class WarmRestarts(_Warmup):
     """Half cosines from `start` towards `end`, one after the other, each longer than the one before.
 
     Unlike the others it warms up as PyTorch's LinearLR does, to reach `start` one value after the warm-up. The cosines are
     those of CosineAnnealingWarmRestarts (Loshchilov and Hutter, arXiv:1608.03983).
 
     Attributes:
-        start: Value after the warm-up; None in `schedule.learning_rate`, whose peak is `optim.lr`.
         end: Value that a cosine would reach one value after its last.
-        warmup_steps: Steps of linear warm-up.
-        warmup_start: Value at step 0 of the warm-up.
         period_steps: Steps of the first cosine.
         growth: Length of a cosine over that of the one before.
         hold_steps: Steps for which a value holds: those of an epoch, where it changes once an epoch.
     """
 
-    start: float | None = None
     end: float = 0.0
-    warmup_steps: int = 0
-    warmup_start: float = 0.0
     period_steps: int = 1000
     growth: int = 2
     hold_steps: int = 1
 
     def at(self, step: int, total_steps: int) -> float:
         """Value at a step (0 is the first) of `total_steps`."""
-        peak = _known(self.start)
         step -= step % self.hold_steps
-        if step < self.warmup_steps:
-            return self.warmup_start + (peak - self.warmup_start) * step / self.warmup_steps
-        step, period = step - self.warmup_steps, self.period_steps
+        if self.start is not None and step < self.warmup_steps:
+            return self.warmup_start + (self.start - self.warmup_start) * step / self.warmup_steps
+        return super().at(step, total_steps)
+
+    def _after(self, peak: float, step: int, steps: int) -> float:
+        period = self.period_steps
         while step >= period:
             step, period = step - period, period * self.growth
         return self.end + 0.5 * (peak - self.end) * (1 + math.cos(math.pi * step / period))
 
 
 Schedule = Constant | Linear | Cosine | WarmRestarts
-
-
-def _known(start: float | None) -> float:
-    if start is None:
-        raise ValueError("schedule without a start value: only learning_rate may leave it out (its peak is optim.lr)")
-    return start
-
-
-def _warmup(schedule: Schedule, peak: float, step: int) -> float:
-    if schedule.warmup_steps == 1:
-        return schedule.warmup_start
-    return schedule.warmup_start + (peak - schedule.warmup_start) * step / (schedule.warmup_steps - 1)
 
 
 @dataclass(frozen=True)
@@ -174,22 +156,24 @@ class Schedules:
                 continue
             name = field.name
             if name == "learning_rate" and schedule.start is not None:
-                found.append(f"{name}.start: None, for its peak is optim.lr, got {schedule.start!r}")
+                found.append(f"{name}.start: must be None, because its peak is optim.lr, got {schedule.start!r}")
             if name != "learning_rate" and schedule.start is None:
-                found.append(f"{name}.start: a number, got None")
+                found.append(f"{name}.start: must be a number, got None")
             if schedule.warmup_steps < 0:
-                found.append(f"{name}.warmup_steps: 0 or more, got {schedule.warmup_steps}")
-            for key in ("period_steps", "growth", "hold_steps"):
-                if getattr(schedule, key, 1) < 1:
-                    found.append(f"{name}.{key}: 1 or more, got {getattr(schedule, key)}")
+                found.append(f"{name}.warmup_steps: must be at least 0, got {schedule.warmup_steps}")
+            found += [
+                f"{name}.{key}: must be at least 1, got {getattr(schedule, key)}"
+                for key in ("period_steps", "growth", "hold_steps")
+                if getattr(schedule, key, 1) < 1
+            ]
             for key in ("start", "end", "warmup_start"):
                 value = getattr(schedule, key, None)
                 if value is None or (key == "warmup_start" and schedule.warmup_steps == 0):
                     continue
                 if not math.isfinite(value) or value < 0:
-                    found.append(f"{name}.{key}: a finite number >= 0, got {value!r}")
+                    found.append(f"{name}.{key}: must be a finite number >= 0, got {value!r}")
                 elif name == "ema_momentum" and value > 1:
-                    found.append(f"{name}.{key}: 0 to 1, got {value!r}")
+                    found.append(f"{name}.{key}: must be in [0, 1], got {value!r}")
                 elif name == "teacher_temperature" and value == 0:
-                    found.append(f"{name}.{key}: above 0, got {value!r}")
+                    found.append(f"{name}.{key}: must be positive, got {value!r}")
         return found

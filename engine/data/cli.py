@@ -26,8 +26,8 @@ def build(
     bands: tuple[str, ...] | None = None,
     pixel_scale_arcsec: float | None = None,
     zero_is_missing: bool | None = None,
-    option: tuple[str, ...] = (),
-    cut: tuple[str, ...] = (),
+    option: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    cut: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     drop_duplicates_arcsec: float | None = None,
     codec: Literal["bitplane", "float16"] = "bitplane",
     step_fraction: float | None = None,
@@ -49,7 +49,7 @@ def build(
     Args:
         source: File or folder.
         out: Folder of the survey; made if need be.
-        kind: What the source is; by default seen from its file names.
+        kind: What the source is; by default seen from its file names. module:class, or file.py:class, for a reader of your own.
         name: Survey name; by default that of the folder.
         labels: CSV of labels; by default labels.csv in the folder or beside the archive.
         size: Cut the central SIZE x SIZE pixels out of every image.
@@ -57,8 +57,8 @@ def build(
         bands: Band names, where the files have none.
         pixel_scale_arcsec: Arcseconds a pixel, where the files do not say.
         zero_is_missing: Pixels of exactly 0 carry no data (FITS, Stein et al.; so by default).
-        option: Further options of the kind's reader, NAME=VALUE.
-        cut: Conditions that rows must satisfy, such as 'z < 0.6' or 'mag(flux_z) <= 20'.
+        option: Further option of the kind's reader, NAME=VALUE; may be repeated.
+        cut: Condition that rows must satisfy, such as 'z < 0.6' or 'mag(flux_z) <= 20'; may be repeated.
         drop_duplicates_arcsec: Of rows closer than this only the first is kept.
         codec: bitplane (quantised) or float16.
         step_fraction: Quantisation step in units of the sky noise; 1/8 by default, one count for 8-bit pictures.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from armillary.engine.evaluate.study.options import Options
+from armillary.engine.user_code import Packages, trust
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ def embed(
     readout: str | None = None,
     batch: int = 256,
     device: DeviceName = "auto",
+    package: Packages = (),
 ) -> int:
     """Embed a survey with a trained run and write a Parquet file (key, split, vector).
 
@@ -49,6 +51,7 @@ def embed(
         readout: Which of the method's embeddings; its default otherwise.
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
+        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
     """
     from armillary.engine.data.format.survey import Survey
     from armillary.engine.evaluate.baselines.judge import TRAINED, UNTRAINED
@@ -57,6 +60,7 @@ def embed(
     from armillary.engine.evaluate.embedding.encoder import Encoder
     from armillary.engine.weights.trained_encoder import TrainedEncoder
 
+    trust(*package)
     source = TrainedEncoder.open(run)
     data = data or source.run.data.path
     survey, where = Survey.load(data), choose_device(device)
@@ -86,6 +90,7 @@ def evaluate(
     readout: str | None = None,
     batch: int = 256,
     device: DeviceName = "auto",
+    package: Packages = (),
 ) -> int:
     """Embed a survey, judge what a run learnt, write report.html.
 
@@ -102,10 +107,12 @@ def evaluate(
         readout: The only one of the first run's embeddings to judge; all of them otherwise.
         batch: Samples at a time.
         device: Where to run; auto takes a GPU where there is one.
+        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
     """
     from armillary.engine.config.run import Run
     from armillary.engine.evaluate.runs.evaluate import evaluate_study
 
+    trust(*package)
     data, folder = data or Run.load(run).data.path, out or run / "evaluation"
     outcomes = evaluate_study(
         (run, *compare), data, folder, options, device=choose_device(device), batch=batch, readout=readout
@@ -120,6 +127,7 @@ def report(
     embeddings: tuple[Path, ...],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
+    package: Packages = (),
 ) -> int:
     """Write report.html, with metrics.json and metrics.parquet beside it, from embeddings that exist already.
 
@@ -131,6 +139,7 @@ def report(
         embeddings: Parquet files of `armillary embed` or `evaluate`, the trained encoder's first.
         out: The page to write.
         options: Tasks (by default baselines, collapse and pictures), labels, splits, limits.
+        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
     """
     from armillary.engine.config.run import Run
     from armillary.engine.evaluate.baselines.judge import TRAINED
@@ -139,6 +148,7 @@ def report(
     from armillary.engine.evaluate.runs.evaluate import report_study
     from armillary.engine.evaluate.study.study import FeatureSet, Study
 
+    trust(*package)
     data = data or Run.load(run).data.path
     features = {}
     for number, path in enumerate(embeddings):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from armillary.engine.user_code import Packages, trust
+
 if TYPE_CHECKING:
     from armillary.engine.evaluate.search.index import Index
 
@@ -31,6 +33,7 @@ def search(
     index: Literal["exact", "ivfpq", "auto"] = "auto",
     save_index: Path | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
+    package: Packages = (),
 ) -> int:
     """Find the objects most similar to one: of the survey, of another modality, or in a file.
 
@@ -46,6 +49,7 @@ def search(
         index: Compare with every vector, or with codes of those in the nearest lists (IVF-PQ); auto is exact up to 4 GiB.
         save_index: Keep the index in this folder; of an IVF-PQ index also the vectors, in half precision.
         device: Where to run the encoder; auto takes a GPU where there is one.
+        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
     """
     import numpy as np
 
@@ -55,6 +59,7 @@ def search(
     from armillary.engine.evaluate.search.index import Index
     from armillary.engine.evaluate.search.query import query_by_key, query_from_file
 
+    trust(*package)
     path = Path(query)
     from_file = path.is_file()
     _check(query, from_file, embeddings, query_embeddings, run, readout, data, out, save_index)

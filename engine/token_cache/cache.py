@@ -1,11 +1,11 @@
 """Tokens of frozen encoders on disk, one file of flat numbers a tensor, for training that reads nothing else.
 
-FEATURES/
+FOLDER/
   image_tokens.bin       [N, T, D] float16 or float32, little-endian, C order: sample i of the split in stored order
   spectrum_tokens.bin    likewise; which of them there are depends on the method
   rows.crc               [N, K] uint32: CRC-32 of each sample's bytes in each of the K files, in the order of their names
-  tokens.json          what the tokens were made of, shapes, dtype, CRC-32 of rows.crc; written last
-  .fill/                 only while unfinished, see `feature_fill`
+  tokens.json            what the tokens were made of, shapes, dtype, CRC-32 of rows.crc; written last
+  .fill/                 only while unfinished, see `fill`
 
 Readers check every sample they read; that costs a core about a second for 1.5 GB.
 
@@ -109,8 +109,8 @@ class TokenCache:
     """A complete folder of tokens. Safe to use from several threads.
 
     Args:
-        folder: FEATURES.
-        plan: The split's plan, whatever its seed: which row of the catalogue lies where.
+        folder: The folder of the cache.
+        plan: The split's order, of any seed: which row of the catalogue lies where.
 
     Attributes:
         layout: Shapes and dtype.

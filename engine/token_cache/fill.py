@@ -1,6 +1,6 @@
 """Filling a folder of tokens: in chunks, by any number of processes, continued where it was killed. See `cache`.
 
-FEATURES/.fill/
+FOLDER/.fill/
   plan.json              what will be in the folder
   chunk-000000 ...       CRC-32s of a finished chunk's rows
   lock                   held by the run that fills
@@ -36,7 +36,7 @@ class TokenCacheFill:
     """A folder of tokens that is being filled. One process prepares and finishes it; any number of them write.
 
     Args:
-        folder: FEATURES.
+        folder: The folder of the cache.
         layout: What will be in it.
         made_of: What the tokens are made of, as JSON types.
     """

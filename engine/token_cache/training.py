@@ -1,7 +1,7 @@
 """Training on frozen encoders: what they make of every sample is computed once, kept on disk, and read from there.
 
-`fill_token_cache` brings `data.token_cache` up to date before the loop; every rank fills chunks of its own. `token_cache_loader` then
-opens a loader that reads these tokens and no shard.
+`fill_token_cache` brings `data.token_cache` up to date before the loop; every rank fills chunks of its own. `cached_tokens`
+then gives the views of a loader that reads these tokens and no shard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from armillary.engine.atomic_file import atomic_path
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.codec import CorruptBlob
 from armillary.engine.data.format.survey import MODALITIES, Survey
-from armillary.engine.data.loading.catalog_loader import CatalogLoader
 from armillary.engine.data.loading.epoch_order import EpochOrder
 from armillary.engine.data.loading.loader import SequentialLoader
 from armillary.engine.data.loading.shard_files import ShardFiles
@@ -32,12 +31,7 @@ from armillary.engine.token_cache.fill import TokenCacheFill
 from armillary.engine.token_cache.identity import compare_probe, made_of, probe_tokens
 from armillary.models.method import Batch, Method
 
-__all__ = [
-    "TokenCacheError",
-    "Interrupted",
-    "token_cache_loader",
-    "fill_token_cache",
-]
+__all__ = ["Interrupted", "TokenCacheError", "cached_tokens", "fill_token_cache"]
 
 SAY_EVERY_S = 30.0
 
@@ -224,10 +218,8 @@ def _tokens(chunk: range, batches: Iterator[Batch], method: Method) -> Iterator[
         done += len(batch["row"])
 
 
-def token_cache_loader(
-    run: Run, method: Method, survey: Survey, device: torch.device, *, rank: int = 0, world: int = 1
-) -> CatalogLoader:
-    """The loader of a run whose tokens are filled.
+def cached_tokens(run: Run, survey: Survey, device: torch.device) -> CachedTokens:
+    """The views of a run whose tokens are filled.
 
     Raises:
         TokenCacheError: They are not.
@@ -235,16 +227,4 @@ def token_cache_loader(
     assert run.data.token_cache is not None
     cache = TokenCache(run.data.token_cache, EpochOrder.of(survey, run.data.split))
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    return CatalogLoader(
-        run.data.path,
-        split=run.data.split,
-        micro_batch=run.train.micro_batch,
-        accumulation=run.accumulation(world),
-        rank=rank,
-        world=world,
-        seed=run.seed,
-        device=device,
-        views=CachedTokens(cache, device, dtype, run.data.threads),
-        prepare=method.prepare,
-        prefetch=run.data.prefetch,
-    )
+    return CachedTokens(cache, device, dtype, run.data.threads)

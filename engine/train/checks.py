@@ -36,20 +36,22 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
     if found:  # the rules below need the right types
         return found
     found += _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
-    found += [f"schedule.{p}" for p in run.schedule.problems()] + _features(run)
+    found += [f"schedule.{p}" for p in run.schedule.problems()] + _token_cache(run)
     try:
         survey = Survey.load(run.data.path)
     except (FileNotFoundError, ValueError) as error:
-        return [*found, f"data.path: a packed survey, got {run.data.path} ({error})"]
+        return [*found, f"data.path: must be a packed survey, got {run.data.path} ({error})"]
     count = survey.count(run.data.split)
     if count == 0:
         splits = ", ".join(sorted({s.split for s in survey.shards})) or "no split"
-        found.append(f"data.split: one that the survey has ({splits}), got {run.data.split!r}")
+        found.append(f"data.split: must be one that the survey has ({splits}), got {run.data.split!r}")
     elif count < run.train.global_batch:
-        found.append(f"train.global_batch: at most the {count} samples of the split, got {run.train.global_batch}")
+        found.append(
+            f"train.global_batch: must be at most the {count} samples of the split, got {run.train.global_batch}"
+        )
     for name in ("problems", "build", "input_spec"):
         if not callable(getattr(run.views, name, None)):
-            return [*found, f"views: an object with a method `{name}`, got {type(run.views).__name__}"]
+            return [*found, f"views: must be an object with a method `{name}`, got {type(run.views).__name__}"]
     views = _in_section("views", run.views.problems(survey))
     method = [] if views else _in_section("method", run.method.problems(run.views.input_spec(survey)))
     return found + views + method
@@ -65,7 +67,7 @@ def _numbers(run: Run, world: int) -> list[str]:
 
     def rule(field: str, value: object, ok: bool, text: str) -> None:
         if not ok:
-            found.append(f"{field}: {text}, got {value!r}")
+            found.append(f"{field}: must be {text}, got {value!r}")
 
     def at_least(field: str, value: float | None, least: float) -> None:
         if value is not None:
@@ -76,7 +78,7 @@ def _numbers(run: Run, world: int) -> list[str]:
             rule(field, value, math.isfinite(value) and value > 0, "a finite number > 0")
 
     rule("name", run.name, re.fullmatch(r"[\w.+-]+", run.name) is not None and run.name.strip(".") != "",
-         "letters, digits and _ . + - only, for it names a folder")  # fmt: skip
+         "of letters, digits and _ . + - only, because it names a folder")  # fmt: skip
     at_least("seed", run.seed, 0)
     at_least("data.threads", run.data.threads, 1)
     at_least("data.prefetch", run.data.prefetch, 1)
@@ -110,12 +112,12 @@ def _device(run: Run, world: int, has_smoke: bool) -> list[str]:
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if here == 0:
         way = "`--preset smoke`, a small variant for CPUs, or `--device cpu`" if has_smoke else "`--device cpu`"
-        return [f"device: a CUDA device, got none on this machine; use {way}"]
+        return [f"device: must be a CUDA device, got none on this machine; use {way}"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if local > here:
-        return [f"device: a GPU for each of the {local} ranks on this machine, got {here}"]
+        return [f"device: must have a GPU for each of the {local} ranks on this machine, got {here}"]
     if run.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return [f'train.precision: "fp32" on this GPU, which has no bf16, got {run.train.precision!r}']
+        return [f'train.precision: must be "fp32" on this GPU, which has no bf16, got {run.train.precision!r}']
     return []
 
 
@@ -125,7 +127,7 @@ def _interpreted(run: Run) -> list[str]:
         return []
     sections = {"method": run.method, "optim": run.optim, "views": run.views}
     return [
-        f"{name}.impl: auto or reference on a CPU, got 'triton'"
+        f"{name}.impl: must be auto or reference on a CPU, got 'triton'"
         for name, section in sections.items()
         if getattr(section, "impl", None) == "triton"
     ]
@@ -135,29 +137,31 @@ def _folder(run: Run) -> list[str]:
     folder = run.folder.absolute()
     parent = next(p for p in [folder, *folder.parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        return [f"out: a folder that can be written to, got {run.out} ({parent} is not)"]
+        return [f"out: must be a folder that can be written to, got {run.out} ({parent} is not)"]
     return []
 
 
-def _features(run: Run) -> list[str]:
-    """Rules for training on cached tokens."""
+def _token_cache(run: Run) -> list[str]:
+    """Rules of training on cached tokens."""
     folder = run.data.token_cache
     if folder is None:
         return []
     found = []
     if getattr(run.views, "augmented", True):
-        found.append(f"data.token_cache: only without augmentation, got {run.views}")
+        found.append(f"data.token_cache: must be None with augmentation, got {run.views}")
     for name in ("columns", "targets"):
         if value := getattr(run.views, name, ()):
-            found.append(f"views.{name}: none with data.token_cache, which holds tokens only, got {value}")
+            found.append(f"views.{name}: must be empty with data.token_cache, which holds tokens only, got {value}")
     if run.train.zero_stage == 3:
-        found.append("train.zero_stage: 1 or 2 with data.token_cache, for the encoders run outside of DeepSpeed, got 3")
+        found.append(
+            "train.zero_stage: must be 1 or 2 with data.token_cache, because the encoders run outside of DeepSpeed, got 3"
+        )
     if run.data.on_corrupt != "error":
         found.append(
-            f'data.on_corrupt: "error" with data.token_cache, which needs every sample, got {run.data.on_corrupt!r}'
+            f'data.on_corrupt: must be "error" with data.token_cache, which needs every sample, got {run.data.on_corrupt!r}'
         )
     if folder.exists() and not folder.is_dir():
-        found.append(f"data.token_cache: a folder, got {folder}")
+        found.append(f"data.token_cache: must be a folder, got {folder}")
     return found
 
 
@@ -167,19 +171,19 @@ def _frozen(run: Run, method: Method) -> list[str]:
         return []
     if type(method).tokens is Method.tokens:
         return [
-            f"data.token_cache: a method with frozen encoders, got {type(method).__name__}, which has no tokens to cache"
+            f"data.token_cache: needs a method with frozen encoders, got {type(method).__name__}, which has no tokens to cache"
         ]
     prefixes = tuple(encoder_prefixes(run, method).values())
     trained = [n for n, p in method.named_parameters() if p.requires_grad and n.startswith(prefixes)]
     if trained and all(prefixes):
-        return [f"data.token_cache: frozen encoders, got {len(trained)} trained parameters, first {trained[0]}"]
+        return [f"data.token_cache: needs frozen encoders, got {len(trained)} trained parameters, first {trained[0]}"]
     return []
 
 
 def method_problems(run: Run, method: Method) -> list[str]:
     """What only the built method can tell: schedules it needs, parameters nobody trains, shapes ZeRO cannot take."""
     found = [
-        f"schedule.{name}: a schedule, for {type(run.method).__name__} needs it, got None"
+        f"schedule.{name}: must be a schedule, because {type(run.method).__name__} needs it, got None"
         for name in method.required_scalars
         if getattr(run.schedule, name, None) is None
     ]
@@ -188,9 +192,9 @@ def method_problems(run: Run, method: Method) -> list[str]:
             f"views.spectrum_optional: must be off for {type(run.method).__name__}, which needs every spectrum"
         )
     if method.teacher_pairs() and run.schedule.ema_momentum is None:
-        found.append("schedule.ema_momentum: a schedule, for the method has a teacher, got None")
+        found.append("schedule.ema_momentum: must be a schedule, because the method has a teacher, got None")
     found += [
-        f"method: parameter {name} must have at least one dimension, for DeepSpeed cannot broadcast a scalar"
+        f"method: parameter {name} must have at least one dimension, because DeepSpeed cannot broadcast a scalar"
         for name, p in method.named_parameters()
         if p.ndim == 0
     ]
@@ -225,13 +229,13 @@ def space_problems(run: Run, method: Method, usage: Callable[[Path], object] = s
     """
     size = checkpoint_bytes(method)
     folder = run.folder.absolute()
-    there = len([p for p in (folder / "checkpoints").glob("step-*")])
+    there = len(list((folder / "checkpoints").glob("step-*")))
     needed = size * max(1, run.checkpoint.keep + 1 - there)
     free = int(usage(next(p for p in [folder, *folder.parents] if p.exists())).free)  # type: ignore[attr-defined]
     if free >= needed:
         return []
     gib = 2**30
     return [
-        f"out: {needed / gib:.2f} GiB free for checkpoints of {size / gib:.2f} GiB (checkpoint.keep = "
+        f"out: must have {needed / gib:.2f} GiB free for checkpoints of {size / gib:.2f} GiB (checkpoint.keep = "
         f"{run.checkpoint.keep}, and one being written), got {free / gib:.2f} GiB at {run.out}"
     ]

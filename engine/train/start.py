@@ -69,7 +69,7 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
     for option in ("restore", "init_from"):
         path = getattr(chosen, option)
         if path is not None and not path.exists():
-            found.append(f"--{option.replace('_', '-')}: an existing file, got {path}")
+            found.append(f"--{option.replace('_', '-')}: must be an existing file, got {path}")
     if found:
         if first:
             print(f"{run.name}: this run cannot start:", *(f"  {p}" for p in found), sep="\n", file=sys.stderr)
@@ -86,6 +86,7 @@ def run_to_exit_code(
         Exit code, see the module's description.
     """
     from armillary.engine.train import trainer
+    from armillary.engine.train.loop import NonFinite, Stopped
     from armillary.engine.weights.checkpoint import CheckpointError
 
     me = trainer.ranks()
@@ -93,11 +94,11 @@ def run_to_exit_code(
     code, message = 0, ""
     try:
         trainer.train(run, restore=restore, init_from=init_from, **loaders)
-    except trainer.Stopped:
+    except Stopped:
         code = EXIT_STOPPED
     except trainer.BadInput as error:
         code, message = EXIT_BAD_INPUT, f"{run.name}: this run cannot start:\n" + _indent(str(error))
-    except trainer.NonFinite as error:
+    except NonFinite as error:
         code, message = EXIT_NON_FINITE, f"{run.name}: stopped: {error}"
     except CheckpointError as error:
         code, message = EXIT_CHECKPOINT, f"{run.name}: {error}"

@@ -20,7 +20,8 @@ from torch import Tensor
 from armillary.engine.atomic_file import atomic_path
 from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.run import Run
-from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest, open_archive, restore_layout
+from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest
+from armillary.engine.weights.resume import open_archive, restore_layout
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
 from armillary.engine.zero.partition import ZeroPartition
 

@@ -1,15 +1,7 @@
 """State dicts out of published checkpoints, without running anything that the file brings along.
 
-A pickle is a program. Checkpoints of training frameworks hold not only tensors but pickled settings and whole modules, and
-reading them the usual way imports and calls what they name. Here the tensors are read and everything else is inert:
-
-- Of the globals that a file may name, only those that rebuild tensors and ordered dictionaries mean anything, and what they
-  give are this module's own records. Every other name becomes an empty class, made on the spot: nothing is ever imported,
-  looked up or called by a name from the file. Creating, calling, filling or restoring one leaves nothing behind.
-- Tensors are described while the pickle is read, and made afterwards, those of the state dict only, from bytes whose number
-  is checked. They are never made by functions of torch that the file chose.
-- A name that has no business in a checkpoint (`os.system`, `builtins.eval`, ...) is refused, wherever it stands. Nothing
-  would have come of it; but the file is not what it says it is.
+The pickle is read by `inert_pickle`. Tensors are described while it is read, and made here afterwards, those of the state
+dict only, from bytes whose number is checked. They are never made by functions of torch that the file chose.
 
 Formats: the zip files that torch.save writes (since 1.6), Lightning checkpoints among them. Older torch files are left to
 torch's own reader of tensors only. Safetensors files hold no code; `TrainedEncoder` opens those itself.
@@ -19,7 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -28,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from armillary.engine.weights import inert_pickle
+from armillary.engine.weights.inert_pickle import Storage, TensorRecord
 
 __all__ = ["read_state_dict"]
 
@@ -46,141 +40,6 @@ _DTYPES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-
-_HOSTILE_MODULES = frozenset(
-    "os posix nt sys subprocess importlib runpy pty shutil socket ctypes code codeop pickle _pickle marshal webbrowser "
-    "multiprocessing asyncio threading signal atexit commands platform pip pdb bdb timeit".split()
-)
-_HOSTILE_BUILTINS = frozenset(
-    "eval exec execfile compile open file input __import__ breakpoint exit quit globals locals vars setattr delattr "
-    "memoryview apply".split()
-)
-_HOSTILE = frozenset(
-    "io.open _io.open io.FileIO _io.FileIO codecs.open torch.load torch.hub.load numpy.load types.CodeType "
-    "types.FunctionType".split()
-)
-"""Names with no business in a checkpoint. Whether a name is here decides what the user is told, and nothing else: those that
-are not here are not run either."""
-
-
-def _is_hostile(module: str, name: str) -> bool:
-    if module in ("builtins", "__builtin__"):
-        return name.partition(".")[0] in _HOSTILE_BUILTINS
-    return module.partition(".")[0] in _HOSTILE_MODULES or f"{module}.{name}" in _HOSTILE
-
-
-class _Inert:
-    """Stands for any class, function or object that the file names; every use of it is allowed and does nothing.
-
-    `__setstate__` keeps the unpickler from setting attributes by itself, on instances and on classes.
-    """
-
-    __slots__ = ()
-    origin = ""
-
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> _Inert:
-        return self
-
-    def __setstate__(self, _state: Any) -> None: ...
-
-    def __setitem__(self, _key: Any, _value: Any) -> None: ...
-
-    def append(self, _item: Any) -> None: ...
-
-    def extend(self, _items: Any) -> None: ...
-
-    def add(self, _item: Any) -> None: ...
-
-
-class _Ordered(dict[Any, Any]):
-    """Stands for an ordered dictionary; attributes (`_metadata` of a state dict) are not kept."""
-
-    __slots__ = ()
-
-    def __setstate__(self, _state: Any) -> None: ...
-
-
-class _Storage:
-    """A storage that the pickle refers to, not read yet."""
-
-    __slots__ = ("elements", "key", "kind")
-
-    def __init__(self, kind: str, key: str, elements: int) -> None:
-        self.kind, self.key, self.elements = kind, key, elements
-
-    def __setstate__(self, _state: Any) -> None: ...
-
-
-class _Tensor:
-    """Stands for `torch._utils._rebuild_tensor*`: keeps the arguments."""
-
-    __slots__ = ("arguments",)
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, _state: Any) -> None: ...
-
-
-class _Parameter:
-    """Stands for `torch._utils._rebuild_parameter`: the tensor in it."""
-
-    __slots__ = ()
-
-    def __new__(cls, data: Any = None, *_rest: Any) -> Any:
-        return data
-
-    def __setstate__(self, _state: Any) -> None: ...
-
-
-class _FromType:
-    """Stands for `torch._tensor._rebuild_from_type_v2`, of tensors that carry attributes: the tensor."""
-
-    __slots__ = ()
-
-    def __new__(cls, rebuild: Any, _kind: Any, arguments: Any, *_rest: Any) -> Any:
-        return rebuild(*arguments) if rebuild is _Tensor or rebuild is _Parameter else _Inert()
-
-    def __setstate__(self, _state: Any) -> None: ...
-
-
-_KNOWN: dict[str, type] = {
-    "collections.OrderedDict": _Ordered,
-    "torch._utils._rebuild_tensor": _Tensor,
-    "torch._utils._rebuild_tensor_v2": _Tensor,
-    "torch._utils._rebuild_parameter": _Parameter,
-    "torch._utils._rebuild_parameter_with_state": _Parameter,
-    "torch._tensor._rebuild_from_type_v2": _FromType,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads a checkpoint's pickle into dictionaries, lists, plain values, `_Tensor` and `_Inert`."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self._classes: dict[str, type] = {}
-
-    def find_class(self, module: str, name: str, /) -> type:
-        origin = f"{module}.{name}"
-        if _is_hostile(module, name):
-            raise ValueError(f"it names {origin}, which a checkpoint has no use for (refused; nothing of it was run)")
-        if origin in _KNOWN:
-            return _KNOWN[origin]
-        if origin not in self._classes:
-            self._classes[origin] = type("Inert", (_Inert,), {"__slots__": (), "origin": origin})
-        return self._classes[origin]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        match pid:
-            case ("storage", type() as kind, str(key), str(), int(elements)) if issubclass(kind, _Inert):
-                return _Storage(kind.origin, key, elements)
-        raise ValueError(f"it refers to something other than a storage: {pid!r:.80}")
 
 
 class _Archive:
@@ -212,7 +71,7 @@ class _Archive:
             raise ValueError(f"{name}: must have {len(content)} bytes, got {at}")
         return content
 
-    def storage(self, storage: _Storage) -> Tensor:
+    def storage(self, storage: Storage) -> Tensor:
         """A storage as a flat tensor; tensors that share one share it here, too."""
         if storage.kind not in _DTYPES:
             raise ValueError(f"a storage must be one of {', '.join(sorted(_DTYPES))}, got {storage.kind}")
@@ -230,10 +89,10 @@ class _Archive:
             raise ValueError(f"storage {storage.key}: is referred to as {dtype} and as {found.dtype}")
         return found
 
-    def tensor(self, described: _Tensor) -> Tensor:
+    def tensor(self, described: TensorRecord) -> Tensor:
         """The tensor that a record describes, inside its storage."""
         match described.arguments:
-            case (_Storage() as storage, int(offset), tuple(size), tuple(stride), *_) if (
+            case (Storage() as storage, int(offset), tuple(size), tuple(stride), *_) if (
                 offset >= 0 and len(size) == len(stride) and all(type(n) is int and n >= 0 for n in (*size, *stride))
             ):
                 flat = self.storage(storage)
@@ -272,7 +131,7 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as file:
             archive = _Archive(file)
-            content = _Unpickler(io.BytesIO(archive.bytes(archive.pickle))).load()
+            content = inert_pickle.load(io.BytesIO(archive.bytes(archive.pickle)))
             return {name: archive.tensor(value) for name, value in _tensors_only(content).items()}
     except Exception as error:  # whatever a damaged or hostile file may cause
         detail = str(error) if type(error) is ValueError else repr(error)
@@ -298,12 +157,12 @@ def _tensors_only(content: Any) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"it must hold a dictionary of tensors, got {_name(content)}")
     for name, value in content.items():
-        if isinstance(value, _Inert) or (isinstance(value, type) and issubclass(value, _Inert)):
-            raise ValueError(f"it is a checkpoint with pickled code (refused): {name!r:.80} is of {value.origin}")
-        if not isinstance(name, str) or not isinstance(value, (_Tensor, Tensor)):
+        if origin := inert_pickle.origin(value):
+            raise ValueError(f"it is a checkpoint with pickled code (refused): {name!r:.80} is of {origin}")
+        if not isinstance(name, str) or not isinstance(value, (TensorRecord, Tensor)):
             raise ValueError(f"{name!r:.80}: must be a tensor with a name, got {_name(value)}")
     return dict(content)
 
 
 def _name(value: Any) -> str:
-    return value.origin if isinstance(value, _Inert) else f"a {type(value).__name__}"
+    return inert_pickle.origin(value) or f"a {type(value).__name__}"

@@ -7,7 +7,7 @@ they are asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armillary.engine.config.config_json import PACKAGES
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.weights.checkpoint import latest, open_archive
+from armillary.engine.weights.checkpoint import latest
 from armillary.engine.weights.public_checkpoints import read_state_dict
+from armillary.engine.weights.resume import open_archive
 from armillary.engine.weights.tensors import Archive
 from armillary.engine.zero.partition import persistent_buffers
 from armillary.models.method import InputSpec, Method
@@ -42,18 +42,17 @@ class TrainedEncoder:
             which holds weights only: `run`, `inputs`, `pixels`, `method`, `untrained` and `part` raise ValueError then.
     """
 
-    def __init__(self, path: Path, archive: Archive | None, record: Mapping[str, Any], packages: Sequence[str]):
+    def __init__(self, path: Path, archive: Archive | None, record: Mapping[str, Any]):
         self.path, self.record = path, record
-        self._archive, self._packages = archive, packages
+        self._archive = archive
 
     @classmethod
-    def open(cls, path: Path | str, packages: Sequence[str] = PACKAGES) -> TrainedEncoder:
+    def open(cls, path: Path | str) -> TrainedEncoder:
         """Open an encoder and read its record.
 
         Args:
             path: A run's folder (its newest checkpoint, else its export), an exported file, or a published file
                 (see `public_checkpoints`).
-            packages: Packages whose classes the record may name; see `Run.load`.
 
         Raises:
             FileNotFoundError: There is neither.
@@ -65,25 +64,25 @@ class TrainedEncoder:
             newest = latest(path / "checkpoints")
             if newest is not None:
                 archive, state = open_archive(newest)
-                return cls(newest, archive, state | {"step": state["progress"]["step"]}, packages)
+                return cls(newest, archive, state | {"step": state["progress"]["step"]})
             if not (path / EXPORT).is_file():
                 raise FileNotFoundError(f"{path}: this folder holds no checkpoint and no {EXPORT}; train the run first")
             path = path / EXPORT
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such run or file")
         if path.suffix != ".safetensors":
-            return cls(path, None, {}, packages)
+            return cls(path, None, {})
         archive = Archive([path])
         written = archive.metadata[0]
         if written.get("format") != EXPORT_FORMAT:
-            return cls(path, archive, {}, packages)
+            return cls(path, archive, {})
         try:
             record = {
                 name: json.loads(written[name]) for name in ("run", "inputs", "pixels", "step") if name in written
             }
         except ValueError as error:
             raise ValueError(f"{path}: the record of this exported encoder is damaged: {error}") from error
-        return cls(path, archive, record | {"commit": written.get("commit")}, packages)
+        return cls(path, archive, record | {"commit": written.get("commit")})
 
     @property
     def is_published(self) -> bool:
@@ -93,7 +92,7 @@ class TrainedEncoder:
     @cached_property
     def run(self) -> Run:
         """The run that trained it."""
-        return Run.from_record(self._recorded("run"), self.path, self._packages)
+        return Run.from_record(self._recorded("run"), self.path)
 
     @cached_property
     def inputs(self) -> InputSpec:

@@ -262,8 +262,8 @@ class Sharded:
         """Leave the process group, all ranks together, and end its threads.
 
         Destroying a group takes it out of torch's registry only; its threads end with the last reference to it. Until then
-        they may let go of tensors, for which they need the interpreter, and one that asks for it while Python shuts down is
-        ended in the middle of a destructor, which aborts the process. DeepSpeed's objects are never freed under ZeRO-3, so
+        they may free tensors, and need the interpreter to do so; a thread that asks for it while Python shuts down is ended in
+        the middle of a destructor, which aborts the process. DeepSpeed's objects are never freed under ZeRO-3, so
         they are made to let go of their groups.
         """
         import deepspeed.comm

@@ -29,7 +29,7 @@ STATE = ("exp_avg", "exp_avg_sq", "ema")
 def build_groups(method: Method) -> list[dict[str, Any]]:
     """Parameter groups for torch's optimizers, in a fixed order.
 
-    A method's groups are split into parameters with a teacher and without, for only the former need an average, and
+    A method's groups are split into parameters with a teacher and without, because only the former need an average, and
     groups that agree in every multiplier are merged, which makes for fewer and larger collectives.
 
     Raises:

@@ -26,7 +26,7 @@ a layer, which waits for the device there. Saved then: z and u of one expert, x 
 the scale and the order: (h H + 3 D) b + 44 bytes a row.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ from armillary.kernels.rows import wide
 __all__ = ["ROUTINGS", "Routing", "geometry_ffn", "geometry_ffn_reference", "saved_bytes"]
 
 Routing = Literal["soft", "top1"]
-ROUTINGS: tuple[str, ...] = ("soft", "top1")
+ROUTINGS: tuple[str, ...] = get_args(Routing)
 
 
 def saved_bytes(dim: int, hidden: int, body: Activation, itemsize: int, routing: Routing = "soft") -> int:

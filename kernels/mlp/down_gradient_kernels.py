@@ -64,15 +64,41 @@ def _epilogue(
 
 
 @triton.jit
+def _at(m0, column, stride, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets of a tile [BM, WIDTH] of a matrix, from row m0 and a column on."""
+    return m0.to(tl.int64) * stride + tl.arange(0, BM)[:, None] * stride + (column + tl.arange(0, WIDTH))[None, :]
+
+
+@triton.jit
+def _load(x, m0, column, stride, inside, BM: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
+    """Such a tile in float32; x is the matrix's pointer or, with TMA, its descriptor."""
+    if TMA:
+        return x.load([m0, column]).to(tl.float32)
+    else:
+        return tl.load(x + _at(m0, column, stride, BM, WIDTH), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, m0, column, stride, inside, value, BM: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
+    """Write what `_load` reads."""
+    if TMA:
+        x.store([m0, column], value.to(x.dtype))
+    else:
+        tl.store(x + _at(m0, column, stride, BM, WIDTH), value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _write(
     da,
-    z_ptr,
+    z,
     bias_ptr,
     scale_ptr,
-    dz_ptr,
-    a_ptr,
+    dz,
+    a,
     db_ptr,
     ds_ptr,
+    i,
+    j,
     m0,
     e,
     h0,
@@ -84,36 +110,35 @@ def _write(
     BM: tl.constexpr,
     BN: tl.constexpr,
     WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Epilogue of one tile through plain pointers, in parts of WIDTH columns, one after the other, to save registers."""
+    """Epilogue of one tile, in parts of WIDTH columns, one after the other, to save registers.
+
+    z, dz and a are pointers or, with TMA, descriptors.
+    """
     G: tl.constexpr = 2 if GATED else 1
     PARTS: tl.constexpr = BN // WIDTH
-    DTYPE: tl.constexpr = dz_ptr.dtype.element_ty
-    i, j = tl.arange(0, BM), tl.arange(0, WIDTH)
-    in_rows = i < M - m0
-    row = e * M + m0 + i
+    row, in_rows = e * M + m0 + i, i < M - m0
+    row_sums = tl.zeros((BM,), tl.float32)
     if db_ptr is not None:
         db_ptr += (m0 // BM).to(tl.int64) * (E * G * H)
-    row_sums = tl.zeros((BM,), tl.float32)
     for part in tl.static_range(PARTS):
         at = h0 + part * WIDTH
-        column = e * G * H + at + j
+        column = e * G * H + at
         inside = in_rows[:, None] & (j < H - at)[None, :]
-        z_at = m0.to(tl.int64) * (E * G * H) + i[:, None] * (E * G * H) + column[None, :]
-        z = tl.load(z_ptr + z_at, mask=inside, other=0.0).to(tl.float32)
-        up = z
+        left = _load(z, m0, column, E * G * H, inside, BM, WIDTH, TMA)
+        up = left
         if GATED:
-            up = tl.load(z_ptr + H + z_at, mask=inside, other=0.0).to(tl.float32)
+            up = _load(z, m0, column + H, E * G * H, inside, BM, WIDTH, TMA)
         of_part = part_of(da, part, PARTS, BM, BN)
-        dz, d_up, a, sums = _epilogue(
-            of_part, z, up, bias_ptr, scale_ptr, db_ptr, row, column, in_rows, j < H - at, H, GATED, TANH
+        d_left, d_up, act, sums = _epilogue(
+            of_part, left, up, bias_ptr, scale_ptr, db_ptr, row, column + j, in_rows, j < H - at, H, GATED, TANH
         )
         row_sums += sums
-        tl.store(dz_ptr + z_at, dz.to(DTYPE), mask=inside)
+        _store(dz, m0, column, E * G * H, inside, d_left, BM, WIDTH, TMA)
         if GATED:
-            tl.store(dz_ptr + H + z_at, d_up.to(DTYPE), mask=inside)
-        a_at = m0.to(tl.int64) * (E * H) + i[:, None] * (E * H) + (e * H + at + j)[None, :]
-        tl.store(a_ptr + a_at, a.to(DTYPE), mask=inside)
+            _store(dz, m0, column + H, E * G * H, inside, d_up, BM, WIDTH, TMA)
+        _store(a, m0, e * H + at, E * H, inside, act, BM, WIDTH, TMA)
     if scale_ptr is not None:
         tl.store(ds_ptr + (h0 // BN).to(tl.int64) * (E * M) + row, row_sums, mask=in_rows)
 
@@ -155,7 +180,10 @@ def fused_kernel(
             w = tl.load(w_at, mask=(k < D - done)[:, None] & (j < H - h0)[None, :], other=0.0)
         da = tl.dot(du, w, da, input_precision="ieee")
         w_at += BK * H
-    _write(da, z_ptr, bias_ptr, scale_ptr, dz_ptr, a_ptr, db_ptr, ds_ptr, m0, e, h0, M, E, H, GATED, TANH, BM, BN, 32)
+    _write(
+        da, z_ptr, bias_ptr, scale_ptr, dz_ptr, a_ptr, db_ptr, ds_ptr, i, tl.arange(0, 32), m0, e, h0, M, E, H,
+        GATED, TANH, BM, BN, 32, False,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -184,43 +212,22 @@ def tma_kernel(
     """Every `programs`-th tile, by tensor descriptors."""
     G: tl.constexpr = 2 if GATED else 1
     WIDTH: tl.constexpr = 32
-    PARTS: tl.constexpr = BN // WIDTH
     i, j = tl.arange(0, BM), tl.arange(0, WIDTH)
     du_tiles = tl.make_tensor_descriptor(du_ptr, [E * M, D], [D, 1], [BM, BK])
     w_tiles = tl.make_tensor_descriptor(w_ptr, [E * D, H], [H, 1], [BK, BN])
     z_tiles = tl.make_tensor_descriptor(z_ptr, [M, E * G * H], [E * G * H, 1], [BM, WIDTH])
     dz_tiles = tl.make_tensor_descriptor(dz_ptr, [M, E * G * H], [E * G * H, 1], [BM, WIDTH])
     a_tiles = tl.make_tensor_descriptor(a_ptr, [M, E * H], [E * H, 1], [BM, WIDTH])
-    DTYPE: tl.constexpr = dz_ptr.dtype.element_ty
     tiles = tl.cdiv(M, BM) * E * tl.cdiv(H, BN)
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
         m0, e, h0 = place_tile(tile, M, E, H, BM, BN, GROUP)
         da = tl.zeros((BM, BN), tl.float32)
         for k in range(0, D, BK):
             da = tl.dot(du_tiles.load([e * M + m0, k]), w_tiles.load([e * D + k, h0]), da, input_precision="ieee")
-        row, in_rows = e * M + m0 + i, i < M - m0
-        row_sums = tl.zeros((BM,), tl.float32)
-        sums_ptr = db_ptr
-        if db_ptr is not None:
-            sums_ptr += (m0 // BM).to(tl.int64) * (E * G * H)
-        for part in tl.static_range(PARTS):
-            at = h0 + part * WIDTH
-            column = e * G * H + at
-            z = z_tiles.load([m0, column]).to(tl.float32)
-            up = z
-            if GATED:
-                up = z_tiles.load([m0, column + H]).to(tl.float32)
-            of_part = part_of(da, part, PARTS, BM, BN)
-            dz, d_up, a, sums = _epilogue(
-                of_part, z, up, bias_ptr, scale_ptr, sums_ptr, row, column + j, in_rows, j < H - at, H, GATED, TANH
-            )
-            row_sums += sums
-            dz_tiles.store([m0, column], dz.to(DTYPE))
-            if GATED:
-                dz_tiles.store([m0, column + H], d_up.to(DTYPE))
-            a_tiles.store([m0, e * H + at], a.to(DTYPE))
-        if scale_ptr is not None:
-            tl.store(ds_ptr + (h0 // BN).to(tl.int64) * (E * M) + row, row_sums, mask=in_rows)
+        _write(
+            da, z_tiles, bias_ptr, scale_ptr, dz_tiles, a_tiles, db_ptr, ds_ptr, i, j, m0, e, h0, M, E, H,
+            GATED, TANH, BM, BN, WIDTH, True,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -247,4 +254,7 @@ def elementwise_kernel(
     inside = (i < M - m0)[:, None] & (j < H - h0)[None, :]
     da_at = da_ptr + (e.to(tl.int64) * M + m0) * H + h0 + i[:, None] * H + j[None, :]
     da = tl.load(da_at, mask=inside, other=0.0).to(tl.float32)
-    _write(da, z_ptr, bias_ptr, scale_ptr, dz_ptr, a_ptr, db_ptr, ds_ptr, m0, e, h0, M, E, H, GATED, TANH, BM, BN, BN)
+    _write(
+        da, z_ptr, bias_ptr, scale_ptr, dz_ptr, a_ptr, db_ptr, ds_ptr, i, j, m0, e, h0, M, E, H,
+        GATED, TANH, BM, BN, BN, False,
+    )  # fmt: skip

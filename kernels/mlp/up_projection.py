@@ -15,7 +15,7 @@ Products run in the inputs' dtype with float32 accumulation, the epilogue in flo
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from armillary.kernels.mlp.up_projection_kernels import elementwise_kernel, fuse
 __all__ = ["ACTIVATIONS", "Activation", "up_projection", "up_projection_reference"]
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
-ACTIVATIONS: tuple[str, ...] = ("gelu", "gelu_tanh", "swiglu")
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
 def activate(z: Tensor, activation: Activation) -> Tensor:

@@ -39,15 +39,7 @@ def _mirrored(position: Tensor, size: int) -> Tensor:
 
 
 def blur_reference(image: Tensor, sigma: Tensor) -> Tensor:
-    """The same blur in plain PyTorch, any float dtype: the oracle of the C++ and Triton paths.
-
-    Args:
-        image: [N, C, H, W].
-        sigma: [N, C] widths >= 0 in pixels.
-
-    Returns:
-        The blurred copy, [N, C, H, W].
-    """
+    """A blurred copy by plain PyTorch, any float dtype: the oracle of the C++ and Triton paths."""
     out = image.clone()
     height, width = image.shape[2:]
     for n, c in (sigma > 0).nonzero().tolist():

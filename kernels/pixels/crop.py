@@ -19,17 +19,7 @@ __all__ = ["crop", "crop_reference"]
 
 
 def crop_reference(image: Tensor, origin: NDArray[np.int64], orientation: NDArray[np.int64], size: int) -> Tensor:
-    """The same crops by one gather in PyTorch: the oracle of the C++ path, and the CUDA path.
-
-    Args:
-        image: [B, C, H, W].
-        origin: [N, 2] top and left pixel, N a multiple of B.
-        orientation: [N] flips and turns.
-        size: Side S in pixels.
-
-    Returns:
-        [N, C, S, S].
-    """
+    """The same crops by one gather in PyTorch: the oracle of the C++ path, and the CUDA path."""
     place = torch.from_numpy(np.column_stack([origin, orientation])).to(image.device, non_blocking=True)
     top, left, code = place[:, :, None, None].unbind(1)  # each [N, 1, 1]
     i = torch.arange(size, device=image.device)[:, None]

@@ -10,8 +10,6 @@ Nothing in a blob can make the kernel read or write out of bounds, but only the 
 engine/data/format/codec.py). A row whose header does not fit decodes to 0, not valid.
 """
 
-# Triton reads the annotations of a kernel's arguments, so they stay bare:
-
 import torch
 import triton
 import triton.language as tl

@@ -33,13 +33,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from armillary.kernels.launch import (
-    FLOATS,
-    Impl,
-    refuse,
-    settings,
-    use_triton,
-)
+from armillary.kernels.launch import FLOATS, Impl, refuse, settings, use_triton
 from armillary.kernels.pixels.crop import crop_reference
 from armillary.kernels.pixels.decode import (
     BITPLANE,

@@ -1,14 +1,9 @@
 """Kernels of `decode_views`: the index of the blobs, then the stretched crops."""
 
-# Triton reads the annotations of a kernel's arguments, so they stay bare:
-
 import triton
 import triton.language as tl
 
-from armillary.kernels.launch import (
-    INTERPRETER,
-    Launch,
-)
+from armillary.kernels.launch import INTERPRETER, Launch
 from armillary.kernels.pixels.decode import read_header, scan_tile, tile_start
 from armillary.kernels.pixels.stretch import asinh
 
@@ -32,11 +27,10 @@ def index_kernel(blobs_ptr, sizes_ptr, index_ptr, stride, kind, shape, channels,
 
 @triton.jit
 def _fetch(blob, entry, start, end, base):
-    """Load the first words of blocks, of which each thread takes one.
+    """Load the first words of blocks, of which each thread takes one. A tuple of what follows, by block.
 
-    Returns:
-        A tuple by block: planes; bits of the lone plane; bits of the pixels with data, twice; word of plane 0; the first
-        five aligned words of 32 bits from there on, which hold 9 planes.
+    Planes; bits of the lone plane; bits of the pixels with data, twice; word of plane 0; the first five aligned words of
+    32 bits from there on, which hold 9 planes.
     """
     planes, touched = entry >> 13 & 63, entry >> 19 & 1
     at = base + start + (entry & 0x1FFF)
@@ -61,11 +55,7 @@ def _word(blob, at, planes, end, k):
 def _plane_pair(k, low, high, found):
     """Planes 2 k and 2 k + 1 as the halves of a uint32, with the lone plane and without masked pixels.
 
-    Args:
-        k: Which pair.
-        low: Aligned word of 32 bits in which plane 2 k begins.
-        high: The next one.
-        found: As from `_fetch`.
+    `low` is the aligned word of 32 bits in which plane 2 k begins, `high` the next one, `found` what `_fetch` returned.
     """
     word = tl.where(found[3] % 2 == 1, (low >> 16) | (high << 16), low)
     left = found[0] - 2 * k
@@ -101,15 +91,7 @@ def _turned(x, amount):
 
 @triton.jit
 def _half(blob, end, first, pixel, there):
-    """float32 of half-precision numbers, 0 where not finite.
-
-    Args:
-        blob: Pointer to the row.
-        end: Words of the blob, 0 for a row that is none.
-        first: Word of the band's first pixel.
-        pixel: Pixel of the band.
-        there: Whether it is one.
-    """
+    """float32 of half-precision numbers, 0 where not finite; `first` is the word of the band's first pixel."""
     bits = tl.load(blob.to(tl.pointer_type(tl.int16)) + first + pixel, mask=there & (end > 0), other=0)
     return tl.where((bits & 0x7C00) != 0x7C00, bits, 0).to(tl.float16, bitcast=True).to(tl.float32)
 

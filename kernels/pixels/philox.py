@@ -112,30 +112,12 @@ def words(stream: NDArray[np.uint32], seed: int, count: int) -> NDArray[np.uint3
 
 
 def uniforms(stream: NDArray[np.uint32], seed: int, count: int) -> NDArray[np.float64]:
-    """First `count` draws of every stream, uniform on the open interval (0, 1) in steps of 2^-32.
-
-    Args:
-        stream: [N, 3] uint32 from `streams`.
-        seed: The run's seed, 0 .. 2^64 - 1.
-        count: Draws K of each stream.
-
-    Returns:
-        [N, K] float64.
-    """
+    """First `count` draws [N, K] float64 of every stream, uniform on (0, 1) in steps of 2^-32; arguments as `words`."""
     return (words(stream, seed, count).astype(np.float64) + 0.5) * 2.0**-32
 
 
 def normals(stream: NDArray[np.uint32], seed: int, count: int) -> NDArray[np.float64]:
-    """First `count` standard normal draws of every stream, by the Box-Muller transform.
-
-    Args:
-        stream: [N, 3] uint32 from `streams`.
-        seed: The run's seed, 0 .. 2^64 - 1.
-        count: Draws K of each stream.
-
-    Returns:
-        [N, K] float64.
-    """
+    """First `count` standard normal draws [N, K] float64 of every stream (Box-Muller); arguments as `words`."""
     u = uniforms(stream, seed, count + count % 2).reshape(len(stream), (count + 1) // 2, 2)
     radius, angle = np.sqrt(-2.0 * np.log(u[..., 0])), 2.0 * np.pi * u[..., 1]
     z = np.empty_like(u)

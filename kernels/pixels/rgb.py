@@ -20,18 +20,7 @@ __all__ = ["rgb", "rgb_reference"]
 
 
 def rgb_reference(flux: Tensor, bands: Sequence[int], scales: Sequence[float], m: float, q: float) -> Tensor:
-    """The same picture in plain PyTorch, any float dtype: the oracle of the C++ path, and the CUDA path.
-
-    Args:
-        flux: [N, C, H, W].
-        bands: Band of each output channel.
-        scales: Scale of each output channel, 1 / flux unit.
-        m: Offset of every scaled flux.
-        q: Strength of the compression, > 0.
-
-    Returns:
-        [N, K, H, W] in [0, 1].
-    """
+    """The same picture in plain PyTorch, any float dtype: the oracle of the C++ path, and the CUDA path."""
     # Stacked slice by slice: a tensor of scales would be copied to the device, and waited for, at every call.
     y = torch.stack([flux[:, b] * s + m for b, s in zip(bands, scales, strict=True)], dim=1)
     intensity = y.clamp_min(0.0).mean(1, keepdim=True)

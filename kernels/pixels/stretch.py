@@ -2,14 +2,14 @@ r"""Stretches as numbers: the three forms to which every stretch of a recipe red
 
     Affine       out_c = (flux_c - shift_c) / divisor_c
     AsinhMatrix  out_k = offset_k + sum_c matrix_kc asinh(softening_c flux_c)
-    Lupton       y_k = scale_k flux_{b(k)} + m,   I = mean_k max(0, y_k),   out_k = clip(y_k asinh(Q I) / (sqrt(Q) I), 0, 1)
+    Lupton       the picture of rgb.py
 
-Where I = 0 the picture's factor is 0. Shapes: flux [N, C, H, W], out [N, K, H, W]. `stretch_reference` is plain PyTorch in
+Shapes: flux [N, C, H, W], out [N, K, H, W]. `stretch_reference` is plain PyTorch in
 any float dtype; `asinh` and the rest are device functions, in float32, for kernels that hold a pixel's bands in registers
 (`decode_views`). The numbers are those of the survey, so a kernel takes them from a small tensor on its device.
 
-asinh x = sign(x) log(1 + t), t = |x| + x^2 / (1 + sqrt(1 + x^2)): no cancellation near 0, log(2 |x|) beyond 4096, the
-logarithm by exponent and polynomial (Cephes), without libdevice. Error: under 2.5 units in the last place where roots are
+asinh is computed as in asinh.py, as log(2 |x|) beyond 4096, the logarithm by exponent and polynomial (Cephes), without
+libdevice. Error: under 2.5 units in the last place where roots are
 rounded correctly, under 3.5 with a GPU's approximate ones (at most 1 unit off for sqrt and 2 for rsqrt, by the PTX manual).
 asinh(+-inf) = +-inf, NaN stays NaN.
 """

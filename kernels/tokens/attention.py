@@ -25,14 +25,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BACKENDS", "PackedSequences", "attention", "attention_reference", "check_backend"]
+__all__ = ["BACKENDS", "Backend", "PackedSequences", "attention", "attention_reference", "check_backend"]
 
-BACKENDS = ("auto", "flash_attn", "torch", "dense")
+Backend = Literal["auto", "flash_attn", "torch", "dense"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 HALF = (torch.bfloat16, torch.float16)
 MAX_SCORES_BYTES = 256 << 20  # of one run on a CPU
 
@@ -53,12 +55,12 @@ class PackedSequences:
 
     @classmethod
     def from_runs(cls, runs: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> PackedSequences:
-        """PackedSequences of `count` sequences of `length` tokens for each (count, length); made once for equal arguments."""
+        """`count` sequences of `length` tokens for each (count, length); made once for equal arguments."""
         return _layout(tuple((int(n), int(length)) for n, length in runs), torch.device(device))
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, max_len: int) -> PackedSequences:
-        """PackedSequences of ragged sequences from a tensor of lengths, without waiting for the device.
+        """Ragged sequences from a tensor of lengths, without waiting for the device.
 
         Args:
             lengths: [N] integers on the tokens' device.

@@ -27,14 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.kernels.launch import (
-    FLOATS,
-    Impl,
-    check_tensor,
-    refuse,
-    untraced,
-    use_triton,
-)
+from armillary.kernels.launch import FLOATS, Impl, check_tensor, refuse, untraced, use_triton
 from armillary.kernels.tokens.patch_embed_backward import launch_im2col, launch_sums
 from armillary.kernels.tokens.patch_embed_forward import Pixels, launch_forward
 

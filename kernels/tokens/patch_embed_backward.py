@@ -7,11 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.launch import (
-    INTERPRETER,
-    Launch,
-    settings,
-)
+from armillary.kernels.launch import INTERPRETER, Launch, settings
 from armillary.kernels.tokens.patch_embed_forward import Pixels, load_pixels
 
 __all__ = ["LAUNCH_IM2COL", "LAUNCH_SUMS", "launch_im2col", "launch_sums"]

@@ -9,11 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.launch import (
-    INTERPRETER,
-    Launch,
-    settings,
-)
+from armillary.kernels.launch import INTERPRETER, Launch, settings
 
 __all__ = ["LAUNCH", "LAUNCH_FLOAT32", "Pixels", "launch_forward", "load_pixels"]
 

@@ -29,14 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.launch import (
-    Impl,
-    check_tensor,
-    refuse,
-    settings,
-    untraced,
-    use_triton,
-)
+from armillary.kernels.launch import Impl, check_tensor, refuse, settings, untraced, use_triton
 from armillary.kernels.tokens.residual_norm_kernels import (
     LAUNCH,
     residual_norm_bwd_kernel,

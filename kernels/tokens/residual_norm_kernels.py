@@ -1,7 +1,5 @@
 """Kernels of `residual_norm`, forward and backward."""
 
-# Triton reads the annotations of a kernel's arguments, so they stay bare:
-
 import triton
 import triton.language as tl
 

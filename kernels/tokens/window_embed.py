@@ -25,13 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.kernels.launch import (
-    Impl,
-    check_tensor,
-    refuse,
-    untraced,
-    use_triton,
-)
+from armillary.kernels.launch import Impl, check_tensor, refuse, untraced, use_triton
 from armillary.kernels.tokens.window_embed_kernels import MIN_STD, WindowEmbed
 
 __all__ = ["count_windows", "window_embed", "window_embed_reference", "window_features"]

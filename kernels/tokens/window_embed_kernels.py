@@ -10,11 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.launch import (
-    INTERPRETER,
-    Launch,
-    settings,
-)
+from armillary.kernels.launch import INTERPRETER, Launch, settings
 
 __all__ = ["LAUNCH", "LAUNCH_BACKWARD", "LAUNCH_BACKWARD_FLOAT32", "LAUNCH_FLOAT32", "MIN_STD", "WindowEmbed"]
 

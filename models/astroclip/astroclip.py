@@ -25,17 +25,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from armillary.kernels.launch import IMPLS, Impl, untraced
-from armillary.kernels.tokens.attention import BACKENDS
+from armillary.kernels.launch import Impl, untraced
+from armillary.kernels.tokens.attention import Backend
 from armillary.models.astroclip.cross_attention import MLP, AlignmentHead, CrossAttention
 from armillary.models.astroclip.info_nce import Contrast, info_nce
 from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
+from armillary.models.rules import choices, positive, refuse
 from armillary.models.specformer.specformer import SpecFormer, SpectrumTransformer
 from armillary.models.vit.vit import VisionTransformer, ViT
 
 __all__ = ["AstroCLIP", "AstroCLIPMethod"]
 
-TOKENS = ("patches", "positioned", "all")
 MODALITIES: tuple[Literal["image", "spectrum"], ...] = ("image", "spectrum")
 
 
@@ -76,7 +76,7 @@ class AstroCLIP(MethodConfig):
     image_tokens: Literal["patches", "positioned", "all"] = "patches"
     logit_scale: float = 15.5
     gather: bool = False
-    attention: Literal["auto", "flash_attn", "torch", "dense"] = "auto"
+    attention: Backend = "auto"
     impl: Impl = "auto"
 
     @property
@@ -85,18 +85,13 @@ class AstroCLIP(MethodConfig):
         return AlignmentHead(self.embedding, self.heads, self.dropout)
 
     def problems(self, inputs: InputSpec) -> list[str]:
-        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
+        """Broken rules, see `MethodConfig`."""
         found = [f"image.{p}" for p in self.image.problems()]
         found += [f"spectrum.{p}" for p in self.spectrum.problems(inputs.pixels or None)]
-        found += self.head.problems()
-        for name, choices in (("image_tokens", TOKENS), ("attention", BACKENDS), ("impl", IMPLS)):
-            if getattr(self, name) not in choices:
-                found.append(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not self.logit_scale > 0:
-            found.append(f"logit_scale: must be positive, got {self.logit_scale}")
+        found += self.head.problems() + choices(self) + positive(self, "logit_scale")
         if self.freeze:
             found += [
-                f"{name}: must name a run or a file while freeze is on, for untrained encoders say nothing, got None"
+                f"{name}: must name a run or a file while freeze is on, because untrained encoders say nothing, got None"
                 for name in ("image_from", "spectrum_from")
                 if getattr(self, name) is None
             ]
@@ -113,14 +108,8 @@ class AstroCLIP(MethodConfig):
         return found
 
     def build(self, inputs: InputSpec) -> AstroCLIPMethod:
-        """Build the method with freshly initialised parameters (from torch's global generator).
-
-        Raises:
-            ValueError: The configuration breaks a rule; all of them are listed.
-        """
-        problems = self.problems(inputs)
-        if problems:
-            raise ValueError("AstroCLIP: " + "; ".join(problems))
+        """Build the method, see `MethodConfig`."""
+        refuse("AstroCLIP", self.problems(inputs))
         return AstroCLIPMethod(self, inputs)
 
 

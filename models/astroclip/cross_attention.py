@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armillary.models.rules import at_least, fractions
+
 __all__ = ["AlignmentHead", "CrossAttention", "FoldedAttention", "MLP"]
 
 MLP_RATIO = 4
@@ -45,16 +47,10 @@ class AlignmentHead:
 
     def problems(self) -> list[str]:
         """Every rule that the shape breaks, as `field: rule, got value`."""
-        found = [
-            f"{k}: must be at least 1, got {v}"
-            for k, v in (("embedding", self.embedding), ("heads", self.heads))
-            if v < 1
-        ]
+        found = at_least(1, self, "embedding", "heads")
         if not found and self.embedding % self.heads:
             found.append(f"heads: must divide embedding {self.embedding}, got {self.heads}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout: must be in [0, 1), got {self.dropout}")
-        return found
+        return found + fractions(self, "dropout")
 
     def flops(self, tokens: int, dim: int) -> float:
         """Matrix-product FLOPs of one sample, forward, 2 a multiply-add; what a batch shares (the folded query) not counted.

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from armillary.models.rules import at_least, choices, refuse
 
 __all__ = ["DINOHead", "Head"]
 
@@ -33,20 +36,11 @@ class Head:
     prototypes: int = 65536
     hidden: int = 2048
     bottleneck: int = 256
-    weight_norm: str = "trainable"
+    weight_norm: Literal["trainable", "unit"] = "trainable"
 
     def problems(self) -> list[str]:
         """Every rule that the configuration breaks, as `field: rule, got value`."""
-        found = [
-            f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("hidden", "bottleneck")
-            if getattr(self, name) < 1
-        ]
-        if self.prototypes < 2:
-            found.append(f"prototypes: must be at least 2, got {self.prototypes}")
-        if self.weight_norm not in ("trainable", "unit"):
-            found.append(f'weight_norm: must be "trainable" or "unit", got {self.weight_norm!r}')
-        return found
+        return at_least(1, self, "hidden", "bottleneck") + at_least(2, self, "prototypes") + choices(self)
 
     def flops(self, dim: int) -> float:
         """Matrix-product FLOPs of one row, forward.
@@ -68,9 +62,7 @@ class DINOHead(nn.Module):
 
     def __init__(self, config: Head, dim: int) -> None:
         super().__init__()
-        problems = config.problems()
-        if problems:
-            raise ValueError("Head: " + "; ".join(problems))
+        refuse("Head", config.problems())
         self.config = config
         h, b = config.hidden, config.bottleneck
         self.mlp = nn.Sequential(nn.Linear(dim, h), nn.GELU(), nn.Linear(h, h), nn.GELU(), nn.Linear(h, b))

@@ -14,21 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from armillary.kernels.launch import IMPLS, Impl
-from armillary.kernels.objective.prototype_loss import Term, prototype_loss
-from armillary.kernels.tokens.attention import BACKENDS
+from armillary.kernels.launch import Impl
+from armillary.kernels.tokens.attention import Backend
 from armillary.models.dinov2.centering import SoftmaxCentre, sinkhorn_bias
 from armillary.models.dinov2.collapse import CollapseMonitor
-from armillary.models.dinov2.dino_head import DINOHead, Head
-from armillary.models.dinov2.koleo import koleo_loss
+from armillary.models.dinov2.dino_head import Head
 from armillary.models.dinov2.masking import masks
+from armillary.models.dinov2.objective import Network, Objective, Projected
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
-from armillary.models.vit.vit import VisionTransformer, ViT
+from armillary.models.rules import at_least, choices, fractions, positive, refuse
+from armillary.models.vit.vit import ViT
 
 __all__ = ["DINOv2", "DINOv2Method"]
 
@@ -76,36 +76,25 @@ class DINOv2(MethodConfig):
     masking: Literal["block", "random"] = "block"
     layer_decay: float = 0.9
     patch_embed_lr: float = 0.2
-    attention: Literal["auto", "flash_attn", "torch", "dense"] = "auto"
+    attention: Backend = "auto"
     impl: Impl = "auto"
     checkpoint_activations: bool = False
     readout: Literal["cls", "mean"] = "cls"
 
+    @property
+    def patch_head(self) -> Head:
+        """Head of the patches."""
+        return self.ibot_head if self.separate_head else self.head
+
     def problems(self, inputs: InputSpec) -> list[str]:
-        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
+        """Broken rules, see `MethodConfig`."""
         found = [f"vit.{p}" for p in self.vit.problems()]
         found += [f"head.{p}" for p in self.head.problems()]
         if self.separate_head:
             found += [f"ibot_head.{p}" for p in self.ibot_head.problems()]
-        for name, choices in (
-            ("centering", ("softmax", "sinkhorn")),
-            ("masking", ("block", "random")),
-            ("attention", BACKENDS),
-            ("impl", IMPLS),
-            ("readout", ("cls", "mean")),
-        ):
-            if getattr(self, name) not in choices:
-                found.append(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("dino_weight", "ibot_weight", "koleo_weight"):
-            if not getattr(self, name) >= 0:
-                found.append(f"{name}: must be at least 0, got {getattr(self, name)}")
-        for name in ("student_temperature", "layer_decay", "patch_embed_lr"):
-            if not getattr(self, name) > 0:
-                found.append(f"{name}: must be positive, got {getattr(self, name)}")
-        if not 0 <= self.center_momentum < 1:
-            found.append(f"center_momentum: must be in [0, 1), got {self.center_momentum}")
-        if self.sinkhorn_iterations < 1:
-            found.append(f"sinkhorn_iterations: must be at least 1, got {self.sinkhorn_iterations}")
+        found += choices(self) + at_least(0, self, "dino_weight", "ibot_weight", "koleo_weight")
+        found += positive(self, "student_temperature", "layer_decay", "patch_embed_lr")
+        found += fractions(self, "center_momentum") + at_least(1, self, "sinkhorn_iterations")
         if not 0 <= self.masked_crops <= 1:
             found.append(f"masked_crops: must be in [0, 1], got {self.masked_crops}")
         low, high = self.mask_ratio
@@ -123,48 +112,9 @@ class DINOv2(MethodConfig):
         return found
 
     def build(self, inputs: InputSpec) -> DINOv2Method:
-        """Build the method with freshly initialised parameters (from torch's global generator).
-
-        Raises:
-            ValueError: The configuration breaks a rule; all of them are listed.
-        """
-        problems = self.problems(inputs)
-        if problems:
-            raise ValueError("DINOv2: " + "; ".join(problems))
+        """Build the method, see `MethodConfig`."""
+        refuse("DINOv2", self.problems(inputs))
         return DINOv2Method(self, inputs)
-
-
-class _Projected(NamedTuple):
-    """Output of a network; a tuple, so that DeepSpeed finds the tensors in it."""
-
-    backbone_cls: Tensor  # [G*B, D] class tokens of the global crops, before the head
-    cls: Tensor  # [(G+L)*B, b] normalised features, global crops first
-    patches: Tensor  # [M, b]
-    prototypes: Tensor  # [V, b]
-    patch_prototypes: Tensor  # [V', b]; the same tensor with a shared head
-
-
-class _Network(nn.Module):
-    """Encoder and heads: the student, or the teacher."""
-
-    def __init__(self, config: DINOv2, drop_path: float) -> None:
-        super().__init__()
-        vit = replace(config.vit, drop_path=drop_path)
-        self.backbone = VisionTransformer(vit, config.attention, config.checkpoint_activations, config.impl)
-        self.dino_head = DINOHead(config.head, vit.dim)
-        self.ibot_head = DINOHead(config.ibot_head, vit.dim) if config.separate_head else None
-
-    def forward(self, crops: list[Tensor], mask: Tensor | None, select: Tensor) -> _Projected:
-        """Encode crops and project the class tokens and the selected patches of the first group."""
-        tokens = self.backbone(crops, mask=mask, select=select)
-        cls, patches = torch.cat(tokens.cls), tokens.patches[0]
-        if self.ibot_head is None:
-            features, prototypes = self.dino_head(torch.cat([cls, patches]))
-            cls_features, patch_features = features.split([len(cls), len(patches)])
-            return _Projected(tokens.cls[0], cls_features, patch_features, prototypes, prototypes)
-        cls_features, prototypes = self.dino_head(cls)
-        patch_features, patch_prototypes = self.ibot_head(patches)
-        return _Projected(tokens.cls[0], cls_features, patch_features, prototypes, patch_prototypes)
 
 
 class DINOv2Method(Method):
@@ -175,16 +125,29 @@ class DINOv2Method(Method):
     def __init__(self, config: DINOv2, inputs: InputSpec) -> None:
         super().__init__()
         self.config, self.inputs = config, inputs
-        self.student = _Network(config, config.vit.drop_path)
-        self.teacher = _Network(config, 0.0)
+        ibot_head = config.ibot_head if config.separate_head else None
+        networks = [
+            Network(vit, config.head, ibot_head, config.attention, config.checkpoint_activations, config.impl)
+            for vit in (config.vit, replace(config.vit, drop_path=0.0))
+        ]
+        self.student, self.teacher = networks
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         if not self._uses_masks:
             self.student.backbone.mask_token.requires_grad_(False)  # no gradient would ever reach it
         if config.centering == "softmax":
-            patch_head = config.ibot_head if config.separate_head else config.head
             self.dino_center = SoftmaxCentre(config.head.prototypes, config.center_momentum)
-            self.ibot_center = SoftmaxCentre(patch_head.prototypes, config.center_momentum)
+            self.ibot_center = SoftmaxCentre(config.patch_head.prototypes, config.center_momentum)
+        self._objective = Objective(
+            inputs.n_global,
+            inputs.n_local,
+            not config.separate_head,
+            config.student_temperature,
+            config.dino_weight,
+            config.ibot_weight,
+            config.koleo_weight,
+            config.impl,
+        )
         self._collapse = CollapseMonitor()
 
     @property
@@ -231,7 +194,7 @@ class DINOv2Method(Method):
             teacher = self.teacher(crops[:1], None, select)
         biases, finish = self._center(teacher, temperature)
         student = self.student(crops, mask, select)
-        losses = self._losses(student, teacher, mask, select, size, biases, temperature)
+        losses = self._objective(student, teacher, mask, select, biases, temperature)
         for f in finish:
             f()
         if self.training:
@@ -260,7 +223,7 @@ class DINOv2Method(Method):
         index = batch.get("mask_index")
         return mask, mask.flatten().nonzero().squeeze(1) if index is None else index
 
-    def _center(self, teacher: _Projected, temperature: float) -> tuple[list[Tensor], list[Callable[[], None]]]:
+    def _center(self, teacher: Projected, temperature: float) -> tuple[list[Tensor], list[Callable[[], None]]]:
         """Biases of the class-token and patch targets, and what is left to do after the step."""
         config = self.config
         pairs = [(teacher.cls, teacher.prototypes)]
@@ -273,58 +236,6 @@ class DINOv2Method(Method):
         centres = [self.dino_center, self.ibot_center][: len(pairs)]
         biases = [centre.bias(temperature) for centre in centres]
         return biases, [centre.start_update(f, w) for centre, (f, w) in zip(centres, pairs, strict=True)]
-
-    def _losses(
-        self,
-        student: _Projected,
-        teacher: _Projected,
-        mask: Tensor | None,
-        select: Tensor,
-        size: int,
-        biases: list[Tensor],
-        temperature: float,
-    ) -> Losses:
-        config, g = self.config, self.inputs.n_global
-        pairs = self._pairs()
-        n_pairs = sum(map(sum, pairs))
-        weight = torch.full((1, 1), config.dino_weight / (n_pairs * size), device=select.device)
-        dino = Term(student.cls.unflatten(0, (-1, size)), teacher.cls.unflatten(0, (g, size)), pairs, weight, biases[0])
-        terms = [(dino, student.prototypes, teacher.prototypes)]
-        if mask is not None:
-            # every masked crop counts the same, whatever its number of masked patches
-            per_crop = mask.sum(1).clamp(min=1).reciprocal() * (config.ibot_weight / len(mask))
-            patch_weight = per_crop.index_select(0, select // mask.shape[1])[None]
-            ibot = Term(student.patches[None], teacher.patches[None], ((1.0,),), patch_weight, biases[1])
-            terms.append((ibot, student.patch_prototypes, teacher.patch_prototypes))
-        # With a shared head one call takes both, so that the gradient of the prototypes is formed once.
-        calls = [terms] if not config.separate_head else [[term] for term in terms]
-        total = torch.zeros((), device=select.device)
-        rows: list[Tensor] = []
-        for call in calls:
-            part, losses = prototype_loss(
-                [term for term, _, _ in call],
-                *call[0][1:],
-                student_temperature=config.student_temperature,
-                teacher_temperature=temperature,
-                impl=config.impl,
-            )
-            total = total + part
-            rows += losses
-        logged = {"dino_global": (rows[0][:g] * weight).sum()}
-        if self.inputs.n_local:
-            logged["dino_local"] = (rows[0][g:] * weight).sum()
-        if mask is not None:
-            logged["ibot"] = (rows[1] * patch_weight).sum()
-        if config.koleo_weight:
-            koleo = sum((koleo_loss(x) for x in student.backbone_cls.split(size)), torch.zeros_like(total))
-            logged["koleo"] = config.koleo_weight * koleo.detach()
-            total = total + config.koleo_weight * koleo
-        return Losses(total, logged)
-
-    def _pairs(self) -> tuple[tuple[float, ...], ...]:
-        """Which teacher crops (columns) a student crop (rows, global ones first) predicts: all but itself."""
-        g, n_local = self.inputs.n_global, self.inputs.n_local
-        return tuple(tuple(float(s != t) for t in range(g)) for s in range(g)) + ((1.0,) * g,) * n_local
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Groups as in the released code: layer-wise decay, none of biases, norms and gains, clipping a submodule."""
@@ -380,9 +291,8 @@ class DINOv2Method(Method):
         total += 3 * g * vit.flops(inputs.global_size, kept=kept, selected=1 + masked)
         if n_local:
             total += 3 * n_local * vit.flops(inputs.local_size, kept=kept, selected=1)
-        patch_head = config.ibot_head if config.separate_head else config.head
         total += (g + 3 * (g + n_local)) * config.head.flops(vit.dim)
-        return total + 4 * g * masked * patch_head.flops(vit.dim)
+        return total + 4 * g * masked * config.patch_head.flops(vit.dim)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Tensor]:

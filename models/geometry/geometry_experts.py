@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from armillary.kernels.geometry.geometry_combine import CLIP, EXPERTS
-from armillary.kernels.geometry.geometry_ffn import ROUTINGS, Routing, geometry_ffn
+from armillary.kernels.geometry.geometry_ffn import Routing, geometry_ffn
 from armillary.kernels.launch import Impl
-from armillary.kernels.mlp.up_projection import ACTIVATIONS, Activation
+from armillary.kernels.mlp.up_projection import Activation
 from armillary.models.geometry.manifolds import Curvature, exp0
+from armillary.models.rules import at_least, choices, positive, refuse
 
 __all__ = ["GateStatistics", "GeometryExperts", "GeometryFFN", "Mixture", "gate_statistics"]
 
@@ -82,19 +83,8 @@ class GeometryFFN:
 
     def problems(self) -> list[str]:
         """Every rule that the configuration breaks, as `field: rule, got value`."""
-        found = [
-            f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("dim", "hidden")
-            if getattr(self, name) < 1
-        ]
-        for name, known in (("body", ACTIVATIONS), ("routing", ROUTINGS)):
-            if getattr(self, name) not in known:
-                found.append(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        found += [
-            f"{name}: must be positive, got {getattr(self, name)}"
-            for name in ("temperature", "input_radius", "clip")
-            if not getattr(self, name) > 0
-        ]
+        found = at_least(1, self, "dim", "hidden") + choices(self)
+        found += positive(self, "temperature", "input_radius", "clip")
         if not 0 < self.curvature_min < self.curvature < self.curvature_max < math.inf:
             bounds = f"{self.curvature_min} and {self.curvature_max}"
             found.append(
@@ -164,9 +154,7 @@ class GeometryExperts(nn.Module):
 
     def __init__(self, config: GeometryFFN, impl: Impl = "auto") -> None:
         super().__init__()
-        problems = config.problems()
-        if problems:
-            raise ValueError("GeometryFFN: " + "; ".join(problems))
+        refuse("GeometryFFN", config.problems())
         self.config = config
         self.impl = impl
         d, h = config.dim, config.hidden

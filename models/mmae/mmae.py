@@ -34,6 +34,7 @@ from armillary.models.masked.photoz_loss import photoz_loss
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.mmae.network import Encoded, Network
 from armillary.models.mmae.spectrum_bins import normalised_bins
+from armillary.models.rules import at_least, fractions, positive, refuse
 
 __all__ = ["MMAE", "MMAEMethod"]
 
@@ -92,22 +93,15 @@ class MMAE(MethodConfig):
         return self.bins(inputs) // self.token_bins
 
     def problems(self, inputs: InputSpec) -> list[str]:
-        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
-        found = [
-            f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("patch_size", "bin_pixels", "token_bins", "dim", "depth", "fusion_depth", "heads")
-            if getattr(self, name) < 1
-        ]
+        """Broken rules, see `MethodConfig`."""
+        found = at_least(1, self, "patch_size", "bin_pixels", "token_bins", "dim", "depth", "fusion_depth", "heads")
         for name in ("image_mask", "spectrum_mask", "spectrum_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}: must be in [0, 1], got {getattr(self, name)}")
         for name in ("image_weight", "spectrum_weight", "redshift_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"{name}: must be finite and at least 0, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout: must be in [0, 1), got {self.dropout}")
-        if not 0 < self.redshift_scale < math.inf:
-            found.append(f"redshift_scale: must be finite and above 0, got {self.redshift_scale}")
+        found += fractions(self, "dropout") + positive(self, "redshift_scale")
         if not inputs.channels or inputs.n_global != 1:
             crops = inputs.n_global if inputs.channels else 0
             found.append(f"views.image: must give one crop an object, got {crops}")
@@ -129,13 +123,8 @@ class MMAE(MethodConfig):
         return found
 
     def build(self, inputs: InputSpec) -> MMAEMethod:
-        """Build the method with freshly initialised parameters (from torch's global generator).
-
-        Raises:
-            ValueError: The configuration breaks a rule; all of them are listed.
-        """
-        if problems := self.problems(inputs):
-            raise ValueError("MMAE: " + "; ".join(problems))
+        """Build the method, see `MethodConfig`."""
+        refuse("MMAE", self.problems(inputs))
         return MMAEMethod(self, inputs)
 
 

@@ -27,8 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from armillary.kernels.launch import IMPLS, Impl
-from armillary.kernels.tokens.attention import BACKENDS, PackedSequences
+from armillary.kernels.launch import Impl
+from armillary.kernels.tokens.attention import Backend, PackedSequences
 from armillary.models.masked.binned_density import BinnedDensity
 from armillary.models.masked.masking import modality_masks, share_problems, token_masks
 from armillary.models.masked.packing import Packing, pack, shown_rows
@@ -36,6 +36,7 @@ from armillary.models.masked.tokenisers import POSITION_STD, to_patches
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.mmae.rest_frame import WAVES, RestFrameDecoder
 from armillary.models.mmae.spectrum_bins import normalised_bins
+from armillary.models.rules import at_least, choices, positive, refuse
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
 from armillary.models.vit.vit_block import Block
 
@@ -43,7 +44,6 @@ __all__ = ["TokenDropMMAE", "TokenDropMethod"]
 
 IMAGE, SPECTRUM = 0, 1  # numbers of the modalities' masks
 MLP_RATIO = 4
-STEMS = ("linear", "convolutions")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class TokenDropMMAE(MethodConfig):
     image_weight: float = 0.1
     spectrum_weight: float = 0.3
     redshift_weight: float = 10.0
-    attention: Literal["auto", "flash_attn", "torch", "dense"] = "auto"
+    attention: Backend = "auto"
     impl: Impl = "auto"
 
     def patches(self, inputs: InputSpec) -> int:
@@ -109,15 +109,10 @@ class TokenDropMMAE(MethodConfig):
         return inputs.pixels // self.bin_pixels // self.token_bins
 
     def problems(self, inputs: InputSpec) -> list[str]:
-        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
+        """Broken rules, see `MethodConfig`."""
         counts = ("patch_size", "bin_pixels", "token_bins", "dim", "depth", "heads", "decoder_dim", "decoder_depth")
-        found = [
-            f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in (*counts, "decoder_heads", "rest_hidden", "redshift_bins")
-            if getattr(self, name) < 1
-        ]
-        if self.rest_points < 2:
-            found.append(f"rest_points: must be at least 2, got {self.rest_points}")
+        found = at_least(1, self, *counts, "decoder_heads", "rest_hidden", "redshift_bins")
+        found += at_least(2, self, "rest_points") + positive(self, "highest_redshift") + choices(self)
         for name in ("image_mask", "spectrum_mask"):
             found += share_problems(name, getattr(self, name))
             if getattr(self, name)[1] >= 1:
@@ -128,11 +123,6 @@ class TokenDropMMAE(MethodConfig):
         for name in ("image_weight", "spectrum_weight", "redshift_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"{name}: must be finite and at least 0, got {getattr(self, name)}")
-        if not 0 < self.highest_redshift < math.inf:
-            found.append(f"highest_redshift: must be finite and above 0, got {self.highest_redshift}")
-        for name, choices in (("stem", STEMS), ("attention", BACKENDS), ("impl", IMPLS)):
-            if getattr(self, name) not in choices:
-                found.append(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not inputs.channels or inputs.n_global != 1:
             crops = inputs.n_global if inputs.channels else 0
             found.append(f"views.image: must give one crop an object, got {crops}")
@@ -157,13 +147,8 @@ class TokenDropMMAE(MethodConfig):
         return found
 
     def build(self, inputs: InputSpec) -> TokenDropMethod:
-        """Build the method with freshly initialised parameters (from torch's global generator).
-
-        Raises:
-            ValueError: The configuration breaks a rule; all of them are listed.
-        """
-        if problems := self.problems(inputs):
-            raise ValueError("TokenDropMMAE: " + "; ".join(problems))
+        """Build the method, see `MethodConfig`."""
+        refuse("TokenDropMMAE", self.problems(inputs))
         return TokenDropMethod(self, inputs)
 
 
@@ -182,7 +167,7 @@ class _Tokens(nn.Module):
 
 
 class _Blocks(nn.Module):
-    def __init__(self, depth: int, dim: int, heads: int, attention: str, impl: Impl) -> None:
+    def __init__(self, depth: int, dim: int, heads: int, attention: Backend, impl: Impl) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             Block(dim, heads, MLP_RATIO * dim, 1.0, attention, "erf", impl) for _ in range(depth)

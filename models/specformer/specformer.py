@@ -26,6 +26,7 @@ from armillary.kernels.launch import IMPLS, Impl
 from armillary.kernels.mlp.linear_gelu import gelu_linear
 from armillary.kernels.tokens.attention import BACKENDS, PackedSequences, attention
 from armillary.kernels.tokens.window_embed import count_windows, window_embed
+from armillary.models.rules import at_least, one_of, refuse
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
 from armillary.models.vit.vit_block import LinearGelu
 
@@ -75,11 +76,7 @@ class SpecFormer:
         Args:
             pixels: Pixels L of the spectra; rules that depend on them are left out where absent.
         """
-        found = [
-            f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("dim", "depth", "heads", "step", "positions")
-            if getattr(self, name) < 1
-        ]
+        found = at_least(1, self, "dim", "depth", "heads", "step", "positions")
         if not 2 <= self.window <= 254:
             found.append(f"window: must be in 2 .. 254 pixels, got {self.window}")
         if found:
@@ -212,13 +209,7 @@ class SpectrumTransformer(nn.Module):
 
     def __init__(self, shape: SpecFormer, backend: str = "auto", impl: Impl = "auto") -> None:
         super().__init__()
-        problems = shape.problems()
-        if backend not in BACKENDS:
-            problems.append(f"backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if impl not in IMPLS:
-            problems.append(f"impl: must be one of {', '.join(IMPLS)}, got {impl!r}")
-        if problems:
-            raise ValueError("SpecFormer: " + "; ".join(problems))
+        refuse("SpecFormer", shape.problems() + one_of("backend", backend, BACKENDS) + one_of("impl", impl, IMPLS))
         self.shape = shape
         self.impl = impl
         self.data_embed = _Embedding(shape.features, shape.dim)

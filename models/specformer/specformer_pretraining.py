@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.kernels.launch import IMPLS, Impl
-from armillary.kernels.tokens.attention import BACKENDS
+from armillary.kernels.launch import Impl
+from armillary.kernels.tokens.attention import Backend
 from armillary.kernels.tokens.window_embed import window_features
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
+from armillary.models.rules import choices, refuse
 from armillary.models.specformer.specformer import SpecFormer, SpectrumTransformer, fill_missing
 from armillary.models.specformer.spectrum_masking import chunk_masks, chunk_problems
 
@@ -43,32 +43,25 @@ class SpecFormerPretraining(MethodConfig):
     encoder: SpecFormer = field(default_factory=SpecFormer)
     chunks: int = 6
     chunk_tokens: int = 50
-    attention: Literal["auto", "flash_attn", "torch", "dense"] = "auto"
+    attention: Backend = "auto"
     impl: Impl = "auto"
 
     def problems(self, inputs: InputSpec) -> list[str]:
-        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
+        """Broken rules, see `MethodConfig`."""
         found = []
         if inputs.pixels < 1:
-            found.append(f"views.spectrum: must be on, for the method learns from spectra, got {inputs.pixels} pixels")
+            found.append(
+                f"views.spectrum: must be on, because the method learns from spectra, got {inputs.pixels} pixels"
+            )
         broken = self.encoder.problems(inputs.pixels or None)
         found += [f"encoder.{p}" for p in broken]
         if inputs.pixels and not broken:
             found += chunk_problems(self.encoder.tokens(inputs.pixels), self.chunks, self.chunk_tokens)
-        for name, choices in (("attention", BACKENDS), ("impl", IMPLS)):
-            if getattr(self, name) not in choices:
-                found.append(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        return found
+        return found + choices(self)
 
     def build(self, inputs: InputSpec) -> SpecFormerMethod:
-        """Build the method with freshly initialised parameters (from torch's global generator).
-
-        Raises:
-            ValueError: The configuration breaks a rule; all of them are listed.
-        """
-        problems = self.problems(inputs)
-        if problems:
-            raise ValueError("SpecFormerPretraining: " + "; ".join(problems))
+        """Build the method, see `MethodConfig`."""
+        refuse("SpecFormerPretraining", self.problems(inputs))
         return SpecFormerMethod(self, inputs)
 
 

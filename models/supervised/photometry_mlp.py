@@ -5,7 +5,7 @@ A magnitude that is unknown (of a flux below 0, say) counts as its mean over the
 Shape legend: B samples, m columns, n outputs.
 
 Source: the photometry baseline of AstroCLIP (Parker et al. 2024, arXiv:2310.03024): 3-64-64-n with ReLU. There one mean
-and standard deviation are taken over all magnitudes; the views' columns have each its own.
+and standard deviation are taken over all magnitudes; here each column has its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PhotometryMLP:
         if not self.hidden or min(self.hidden) < 1:
             found.append(f"hidden: must be one or more widths, each at least 1, got {self.hidden}")
         if not inputs.columns:
-            found.append("views.columns: columns of the catalogue, which PhotometryMLP reads, got none")
+            found.append("views.columns: must name columns, which PhotometryMLP reads, got none")
         return found
 
     def build(self, inputs: InputSpec) -> Perceptron:

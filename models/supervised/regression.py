@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
+from armillary.models.rules import refuse
 from armillary.models.supervised.photometry_mlp import PhotometryMLP
 from armillary.models.supervised.resnet import ResNet18
 from armillary.models.supervised.spectrum_attention import ConvAttention
@@ -36,31 +37,27 @@ class Regression(MethodConfig):
     network: ResNet18 | ConvAttention | PhotometryMLP = field(default_factory=ResNet18)
 
     def problems(self, inputs: InputSpec) -> list[str]:
-        """Every rule that this configuration breaks for these inputs, as `field: rule, got value`; empty if none."""
+        """Broken rules, see `MethodConfig`."""
         found = [p if p.startswith("views.") else f"network.{p}" for p in self.network.problems(inputs)]
         n = len(inputs.targets)
         if not n:
-            found.append("views.targets: labels to learn, one or more, got none")
+            found.append("views.targets: must name labels to learn, got none")
         if not len(inputs.target_mean) == len(inputs.target_std) == n:
             found.append(
-                f"views.targets: a mean and a standard deviation for each of {n}, got {len(inputs.target_mean)} and "
+                f"views.targets: must come with a mean and a standard deviation for each of {n}, got {len(inputs.target_mean)} and "
                 f"{len(inputs.target_std)}"
             )
             return found
         for name, mean, std in zip(inputs.targets, inputs.target_mean, inputs.target_std, strict=True):
             if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-                found.append(f"views.targets: labels that vary, got {name} with mean {mean} and deviation {std}")
+                found.append(
+                    f"views.targets: must be labels that vary, got {name} with mean {mean} and deviation {std}"
+                )
         return found
 
     def build(self, inputs: InputSpec) -> RegressionMethod:
-        """Build the method with freshly initialised parameters (from torch's global generator).
-
-        Raises:
-            ValueError: The configuration breaks a rule; all of them are listed.
-        """
-        problems = self.problems(inputs)
-        if problems:
-            raise ValueError("Regression: " + "; ".join(problems))
+        """Build the method, see `MethodConfig`."""
+        refuse("Regression", self.problems(inputs))
         return RegressionMethod(self, inputs)
 
 

@@ -53,10 +53,12 @@ class ResNet18:
         """Every rule that is broken for these inputs, as `field: rule, got value`; empty if none."""
         found = [] if self.width >= 1 else [f"width: must be at least 1, got {self.width}"]
         if inputs.channels < 1:
-            return [*found, "views.image: a crop of the image, which ResNet18 reads, got none"]
+            return [*found, "views.image: must give a crop, which ResNet18 reads, got none"]
         if inputs.global_size < LEAST_SIDE:
             size = inputs.global_size
-            found.append(f"views.image.global_size: at least {LEAST_SIDE}, for it is halved five times, got {size}")
+            found.append(
+                f"views.image.global_size: must be at least {LEAST_SIDE}, because it is halved five times, got {size}"
+            )
         return found
 
     def build(self, inputs: InputSpec) -> ResNet:

@@ -63,7 +63,7 @@ class ConvAttention:
             if not all(n >= 1 for n in getattr(self, name)) or (name != "pools" and not getattr(self, name))
         ]
         if inputs.pixels < 1:
-            found.append("views.spectrum: a spectrum, which ConvAttention reads, got none")
+            found.append("views.spectrum: must give spectra, which ConvAttention reads, got none")
         if found:
             return found
         layers = len(self.filters)
@@ -75,7 +75,7 @@ class ConvAttention:
             found.append(f"pools: must be {layers - 1}, one after each convolution but the last, got {len(self.pools)}")
         if not found and min(self.lengths(inputs.pixels)) < 2:
             found.append(
-                f"views.spectrum: enough pixels for 2 positions after every convolution, got {inputs.pixels} pixels, "
+                f"views.spectrum: must have pixels for 2 positions after every convolution, got {inputs.pixels} pixels, "
                 f"which leave {min(self.lengths(inputs.pixels))}"
             )
         return found

@@ -1,12 +1,9 @@
-"""Patches of images as tokens.
-
-Shape legend: N images of a group, C channels, T patches of p x p pixels an image, R registers, P tokens of all groups,
-D width.
-"""
+"""Patches of images as tokens, by `armillary.kernels.tokens.patch_embed`, which says what the shapes are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,36 +30,15 @@ class PatchEmbed(nn.Module):
         mask: Tensor | None,
         mask_token: Tensor,
     ) -> Tensor:
-        """Embed groups of crops; the other parameters are the caller's.
-
-        Args:
-            crops: One tensor a group, each [N, C, H, W].
-            positions: One tensor a group, each [1 + T, D].
-            cls: [D] class token.
-            registers: [R, D] register tokens.
-            mask: [N, T] bool for the first group: True where the mask token replaces the patch.
-            mask_token: [D].
-
-        Returns:
-            [P, D]: for each group, crop by crop, class token, registers and patches.
-        """
+        """Tokens [P, D] of groups of crops, see `embed_crops`; all but the projection are the caller's."""
+        crops = [crop.contiguous() for crop in crops]
+        mask = None if mask is None else mask.contiguous()
         return self.proj(crops, positions, cls, registers, mask, mask_token)
 
 
 class _PatchProjection(nn.Conv2d):
     impl: Impl = "auto"
 
-    def forward(  # type: ignore[override]
-        self,
-        crops: Sequence[Tensor],
-        positions: Sequence[Tensor],
-        cls: Tensor,
-        registers: Tensor | None,
-        mask: Tensor | None,
-        mask_token: Tensor,
-    ) -> Tensor:
-        crops = [crop.contiguous() for crop in crops]
-        mask = None if mask is None else mask.contiguous()
-        bias = self.bias
-        assert bias is not None
-        return embed_crops(crops, self.weight, bias, positions, cls, registers, mask, mask_token, impl=self.impl)
+    def forward(self, crops: Sequence[Tensor], *rest: Any) -> Tensor:  # type: ignore[override]
+        assert self.bias is not None
+        return embed_crops(crops, self.weight, self.bias, *rest, impl=self.impl)

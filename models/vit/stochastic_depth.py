@@ -35,8 +35,8 @@ class Subset:
     Attributes:
         rows: For each group [n] int32: its samples, on the tokens' device.
         scales: For each group: the factor of the branch's output.
-        groups: PackedSequences of the tokens of all samples.
-        layout: Of the subset's packed tokens.
+        groups: Layout of the tokens of all samples.
+        layout: Layout of the subset's packed tokens.
         packing: The same by sample, for `armillary.kernels.tokens.residual_norm`.
     """
 

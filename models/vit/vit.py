@@ -24,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.launch import IMPLS, Impl, untraced
 from armillary.kernels.tokens.attention import BACKENDS, PackedSequences
+from armillary.models.rules import at_least, choices, fractions, one_of, refuse
 from armillary.models.vit.patch_embed import PatchEmbed
 from armillary.models.vit.residual_stream import ResidualNorm, Stream, materialise
 from armillary.models.vit.stochastic_depth import Runs, draw_subsets
-from armillary.models.vit.vit_block import Block, Drop, TokenSelection
+from armillary.models.vit.vit_block import Block, Drop, select_tokens
 
 __all__ = ["Tokens", "ViT", "VisionTransformer"]
 
@@ -73,11 +74,7 @@ class ViT:
 
     def problems(self) -> list[str]:
         """Every rule that the configuration breaks, as `field: rule, got value`."""
-        found = [
-            f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("channels", "image_size", "patch_size", "dim", "depth", "heads")
-            if getattr(self, name) < 1
-        ]
+        found = at_least(1, self, "channels", "image_size", "patch_size", "dim", "depth", "heads")
         if found:
             return found
         if self.image_size % self.patch_size:
@@ -86,13 +83,7 @@ class ViT:
             found.append(f"heads: must divide dim {self.dim}, got {self.heads}")
         if self.hidden < 1:
             found.append(f"mlp_ratio: must give a hidden width of at least 1, got {self.mlp_ratio}")
-        if self.registers < 0:
-            found.append(f"registers: must be at least 0, got {self.registers}")
-        if not 0 <= self.drop_path < 1:
-            found.append(f"drop_path: must be in [0, 1), got {self.drop_path}")
-        if self.gelu not in ("erf", "tanh"):
-            found.append(f'gelu: must be "erf" or "tanh", got {self.gelu!r}')
-        return found
+        return found + at_least(0, self, "registers") + fractions(self, "drop_path") + choices(self)
 
     def patches(self, side: int) -> int:
         """Patches T of a square crop.
@@ -156,13 +147,7 @@ class VisionTransformer(nn.Module):
         self, config: ViT, backend: str = "auto", checkpoint_activations: bool = False, impl: Impl = "auto"
     ) -> None:
         super().__init__()
-        problems = config.problems()
-        if backend not in BACKENDS:
-            problems.append(f"backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if impl not in IMPLS:
-            problems.append(f"impl: must be one of {', '.join(IMPLS)}, got {impl!r}")
-        if problems:
-            raise ValueError("ViT: " + "; ".join(problems))
+        refuse("ViT", config.problems() + one_of("backend", backend, BACKENDS) + one_of("impl", impl, IMPLS))
         self.config = config
         self.checkpoint_activations = checkpoint_activations
         self.impl = impl
@@ -218,13 +203,14 @@ class VisionTransformer(nn.Module):
         """
         if patches_only and (mask is not None or select is not None):
             raise ValueError("patches_only: takes neither mask nor select, which belong to training with class tokens")
+        skip = 1 + self.config.registers  # tokens before the patches
         x, runs = self._embed(crops, mask, patches_only)
         layout, drops = self._plan(runs, x.device)
         stream = Stream(x)
         *blocks, last = zip(self.blocks, drops, strict=True)
         for block, drop in blocks:
             stream = self._run(block, stream, layout, drop)
-        selected = None if select is None else self._selected(runs, select)
+        selected = None if select is None else select_tokens(runs, select, skip)
         _, y = self.norm(self._run(last[0], stream, layout, last[1], selected))
         if selected is not None:
             n_cls = sum(n for n, _ in runs)
@@ -235,13 +221,12 @@ class VisionTransformer(nn.Module):
         ]
         if patches_only:
             return Tokens((), tuple(groups))
-        skip = 1 + self.config.registers
         return Tokens(tuple(g[:, 0] for g in groups), tuple(g[:, skip:] for g in groups))
 
     def _run(self, block: nn.Module, *args: Any) -> Stream:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return block(*args)
-        # Settled, so that of a block's border only the tokens are kept; it costs another pass over them. The draws of
+        # Materialised, so that of a block's border only the tokens are kept; it costs another pass over them. The draws of
         # stochastic depth are arguments, so no generator has to be put back for the recomputation.
         return checkpoint(
             lambda *args: materialise(block(*args), self.impl), *args, use_reentrant=False, preserve_rng_state=False
@@ -294,33 +279,9 @@ class VisionTransformer(nn.Module):
 
     @untraced
     def _plan(self, runs: Runs, device: torch.device) -> tuple[PackedSequences, list[Drop]]:
-        """PackedSequences of the packed tokens, and which samples run each block's two branches."""
+        """Layout of the packed tokens, and which samples run each block's two branches."""
         layout, depth = PackedSequences.from_runs(runs, device), self.config.depth
         if not self.training or self.config.drop_path == 0:
             return layout, [(None, None)] * depth
         subsets = draw_subsets(runs, self.config.drop_path, 2 * depth, device)
         return layout, list(zip(subsets[::2], subsets[1::2], strict=True))
-
-    @untraced
-    def _selected(self, runs: Runs, select: Tensor) -> TokenSelection:
-        """Indices of the last block's tokens, made on the device without waiting for it."""
-        device = select.device
-        length = runs[0][1]
-        patches = length - 1 - self.config.registers
-        crop = select // patches
-        n = sum(m for m, _ in runs)
-        per_crop = torch.zeros(n, dtype=torch.int64, device=device).index_add_(0, crop, torch.ones_like(crop))
-        starts, first = [], 0
-        for m, length_of_run in runs:
-            starts.append(first + length_of_run * torch.arange(m, device=device))
-            first += m * length_of_run
-        cls_place = torch.arange(n, device=device) + per_crop.cumsum(0) - per_crop
-        patch_place = torch.arange(len(select), device=device) + crop + 1
-        order = torch.cat([cls_place, patch_place])
-        tokens = torch.empty_like(order)
-        tokens[cls_place] = torch.cat(starts)
-        tokens[patch_place] = crop * length + 1 + self.config.registers + select % patches
-        samples = torch.empty_like(order)
-        samples[cls_place] = torch.arange(n, device=device)
-        samples[patch_place] = crop
-        return TokenSelection(tokens, order, samples, PackedSequences.from_lengths(per_crop + 1, length))

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armillary.kernels.launch import Impl
+from armillary.kernels.launch import Impl, untraced
 from armillary.kernels.mlp.linear_gelu import Approximate, gelu_linear, linear_gelu
 from armillary.kernels.tokens.attention import PackedSequences, attention
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
-from armillary.models.vit.stochastic_depth import Subset, branch_scale
+from armillary.models.vit.stochastic_depth import Runs, Subset, branch_scale
 
-__all__ = ["Block", "Drop", "LinearGelu", "TokenSelection"]
+__all__ = ["Block", "Drop", "LinearGelu", "TokenSelection", "select_tokens"]
 
 Drop = tuple[Subset | None, Subset | None]  # samples that run a block's attention and its MLP; None: all of them
 
@@ -33,13 +33,42 @@ class TokenSelection:
         tokens: [Q] their place in [P], crop by crop, the class token first.
         order: [Q] sorts them into all class tokens, then the selected patches.
         samples: [Q] crop of each of `tokens`, counted over all groups.
-        queries: PackedSequences of `tokens`.
+        queries: Layout of `tokens`.
     """
 
     tokens: Tensor
     order: Tensor
     samples: Tensor
     queries: PackedSequences
+
+
+@untraced
+def select_tokens(runs: Runs, select: Tensor, skip: int) -> TokenSelection:
+    """All class tokens and some patches of the first group; made on the device without waiting for it.
+
+    Args:
+        runs: (N, L) of each group.
+        select: [M] int64, ascending, as `crop * T + patch`.
+        skip: Tokens of a crop before its patches.
+    """
+    device, length = select.device, runs[0][1]
+    crop = select // (length - skip)
+    n = sum(m for m, _ in runs)
+    per_crop = torch.zeros(n, dtype=torch.int64, device=device).index_add_(0, crop, torch.ones_like(crop))
+    starts, first = [], 0
+    for m, length_of_run in runs:
+        starts.append(first + length_of_run * torch.arange(m, device=device))
+        first += m * length_of_run
+    cls_place = torch.arange(n, device=device) + per_crop.cumsum(0) - per_crop
+    patch_place = torch.arange(len(select), device=device) + crop + 1
+    order = torch.cat([cls_place, patch_place])
+    tokens = torch.empty_like(order)
+    tokens[cls_place] = torch.cat(starts)
+    tokens[patch_place] = crop * length + skip + select % (length - skip)
+    samples = torch.empty_like(order)
+    samples[cls_place] = torch.arange(n, device=device)
+    samples[patch_place] = crop
+    return TokenSelection(tokens, order, samples, PackedSequences.from_lengths(per_crop + 1, length))
 
 
 class _GainLinear(nn.Linear):

@@ -150,7 +150,7 @@ def problem():
 
 
 def test_right_results_pass(problem):
-    from gpu.measure import check
+    from gpu.check import check
 
     checked = check(problem)
     assert checked.ours < 3e-7 and checked.oracle == "float64"
@@ -169,7 +169,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_results_are_named(problem, name):
-    from gpu.measure import Wrong, check
+    from gpu.check import Wrong, check
 
     ours, what = WRONG[name]
     with pytest.raises(Wrong, match=what):
@@ -177,7 +177,7 @@ def test_wrong_results_are_named(problem, name):
 
 
 def test_what_eager_gets_wrong_is_no_excuse(problem):
-    from gpu.measure import Wrong, check
+    from gpu.check import Wrong, check
 
     nan = lambda x, scale: x.square() * scale + (torch.nan if x.dtype == torch.float32 else 0.0)  # noqa: E731
     with pytest.raises(Wrong):

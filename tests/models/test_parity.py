@@ -161,5 +161,5 @@ def test_training_ends_at_the_same_loss(train: Callable[..., list[float]], devic
     plain = train("reference", torch.float32, device)
     ours = train("triton", torch.float32, device)
     end = sum(exact[-LAST:]) / LAST
-    assert end < 0.9 * exact[0]
+    assert end < 0.9 * exact[0]  # 0.41 and 0.75, in float64, so on any processor
     assert apart(ours, plain) <= 2 * apart(plain, exact) + FLOOR * end

@@ -63,7 +63,7 @@ def test_presets_fit_their_surveys(presets, survey, tmp_path):
     assert presets["SMOKE"].views.problems(described) == []
     pictures = presets["PICTURES"]
     found = problems(replace(pictures, device="cpu", data=replace(pictures.data, path=tmp_path)), 2)
-    assert len(found) == 1 and found[0].startswith("data.path: a packed survey, got")
+    assert len(found) == 1 and found[0].startswith("data.path: must be a packed survey, got")
 
 
 @pytest.mark.dist

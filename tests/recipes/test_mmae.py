@@ -1,13 +1,10 @@
 """The MMAE recipe: presets are the published ones; toy pairs train alike on any ranks, resume to the bits and are read back."""
 
 import json
-import os
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 
-import fork_server
 import numpy as np
 import processes
 import pytest
@@ -23,8 +20,6 @@ from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.train.checks import method_problems, problems
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import InputSpec
-
-RECIPE = processes.ROOT / "recipes" / "mmae.py"
 
 
 class ToyPairs:
@@ -74,15 +69,7 @@ def train(preset, survey, out, name, *arguments, ranks=2):
     )
     options += " --train.global-batch 16 --train.micro-batch 4 --method.dim 16 --views.image.global-size 16"
     options += " --method.bin-pixels 10 --views.spectrum-optional --schedule.learning-rate.warmup-steps 1"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    common = os.environ | {"PYTHONPATH": str(processes.ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    line = [*options.split(), *map(str, arguments)]
-    started = [fork_server.start(RECIPE, line, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
-    said = [rank.communicate(timeout=120)[0] for rank in started]
-    assert [rank.returncode for rank in started] == [0] * ranks, "\n---\n".join(said)
+    processes.run(processes.recipe(*options.split(), *arguments, ranks=ranks, name="mmae"))
     return [json.loads(line)["loss"] for line in (Path(out) / name / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -199,10 +199,7 @@ def _compile_here(job: dict, cache: Path) -> dict[int, Resources]:
     signature = {k: given[k] for k in fn.arg_names}
     aligned = [i for i, (k, kind) in enumerate(signature.items()) if kind[0] == "*" or k in job["divisible"]]
     source = ASTSource(
-        fn=fn,
-        signature=signature,
-        constexprs=constexprs,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        fn=fn, signature=signature, constexprs=constexprs, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     return {sm: _used(source, sm, job["options"], cache) for sm in job["architectures"]}
 

@@ -10,6 +10,7 @@ is a server for each value; armillary is imported by the rank. A server ends wit
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
@@ -24,8 +25,10 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = ("torch", "torch._dynamo", "torch.utils.tensorboard", "deepspeed", "deepspeed.ops", "deepspeed.runtime.engine",
-        "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer", "scipy.stats", "safetensors.torch", "tyro.constructors", "rich.progress", "cloudpickle", "setuptools", "torch.profiler")  # fmt: skip
+SLOW = ("torch", "torch._dynamo", "torch.utils.tensorboard", "torch.profiler", "deepspeed", "deepspeed.ops",
+        "deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
+        "scipy.stats", "safetensors.torch", "tyro.constructors", "rich.progress", "cloudpickle", "setuptools", "webdataset",
+        "nvidia.dali.plugin.pytorch")  # fmt: skip
 
 
 class Rank:
@@ -114,9 +117,38 @@ def _server(interpret: str) -> ForkServer:
     return server
 
 
-def start(script: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> Rank:
-    """Fork a rank that runs a script from a server of this process."""
-    return _server(environment.get("TRITON_INTERPRET", "0")).start(script, arguments, environment)
+def environments(world: int, common: Mapping[str, str]) -> list[dict[str, str]]:
+    """What a launcher sets for each of so many ranks, with a port of their own; for no rank, a plain process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    kept |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **common}
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)} for r in range(world)]
+    return [kept | own for own in ranks or [{}]]
+
+
+def start(script: Path, arguments: Sequence[str] = (), world: int = 2, **common: str) -> list[Rank]:
+    """Fork so many ranks that run a script, from a server of this process."""
+    return [
+        _server(environment.get("TRITON_INTERPRET", "0")).start(script, arguments, environment)
+        for environment in environments(world, common)
+    ]
+
+
+def popen(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a new interpreter, or a launcher, in a session of its own; its output is read by `communicate`."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+    )
 
 
 def _serve(path: str) -> dict | None:
@@ -178,7 +210,8 @@ if __name__ == "__main__":
     import importlib
 
     for name in SLOW:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # DALI is not everywhere
+            importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads, and what they had locked"
     gc.freeze()  # a rank's collections need not copy these pages
     found = _serve(sys.argv[1])

@@ -1,7 +1,7 @@
 """Runs commands and recipes as a user does: the `armillary` command, and recipes with or without the deepspeed launcher.
 
-Without the launcher, ranks are started as Slurm or torchrun would: each with its own RANK. That leaves out the launcher's
-two processes, which import all of deepspeed before the first rank starts.
+Without the launcher, ranks are forked with the slow imports behind them, each with its own RANK, as Slurm or torchrun would
+set it. That leaves out the launcher's two processes, which import all of deepspeed before the first rank starts.
 """
 
 import contextlib
@@ -9,12 +9,11 @@ import importlib
 import io
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+import fork_server
 
 from armillary.engine import cli
 from armillary.engine.config.run import Run
@@ -22,44 +21,34 @@ from armillary.engine.config.run import Run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Command:
-    """Command lines that are started together, one for each rank, or one alone."""
+    """A recipe's command line on so many ranks."""
 
-    lines: list[list[str]]
-    environments: list[dict[str, str]]
+    script: Path
+    arguments: list[str]
+    ranks: int
+    launcher: bool
 
 
-@dataclass
 class Job:
-    """Processes under way; all of them write to one file."""
+    """A command under way; each of its processes has a session of its own."""
 
-    command: Command
-    processes: list[subprocess.Popen] = field(default_factory=list)
-
-    def __post_init__(self):
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        common = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path}
-        common.pop("TRITON_INTERPRET", None)
-        self.output = tempfile.TemporaryFile("w+")
-        for line, own in zip(self.command.lines, self.command.environments, strict=True):
-            self.processes.append(
-                subprocess.Popen(
-                    line,
-                    stdout=self.output,
-                    stderr=subprocess.STDOUT,
-                    cwd=ROOT,
-                    env=common | own,
-                    start_new_session=True,
-                )
+    def __init__(self, command: Command):
+        if not command.launcher:
+            self.processes: list = fork_server.start(
+                command.script, command.arguments, command.ranks, TRITON_INTERPRET="0"
             )
+            return
+        (environment,) = fork_server.environments(0, {"TRITON_INTERPRET": "0"})
+        options = ["--num_accelerators", str(command.ranks), "--master_port", environment["MASTER_PORT"]]
+        line = [sys.executable, "-m", "deepspeed.launcher.runner", *options, str(command.script), *command.arguments]
+        self.processes = [fork_server.popen(line, environment)]
 
     def wait(self):
         """Wait for the end of all; returns their exit codes and what they said."""
-        codes = [p.wait() for p in self.processes]
-        with self.output:
-            self.output.seek(0)
-            return codes, self.output.read()
+        said = "".join(process.communicate()[0] for process in self.processes)
+        return [process.wait() for process in self.processes], said
 
 
 def armillary(*arguments, code=0):
@@ -73,16 +62,7 @@ def armillary(*arguments, code=0):
 
 def recipe(*arguments, ranks=2, name="dinov2_vitl", launcher=False):
     """A recipe on so many ranks."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    line = [str(ROOT / "recipes" / f"{name}.py"), *map(str, arguments)]
-    if launcher:
-        options = ["--num_accelerators", str(ranks), "--master_port", port]
-        return Command([[sys.executable, "-m", "deepspeed.launcher.runner", *options, *line]], [{}])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    own = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return Command([[sys.executable, *line]] * ranks, own)
+    return Command(ROOT / "recipes" / f"{name}.py", [*map(str, arguments)], ranks, launcher)
 
 
 def presets(name):
@@ -107,6 +87,5 @@ def run(command, code=0):
     """Run a command to its end; returns what it said. Of several processes the first that failed gives the code."""
     codes, said = start(command).wait()
     ended = next((c for c in codes if c), 0)
-    lines = "\n".join(" ".join(line) for line in command.lines)
-    assert ended == code, f"{lines}\nexit codes {codes}\n{said[-4000:]}"
+    assert ended == code, f"{command.script} {' '.join(command.arguments)}\nexit codes {codes}\n{said[-4000:]}"
     return said

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,19 +13,6 @@ import fork_server
 import pytest
 
 SCRIPT = Path(__file__).with_name("toy.py")
-ROOT = Path(__file__).parents[2]
-
-
-def _popen(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd=ROOT,
-    )
 
 
 @dataclass
@@ -67,22 +53,16 @@ class Site:
 
         Without a launcher they are forked by the fork server, or, if `fresh`, interpreters that a shell would start.
         """
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        common = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        common |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOY_OUT": str(self.runs)}
-        common |= {"TOY_SURVEY": str(self.survey), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | environment
-        ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)} for r in range(world)] or [{}]
-        if launcher:
-            program = str(Path(sys.executable).with_name("deepspeed"))
-            common["PATH"] = f"{Path(sys.executable).parent}:{common['PATH']}"
-            command = [program, "--num_gpus", str(world), "--master_port", port, str(script), *arguments]
-            started = [_popen(command, common)]
-        elif fresh:
-            started = [_popen([sys.executable, str(script), *arguments], common | own) for own in ranks]
+        environment |= {"TOY_OUT": str(self.runs), "TOY_SURVEY": str(self.survey)}
+        if not launcher and not fresh:
+            started: list = fork_server.start(script, arguments, world, **environment)
         else:
-            started = [fork_server.start(script, arguments, common | own) for own in ranks]
+            ranks = fork_server.environments(0 if launcher else world, environment)
+            command = [sys.executable, str(script), *arguments]
+            if launcher:
+                options = ["--num_gpus", str(world), "--master_port", ranks[0]["MASTER_PORT"]]
+                command = [str(Path(sys.executable).with_name("deepspeed")), *options, *command[1:]]
+            started = [fork_server.popen(command, rank) for rank in ranks]
         self.live += started
         return started
 

@@ -6,7 +6,6 @@ import signal
 import textwrap
 
 import fork_server
-from fork_server import ROOT
 
 PREAMBLE = """
 import os, sys
@@ -22,10 +21,7 @@ def run_on_ranks(function, folder, ranks, timeout=300):
     source = PREAMBLE + textwrap.dedent(inspect.getsource(function)) + f"\n{function.__name__}(rank)\n"
     script = folder / "ranks.py"
     script.write_text(source + "dist.barrier()\ndist.destroy_process_group()\n")
-    common = {**os.environ, "WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    common |= {"FOLDER": str(folder), "STORE": f"{folder}/store", "DS_ACCELERATOR": "cpu"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    started = [fork_server.start(script, (), common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
+    started = fork_server.start(script, world=ranks, FOLDER=str(folder), STORE=f"{folder}/store")
     try:
         outputs = [p.communicate(timeout)[0] for p in started]
     finally:

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import armillary
 from armillary.engine.atomic_file import atomic_open
+from armillary.engine.choices import check_choice
 from armillary.engine.data.building.build_state import (
     Journal,
     clear_leftovers,
@@ -64,6 +65,9 @@ CATALOG_GROUP = 65536  # rows of a Parquet row group
 EXAMPLES = 20  # skipped samples named in the provenance
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+Codec = Literal["bitplane", "float16"]
+OnBad = Literal["error", "skip"]
+
 log = logging.getLogger("armillary.data")
 
 
@@ -72,7 +76,7 @@ def build(
     folder: Path | str,
     *,
     name: str,
-    codec: Literal["bitplane", "float16"] = "bitplane",
+    codec: Codec = "bitplane",
     step_fraction: float | None = None,
     sky_sigma: Sequence[float] | None = None,
     samples_per_shard: int = 2048,
@@ -82,7 +86,7 @@ def build(
     processes: int = 1,
     dask: str | None = None,
     progress: bool = True,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: OnBad = "error",
 ) -> Survey:
     """Pack a source into a survey folder, or continue an interrupted build of it.
 
@@ -115,15 +119,14 @@ def build(
         BadSample: A sample is unusable and `on_bad` is "error".
         FileExistsError: The folder holds something else.
         OSError: The folder cannot be written; what is finished is kept.
-        RuntimeError: A worker process died, or another build is running in the folder.
+        RuntimeError: A worker process died, another build is running in the folder, or the script that was started has
+            no `if __name__ == "__main__":` around its call with several processes.
         ValueError: An option is wrong, the source is empty, or keys repeat.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: must be at least 1, got {samples_per_shard}")
-    if codec not in ("bitplane", "float16"):
-        raise ValueError(f"codec: must be bitplane or float16, got {codec!r}")
-    if on_bad not in ("error", "skip"):
-        raise ValueError(f"on_bad: must be error or skip, got {on_bad!r}")
+    check_choice("codec", codec, Codec)
+    check_choice("on_bad", on_bad, OnBad)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: must be in 0 .. 2^64 - 1, got {seed}")
     if step_fraction is not None and not (codec == "bitplane" and 0 < step_fraction < math.inf):
@@ -136,26 +139,26 @@ def build(
     options: dict[str, Any] = {"name": name, "codec": codec, "step_fraction": step_fraction, "split": repr(rule)}
     options |= {"sky_sigma": sky_sigma, "samples_per_shard": samples_per_shard, "seed": seed}
     out = Path(folder)
-    with locked(out), _workers(source, processes, dask) as workers, _bar(progress) as bar:
-        try:
-            return _build(source, out, workers, bar, options, rule, on_bad)
-        except BadSample as error:
-            raise BadSample(
-                f"{error}. Repair or remove it, or continue without unusable samples: on_bad='skip' (--on-bad skip)"
-            ) from error
-        except OSError as error:
-            ours = error.filename is not None and Path(error.filename).is_relative_to(out)
-            if error.errno in NO_ROOM or (error.errno is not None and ours):
-                raise OSError(
-                    error.errno,
-                    f"{error.strerror}; make room and run the same build again: finished shards are kept",
-                    error.filename or str(out),
+    pool = Workers(source, processes, out / BUILD_FOLDER) if dask is None else Cluster(source, dask)
+    with locked(out):
+        with pool as workers, _bar(progress) as bar:
+            try:
+                survey = _build(source, out, workers, bar, options, rule, on_bad)
+            except BadSample as error:
+                raise BadSample(
+                    f"{error}. Repair or remove it, or continue without unusable samples: on_bad='skip' (--on-bad skip)"
                 ) from error
-            raise
-
-
-def _workers(source: Source, processes: int, dask: str | None) -> Workers | Cluster:
-    return Workers(source, processes) if dask is None else Cluster(source, dask)
+            except OSError as error:
+                ours = error.filename is not None and Path(error.filename).is_relative_to(out)
+                if error.errno in NO_ROOM or (error.errno is not None and ours):
+                    raise OSError(
+                        error.errno,
+                        f"{error.strerror}; make room and run the same build again: finished shards are kept",
+                        error.filename or str(out),
+                    ) from error
+                raise
+        shutil.rmtree(out / BUILD_FOLDER)  # last: workers that start late read their source from it
+    return survey
 
 
 def _build(
@@ -165,7 +168,7 @@ def _build(
     bar: Progress,
     options: dict[str, Any],
     rule: SplitRule,
-    on_bad: Literal["error", "skip"],
+    on_bad: OnBad,
 ) -> Survey:
     planning = bar.add_task("plan", total=None)
     layout = lay_out(
@@ -178,7 +181,6 @@ def _build(
     )
     identity = identify(source, options, layout)
     if there := finished(folder, identity):
-        shutil.rmtree(folder / BUILD_FOLDER)
         return there
     journal = load_journal(folder, identity)
     bar.update(planning, total=1, completed=1)
@@ -203,9 +205,7 @@ def _build(
             log.warning("skipped: %s", reason)
         bar.update(packing, advance=plan.rows.size)
     clear_leftovers(folder)  # of workers that died
-    survey = _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
-    shutil.rmtree(folder / BUILD_FOLDER)
-    return survey
+    return _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
 
 
 def _measure(
@@ -213,7 +213,7 @@ def _measure(
     workers: Workers | Cluster,
     layout: ShardAssignment,
     options: dict[str, Any],
-    on_bad: Literal["error", "skip"],
+    on_bad: OnBad,
 ) -> Settings:
     """Measure shape and sky noise from some samples of the first split, and decide the quantisation steps."""
     first = [plan.rows for plan in layout.shards if plan.split == layout.shards[0].split]

@@ -8,11 +8,11 @@ was writing appears under its name only when it is whole.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
+from armillary.engine.data.building.workers import in_order
 from armillary.engine.data.sources.source import Source
 
 __all__ = ["Cluster"]
@@ -76,19 +76,13 @@ class Cluster:
         """
         from distributed import KilledWorker
 
-        running: deque[Any] = deque()
+        def submit(task: Task) -> Any:
+            return self._client.submit(function, self._sent, task, pure=False)
+
         try:
-            for task in tasks:
-                running.append(self._client.submit(function, self._sent, task, pure=False))
-                if len(running) >= self._in_flight:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+            yield from in_order(submit, tasks, self._in_flight)
         except KilledWorker as error:
             raise RuntimeError(
                 f"several workers died on the same task ({error}); give them more memory, and run the same command "
                 "again: what is finished is kept"
             ) from error
-        finally:
-            for future in running:
-                future.cancel()

@@ -189,7 +189,10 @@ class SurveyMoments:
         self.samples += other.samples
 
     def statistics(self, names: Sequence[str] = ()) -> Statistics:
-        """The merged statistics, of the vectors by name; bands that share no valid pixel with the others get a diagonal covariance."""
+        """The merged statistics, with those of the vectors by name.
+
+        The covariance is diagonal where no pixel is valid in all bands.
+        """
         std = [float(np.sqrt(m.covariance()[0, 0])) for m in self.flux]
         covariance = self.joint.covariance()
         if self.joint.count == 0:

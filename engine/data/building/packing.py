@@ -7,7 +7,6 @@ shard's checksum, moments and skipped samples. It is written last: a shard with 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from armillary.engine.data.format.shards import ShardWriter, write_index
 from armillary.engine.data.format.spectra import encode_spectrum
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, MODALITIES, ShardRecord, VectorRecord
 from armillary.engine.data.format.vectors import encode_vectors
-from armillary.engine.data.sources.source import BadSample, Sample, Source
+from armillary.engine.data.sources.source import BadSample, Sample, Source, position_problem
 
 __all__ = ["BUILD_FOLDER", "Packed", "PackTask", "Settings", "SkyTask", "catalog_schema", "measure_sky", "pack"]
 
@@ -40,7 +39,7 @@ class Settings:
         shape: (C, H, W) of every image; zeros where there are no images.
         codec: "bitplane" or "float16", of images and spectra.
         step: Quantisation step per band in the flux unit; empty for float16.
-        sky_sigma: SkyNoise noise per band in the flux unit.
+        sky_sigma: Sky noise per band in the flux unit.
         label_types: "float64" or "string" by label.
         pixels: Pixels of every spectrum; 0 where there are none.
         vectors: Vectors of a sample, in stored order.
@@ -117,7 +116,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class SkyTask:
-    """Samples whose noise to measure."""
+    """Samples whose noise is to be measured."""
 
     rows: np.ndarray
     on_bad: str
@@ -202,20 +201,15 @@ def pack(source: Source, task: PackTask) -> Packed:
 
 
 def _check(sample: Sample, bands: int, shape: tuple[int, int, int] | None) -> None:
-    """Refuse what must not enter a survey.
-
-    Raises:
-        BadSample: The message names key and band.
-    """
+    """Refuse what must not enter a survey."""
     where = f"key {sample.key!r} ({sample.source})"
     if sample.image is not None:
         _check_image(where, sample.image, sample.valid, bands, shape)
     elif sample.spectrum is None and not sample.vectors:
         raise BadSample(f"{where}: holds nothing, neither image nor spectrum nor vectors")
     for axis, value in (("ra", sample.ra), ("dec", sample.dec)):
-        low, high = (0, 360) if axis == "ra" else (-90, 90)
-        if not math.isnan(value) and not low <= value <= high:
-            raise BadSample(f"{where}: {axis}: {value} is outside [{low}, {high}] degrees")
+        if why := position_problem(axis, value):
+            raise BadSample(f"{where}: {axis}: {why}")
 
 
 def _check_image(
@@ -250,7 +244,9 @@ def _encode(sample: Sample, settings: Settings) -> dict[str, bytes]:
             blobs[MODALITIES["image"]] = codec.encode(sample.image, step, sample.valid)
         if sample.spectrum is not None:
             if len(sample.spectrum.flux) != settings.pixels:
-                raise ValueError(f"spectrum of {len(sample.spectrum.flux)} pixels, the survey's have {settings.pixels}")
+                raise ValueError(
+                    f"the spectrum has {len(sample.spectrum.flux)} pixels, those of the survey have {settings.pixels}"
+                )
             blobs[MODALITIES["spectrum"]] = encode_spectrum(sample.spectrum, settings.codec)
         if sample.vectors:
             blobs[MODALITIES["vectors"]] = encode_vectors(sample.vectors, settings.vectors)

@@ -35,28 +35,31 @@ def _chosen(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
 
 
-def _check_fraction(fraction: float) -> None:
-    if not 0 <= fraction < 1:
-        raise ValueError(f"test_fraction: must be at least 0 and below 1, got {fraction}")
+def _splits(test: np.ndarray) -> list[str]:
+    return ["test" if t else "train" for t in test]
 
 
 @dataclass(frozen=True)
-class ByKey:
-    """A fraction of samples, chosen by a hash of the key, is the test split."""
-
+class _ByFraction:
     test_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_fraction(self.test_fraction)
-
-    def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
-        """Split of each row; `hashes` are those of `hash_keys`."""
-        return ["test" if t else "train" for t in _chosen(hashes[:, 0], self.test_fraction)]
+        if not 0 <= self.test_fraction < 1:
+            raise ValueError(f"test_fraction: must be at least 0 and below 1, got {self.test_fraction}")
 
 
 @dataclass(frozen=True)
-class ByRandom:
+class ByKey(_ByFraction):
+    """A fraction of samples, chosen by a hash of the key, is the test split."""
+
+    def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
+        """Split of each row; `hashes` are those of `hash_keys`."""
+        return _splits(_chosen(hashes[:, 0], self.test_fraction))
+
+
+@dataclass(frozen=True)
+class ByRandom(_ByFraction):
     """A random fraction of samples is the test split; another seed draws another one.
 
     Attributes:
@@ -64,21 +67,16 @@ class ByRandom:
         seed: Of the draw.
     """
 
-    test_fraction: float = 0.1
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _check_fraction(self.test_fraction)
 
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row."""
         drawn = hash_keys([f"random/{self.seed}/{key}" for key in rows.keys])[:, 0]
-        return ["test" if t else "train" for t in _chosen(drawn, self.test_fraction)]
+        return _splits(_chosen(drawn, self.test_fraction))
 
 
 @dataclass(frozen=True)
-class BySky:
+class BySky(_ByFraction):
     """A fraction of cells of the sky, chosen by a hash, is the test split: neighbours on the sky stay together.
 
     Attributes:
@@ -86,12 +84,11 @@ class BySky:
         cell_deg: Height and (nearly) width of a cell in degrees.
     """
 
-    test_fraction: float = 0.1
     cell_deg: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_fraction(self.test_fraction)
+        super().__post_init__()
         if not 0 < self.cell_deg <= 90:
             raise ValueError(f"cell_deg: must be above 0 and at most 90, got {self.cell_deg}")
 
@@ -107,11 +104,11 @@ class BySky:
         around = np.maximum(1, np.floor(360 * np.cos(np.clip(middle, -np.pi / 2, np.pi / 2)) / self.cell_deg))
         cell = np.floor((ra % 360) / 360 * around)
         names = [f"{int(s)}/{int(c)}" for s, c in zip(strip, cell, strict=True)]
-        return ["test" if t else "train" for t in _chosen(hash_keys(names)[:, 0], self.test_fraction)]
+        return _splits(_chosen(hash_keys(names)[:, 0], self.test_fraction))
 
 
 @dataclass(frozen=True)
-class ByHealpix:
+class ByHealpix(_ByFraction):
     """A fraction of HEALPix tiles, chosen by a hash, is the test split (Gorski et al. 2005; nested order).
 
     Tiles have equal areas all over the sky and the same numbers in every survey, so that splits of several surveys agree.
@@ -121,12 +118,11 @@ class ByHealpix:
         nside: Resolution, a power of two: 8 gives 768 tiles of 53.7 square degrees, 64 gives 49,152 of .84.
     """
 
-    test_fraction: float = 0.1
     nside: int = 64
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_fraction(self.test_fraction)
+        super().__post_init__()
         if not 1 <= self.nside <= 2**20 or self.nside & (self.nside - 1):
             raise ValueError(f"nside: must be a power of two from 1 to 2^20, got {self.nside}")
 
@@ -142,22 +138,16 @@ class ByHealpix:
         ra, dec = (np.deg2rad(_column(rows, name)) for name in ("ra", "dec"))
         tiles = HEALPix(self.nside, "nested").lonlat_to_healpix(ra * units.rad, dec * units.rad)
         names = [f"healpix/{self.nside}/{tile}" for tile in tiles.tolist()]
-        return ["test" if t else "train" for t in _chosen(hash_keys(names)[:, 0], self.test_fraction)]
+        return _splits(_chosen(hash_keys(names)[:, 0], self.test_fraction))
 
 
 @dataclass(frozen=True)
-class BySkyOrKey:
+class BySkyOrKey(_ByFraction):
     """By cell of the sky for samples that have a position, by key for the others.
 
     Attributes:
         test_fraction: Share of the cells, and of the keys.
     """
-
-    test_fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _check_fraction(self.test_fraction)
 
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row."""
@@ -201,7 +191,7 @@ class ByRange:
         inside = (values >= self.low) & (values < self.high)
         if self.low > self.high:
             inside = (values >= self.low) | (values < self.high)
-        return ["test" if t else "train" for t in inside]
+        return _splits(inside)
 
 
 @dataclass(frozen=True)

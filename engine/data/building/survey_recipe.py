@@ -19,11 +19,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from armillary.engine.data.building.build import build
+from armillary.engine.data.building.build import Codec, OnBad, build
 from armillary.engine.data.building.splits import parse_split
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.joined import Joined, Key, Match, Sky
@@ -39,10 +39,10 @@ class Read:
     """Files to read.
 
     Attributes:
-        kind: One of `sources.KINDS`.
+        kind: One of `sources.kinds.KINDS`, or "module:class" of a reader of one's own.
         path: File or folder.
         options: Keyword arguments of the reader.
-        cuts: Conditions on its rows, see `surveys.selected`.
+        cuts: Conditions on its rows, see `sources.selected`.
         drop_duplicates_arcsec: Of rows closer than this only the first is kept.
     """
 
@@ -99,7 +99,7 @@ class Preparation:
     cuts: tuple[str, ...] = ()
     split: str = "auto"
     test_fraction: float | None = None
-    codec: Literal["bitplane", "float16"] = "bitplane"
+    codec: Codec = "bitplane"
     samples_per_shard: int = 2048
     seed: int = 0
 
@@ -108,8 +108,8 @@ class Preparation:
         found = []
         reads = [("first", self.first), *((f"matches.{i}.read", m.read) for i, m in enumerate(self.matches))]
         for where, read in reads:
-            if read.kind not in KINDS:
-                found.append(f"{where}.kind: must be one of {', '.join(KINDS)}, got {read.kind!r}")
+            if read.kind not in KINDS and ":" not in read.kind:
+                found.append(f"{where}.kind: must be module:class or one of {', '.join(KINDS)}, got {read.kind!r}")
             if not read.path.exists():
                 found.append(f"{where}.path: must be an existing file or folder, got {read.path}")
         for where, cuts in [(f"{where}.cuts", read.cuts) for where, read in reads] + [("cuts", self.cuts)]:
@@ -146,7 +146,7 @@ def prepare(
     *,
     processes: int = 2,
     dask: str | None = None,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: OnBad = "error",
     progress: bool = True,
 ) -> Survey:
     """Build the survey that a recipe describes; an interrupted build goes on.
@@ -196,7 +196,7 @@ class _Command:
     survey: Annotated[Preparation, tyro.conf.arg(name="")]
     processes: int = 2
     dask: str | None = None
-    on_bad: Literal["error", "skip"] = "error"
+    on_bad: OnBad = "error"
     progress: bool = True
 
 

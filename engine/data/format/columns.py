@@ -6,6 +6,8 @@ Shape legend: N rows of the catalogue, B samples of a batch, n columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,11 +79,18 @@ class Columns:
         Raises:
             ValueError: A column is text, or nothing of it is known in the split.
         """
+        assert survey.folder is not None, "a survey that was loaded from its folder"
+        path = survey.folder / "catalog.parquet"
+        stamp = path.stat()
+        return cls._read(path, names, split, stamp.st_mtime_ns, stamp.st_size)
+
+    @classmethod
+    @lru_cache(maxsize=4)  # checks, input spec and views of a run all ask for the same
+    def _read(cls, path: Path, names: tuple[str, ...], split: str, *_: int) -> Columns:
         import pyarrow.compute as pc  # here, since recipes import this module and most read no columns
         import pyarrow.parquet as pq
 
-        assert survey.folder is not None, "a survey that was loaded from its folder"
-        table: Any = pq.read_table(survey.folder / "catalog.parquet", columns=["split", *dict.fromkeys(names)])
+        table: Any = pq.read_table(path, columns=["split", *dict.fromkeys(names)])
         chosen = pc.equal(table["split"], split).to_numpy()
         if not chosen.any():
             chosen[:] = True

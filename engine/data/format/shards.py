@@ -1,6 +1,7 @@
 """Shards: USTAR archives of blobs, the same bytes for the same content, with DALI's index beside each.
 
-A sample is one member a modality, `<key>.img`, `<key>.spc`, `<key>.vec`, one after the other; it may lack some. USTAR, because DALI reads no PAX headers. An archive appears under its name only when it is complete and on disk.
+A sample is one member a modality, `<key>.img`, `<key>.spc`, `<key>.vec`, one after the other; it may lack some. The
+archives are USTAR because DALI reads no PAX headers. One appears under its name only when it is complete and on disk.
 """
 
 from __future__ import annotations

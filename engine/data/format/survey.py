@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from armillary.engine.atomic_file import write_json
+from armillary.engine.choices import check_choice
 
 __all__ = [
     "CATALOG_COLUMNS",
@@ -92,6 +93,9 @@ class Statistics:
     vectors: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
 
 
+GridKind = Literal["linear", "log10", "table"]
+
+
 @dataclass(frozen=True)
 class WaveGrid:
     """Vacuum wavelengths of a spectrum's pixels, in angstrom.
@@ -104,7 +108,7 @@ class WaveGrid:
         table: Every wavelength of an irregular grid; else empty.
     """
 
-    kind: Literal["linear", "log10", "table"]
+    kind: GridKind
     start: float
     step: float
     count: int
@@ -112,10 +116,11 @@ class WaveGrid:
 
     def __post_init__(self) -> None:
         """Refuse a grid that does not increase."""
-        if self.kind not in ("linear", "log10", "table"):
-            raise ValueError(f"wavelength grid: kind must be linear, log10 or table, got {self.kind!r}")
+        check_choice("wavelength grid: kind", self.kind, GridKind)
         if self.count < 2 or (self.kind == "table") != (len(self.table) == self.count):
-            raise ValueError(f"wavelength grid: {self.kind} of {self.count} pixels with {len(self.table)} listed")
+            raise ValueError(
+                f"wavelength grid: a {self.kind} grid of {self.count} pixels lists {len(self.table)} wavelengths"
+            )
         wave = self.angstrom()
         if not (np.isfinite(wave).all() and wave[0] > 0 and (np.diff(wave) > 0).all()):
             raise ValueError("wavelength grid: wavelengths must be positive, finite and increasing")
@@ -261,7 +266,7 @@ class Survey:
         raw = dict(described)
         version = raw.pop("format_version")
         if version not in READABLE:
-            raise ValueError(f"format version {version}, this program reads {' and '.join(map(str, READABLE))}")
+            raise ValueError(f"it has format version {version}, this program reads {' and '.join(map(str, READABLE))}")
         spectrum = raw.pop("spectrum", None)
         if spectrum is not None:
             spectrum = dict(spectrum)

@@ -222,11 +222,7 @@ def _check_blobs(path: Path, survey: Survey, members: list[Member], blobs: int |
 
 
 def _disagreement(survey: Survey, extension: str, blob: bytes) -> str:
-    """How a sound blob differs from what survey.json says; empty where it does not.
-
-    Raises:
-        codec.CorruptBlob: The blob is not sound.
-    """
+    """How a sound blob differs from what survey.json says; empty where it does not."""
     if extension == MODALITIES["vectors"]:
         decode_vectors(blob, survey.vectors)
         return ""

@@ -23,14 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from armillary.engine.atomic_file import atomic_path
+from armillary.engine.choices import check_choice
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import Sample
 
-__all__ = ["FORMATS", "unpack"]
+__all__ = ["unpack"]
 
 Format = Literal["fits", "hdf5", "parquet"]
-FORMATS: tuple[str, ...] = ("fits", "hdf5", "parquet")
 
 ROWS = 256  # written at a time
 
@@ -60,8 +60,7 @@ def unpack(
         FileExistsError: There is something in the way.
         ValueError: There is no such format or split.
     """
-    if form not in FORMATS:
-        raise ValueError(f"format: must be one of {', '.join(FORMATS)}, got {form!r}")
+    check_choice("format", form, Format)
     source = PackedSurvey(folder, split)
     target = Path(out)
     if target.exists():

@@ -1,4 +1,4 @@
-"""Where a loader is in its batches, whatever it makes them of: endless micro-batches of a rank, and one pass of a split.
+"""Where a loader stands in its batches: endless micro-batches of a rank, and one pass of a split. The bases of loaders.
 
 The state is (seed, epoch, position) after the global batches that were handed out; what is prefetched does not count. It
 may be loaded at any number of ranks and micro-batch size, as long as the global batch is the same.
@@ -11,25 +11,36 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self, Unpack
+
+import torch
 
 from armillary.engine.data.loading.epoch_order import micro_batches, sequential_batches
-from armillary.engine.data.loading.stream import Prefetcher, SplitStream
+from armillary.engine.data.loading.stream import Prefetcher, SplitStream, StreamOptions, Transform
 from armillary.models.method import Batch
 
 __all__ = ["EndlessBatches", "OnePass"]
 
 
 class EndlessBatches:
-    """Endless micro-batches of one rank, over epochs; the base of loaders.
+    """Endless micro-batches of one rank, over epochs.
+
+    The global batches are the same for any number of ranks, accumulation steps and either reader; see `epoch_order`.
 
     Args:
-        source: Makes the batches.
+        folder: The survey.
         micro_batch: Samples a batch.
+        device: Where batches are delivered.
+        split: Split to read.
         accumulation: Batches a rank and global batch.
         rank: This rank.
         world: Ranks.
-        on_corrupt: What a corrupt sample does.
+        seed: Keys the order and, with the position, every draw of `views` and `prepare`.
+        views: Makes the method's inputs of a batch; runs in the loader's thread.
+        prepare: Runs after `views`: what else the method wants made ahead of the step.
+        shuffle: False for stored order in every epoch.
+        options: See `StreamOptions`.
 
     Attributes:
         survey: Description of the survey.
@@ -38,22 +49,37 @@ class EndlessBatches:
         corrupt: Corrupt samples in the batches handed out so far.
 
     Raises:
-        ValueError: The split is smaller than a global batch, or a number is not positive.
+        FileNotFoundError: There is no survey, or a tar or index is missing.
+        ValueError: A field has no meaning, there is no such split, it is smaller than a global batch, or a tar is
+            truncated.
+        ModuleNotFoundError: DALI was asked for and is not installed.
     """
+
+    _stream: ClassVar[Any]
+    """The `SplitStream` that makes the batches."""
 
     def __init__(
         self,
-        source: SplitStream,
+        folder: Path | str,
         *,
         micro_batch: int,
-        accumulation: int,
-        rank: int,
-        world: int,
-        on_corrupt: Literal["error", "replace"] = "error",
+        device: torch.device | str,
+        split: str = "train",
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        views: Transform | None = None,
+        prepare: Transform | None = None,
+        shuffle: bool = True,
+        **options: Unpack[StreamOptions],
     ) -> None:
         for name, value in (("micro_batch", micro_batch), ("accumulation", accumulation)):
             if value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
+        transforms = (views, prepare)
+        order = {"rank": rank, "world": world, "seed": seed, "shuffle": shuffle}
+        source: SplitStream = self._stream(folder, split, device=device, transforms=transforms, **order, **options)
         self._source = source
         self.survey = source.survey
         self.global_batch = micro_batch * accumulation * world
@@ -65,7 +91,6 @@ class EndlessBatches:
         self.wait_seconds = 0.0
         self.corrupt = 0
         self._slices = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world": world}
-        self._on_corrupt = on_corrupt
         self._epoch = 0
         self._position = 0
         self._step = 0  # micro-batches handed out of the global batch at _position
@@ -95,7 +120,7 @@ class EndlessBatches:
             requests = micro_batches(self._source.plan, self._epoch, self._position, **self._slices)
             for _ in range(self._step):
                 next(requests)
-            self._worker = self._source.start(requests, self._on_corrupt, self.global_batch)
+            self._worker = self._source.start(requests, "replace", self.global_batch)
             self._stop = weakref.finalize(self, self._worker.close)
         start = time.perf_counter()
         try:
@@ -187,38 +212,48 @@ class EndlessBatches:
 
 
 class OnePass:
-    """Every sample of a split once, in stored order; the base of sequential loaders. Iterating again starts over.
+    """Every sample of a split once, in stored order; the last batch may be short. Iterating again starts over.
 
     Args:
-        source: Makes the batches.
-        batch: Samples a batch; the last one may be short.
-        on_corrupt: What a corrupt sample does.
+        folder: The survey.
+        split: Split to read.
+        batch: Samples a batch.
+        device: Where batches are delivered.
+        views: Makes the model's inputs of a batch; runs in the loader's thread.
         parts: Only these places of the split, in this order; the last batch of each may be short.
+        options: See `StreamOptions`.
 
     Attributes:
         survey: Description of the survey.
         corrupt: Corrupt samples met so far.
 
     Raises:
-        ValueError: `batch` is not positive.
+        FileNotFoundError: There is no survey, or a tar or index is missing.
+        ValueError: A field has no meaning, there is no such split, or a tar is truncated.
+        ModuleNotFoundError: DALI was asked for and is not installed.
     """
+
+    _stream: ClassVar[Any]
+    """The `SplitStream` that makes the batches."""
 
     def __init__(
         self,
-        source: SplitStream,
+        folder: Path | str,
         *,
+        split: str,
         batch: int,
-        on_corrupt: Literal["error", "drop"] = "error",
+        device: torch.device | str,
+        views: Transform | None = None,
         parts: Iterable[range] | None = None,
+        **options: Unpack[StreamOptions],
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: must be at least 1, got {batch}")
-        self._source = source
-        self.survey = source.survey
+        self._source: SplitStream = self._stream(folder, split, device=device, transforms=(views,), **options)
+        self.survey = self._source.survey
         self.corrupt = 0
         self._batch = batch
-        self._on_corrupt = on_corrupt
-        self._parts = [range(source.plan.samples)] if parts is None else list(parts)
+        self._parts = [range(self._source.plan.samples)] if parts is None else list(parts)
 
     @property
     def samples(self) -> int:
@@ -232,7 +267,7 @@ class OnePass:
     def __iter__(self) -> Iterator[Batch]:
         """One pass. Its thread ends with the pass, also where the loop is left early."""
         requests = sequential_batches(self._source.plan, self._batch, self._parts)
-        worker = self._source.start(requests, self._on_corrupt, self._batch)
+        worker = self._source.start(requests, "drop", self._batch)
         try:
             for batch, corrupt in worker:
                 self.corrupt += corrupt

@@ -18,11 +18,9 @@ from armillary.engine.data.loading.epoch_order import EpochOrder, MicroBatch
 from armillary.engine.data.loading.shard_files import PAD_TO, Blob, Blobs, ShardFiles
 from armillary.models.method import Batch
 
-__all__ = ["BatchMaker", "OnCorrupt", "decode_padded", "pad_blobs"]
+__all__ = ["BatchMaker", "decode_padded", "pad_blobs"]
 
 log = logging.getLogger(__name__)
-
-OnCorrupt = Literal["error", "replace", "drop"]
 
 SPARE_BUFFERS = 4
 REPLACEMENT_TRIES = 64  # a run of as many corrupt samples is a broken shard, not a broken sample
@@ -32,7 +30,7 @@ class BatchMaker:
     """Makes batches of a split from blobs.
 
     Args:
-        plan: The global order, for the place of a replacement.
+        plan: The global order; it says where a replacement lies.
         files: The split's files.
         survey: Their description.
         device: Where batches are made. On a GPU the blobs are checked by the CPU and decoded there.
@@ -40,7 +38,7 @@ class BatchMaker:
         on_corrupt: "error" raises; "replace" takes the sample at the next position of the epoch that is not corrupt
             (the batch then holds that sample's row, at the corrupt one's position), so that global batches stay the
             same for any number of ranks; "drop" leaves it out.
-        packed: Put checked blobs into batches, `blobs` and `sizes`, and leave decoding to who takes them.
+        packed: Batches hold checked blobs, as `blobs` and `sizes`, in place of images.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class BatchMaker:
         *,
         device: torch.device,
         threads: int,
-        on_corrupt: OnCorrupt,
+        on_corrupt: Literal["error", "replace", "drop"],
         packed: bool = False,
     ) -> None:
         self._plan = plan

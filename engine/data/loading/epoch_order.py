@@ -8,7 +8,7 @@ of the shards an epoch and one sort of a shard's samples where it is read, and n
 Every draw is keyed by (seed, epoch, shard) through Philox-4x64 counters, whose raw output NumPy keeps stable between
 releases (its `permutation` it does not), so a run resumes in the same order years later.
 
-Global batches hold consecutive positions whatever the number of ranks: with A accumulation steps, W ranks and mb samples
+Global batches hold consecutive positions for any number of ranks: with A accumulation steps, W ranks and mb samples
 a micro-batch, the global batch that starts at `first` has A W mb samples, and rank r reads in step a the positions
 `first + (a W + r) mb ... + mb`.
 """
@@ -86,7 +86,7 @@ class EpochOrder:
 
     @classmethod
     def of(cls, survey: Survey, split: str, *, seed: int = 0, shuffle: bool = True) -> EpochOrder:
-        """EpochOrder of one split of a survey.
+        """The order of one split of a survey.
 
         Raises:
             ValueError: The survey has no such split.

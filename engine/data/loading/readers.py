@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 
+from armillary.engine.choices import check_choice
 from armillary.engine.data.loading.epoch_order import MicroBatch
 from armillary.engine.data.loading.shard_files import Blobs, ShardFiles
 
@@ -47,8 +48,7 @@ def make_reader(name: ReaderName, files: ShardFiles, *, device: torch.device, th
         ModuleNotFoundError: DALI was asked for and is not installed.
         ValueError: There is no reader of that name.
     """
-    if name not in get_args(ReaderName):
-        raise ValueError(f"reader: must be one of {', '.join(get_args(ReaderName))}, got {name!r}")
+    check_choice("reader", name, ReaderName)
     if name != "webdataset":
         try:
             from armillary.engine.data.loading.readers_dali import DaliReader

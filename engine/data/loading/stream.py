@@ -6,24 +6,52 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
 import torch
 
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.loading.decoding import OnCorrupt
 from armillary.engine.data.loading.epoch_order import EpochOrder, MicroBatch
+from armillary.engine.data.loading.readers import ReaderName
 from armillary.models.method import Batch, BatchKey
 
-__all__ = ["BatchRecipe", "Prefetcher", "PlannedReads", "SplitStream", "Transform"]
+__all__ = ["BatchRecipe", "PlannedReads", "Prefetcher", "Skipped", "SplitStream", "StreamOptions", "Transform"]
 
 DEEPER = 4  # times as many batches are kept ready, at most, where the consumer has had to wait
 
 Transform = Callable[[Batch, BatchKey], Batch]
+Skipped = Literal["replace", "drop"]
+"""What becomes of a corrupt sample that is skipped: another one takes its place, or its batch is shorter."""
+
 T = TypeVar("T")
+
+
+class StreamOptions(TypedDict, total=False):
+    """Keyword arguments that loaders share; all but the first two have a meaning only where shards are read.
+
+    Attributes:
+        prefetch: Batches kept ready, 2 by default; up to four times as many where the consumer has had to wait.
+        timeout_s: How long to wait for a batch before giving up on the storage; 1800 by default.
+        modalities: What to read, of "image", "spectrum" and "vectors"; all that the survey has by default.
+        reader: "dali", "webdataset", or "auto" (the default): DALI where it is installed.
+        on_corrupt: "error" (the default) raises and names the sample; "skip" logs and counts it. Endless loaders then
+            take the sample at the next position of the epoch that is not corrupt (its row, at the corrupt sample's
+            position), a single pass leaves it out of its batch.
+        threads: Threads for reading and for decoding on the CPU; 2 by default.
+        packed: Hand out checked blobs, as `blobs` and `sizes`, in place of images. It is also set by a true attribute
+            `packed` of the first transform.
+    """
+
+    prefetch: int
+    timeout_s: float
+    modalities: Sequence[str] | None
+    reader: ReaderName
+    on_corrupt: Literal["error", "skip"]
+    threads: int
+    packed: bool
 
 
 class Prefetcher(Generic[T]):
@@ -157,10 +185,21 @@ class BatchRecipe(NamedTuple):
 class SplitStream(ABC):
     """What all loaders share: a split of a survey, its order, and how a stream of batches is started.
 
+    Args:
+        folder: The survey.
+        split: Split to read.
+        device: Where batches are made.
+        rank: This rank.
+        world: Ranks.
+        seed: Keys the order.
+        shuffle: False for stored order in every epoch.
+        transforms: Run on every batch, in this order; None does nothing.
+        prefetch: See `StreamOptions`.
+        timeout_s: See `StreamOptions`.
+
     Attributes:
         survey: Description of the survey.
         plan: The split's order.
-        device: Where batches are made.
 
     Raises:
         FileNotFoundError: No survey.
@@ -172,14 +211,14 @@ class SplitStream(ABC):
         folder: Path | str,
         split: str,
         *,
-        rank: int,
-        world: int,
-        seed: int,
-        shuffle: bool,
-        device: torch.device,
-        transforms: tuple[Transform | None, ...],
-        prefetch: int,
-        timeout_s: float,
+        device: torch.device | str,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        shuffle: bool = False,
+        transforms: tuple[Transform | None, ...] = (),
+        prefetch: int = 2,
+        timeout_s: float = 1800.0,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank: must be in [0, world = {world}), got {rank}")
@@ -199,7 +238,7 @@ class SplitStream(ABC):
         self.timeout_s = timeout_s
 
     @abstractmethod
-    def _begin(self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt) -> BatchRecipe:
+    def _begin(self, requests: Iterator[MicroBatch], skipped: Skipped) -> BatchRecipe:
         """Begin to read these micro-batches. Runs in the loader's thread."""
 
     @abstractmethod
@@ -211,11 +250,11 @@ class SplitStream(ABC):
         """Let go of files and memory. Does no harm twice."""
 
     def start(
-        self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt, global_batch: int
+        self, requests: Iterator[MicroBatch], skipped: Skipped, global_batch: int
     ) -> Prefetcher[tuple[Batch, int]]:
         """Start a thread that makes these batches, each with the number of its corrupt samples."""
         return Prefetcher(
-            self._produce(requests, on_corrupt, self.plan.seed, global_batch),
+            self._produce(requests, skipped, self.plan.seed, global_batch),
             self.prefetch,
             "armillary-loader",
             deepest=DEEPER * self.prefetch,
@@ -223,14 +262,14 @@ class SplitStream(ABC):
         )
 
     def _produce(
-        self, requests: Iterator[MicroBatch], on_corrupt: OnCorrupt, seed: int, global_batch: int
+        self, requests: Iterator[MicroBatch], skipped: Skipped, seed: int, global_batch: int
     ) -> Generator[tuple[Batch, int], None, None]:
         """Finished batches. Runs in a thread."""
         stream = None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             stream = torch.cuda.Stream(self.device)
-        reads, make, describe = self._begin(requests, on_corrupt)
+        reads, make, describe = self._begin(requests, skipped)
         try:
             for request, read in reads:
                 key = BatchKey(seed, request.epoch, request.first, global_batch)

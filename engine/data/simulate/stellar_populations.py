@@ -8,8 +8,8 @@ Bulge and disk each have a position in the template sequence and a spectral slop
 - mass-weighted age: a share of the age of the universe by type, older where more massive;
 - metallicity: the mass-metallicity relation of Gallazzi et al. (2005), with 0.12 dex of scatter.
 
-A template redder than its type is partly old and partly metal-rich: the slope moves both. `simulate_spectra` draws lines
-from the same numbers.
+A template redder than its type is partly old and partly metal-rich: the slope moves both. `spectra` draws lines from the
+same numbers.
 """
 
 from __future__ import annotations

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from armillary.engine.data.format.survey import SpectrumRecord, VectorRecord
-from armillary.engine.data.sources.match import Matches, match_keys, match_sky
+from armillary.engine.data.sources.match import Matches, MatchMode, match_keys, match_sky
 from armillary.engine.data.sources.source import (
     Rows,
     Sample,
@@ -41,7 +40,7 @@ class Sky:
     """
 
     radius_arcsec: float
-    mode: Literal["one_to_one", "nearest"] = "one_to_one"
+    mode: MatchMode = "one_to_one"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Match:
     """A source to be joined to the first one.
 
     Attributes:
-        source: It.
+        source: What is joined.
         on: How its rows are found.
         required: Objects without a match are left out; otherwise they lack its modalities and labels.
         name: Prefix of its labels where another source has one of the same name.
@@ -78,7 +77,7 @@ class Joined:
 
     Args:
         first: Gives keys, positions and splits.
-        matches: What is joined to it.
+        matches: What is joined to the first.
 
     Attributes:
         found: The matches of each joined source.

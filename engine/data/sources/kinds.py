@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armillary.engine.data.sources.source import Source
+from armillary.engine.user_code import load_object
 
 __all__ = ["KINDS", "Kind", "guess_kind", "open_source", "parse_options"]
 
@@ -128,16 +129,17 @@ def open_source(path: Path, kind: str = "auto", **options: Any) -> Source:
 
     Args:
         path: File or folder.
-        kind: One of `KINDS`, or "auto" to tell it by file names.
+        kind: One of `KINDS`, "auto" to tell it by file names, or "module:class" of a reader of one's own (or the path of
+            its file in place of the module).
         options: The reader's keyword arguments.
 
     Raises:
         ValueError: There is no such kind, or it has no such option.
     """
     chosen = guess_kind(path) if kind == "auto" else kind
-    if chosen not in KINDS:
-        raise ValueError(f"kind: must be auto or one of {', '.join(KINDS)}, got {chosen!r}")
-    reader = KINDS[chosen].load()
+    if chosen not in KINDS and ":" not in chosen:
+        raise ValueError(f"kind: must be auto, module:class or one of {', '.join(KINDS)}, got {chosen!r}")
+    reader = KINDS[chosen].load() if chosen in KINDS else load_object(chosen)
     takes = [p.name for p in inspect.signature(reader).parameters.values()][1:]
     for option in options:
         if option not in takes:

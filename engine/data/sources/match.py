@@ -13,7 +13,11 @@ from typing import Literal
 import numpy as np
 from scipy.spatial import cKDTree
 
+from armillary.engine.choices import check_choice
+
 __all__ = ["Matches", "match_keys", "match_sky", "unit_vectors"]
+
+MatchMode = Literal["one_to_one", "nearest"]
 
 NAMED = 3  # repeated identifiers that an error names
 ROUNDING = 1e-14  # of separations as lengths: sines and cosines of one angle differ by 1e-16 between processors
@@ -90,13 +94,13 @@ def match_sky(
     other_ra: np.ndarray,
     other_dec: np.ndarray,
     radius_arcsec: float,
-    mode: Literal["one_to_one", "nearest"] = "one_to_one",
+    mode: MatchMode = "one_to_one",
 ) -> Matches:
     """Pair positions that lie within a radius.
 
     "one_to_one" takes pairs by increasing separation and uses every row at most once, so of two left rows that claim one
     right row the nearer gets it and the other its next candidate, if it has one. "nearest" gives every left row its
-    nearest right row, shared or not. Separations equal to 2e-9 arcsec go to the lower rows. Rows without a position stay alone.
+    nearest right row, shared or not. Of pairs whose separations agree within 2e-9 arcsec the one of the lower rows comes first. Rows without a position stay alone.
 
     Args:
         ra: [N] degrees, NaN where unknown.
@@ -107,12 +111,11 @@ def match_sky(
         mode: See above.
 
     Raises:
-        ValueError: The radius is not within 0 .. 3,600 arcsec, or a position is none.
+        ValueError: The radius is not within 0 .. 3,600 arcsec, or a position is outside the sky.
     """
     if not 0 < radius_arcsec <= 3600:
         raise ValueError(f"radius_arcsec: must be above 0 and at most 3600, got {radius_arcsec}")
-    if mode not in ("one_to_one", "nearest"):
-        raise ValueError(f"mode: must be one_to_one or nearest, got {mode!r}")
+    check_choice("mode", mode, MatchMode)
     mine, theirs = _placed("left", ra, dec), _placed("right", other_ra, other_dec)
     if not (mine.size and theirs.size):
         empty = np.empty(0, np.int64)

@@ -1,4 +1,4 @@
-"""A packed survey as a source: its samples decoded one by one, for pictures, exports, and packing again."""
+"""A packed survey as a source: samples are decoded one by one, to draw them, export them or pack them again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from armillary.engine.data.format import codec
 from armillary.engine.data.format.shards import Member, read_index
 from armillary.engine.data.format.spectra import decode_spectrum
-from armillary.engine.data.format.survey import MODALITIES, SpectrumRecord, Survey, VectorRecord
+from armillary.engine.data.format.survey import MODALITIES, Survey
 from armillary.engine.data.format.vectors import decode_vectors
 from armillary.engine.data.sources.source import BadSample, Rows, Sample
 
@@ -40,6 +40,10 @@ class PackedSurvey:
     def __init__(self, folder: Path | str, split: str | None = None) -> None:
         self.folder = Path(folder)
         self.survey = Survey.load(folder)
+        self.bands, self.pixel_scale_arcsec = self.survey.bands, self.survey.pixel_scale_arcsec
+        self.unit, self.labels = self.survey.unit, self.survey.labels
+        self.spectrum, self.vectors = self.survey.spectrum, self.survey.vectors
+        self.lossless_step = self.survey.step or None  # packing again with it loses nothing
         path = self.folder / "catalog.parquet"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; check the survey with `armillary data check {folder}`")
@@ -52,41 +56,6 @@ class PackedSurvey:
         if not len(self.catalog):
             known = ", ".join(dict.fromkeys(s.split for s in self.survey.shards))
             raise ValueError(f"{folder}: no samples in split {split!r}; the survey has {known or 'none'}")
-
-    @property
-    def bands(self) -> tuple[str, ...]:
-        """Band names in stored order."""
-        return self.survey.bands
-
-    @property
-    def pixel_scale_arcsec(self) -> float | None:
-        """Arcseconds a pixel."""
-        return self.survey.pixel_scale_arcsec
-
-    @property
-    def unit(self) -> str:
-        """Flux unit of a pixel."""
-        return self.survey.unit
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return self.survey.labels
-
-    @property
-    def spectrum(self) -> SpectrumRecord | None:
-        """Grid and unit of the spectra."""
-        return self.survey.spectrum
-
-    @property
-    def vectors(self) -> tuple[VectorRecord, ...]:
-        """Every vector."""
-        return self.survey.vectors
-
-    @property
-    def lossless_step(self) -> tuple[float, ...] | None:
-        """The survey's own quantisation step: packing again with it loses nothing."""
-        return self.survey.step or None
 
     def __len__(self) -> int:
         """Samples."""

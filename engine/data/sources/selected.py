@@ -91,7 +91,7 @@ class Selected:
     """A `Source` of some rows of another.
 
     Args:
-        source: It.
+        source: The other.
         cuts: Conditions; all must hold.
         drop_duplicates_arcsec: Of objects closer than this, in chains of such, only the first is kept.
 

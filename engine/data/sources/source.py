@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, VectorRecord
 
 __all__ = [
+    "POSITION",
     "BadSample",
     "Described",
     "Lossless",
@@ -33,13 +34,19 @@ __all__ = [
     "Traceable",
     "Vectorial",
     "centre_crop",
+    "cut_out",
     "describe",
     "digest",
     "inputs",
     "key_from_name",
+    "listing_mark",
+    "position_problem",
     "spectrum_of",
     "vectors_of",
 ]
+
+POSITION = {"ra": (0.0, 360.0), "dec": (-90.0, 90.0)}
+"""Degrees between which coordinates lie."""
 
 
 class BadSample(ValueError):
@@ -91,6 +98,19 @@ class Rows:
     columns: dict[str, np.ndarray | list[str]]
     splits: list[str | None] | None = None
     bad: dict[int, str] = field(default_factory=dict)
+
+    def sample(self, place: int, labels: Iterable[str], source: str, **payload: Any) -> Sample:
+        """One of the rows as a sample with some of its labels; `payload` are image, valid, spectrum and vectors."""
+        values = {name: self.columns[name][place] for name in labels}
+        return Sample(
+            key=self.keys[place],
+            ra=float(self.columns["ra"][place]),
+            dec=float(self.columns["dec"][place]),
+            labels={name: v if isinstance(v, str) else float(v) for name, v in values.items()},
+            source=source,
+            split=None if self.splits is None else self.splits[place],
+            **{"image": None, "valid": None} | payload,
+        )
 
     def take(self, places: list[int]) -> Rows:
         """Some of the rows, by their place among these; none of them is bad."""
@@ -238,6 +258,39 @@ def centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """The central [..., height, width] of an array; an odd pixel too many is cut off at the end."""
     top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
     return image[..., top : top + height, left : left + width]
+
+
+def cut_out(
+    stored: np.ndarray, height: int, width: int, valid: np.ndarray | None = None, *, zero_is_missing: bool = False
+) -> dict[str, Any]:
+    """`image` and `valid` of a sample: the central pixels of a stored image, 0 where they carry no data.
+
+    Args:
+        stored: [C, H, W] numbers; what is not finite carries no data.
+        height: Pixels to keep.
+        width: Pixels to keep.
+        valid: [C, H, W] bool, False where the file says that a pixel carries no data.
+        zero_is_missing: Pixels of exactly 0 carry no data.
+    """
+    image = np.array(centre_crop(stored, height, width), np.float32, order="C")
+    good = np.isfinite(image)
+    if valid is not None:
+        good &= centre_crop(valid, height, width)
+    if zero_is_missing:
+        good &= image != 0
+    image[~good] = 0
+    return {"image": image, "valid": None if good.all() else good}
+
+
+def position_problem(axis: str, value: float) -> str | None:
+    """Why a coordinate (`ra` or `dec`, degrees) is impossible; None if it is possible or unknown (NaN)."""
+    low, high = POSITION[axis]
+    return None if value != value or low <= value <= high else f"{value} is outside [{low:g}, {high:g}] degrees"
+
+
+def listing_mark(listing: object) -> str:
+    """A mark that changes with a list of names and sizes, for files that are too many or too large to read twice."""
+    return f"listing-sha256:{hashlib.sha256(repr(listing).encode()).hexdigest()}"
 
 
 def digest(path: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -1,6 +1,6 @@
 """The scalar draws of views: where a crop lies, how it is turned, how much blur, light and noise it gets.
 
-All are made on the CPU in float64, for all crops of one kind of a micro-batch at once, from keyed streams
+They are made on the CPU in float64, at once for all crops of one kind in a micro-batch, from keyed streams
 (`armillary.kernels.pixels.philox`), so that a sample's views depend on its own key only.
 
 Shape legend: B samples, N = crops x B crops (crop-major), C bands.

@@ -10,11 +10,25 @@ from torch import Tensor
 from armillary.engine.data.format.columns import Columns
 from armillary.models.method import Batch
 
-__all__ = ["CropInput", "EvalView"]
+__all__ = ["CropInput", "EvalView", "require_all"]
+
+
+def require_all(batch: Batch, modality: str) -> None:
+    """Refuse a batch in which a sample lacks its image or spectrum.
+
+    Raises:
+        ValueError: Naming the sample's row.
+    """
+    there = batch.get(f"has_{modality}")
+    if isinstance(there, Tensor) and not bool(there.all()):
+        raise ValueError(
+            f"views: row {int(batch['row'][~there][0])} of catalog.parquet has no {modality}; build the survey from objects "
+            "that have one (a required match)"
+        )
 
 
 class CropInput(Protocol):
-    """Makes model inputs of images: `augment.EvalInput`."""
+    """Makes model inputs of images, as `crops.EvalInput` does."""
 
     packed: bool
 
@@ -50,7 +64,7 @@ class EvalView:
         return self.image is not None and self.image.packed
 
     def __call__(self, batch: Batch) -> Batch:
-        """A batch with the model's inputs; of images only what this view reads, and only where the batch holds them."""
+        """A batch with the model's inputs. Images and spectra that this view does not read are left out."""
         out: Batch = batch.copy()
         image, valid = out.pop("image", None), out.pop("valid", None)
         blobs, sizes = out.pop("blobs", None), out.pop("sizes", None)

@@ -1,43 +1,35 @@
-"""Views: the random crops that self-distillation compares, cut, turned, blurred, dimmed and noised on the device.
+"""Views: the random crops that self-distillation compares, as a recipe describes them; `crops` makes them.
 
-Order of a crop, as in AstroCLIP: place -> horizontal flip -> vertical flip -> turn -> blur -> flux factor -> noise ->
-stretch. Every crop of a sample draws independently, and every draw is a pure function of (seed, epoch, position, crop):
-the same global batch comes out for any number of ranks and any micro-batch, on a CPU or a GPU.
+Every crop of a sample draws independently, and every draw is a pure function of (seed, epoch, position, crop): the same
+global batch comes out for any number of ranks and any micro-batch, on a CPU or a GPU.
 
-Pixels without data are set to flux 0, blank sky, before anything else; blur, noise and stretch then treat them as sky.
-
-On a GPU, crops that are cut, flipped, turned by right angles and stretched only come straight from the blobs, in one
-kernel (`armillary.kernels.pixels.decode_views`): those of an embedding run, and training views without blur, noise, flux jitter
-and free rotation. They equal the others but for rounding in the stretch.
-
-Shape legend: B samples, C bands, H x W pixels, G global and L local crops a sample, N crops of one kind, S crop side.
+Shape legend: B samples, G global and L local crops a sample, N crops of one kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.views.crops import CropMaker, EvalInput
 from armillary.engine.data.views.draws import CropDraws, LogNormal, origins
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.data.views.stretch import Stretch, ToRGB
-from armillary.kernels.launch import IMPLS, Impl
-from armillary.kernels.pixels.blur import blur_
-from armillary.kernels.pixels.crop import crop
-from armillary.kernels.pixels.decode_views import Codec, decode_views, is_fused
-from armillary.kernels.pixels.noise import add_noise_
+from armillary.kernels.launch import Impl
 from armillary.kernels.pixels.philox import Purpose, normals, streams, uniforms
-from armillary.models.method import Batch, BatchKey, InputSpec
+from armillary.models.method import BatchKey, InputSpec
+from armillary.models.rules import one_of
 
-__all__ = ["ASTROCLIP_PAPER", "ASTROCLIP_RELEASED", "EvalInput", "LogNormal", "MultiCrop"]
+__all__ = ["ASTROCLIP_PAPER", "ASTROCLIP_RELEASED", "LogNormal", "MultiCrop"]
+
+Placement = Literal["random", "centre"]
+Rotation = Literal["none", "any"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +65,12 @@ class MultiCrop:
     local_size: int = 0
     n_global: int = 2
     n_local: int = 0
-    placement: Literal["random", "centre"] = "random"
+    placement: Placement = "random"
     jitter_px: int = 0
     hflip: float = 0.5
     vflip: float = 0.5
     quarter_turns: bool = False
-    rotation: Literal["none", "any"] = "none"
+    rotation: Rotation = "none"
     psf: LogNormal | None = None
     noise: LogNormal | None = None
     blur_probability: tuple[float, ...] = ()
@@ -125,12 +117,11 @@ class MultiCrop:
         rule("n_local", self.n_local >= 0, "must be >= 0", self.n_local)
         if self.n_local > 0:
             rule("local_size", 1 <= self.local_size <= side, inside, self.local_size)
-        rule("placement", self.placement in ("random", "centre"), 'must be "random" or "centre"', self.placement)
+        for field, choices in (("placement", Placement), ("rotation", Rotation), ("impl", Impl)):
+            found += one_of(f"views.{field}", getattr(self, field), get_args(choices))
         rule("jitter_px", self.jitter_px >= 0, "must be >= 0", self.jitter_px)
         if self.placement == "random":
             rule("jitter_px", self.jitter_px == 0, 'must be 0 with placement "random"', self.jitter_px)
-        rule("impl", self.impl in IMPLS, f"must be one of {', '.join(IMPLS)}", repr(self.impl))
-        rule("rotation", self.rotation in ("none", "any"), 'must be "none" or "any"', self.rotation)
         if self.rotation == "any":
             rule("quarter_turns", not self.quarter_turns, 'must be off with rotation "any"', self.quarter_turns)
         for field in ("hflip", "vflip"):
@@ -152,7 +143,7 @@ class MultiCrop:
             rule("sky_noise_max", known, "needs the survey's sky noise in every band", survey.sky_sigma)
         return found + [f"views.{problem}" for problem in self.stretch.problems(survey)]
 
-    def build(self, survey: Survey, device: torch.device | str) -> Callable[[Batch, BatchKey], Batch]:
+    def build(self, survey: Survey, device: torch.device | str) -> CropMaker:
         """Fix the views for a survey and a device.
 
         Returns:
@@ -164,7 +155,7 @@ class MultiCrop:
             ValueError: The views break a rule for this survey.
         """
         self._refuse(survey)
-        return _Views(self, survey, torch.device(device))
+        return CropMaker(self, survey, torch.device(device))
 
     def eval_input(self, survey: Survey, device: torch.device | str, size: int | None = None) -> EvalInput:
         """The model input of an embedding run: centre crop and stretch, nothing random.
@@ -193,12 +184,6 @@ class MultiCrop:
         """What gives batches their `crop` for embedding; see `eval_input`."""
         return EvalView(self.eval_input(survey, device))
 
-    def _fused(self, survey: Survey, device: torch.device, size: int) -> bool:
-        """Whether crops of a size that are only cut, turned and stretched are made straight from blobs."""
-        shape = len(survey.bands), survey.height, survey.width
-        like = torch.empty(0, device=device)
-        return is_fused(self.stretch.numbers(survey), shape, size, like, self.impl)
-
     def _refuse(self, survey: Survey) -> None:
         if found := self.problems(survey):
             raise ValueError("; ".join(found))
@@ -215,7 +200,7 @@ class MultiCrop:
         Returns:
             Draws of N = G * B or L * B crops, crop-major.
         """
-        numbers, size = self._numbers(kind), self.global_size if kind == "global" else self.local_size
+        numbers, size = self.numbers(kind), self.global_size if kind == "global" else self.local_size
         crops, places = np.repeat(numbers, len(position)), np.tile(position, len(numbers))
 
         def stream(purpose: Purpose) -> NDArray[np.uint32]:
@@ -250,173 +235,11 @@ class MultiCrop:
             noise=noise,
         )
 
-    def _numbers(self, kind: str) -> NDArray[np.int64]:
+    def numbers(self, kind: str) -> NDArray[np.int64]:
+        """Numbers of the crops of one kind, "global" or "local", among all of a sample: [G] or [L]."""
         if kind == "global":
             return np.arange(self.n_global)
         return np.arange(self.n_global, self.n_global + self.n_local)
-
-
-class _Packed:
-    """A survey's blobs, which it decodes, cuts and stretches in one."""
-
-    def __init__(self, survey: Survey, stretch: Stretch, impl: Impl):
-        self.shape = len(survey.bands), survey.height, survey.width
-        self.codec: Codec = "float16" if survey.codec == "float16" else "bitplane"
-        self.numbers, self.impl = stretch.numbers(survey), impl
-
-    def crops(
-        self, blobs: Tensor, sizes: Tensor, origin: NDArray[np.int64], orientation: NDArray[np.int64], size: int
-    ) -> Tensor:
-        """Model inputs [N, K, S, S] float32 of crops; see `decode_views`."""
-        return decode_views(
-            blobs, sizes, self.shape, origin, orientation, size, self.numbers, codec=self.codec, impl=self.impl
-        )
-
-
-class EvalInput:
-    """The model input of an embedding run (`MultiCrop.eval_input`): centre crop and stretch.
-
-    Attributes:
-        packed: Whether it would rather have blobs.
-    """
-
-    def __init__(self, views: MultiCrop, survey: Survey, device: torch.device, side: int):
-        self.bands, self.side = len(survey.bands), side
-        self.stretch = views.stretch.build(survey, device)
-        self.packed = views._fused(survey, device, side)
-        self.blobs = _Packed(survey, views.stretch, views.impl)
-
-    def __call__(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Model input [B, K, S, S] float32 of images [B, C, H, W] float32 and their valid pixels (bool or None)."""
-        side = self.side
-        _check_images(image, self.bands, side)
-        top, left = (image.shape[2] - side) // 2, (image.shape[3] - side) // 2
-        window = (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
-        flux = image[window].clone(memory_format=torch.contiguous_format)
-        if valid is not None:
-            flux.masked_fill_(~valid[window], 0.0)
-        return self.stretch(flux)
-
-    def decode(self, blobs: Tensor, sizes: Tensor) -> Tensor:
-        """The same of checked blobs [B, P] uint8 of the survey and their sizes [B]."""
-        _, height, width = self.blobs.shape
-        origin = np.tile([[(height - self.side) // 2, (width - self.side) // 2]], (len(blobs), 1))
-        return self.blobs.crops(blobs, sizes, origin, np.zeros(len(blobs), np.int64), self.side)
-
-
-class _Views:
-    """`MultiCrop` fixed for a survey and a device."""
-
-    def __init__(self, views: MultiCrop, survey: Survey, device: torch.device):
-        self.views, self.survey = views, survey
-        self.stretch = views.stretch.build(survey, device)
-        self.blobs = _Packed(survey, views.stretch, views.impl)
-        plain = views.rotation == "none" and views.psf is None and views.noise is None
-        plain = plain and views.flux_jitter == views.sky_noise_max == 0.0
-        self.packed = plain and views._fused(survey, device, max(views.global_size, views.local_size))
-
-    def __call__(self, batch: Batch, key: BatchKey) -> Batch:
-        if "has_image" in batch and not bool(batch["has_image"].all()):
-            row = int(batch["row"][~batch["has_image"]][0])
-            raise ValueError(
-                f"views: row {row} of catalog.parquet has no image to crop; build the survey from objects that have one "
-                "(a required match)"
-            )
-        out: Batch = batch.copy()
-        position = batch["position"].cpu().numpy()
-        if "blobs" in batch:
-            blobs, sizes = out.pop("blobs"), out.pop("sizes")
-
-            def crops(kind: str) -> Tensor:
-                draws = self.views.draw(self.survey, position, key, kind)
-                size = self.views.global_size if kind == "global" else self.views.local_size
-                return self.blobs.crops(blobs, sizes, draws.origin, draws.orientation, size)
-        else:
-            image = self._flux(batch)
-            out.pop("image")
-            out.pop("valid", None)
-
-            def crops(kind: str) -> Tensor:
-                return self._crops(image, position, key, kind)
-
-        out["global_crops"] = crops("global")
-        if self.views.n_local:
-            out["local_crops"] = crops("local")
-        return out
-
-    def _flux(self, batch: Batch) -> Tensor:
-        """The images of a batch, 0 where they have no data."""
-        image, valid = batch["image"], batch.get("valid")
-        _check_images(image, len(self.survey.bands), max(self.views.global_size, self.views.local_size))
-        if image.shape[2:] != (self.survey.height, self.survey.width):
-            raise ValueError(
-                f"views: the survey's cutouts are {self.survey.height} x {self.survey.width} pixels, "
-                f"got images {list(image.shape)}"
-            )
-        if valid is not None:
-            image = image.masked_fill(~valid, 0.0)
-        return image.contiguous()
-
-    def _crops(self, image: Tensor, position: NDArray[np.int64], key: BatchKey, kind: str) -> Tensor:
-        draws = self.views.draw(self.survey, position, key, kind)
-        size = self.views.global_size if kind == "global" else self.views.local_size
-        if draws.angle is None:
-            flux = crop(image, draws.origin, draws.orientation, size)
-        else:
-            flux = _rotated_crops(image, draws, draws.angle, size)
-        blur_(flux, torch.from_numpy(draws.blur))
-        if draws.gain is not None:
-            flux *= torch.from_numpy(draws.gain).to(flux.dtype).to(flux.device)[:, None, None, None]
-        numbers = self.views._numbers(kind)
-        stream = streams(
-            Purpose.PIXEL_NOISE, np.repeat(numbers, len(position)), np.tile(position, len(numbers)), key.epoch
-        )
-        add_noise_(flux, torch.from_numpy(draws.noise), stream, key.seed)
-        return self.stretch(flux)
-
-
-def _rotated_crops(image: Tensor, draws: CropDraws, angle: NDArray[np.float64], size: int) -> Tensor:
-    """Crops turned about their centres: bilinear samples of the whole cutout, mirrored beyond its edge.
-
-    Args:
-        image: [B, C, H, W].
-        draws: Places and flips of the crops.
-        angle: [N] counter-clockwise rotation in radians, applied after the flips.
-        size: Side S.
-
-    Returns:
-        [N, C, S, S].
-    """
-    samples, _, height, width = image.shape
-    cos, sin = np.cos(angle), np.sin(angle)
-    flip_x = np.where(draws.orientation & 1, -1.0, 1.0)
-    flip_y = np.where(draws.orientation & 2, -1.0, 1.0)
-    # Offsets (dy, dx) from the crop's centre look up its pixel at R (dy, dx), flipped back; y points down.
-    centre = draws.origin + size / 2.0  # in pixel edges, as grid_sample counts
-    coefficients = np.stack(
-        [
-            np.stack([flip_x * cos, -flip_x * sin, centre[:, 1] - width / 2.0]) * (2.0 / width),
-            np.stack([flip_y * sin, flip_y * cos, centre[:, 0] - height / 2.0]) * (2.0 / height),
-        ]
-    )  # [x | y, of dx | of dy | constant, N], in grid_sample's units of half an image from its centre
-    of_dx, of_dy, constant = (
-        torch.from_numpy(coefficients).to(torch.float32).to(image.device)[..., None, None].unbind(1)
-    )
-    d = torch.arange(size, dtype=torch.float32, device=image.device) - (size - 1) / 2.0
-    grid = torch.stack((of_dx * d + of_dy * d[:, None] + constant).unbind(0), dim=-1)  # [N, S, S, x | y]
-    return torch.cat(
-        [
-            torch.nn.functional.grid_sample(image, part, "bilinear", "reflection", align_corners=False)
-            for part in grid.split(samples)
-        ]
-    )
-
-
-def _check_images(image: Tensor, bands: int, side: int) -> None:
-    if image.dtype != torch.float32:
-        raise ValueError(f"image: must be float32, got {image.dtype}")
-    if image.ndim != 4 or image.shape[1] != bands or min(image.shape[2:]) < side:
-        raise ValueError(f"image: must be [B, {bands}, H, W] with H, W >= {side}, got {list(image.shape)}")
 
 
 _PSF = LogNormal(  # sigma in pixels of 0.262 arcsec, bands g, r, z (Stein et al. 2021, fitted to zmag < 20)

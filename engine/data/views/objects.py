@@ -14,7 +14,7 @@ import torch
 
 from armillary.engine.data.format.columns import Columns, column_problems
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.views.eval_view import EvalView
+from armillary.engine.data.views.eval_view import EvalView, require_all
 from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.models.method import Batch, BatchKey, InputSpec
 
@@ -103,7 +103,7 @@ class ObjectViews:
         return _Objects(self, survey, torch.device(device))
 
     def eval_view(self, survey: Survey, device: torch.device | str) -> EvalView:
-        """Inputs for embedding, nothing random; of an image survey's objects the image alone, and so on.
+        """Inputs for embedding, nothing random: what these views show and the survey has.
 
         Raises:
             ValueError: The survey has nothing that these views show.
@@ -141,12 +141,8 @@ class _Objects:
         if self.crop is not None:
             out = self.crop(out, key)
             out["crop"] = out.pop("global_crops")
-        if self.spectrum_needed and "has_spectrum" in batch and not bool(batch["has_spectrum"].all()):
-            row = int(batch["row"][~batch["has_spectrum"]][0])
-            raise ValueError(
-                f"views: row {row} of catalog.parquet has no spectrum; build the survey from objects that have one "
-                "(a required match)"
-            )
+        if self.spectrum_needed:
+            require_all(batch, "spectrum")
         if self.columns is not None:
             out["columns"] = self.columns.of(batch["row"])
         if self.targets is not None:

@@ -10,6 +10,7 @@ Shape legend: B crops, C bands of the survey, K channels of the model input, H x
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -60,8 +61,22 @@ def _function(numbers: StretchNumbers, device: torch.device) -> StretchFunction:
     return asinh_matrix
 
 
+class _Stretch(ABC):
+    @abstractmethod
+    def numbers(self, survey: Survey) -> StretchNumbers:
+        """What kernels apply, for a survey's bands and statistics."""
+
+    def channels(self, survey: Survey) -> int:
+        """Channels K of the model input."""
+        return len(survey.bands)
+
+    def build(self, survey: Survey, device: torch.device) -> StretchFunction:
+        """Fix the stretch for a survey's bands and statistics."""
+        return _function(self.numbers(survey), device)
+
+
 @dataclass(frozen=True)
-class ToRGB:
+class ToRGB(_Stretch):
     """Colour-preserving asinh picture clipped to [0, 1], as AstroCLIP feeds it (after Lupton et al. 2004).
 
         y_b = scale_b flux_b + m,   I = mean_b max(0, y_b),   out_b = clip(y_b arcsinh(Q I) / (sqrt(Q) I), 0, 1)
@@ -104,13 +119,9 @@ class ToRGB:
         """The stretch for a survey's bands."""
         return Lupton(tuple(survey.bands.index(b) for b in reversed(self.bands)), self.scales[::-1], self.m, self.Q)
 
-    def build(self, survey: Survey, device: torch.device) -> StretchFunction:
-        """Fix the stretch for a survey's bands."""
-        return _function(self.numbers(survey), device)
-
 
 @dataclass(frozen=True)
-class AsinhWhiten:
+class AsinhWhiten(_Stretch):
     """asinh(flux / (3 sky sigma)), then the channels made uncorrelated and of about unit variance over the survey.
 
         a = asinh(flux / (3 sky_sigma)),   out = (cov(a) + ridge I)^(-1/2) (a - mean(a))
@@ -123,10 +134,6 @@ class AsinhWhiten:
     """
 
     ridge: float = 0.03
-
-    def channels(self, survey: Survey) -> int:
-        """Channels K of the model input."""
-        return len(survey.bands)
 
     def problems(self, survey: Survey) -> list[str]:
         """Every rule this stretch breaks for a survey, as `stretch.field: rule, got value`."""
@@ -152,13 +159,9 @@ class AsinhWhiten:
         softening = 1.0 / (3.0 * np.asarray(survey.sky_sigma, np.float64))
         return AsinhMatrix(tuple(softening.tolist()), tuple(map(tuple, matrix.tolist())), tuple(offset.tolist()))
 
-    def build(self, survey: Survey, device: torch.device) -> StretchFunction:
-        """Fit the whitening to a survey's statistics."""
-        return _function(self.numbers(survey), device)
-
 
 @dataclass(frozen=True)
-class ZScore:
+class ZScore(_Stretch):
     """(flux - mean) / std a band.
 
     Attributes:
@@ -168,10 +171,6 @@ class ZScore:
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-
-    def channels(self, survey: Survey) -> int:
-        """Channels K of the model input."""
-        return len(survey.bands)
 
     def problems(self, survey: Survey) -> list[str]:
         """Every rule this stretch breaks for a survey, as `stretch.field: rule, got value`."""
@@ -191,13 +190,9 @@ class ZScore:
         """Mean and standard deviation of a survey's bands."""
         return Affine(*self._moments(survey))
 
-    def build(self, survey: Survey, device: torch.device) -> StretchFunction:
-        """Fix mean and standard deviation."""
-        return _function(self.numbers(survey), device)
-
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(_Stretch):
     """flux / divide_by: nothing for data that come ready, 255 for display pictures on [0, 255].
 
     Attributes:
@@ -205,10 +200,6 @@ class Identity:
     """
 
     divide_by: float = 1.0
-
-    def channels(self, survey: Survey) -> int:
-        """Channels K of the model input."""
-        return len(survey.bands)
 
     def problems(self, survey: Survey) -> list[str]:
         """Every rule this stretch breaks for a survey, as `stretch.field: rule, got value`."""
@@ -219,10 +210,6 @@ class Identity:
     def numbers(self, survey: Survey) -> Affine:
         """The divisor for each of a survey's bands."""
         return Affine((0.0,) * len(survey.bands), (self.divide_by,) * len(survey.bands))
-
-    def build(self, survey: Survey, device: torch.device) -> StretchFunction:
-        """Fix the divisor."""
-        return _function(self.numbers(survey), device)
 
 
 Stretch = ToRGB | AsinhWhiten | ZScore | Identity

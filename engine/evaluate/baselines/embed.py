@@ -33,13 +33,6 @@ def embed_features(
 ) -> dict[str, Embeddings]:
     """Embed both splits with encoders and with the pixel baselines, in two passes over the training split.
 
-    Args:
-        survey_dir: The survey.
-        encoders: By name; the first one's view also feeds a baseline.
-        batches: Gives the batches of a split.
-        options: Splits and limits.
-        metadata: What each encoder's embeddings say of themselves.
-
     Raises:
         ValueError: The survey lacks the training split, or an encoder gives unusable embeddings.
     """

@@ -21,10 +21,6 @@ LEAST = 20, 1  # labelled samples to train on and to test: the perceptron holds 
 def baselines(study: Study, options: Options) -> Outcome:
     """Predict a label from the first feature set and from the study's baselines.
 
-    Args:
-        study: Embeddings, with baselines.
-        options: Label, residuals, resamples.
-
     Raises:
         ValueError: The first feature set holds predictions, or the label cannot be predicted.
     """

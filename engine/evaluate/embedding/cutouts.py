@@ -19,10 +19,6 @@ __all__ = ["having", "read_cutouts", "read_spectra"]
 def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """Read cutouts by catalogue row.
 
-    Args:
-        survey_dir: The survey.
-        rows: Catalogue rows.
-
     Returns:
         For each row the image, [C, H, W] float32 in the survey's unit, masked pixels 0, and valid, [C, H, W] bool, or
         None where every pixel carries data.
@@ -36,31 +32,12 @@ def read_cutouts(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[tup
 
 
 def read_spectra(survey_dir: Path, rows: Sequence[int] | np.ndarray) -> list[Spectrum]:
-    """Read spectra by catalogue row, on the wavelength grid of the survey's description.
-
-    Args:
-        survey_dir: The survey.
-        rows: Catalogue rows.
-
-    Raises:
-        codec.CorruptBlob: A spectrum is corrupt.
-        IndexError: There is no such row.
-        ValueError: An object has no spectrum.
-    """
+    """Spectra of catalogue rows, on the wavelength grid of the survey's description; raises as `read_cutouts`."""
     return [decode_spectrum(blob) for blob in _blobs(survey_dir, rows, "spectrum")]
 
 
 def having(survey_dir: Path, rows: Sequence[int] | np.ndarray, modality: str) -> list[int]:
-    """Those of the rows whose objects have a modality: "image", "spectrum" or "vectors".
-
-    Args:
-        survey_dir: The survey.
-        rows: Catalogue rows.
-        modality: What they should have.
-
-    Raises:
-        IndexError: There is no such row.
-    """
+    """Those of the catalogue rows whose objects have a modality: "image", "spectrum" or "vectors"."""
     return [row for row, _, part in _parts(survey_dir, rows, modality) if part is not None]
 
 

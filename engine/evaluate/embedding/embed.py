@@ -108,15 +108,7 @@ def embed_readouts(
 
 
 def open_batches(folder: Path, split: str, view: View, batch: int, device: torch.device) -> Iterable[Batch]:
-    """Batches of a split, in catalogue order, with what a run's view reads.
-
-    Args:
-        folder: The survey.
-        split: The split.
-        view: An `EvalView`, or a function that reads images.
-        batch: Samples a batch.
-        device: Where batches are delivered.
-    """
+    """Batches of a split, in catalogue order, with what a run's view (or a function that reads images) reads."""
     from armillary.engine.data.loading.catalog_loader import SequentialCatalogLoader
     from armillary.engine.data.loading.loader import SequentialLoader
 
@@ -130,12 +122,7 @@ def open_batches(folder: Path, split: str, view: View, batch: int, device: torch
 
 
 def first_samples(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
-    """Batches of the first samples only.
-
-    Args:
-        batches: Batches.
-        samples: How many samples; the last batch is cut.
-    """
+    """Batches of the first samples only; the last batch is cut."""
     left = samples
     for batch in batches:
         count = len(batch["row"])

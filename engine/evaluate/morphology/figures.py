@@ -27,7 +27,7 @@ class MorphologyResult:
         accuracy_se: Its binomial standard error.
         f1: Mean F1 score of the answers, weighted by their galaxies.
         f1_se: Its bootstrap standard error.
-        majority: Accuracy of always giving the most frequent answer of the test galaxies.
+        majority: Accuracy of always giving the most frequent answer of the training galaxies.
         majority_f1: F1 score of the same.
     """
 
@@ -44,12 +44,7 @@ class MorphologyResult:
 
 
 def morphology_chart(results: Sequence[MorphologyResult], order: Sequence[str]) -> Markup:
-    """Bars of accuracy and F1 by question with one-sigma errors, dashes at the most frequent answer, as themed SVG.
-
-    Args:
-        results: Of every question and feature set.
-        order: All feature sets, whose place is their colour.
-    """
+    """Bars of accuracy and F1 by question with one-sigma errors, dashes at the most frequent answer, as themed SVG."""
     names = list(dict.fromkeys(r.features for r in results))
     questions = list(dict.fromkeys(r.question for r in results))
     found = {(r.features, r.question): r for r in results}
@@ -100,16 +95,7 @@ def morphology_section(
     min_votes: float,
     asked: float,
 ) -> Markup:
-    """Chart and tables of all questions.
-
-    Args:
-        results: Of every question and feature set.
-        order: All feature sets, whose place is their colour.
-        left_out: Sentences on the questions that could not be judged.
-        model: The perceptron.
-        min_votes: Votes on the question that a test galaxy exceeds.
-        asked: Least share of a training galaxy's volunteers that were asked.
-    """
+    """Chart and tables of all questions."""
     names = list(dict.fromkeys(r.features for r in results))
     found = {(r.features, r.question): r for r in results}
     groups = []

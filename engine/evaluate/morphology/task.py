@@ -89,7 +89,7 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
 
     Returns:
         Accuracy and F1 score (mean of the answers' F1 weighted by their galaxies) of every question and set, beside
-        those of always giving the most frequent answer; and their means over questions.
+        those of always giving the most frequent answer of the training galaxies; and their means over questions.
 
     Raises:
         ValueError: The survey has none of the questions, or a named one is missing, none has enough galaxies, or there
@@ -98,7 +98,7 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
     options = options or MorphologyOptions()
     names = [name for name, features in study.features.items() if not features.targets]
     if not names:
-        raise ValueError("features: morphology needs embeddings, and all sets are predictions of labels")
+        raise ValueError("there are no embeddings, only predictions")
     asked, left_out = _asked(study, options)
     rows = [study.rows(split, *names) for split in (study.train_split, study.test_split)]
     questions: dict[str, _Question] = {}
@@ -129,21 +129,14 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
 
 
 def accuracy(confusion: np.ndarray) -> np.ndarray:
-    """[...] share of right answers.
-
-    Args:
-        confusion: [..., K, K] galaxies by true and by predicted answer.
-    """
+    """[...] share of right answers from [..., K, K] galaxies by true and by predicted answer."""
     return np.trace(confusion, axis1=-2, axis2=-1) / confusion.sum((-2, -1))
 
 
 def weighted_f1(confusion: np.ndarray) -> np.ndarray:
-    """[...] mean F1 score of the answers, weighted by how many galaxies truly have them.
+    """[...] mean F1 score of the answers of such a matrix, weighted by how many galaxies truly have them.
 
     An answer that is never given scores 0.
-
-    Args:
-        confusion: [..., K, K] galaxies by true and by predicted answer.
     """
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     true, given = confusion.sum(-1), confusion.sum(-2)
@@ -219,7 +212,8 @@ def _judge(study: Study, name: str, question: str, galaxies: _Question, options:
     answers = galaxies.test_share.shape[1]
     confusion = np.bincount(true * answers + given, minlength=answers**2).reshape(answers, answers)
     always = np.zeros_like(confusion)
-    always[:, confusion.sum(1).argmax()] = confusion.sum(1)
+    most = np.bincount(galaxies.train_share.argmax(1), minlength=answers).argmax()  # the test split is not looked at
+    always[:, most] = confusion.sum(1)
     right = float(accuracy(confusion))
     # Resampling galaxies resamples the cells of the confusion matrix.
     drawn = np.random.default_rng(study.seed).multinomial(

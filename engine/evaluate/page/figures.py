@@ -55,15 +55,7 @@ def line_chart(
     log: bool = False,
     limits: Mapping[str, float] | None = None,
 ) -> Markup:
-    """Lines over steps as themed SVG.
-
-    Args:
-        series: By name, abscissa and ordinate.
-        x: Label of the abscissa.
-        y: Label of the ordinate.
-        log: Logarithmic ordinate.
-        limits: Dashed horizontal lines by name.
-    """
+    """Lines over steps as themed SVG: abscissa and ordinate by name; `limits` are dashed horizontal lines."""
     figure, axes = canvas(4.8, 3.0)
     for colour, (name, (at, value)) in zip(itertools.cycle(SERIES), series.items(), strict=False):
         noisy = len(value) > 400
@@ -87,13 +79,7 @@ def line_chart(
 
 
 def interval_chart(values: Sequence[float], errors: Sequence[float], colours: Sequence[int]) -> list[Markup]:
-    """A dot with its one-sigma bar for each value, all on one scale, as small themed SVGs for the rows of a table.
-
-    Args:
-        values: One number a row; NaN leaves the row empty.
-        errors: Their standard errors.
-        colours: Number of the series colour of each row, from 0.
-    """
+    """A dot with its one-sigma bar for each value, all on one scale, as small themed SVGs for the rows of a table; NaN is empty."""
     known = [(v, e if np.isfinite(e) else 0.0) for v, e in zip(values, errors, strict=True) if np.isfinite(v)]
     low = min((v - 2 * e for v, e in known), default=0.0)
     high = max((v + 2 * e for v, e in known), default=1.0)
@@ -112,15 +98,7 @@ def interval_chart(values: Sequence[float], errors: Sequence[float], colours: Se
 
 
 def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *, label: str, redshift: bool) -> Markup:
-    """Predicted against true label with residuals below, as themed SVG.
-
-    Args:
-        true: [M] labels.
-        predicted: [M] predictions.
-        scores: What is printed in the corner.
-        label: Name of the label.
-        redshift: Residuals are divided by 1 + true.
-    """
+    """Predicted against true label [M] with residuals below, as themed SVG; `scores` are printed in the corner."""
     figure, (top, bottom) = canvas(4.8, 5.8, rows=(3, 1.25))
     shade = _density(true, predicted)
     order = np.argsort(shade)
@@ -156,13 +134,7 @@ def prediction_chart(true: np.ndarray, predicted: np.ndarray, scores: Scores, *,
 
 
 def point_map(points: np.ndarray, value: np.ndarray | None, *, label: str = "") -> Markup:
-    """A two-dimensional map of embeddings, coloured by a label, as themed SVG.
-
-    Args:
-        points: [M, 2].
-        value: [M] label, NaN where unknown; None for no colour.
-        label: Its name.
-    """
+    """A map [M, 2] of embeddings, coloured by a label [M] where there is one, as themed SVG."""
     figure, axes = canvas(5.2, 4.8)
     known = np.zeros(len(points), bool) if value is None else np.isfinite(value)
     axes.scatter(*points[~known].T, s=7, color=MUTED, linewidths=0, alpha=0.6, rasterized=True)

@@ -50,17 +50,10 @@ class Gallery:
 
 
 def layout_map(vector: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Two-dimensional map of embeddings.
+    """Two-dimensional map [M, 2] of embeddings [M, D], and the name of its method.
 
     t-SNE on directions (the cosine geometry of the search); principal components where there are few samples, or where
     all embeddings are alike.
-
-    Args:
-        vector: [M, D].
-        seed: Of the layout.
-
-    Returns:
-        [M, 2] float, and the method's name.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE

@@ -61,13 +61,7 @@ def coverage_chart(coverage: Mapping[str, Coverage]) -> Markup:
 
 
 def pit_chart(pit: Mapping[str, np.ndarray], label: str, bins: int = 12) -> Markup:
-    """Histograms of the PIT of one parameter, with the band that holds 95% of the bins of calibrated posteriors.
-
-    Args:
-        pit: By feature set, [M] values.
-        label: The parameter.
-        bins: Of the histogram.
-    """
+    """Histograms of one parameter's PIT, [M] by feature set, with the band that holds 95% of the bins of calibrated posteriors."""
     from scipy.stats import binom
 
     figure, axes = figures.canvas(4.8, 3.0)
@@ -90,13 +84,8 @@ def pit_chart(pit: Mapping[str, np.ndarray], label: str, bins: int = 12) -> Mark
 def corner_chart(
     draws: Mapping[str, np.ndarray], colours: Sequence[int], truth: np.ndarray, labels: Sequence[str]
 ) -> Markup:
-    """Corner plot of one galaxy's posteriors, the truth marked; contours hold 39% and 86% of the draws (1 and 2 sigma).
-
-    Args:
-        draws: By feature set, [S, P].
-        colours: Number of each set's colour.
-        truth: [P].
-        labels: The parameters.
+    """Corner plot of one galaxy's posteriors, [S, P] draws by feature set, the truth [P] marked; contours hold 39% and 86% of the
+    draws (1 and 2 sigma).
     """
     import corner
     from matplotlib.figure import Figure
@@ -150,13 +139,7 @@ def corner_chart(
 
 
 def redshift_chart(pdf: Mapping[str, RedshiftPDF], rows: Sequence[int], true: np.ndarray) -> Markup:
-    """Redshift distributions of some galaxies, a panel each, the true redshift marked.
-
-    Args:
-        pdf: By feature set.
-        rows: Which galaxies.
-        true: [M] true redshifts.
-    """
+    """Redshift distributions of some galaxies, a panel each, the true redshift marked."""
     columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
     figure, axes = figures.canvas(10, 2.4 * lines + 0.4, rows=(1.0,) * lines, columns=columns)

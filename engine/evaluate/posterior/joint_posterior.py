@@ -78,10 +78,6 @@ def gaussian_nll(theta: np.ndarray, truth: np.ndarray) -> float:
     """NLL of a Gaussian with the training labels' mean and covariance, in the convention of `FlowEnsemble.nll`.
 
     Flows must beat it to have used an embedding at all. Rows with an unknown label are left out.
-
-    Args:
-        theta: [N, P] training labels.
-        truth: [M, P] test labels.
     """
     theta, truth = theta[np.isfinite(theta).all(1)], truth[np.isfinite(truth).all(1)]
     mean, std = theta.mean(0), theta.std(0)

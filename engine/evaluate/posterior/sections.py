@@ -42,19 +42,9 @@ def sections(
     corners: int,
     seed: int,
 ) -> tuple[Markup, ...]:
-    """Likelihoods, calibration, and corner plots of some galaxies.
+    """Likelihoods, calibration, and corner plots of `corners` galaxies.
 
-    Args:
-        targets: The P labels.
-        joints: By feature set, in the study's order, which sets their colours.
-        prior: NLL without embeddings.
-        truth: [M, P] labels.
-        known: [M] bool, rows with all labels.
-        modality: By feature set.
-        vectors: By feature set, [M, D] embeddings.
-        keys: M sample keys.
-        corners: How many galaxies.
-        seed: Of the draws of the corner plots.
+    `truth` is [M, P]; `known` [M] bool, rows with all labels; `vectors` [M, D] by feature set; `prior` the NLL without any.
     """
     found = [_likelihoods(targets, joints, prior), _calibration(targets, joints)]
     if corners and len(targets) > 1:
@@ -63,13 +53,7 @@ def sections(
 
 
 def redshift_section(pdfs: Mapping[str, RedshiftPDF], true: np.ndarray, panels: int) -> Markup:
-    """p(z) of some galaxies, spread over the known redshifts.
-
-    Args:
-        pdfs: By feature set.
-        true: [M] redshifts, NaN where unknown.
-        panels: How many galaxies.
-    """
+    """p(z) of `panels` galaxies, spread over the known of the [M] true redshifts."""
     rows = _spread(true, np.isfinite(true), panels)
     text = (
         "p(z) of test galaxies from flows of the redshift alone, evaluated exactly on a grid; the dashed line is the true "

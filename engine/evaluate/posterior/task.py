@@ -59,7 +59,7 @@ class PosteriorOptions:
         if self.corners < 0 or self.panels < 0:
             raise ValueError(f"corners and panels: must not be negative, got {self.corners} and {self.panels}")
         if len(set(self.targets)) != len(self.targets):
-            raise ValueError(f"targets: each label once, got {', '.join(self.targets)}")
+            raise ValueError(f"targets: must differ, got {', '.join(self.targets)}")
 
 
 def posterior(study: Study, options: PosteriorOptions) -> Outcome:
@@ -75,7 +75,7 @@ def posterior(study: Study, options: PosteriorOptions) -> Outcome:
     """
     names = [name for name, features in study.features.items() if not features.targets]
     if not names:
-        raise ValueError("posterior: the study has predictions only; add a set of embeddings")
+        raise ValueError("there are no embeddings, only predictions")
     train, test = study.rows(study.train_split, *names), study.rows(study.test_split, *names)
     targets, lines = _targets(study, options, train, test)
     no_redshift = _unusable(study, "redshift", train, test)
@@ -150,7 +150,7 @@ def _targets(
             found.append(name)
     if not found:
         raise ValueError(
-            f"posterior: the survey has none of {', '.join(PROPERTIES)} to infer; name targets among its labels "
+            f"the survey has none of {', '.join(PROPERTIES)} to infer; name targets among its labels "
             f"({', '.join(study.survey.labels) or 'none'})"
         )
     return tuple(found), lines

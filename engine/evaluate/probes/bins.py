@@ -84,19 +84,10 @@ def score_strata(
     resamples: int = 200,
     seed: int = 0,
 ) -> list[Scores]:
-    """Score predictions in each bin; see `photoz.score`.
+    """Score predictions in each bin; [M] labels and predictions, all else as for `scores.score`.
 
     R2 compares with the variance inside a bin, so it is lower there than over all samples, and most of all in bins of
     the predicted label itself: NMAD is what can be compared between bins.
-
-    Args:
-        strata: The bins.
-        true: [M] finite labels.
-        predicted: [M] finite predictions.
-        redshift: Divide residuals by 1 + true.
-        outlier_threshold: Size of a residual that counts as an outlier; None for no such count.
-        resamples: Bootstrap resamples of a bin.
-        seed: Keys the bootstrap.
     """
     return [
         score(

@@ -59,17 +59,7 @@ class PerceptronTraining:
 
 
 def perceptron(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
-    """Linear layers with ReLU and dropout between them.
-
-    Args:
-        inputs: D.
-        hidden: Widths of the hidden layers.
-        outputs: K.
-        dropout: Share of a hidden layer that is dropped while training.
-
-    Raises:
-        ValueError: There is no hidden layer, or a width is not positive.
-    """
+    """Linear layers with ReLU and dropout between them; ValueError without a hidden layer or with a width below 1."""
     if not hidden or min(hidden) < 1:
         raise ValueError(f"hidden: need one or more widths of 1 or more, got {tuple(hidden)}")
     layers: list[nn.Module] = []
@@ -79,22 +69,12 @@ def perceptron(inputs: int, hidden: Sequence[int], outputs: int, dropout: float 
 
 
 def masked_mse(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean square error over the known targets; 0 where none is known.
-
-    Args:
-        predicted: [N, K].
-        target: [N, K], NaN where unknown.
-    """
+    """Mean square error of [N, K] outputs over the known targets, those that are not NaN; 0 where none is known."""
     return known_squares(predicted, target).sum()
 
 
 def soft_cross_entropy(logits: Tensor, share: Tensor) -> Tensor:
-    """Mean over samples of -sum_k share_k log softmax(logits)_k.
-
-    Args:
-        logits: [N, K], before any softmax.
-        share: [N, K], non-negative, each row summing to 1.
-    """
+    """Mean over samples of -sum_k share_k log softmax(logits)_k; [N, K] logits and shares, whose rows sum to 1."""
     return -(share * logits.log_softmax(1)).sum(1).mean()
 
 

@@ -231,13 +231,9 @@ def nearest(
 
 
 def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Zero mean and unit variance of every dimension over the training samples, float32.
+    """Zero mean and unit variance of every dimension over the training samples [N, D], float32; test samples [M, D] alike.
 
     Dimensions that vary by float32 rounding only, a spread of 1e-7 of their mean or less, become 0.
-
-    Args:
-        train: [N, D].
-        test: [M, D].
     """
     # Sums of a million float32 numbers are off by 1e-3 of the spread.
     mean, spread = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)

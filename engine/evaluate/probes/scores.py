@@ -4,7 +4,7 @@ For redshifts the residual is dz = (predicted - true) / (1 + true), as is usual 
 label it is the plain difference. R2 always uses plain differences.
 
 Bias has two forms: the median of dz tells of most galaxies, the mean also of the failures, which is what lensing and
-clustering feel. They feel it in bins of predicted redshift, for the true one is not known: `tomographic_bias`.
+clustering feel. They know only the predicted redshift, so `tomographic_bias` takes bins of that.
 
 Shape legend: M test samples, R bootstrap resamples.
 """
@@ -40,22 +40,16 @@ CATASTROPHIC = 0.15
 
 @dataclass(frozen=True)
 class Scores:
-    """Quality of one set of predictions; `se` fields are bootstrap standard errors over test samples.
+    """Quality of one set of predictions; fields that end in `_se` are bootstrap standard errors over test samples.
 
     Attributes:
         samples: Test samples M.
         r2: Coefficient of determination; NaN where the label is constant, so that it is undefined.
-        r2_se: Its standard error.
         nmad: 1.4826 times the median absolute deviation of the residuals from their median.
-        nmad_se: Its standard error.
         outliers: Share of residuals larger in size than `outlier_threshold`; NaN where there is no threshold.
-        outliers_se: Its standard error.
         bias: Median residual.
-        bias_se: Its standard error.
         mean_bias: Mean residual.
-        mean_bias_se: Its standard error.
         catastrophic: Share of redshifts with |dz| above `CATASTROPHIC`; NaN for other labels.
-        catastrophic_se: Its standard error.
         outlier_threshold: What counts as an outlier; None for labels where nothing does.
         note: Why a number is missing; empty where none is.
     """
@@ -131,13 +125,7 @@ def r2(true: np.ndarray, predicted: np.ndarray) -> float:
 def r2_with_error(
     true: np.ndarray, predicted: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """R2 and its bootstrap standard error, both NaN where the label is constant.
-
-    Args:
-        true: [M] finite labels.
-        predicted: [M] finite predictions.
-        resamples: Bootstrap resamples.
-        seed: Keys the bootstrap.
+    """R2 and its bootstrap standard error of [M] finite labels and predictions, both NaN where the label is constant.
 
     Raises:
         ValueError: The arrays are empty, differ in length or hold non-finite numbers.

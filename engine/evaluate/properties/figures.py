@@ -20,12 +20,7 @@ WORDS = {"image": "Images", "spectrum": "Spectra", "columns": "Catalogue columns
 
 
 def bias_chart(predictions: Sequence[Prediction], order: Sequence[str]) -> Markup:
-    """Mean dz with its error against mean predicted redshift, a line for each feature set, as themed SVG.
-
-    Args:
-        predictions: Of redshifts, one for each feature set.
-        order: All feature sets, whose place is their colour.
-    """
+    """Mean dz with its error against mean predicted redshift, a line for each feature set in its colour, as themed SVG."""
     figure, axes = figures.canvas(4.8, 3.6)
     axes.axhline(0, color=figures.MUTED, lw=1)
     for p in predictions:
@@ -48,11 +43,6 @@ def strata_chart(strata: Sequence[Strata], label: str, order: Sequence[str]) -> 
     """Quality in bins, a line for each feature set, as themed SVG: R2 above scatter, or mean residual above scatter.
 
     The mean residual stands for R2 in bins of the label itself, where R2 compares with a variance that binning removed.
-
-    Args:
-        strata: One column of charts each, at least one.
-        label: What was predicted.
-        order: All feature sets, whose place is their colour.
     """
     figure, grid = figures.canvas(10.0, 6.4, rows=(1, 1), columns=len(strata))
     grid = np.reshape(grid, (2, len(strata)))
@@ -80,11 +70,7 @@ def strata_chart(strata: Sequence[Strata], label: str, order: Sequence[str]) -> 
 
 
 def prediction_section(predictions: Sequence[Prediction]) -> Markup:
-    """Predicted against true label with residuals, a card for each feature set.
-
-    Args:
-        predictions: One for each feature set, all of one label.
-    """
+    """Predicted against true label with residuals, a card for each feature set; all predictions are of one label."""
     label = predictions[0].label
     cards = []
     for p in predictions:
@@ -101,12 +87,7 @@ def prediction_section(predictions: Sequence[Prediction]) -> Markup:
 
 
 def bias_section(predictions: Sequence[Prediction], order: Sequence[str]) -> Markup:
-    """Bias in tomographic bins, a card for each modality.
-
-    Args:
-        predictions: Of redshifts, one for each feature set; nothing is written where there are none.
-        order: All feature sets, whose place is their colour.
-    """
+    """Bias in tomographic bins, a card for each modality; nothing without predictions of redshifts."""
     if not predictions:
         return Markup()
     by_title = {title: [p for p in predictions if p.modality == modality] for modality, title in WORDS.items()}
@@ -121,13 +102,7 @@ def bias_section(predictions: Sequence[Prediction], order: Sequence[str]) -> Mar
 
 
 def strata_section(strata: Sequence[Strata], label: str, order: Sequence[str]) -> Markup:
-    """Quality by magnitude and by the true label.
-
-    Args:
-        strata: Scores in bins; nothing is written where there are none.
-        label: What was predicted.
-        order: All feature sets, whose place is their colour.
-    """
+    """Quality by magnitude and by the true label; nothing without bins."""
     if not strata:
         return Markup()
     by = " and ".join(f"true {s.by}" if s.by == label else s.by for s in strata)

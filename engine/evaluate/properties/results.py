@@ -5,8 +5,9 @@ Shape legend: M test samples, m of them with a label.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from armillary.engine.evaluate.probes.scores import (
     Difference,
     Scores,
     paired_difference,
+    r2,
     r2_with_error,
     score,
     tomographic_bias,
@@ -28,6 +30,8 @@ __all__ = ["OWN", "REDSHIFT", "Comparison", "Prediction", "Strata", "clear_winne
 REDSHIFT = "redshift"
 OWN = "supervised"
 """Stands for a probe where the features are predictions themselves."""
+
+HELD_OUT = 5  # one training sample in so many chooses among probes
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Prediction:
         r2_se: Its bootstrap standard error.
         scores: All scores, for redshifts; None for other labels.
         bias: Mean dz in bins of predicted redshift; empty for other labels.
+        held_out: R2 on a fifth of the training samples, the probe fitted on the others: what a probe is chosen by. NaN
+            for predictions among the feature sets, and where too few samples are left.
     """
 
     features: str
@@ -59,6 +65,7 @@ class Prediction:
     r2_se: float
     scores: Scores | None = None
     bias: tuple[BiasBin, ...] = ()
+    held_out: float = math.nan
 
     @property
     def worst(self) -> BiasBin:
@@ -165,10 +172,12 @@ def predict(
             split = [_finite(name, study.vectors(name, rows)) for rows in (train, test)]
             by_model = {model: _fit(probe, split[0], known, split[1], labels) for model, probe in probes.items()}
         for model, predicted in by_model.items():
+            held_out = {} if features.targets else _held_out(probes[model], split[0], known, labels, study.seed)
             for label, values in predicted.items():
-                found.append(
-                    _judge(features, model, label, truth[label], values, bins, outlier_threshold, resamples, study.seed)
+                one = _judge(
+                    features, model, label, truth[label], values, bins, outlier_threshold, resamples, study.seed
                 )
+                found.append(replace(one, held_out=held_out.get(label, math.nan)))
     return found
 
 
@@ -177,12 +186,6 @@ def compare(study: Study, predictions: Sequence[Prediction], model: str, *, resa
 
     Aligned embeddings are those with a shared space (`FeatureSet.space`). A model of catalogue columns, such as
     magnitudes, is a rival of images.
-
-    Args:
-        study: Where the feature sets are from.
-        predictions: Of `predict`.
-        model: The probe whose predictions are compared.
-        resamples: Bootstrap resamples, each for both.
     """
     found = []
     for one in predictions:
@@ -208,21 +211,17 @@ def compare(study: Study, predictions: Sequence[Prediction], model: str, *, resa
 def clear_winners(predictions: Sequence[Prediction], *, resamples: int = 1000, seed: int = 0) -> list[Prediction]:
     """The predictions that are the best of their label and modality by more than chance.
 
-    Each feature set enters with its best probe. The best set wins where the 95% interval of its R2 minus the second
-    set's is above 0; a set alone in its modality wins nothing.
-
-    Args:
-        predictions: Of `predict`.
-        resamples: Bootstrap resamples, each for both.
-        seed: Keys the bootstrap.
+    Each feature set enters with the probe that is best on held-out training samples. The best set wins where the 95%
+    interval of its R2 minus the second set's is above 0; a set alone in its modality wins nothing.
     """
     won = []
     for group in dict.fromkeys((p.label, p.modality) for p in predictions):
-        best: dict[str, Prediction] = {}
+        by_set: dict[str, list[Prediction]] = {}
         for p in predictions:
-            if (p.label, p.modality) == group and (p.features not in best or p.r2 > best[p.features].r2):
-                best[p.features] = p
-        first, *others = sorted(best.values(), key=lambda p: -p.r2)
+            if (p.label, p.modality) == group:
+                by_set.setdefault(p.features, []).append(p)
+        chosen = [max(mine, key=lambda p: np.nan_to_num(p.held_out, nan=-np.inf)) for mine in by_set.values()]
+        first, *others = sorted(chosen, key=lambda p: -p.r2)
         if others:
             d = paired_difference(first.true, first.predicted, others[0].predicted, resamples=resamples, seed=seed)
             if d.low > 0:
@@ -242,6 +241,17 @@ def _fit(
         predicted = probe.predict_jointly(train, known[:, [labels.index(n) for n in group]], test)
         found |= dict(zip(group, predicted.T, strict=True))
     return {label: found[label] for label in labels}
+
+
+def _held_out(probe: Probe, train: np.ndarray, known: np.ndarray, labels: Sequence[str], seed: int) -> dict[str, float]:
+    """R2 of each label on a fifth of the training samples; nothing where the others are too few for the probe."""
+    held = np.random.default_rng([seed, 2]).permutation(len(train)) < len(train) // HELD_OUT
+    try:
+        predicted = _fit(probe, train[~held], known[~held], train[held], labels)
+    except ValueError:
+        return {}
+    truth = {label: known[held, place] for place, label in enumerate(labels)}
+    return {label: r2(t[m], predicted[label][m]) for label, t in truth.items() if (m := np.isfinite(t)).any()}
 
 
 def _judge(

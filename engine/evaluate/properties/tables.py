@@ -24,14 +24,7 @@ MODALITIES = {
 def table_section(
     study: Study, predictions: Sequence[Prediction], winners: Sequence[Prediction], labels: Sequence[str]
 ) -> Markup:
-    """R2 of every label from every feature set by every probe.
-
-    Args:
-        study: Where they are from.
-        predictions: All of them.
-        winners: Which of them to print bold.
-        labels: Columns of the table.
-    """
+    """R2 of every label from every feature set by every probe, the winners bold."""
     bold = {(p.features, p.model, p.label) for p in winners}
     found = {(p.features, p.model, p.label): p for p in predictions}
     groups: list[tuple[str, list[list[str]]]] = []
@@ -50,20 +43,15 @@ def table_section(
     text = (
         "R\u00b2, with bootstrap standard errors over test samples. Neighbours and perceptrons are "
         f"fitted on the frozen features of {train:,} training samples and judged on {test:,} test samples{fewer}, "
-        f'those that every feature set has; "{OWN}" are predictions of models trained on labels. Bold: the best of its '
-        "column and modality, where the 95% interval of its difference from the second-best feature set excludes 0."
+        f'those that every feature set has; "{OWN}" are predictions of models trained on labels. Each feature set is '
+        "represented by the probe that is best on a fifth of the training samples, which is held out for this. Bold: the "
+        "best set of its column and modality, where the 95% interval of its difference from the second excludes 0."
     )
     return section("How well are galaxy properties predicted?", text, card(table(["Features", *labels], groups)))
 
 
 def comparison_section(comparisons: Sequence[Comparison], headline: str, labels: Sequence[str]) -> Markup:
-    """What alignment brings: verdicts on the headline label, and differences in R2 of all labels.
-
-    Args:
-        comparisons: All of them; nothing is written where there are none.
-        headline: The label that verdicts are given on.
-        labels: Columns of the table.
-    """
+    """What alignment brings: verdicts on the headline label, differences in R2 of all labels; nothing without comparisons."""
     if not comparisons:
         return Markup()
     items = [
@@ -81,20 +69,16 @@ def comparison_section(comparisons: Sequence[Comparison], headline: str, labels:
             cells.append(number(d.value, d.se, "+.3f", bold=d.low > 0 or d.high < 0) if d else "\u2013")
         rows.append(cells)
     text = (
-        f"On the {headline}, and below it differences in R\u00b2 of all labels ({comparisons[0].model} on embeddings) on the "
-        "same test samples; errors resample both "
-        "together, and differences whose 95% interval excludes 0 are bold."
+        f"First the verdicts on the {headline}; then the differences in R\u00b2 of all labels, on the same test samples, with "
+        f"{comparisons[0].model} on embeddings. Errors come from resampling both together. Differences whose 95% interval "
+        "excludes 0 are bold."
     )
     listing = card(table(["R\u00b2 difference", *labels], [("", rows)]))
     return section("What does alignment bring?", text, verdicts(items), listing)
 
 
 def redshift_section(predictions: Sequence[Prediction]) -> Markup:
-    """Scatter, bias and failures of the redshifts.
-
-    Args:
-        predictions: Of redshifts, with scores; nothing is written where there are none.
-    """
+    """Scatter, bias and failures of the redshifts; nothing without any."""
     if not predictions:
         return Markup()
     groups: list[tuple[str, list[list[str]]]] = []

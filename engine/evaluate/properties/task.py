@@ -70,7 +70,7 @@ class PropertyOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be 1 or more, got {getattr(self, name)}")
         if len(set(self.labels)) != len(self.labels):
-            raise ValueError(f"labels: each once, got {', '.join(self.labels)}")
+            raise ValueError(f"labels: must differ, got {', '.join(self.labels)}")
 
 
 def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
@@ -214,6 +214,6 @@ def _lines(
         if features.targets and not set(features.targets) & set(labels):
             out.append(f"{name}: left out, it predicts none of {', '.join(labels)}")
     if len(strata) < 2:
-        have = ", ".join(s.by for s in strata) or "nothing"
-        out.append(f"{headline} is split by {have} only: too few test samples, or no label of {', '.join(MAGNITUDES)}")
+        how = f"by {strata[0].by} only" if strata else "neither by magnitude nor by its value"
+        out.append(f"{headline} is split {how}: there are too few test samples, or no label of {', '.join(MAGNITUDES)}")
     return out

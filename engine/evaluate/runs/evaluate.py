@@ -21,7 +21,7 @@ from armillary.engine.evaluate.embedding.embeddings import Embeddings, stack_spl
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.runs.report import save_measures, write_report
-from armillary.engine.evaluate.runs.tasks import TASKS, left_out
+from armillary.engine.evaluate.runs.tasks import TASKS
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.evaluate.study.study import FeatureSet, Outcome, Study
 from armillary.engine.weights.trained_encoder import TrainedEncoder
@@ -108,15 +108,9 @@ def report_study(
     logbooks: Mapping[str, RunLog],
     encoders: Sequence[Encoder] = (),
 ) -> list[Outcome]:
-    """Run tasks; write the page, and metrics.json and metrics.parquet beside it.
+    """Run tasks; write the page `path`, and metrics.json and metrics.parquet beside it.
 
-    Args:
-        study: Embeddings and catalogue.
-        reasons: Tasks by name; why one is left out, or nothing where it is to be run.
-        options: Their options.
-        path: The page.
-        logbooks: Of the runs, by name; the studied one first.
-        encoders: Of the runs, for tasks that show one at work.
+    `reasons` says of each task why it is left out, or nothing where it is to be run; the studied run's log comes first.
     """
     done = {o.task: o for o in run_tasks(study, [n for n, why in reasons.items() if not why], options, encoders)}
     outcomes = [done.get(name, Outcome(name, (), left_out=why)) for name, why in reasons.items()]
@@ -147,14 +141,7 @@ def feature_sets(
 
 
 def run_tasks(study: Study, tasks: Sequence[str], options: Options, encoders: Sequence[Encoder] = ()) -> list[Outcome]:
-    """Run tasks by name, in the order of the report; one that raises ValueError is left out and says why.
-
-    Args:
-        study: Embeddings and catalogue.
-        tasks: Names, of `TASKS`.
-        options: Their options.
-        encoders: For the tasks that show an encoder at work (masking, attention).
-    """
+    """Run tasks by name, in the order of the report; one that cannot be done is left out and says why."""
     with _one_thread():
         return [_outcome(name, study, options, encoders) for name in TASKS if name in tasks]
 
@@ -163,7 +150,7 @@ def _outcome(name: str, study: Study, options: Options, encoders: Sequence[Encod
     """What a task found; where it cannot be done, that is no reason for the others to end."""
     try:
         return TASKS[name].run(study, options, encoders)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         return Outcome(name, (), left_out=str(error))
 
 
@@ -184,7 +171,7 @@ def _impossible(options: Options, survey: Survey, methods: Sequence[Method]) -> 
     if unknown:
         raise ValueError(f"tasks: must be of {', '.join(TASKS)}, got {', '.join(unknown)}")
     wanted = [name for name in TASKS if name in (options.tasks or TASKS)]
-    reasons = {name: left_out(name, survey, methods, options) for name in wanted}
+    reasons = {name: TASKS[name].impossible(survey, methods, options) for name in wanted}
     if options.tasks and (problems := [f"{name}: {why}" for name, why in reasons.items() if why]):
         raise ValueError("tasks: " + "; ".join(problems))
     return reasons
@@ -196,7 +183,9 @@ def _wanted(encoders: Sequence[Encoder], survey: Survey, chosen: str | None = No
     for encoder in encoders:
         readouts = encoder.method.readouts()
         if not readouts:
-            raise ValueError(f"{encoder.run.name}: {type(encoder.method).__name__} says nothing of its embeddings")
+            raise ValueError(
+                f"{encoder.run.name}: {type(encoder.method).__name__}.readouts must name its embeddings, got none"
+            )
         if chosen is not None and encoder is encoders[0]:
             if chosen not in readouts:
                 raise ValueError(f"readout: {chosen!r} is none of this encoder's embeddings, {sorted(readouts)}")

@@ -27,13 +27,7 @@ __all__ = ["save_measures", "write_report"]
 
 
 def save_measures(folder: Path, study: Study, outcomes: Sequence[Outcome]) -> None:
-    """Write metrics.json and metrics.parquet: every number of every task, a row each.
-
-    Args:
-        folder: Where to.
-        study: What was studied.
-        outcomes: What the tasks found.
-    """
+    """Write metrics.json and metrics.parquet: every number of every task, a row each."""
     rows = [asdict(m) for outcome in outcomes for m in outcome.measures]
     record = {
         "run": study.log.name,
@@ -61,15 +55,7 @@ def save_measures(folder: Path, study: Study, outcomes: Sequence[Outcome]) -> No
 def write_report(
     path: Path, title: str, study: Study, outcomes: Sequence[Outcome], logbooks: Mapping[str, RunLog]
 ) -> None:
-    """Write the page.
-
-    Args:
-        path: HTML file.
-        title: Its heading: the run that is studied.
-        study: What was studied.
-        outcomes: What the tasks found, in the order of the page.
-        logbooks: Records and curves of the runs whose embeddings are compared, by name; the studied one first.
-    """
+    """Write the page: what the tasks found, in order, then curves and records of the runs, the studied one first."""
     first = next(iter(logbooks.values()))
     sections = [
         _verdict(outcomes),

@@ -59,13 +59,7 @@ def throughput(logbook: RunLog) -> Markup:
 
 
 def provenance(survey: Survey, logbook: RunLog, name: str) -> Markup:
-    """The records of the run and of the survey, folded away.
-
-    Args:
-        survey: The survey.
-        logbook: The run's record.
-        name: The run's name.
-    """
+    """The records of the run and of the survey, folded away."""
     records = {"The run's record": logbook.record, "Provenance of the survey": survey.provenance}
     blocks = [
         html.details(title, html.table((), [("", rows)], classes={0: "code", 1: "code"}))

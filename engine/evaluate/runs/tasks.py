@@ -12,8 +12,7 @@ from armillary.engine.evaluate.study.options import PROPERTIES, Options
 from armillary.engine.evaluate.study.study import Outcome, Study
 from armillary.models.method import Method
 
-__all__ = ["TASKS", "Task", "left_out"]
-
+__all__ = ["TASKS", "Task"]
 
 NO_SPECTRA = "it needs a survey with spectra and a run with a spectrum encoder"
 NO_ALIGNMENT = "it needs a survey with spectra and a run that aligns them with images"
@@ -37,6 +36,11 @@ def _first_reads_images_alone(methods: Sequence[Method]) -> str:
         return "it judges embeddings, and the first run gives predictions"
     sound = about.modality == "image" and not about.aligned
     return "" if sound else "it judges a run on images alone"
+
+
+def _only_predictions(methods: Sequence[Method]) -> str:
+    embeddings = any(not r.targets for m in methods for r in m.readouts().values())
+    return "" if embeddings else "there are no embeddings, only predictions"
 
 
 class _Baselines(Task):
@@ -72,8 +76,7 @@ class _Pictures(Task):
 
 class _Search(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
-        embeddings = any(not r.targets for m in methods for r in m.readouts().values())
-        return "" if embeddings else "there are no embeddings, only predictions"
+        return _only_predictions(methods)
 
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.search.task import SearchOptions, search
@@ -98,6 +101,8 @@ class _Morphology(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
         from armillary.engine.data.sources.surveys.galaxyzoo import DECALS_QUESTIONS
 
+        if why := _only_predictions(methods):
+            return why
         asked = [q for q in DECALS_QUESTIONS if f"{q}_votes" in survey.labels]
         return "" if asked else "the survey has no votes of Galaxy Zoo (labels <question>_votes)"
 
@@ -109,7 +114,7 @@ class _Morphology(Task):
 
 class _Posterior(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
-        return _lacks_labels(survey, options.labels)
+        return _only_predictions(methods) or _lacks_labels(survey, options.labels)
 
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.posterior.flows import PRESETS
@@ -166,15 +171,3 @@ TASKS: dict[str, Task] = {
     "pictures": _Pictures(),
 }
 """In the order of the report."""
-
-
-def left_out(name: str, survey: Survey, methods: Sequence[Method], options: Options) -> str:
-    """Why a task cannot be done; empty if it can.
-
-    Args:
-        name: Of the task.
-        survey: What would be studied.
-        methods: What would be compared.
-        options: The study's.
-    """
-    return TASKS[name].impossible(survey, methods, options)

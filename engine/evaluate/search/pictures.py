@@ -47,16 +47,7 @@ def tile_row(tiles: Sequence[Tile], width: int) -> Markup:
 
 
 def draw_objects(folder: Path, survey: Survey, modality: str, rows: Sequence[int] | np.ndarray) -> Mapping[int, Markup]:
-    """Pictures of objects, each drawn once.
-
-    Args:
-        folder: The survey.
-        survey: Its description.
-        modality: "image" or "spectrum".
-        rows: Catalogue rows; they may repeat.
-
-    Returns:
-        HTML by row; of objects that have the modality.
+    """Pictures of catalogue rows by their "image" or "spectrum", each drawn once: HTML by row, of objects that have it.
 
     Raises:
         ValueError: The survey has no spectra.
@@ -77,10 +68,6 @@ def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> Markup:
     """A spectrum as a small square SVG: means of the flux in bins, weighted by inverse variance.
 
     The curve fills the height from the 1% to the 99.5% quantile of the bins; the line is zero flux.
-
-    Args:
-        wave: [L] angstrom.
-        spectrum: Flux and inverse variance.
     """
     bins = min(BINS, len(wave))
     edges = np.linspace(wave[0], wave[-1], bins + 1)

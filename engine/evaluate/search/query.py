@@ -66,7 +66,7 @@ def query_by_key(index: Index, key: str, files: tuple[Path, ...] = ()) -> Query:
         if len(vector):
             alike = metadata.get("readout") == index.metadata.get("readout")
             return Query(key, vector, index.find(key) if alike and key in index else None)
-    raise ValueError(f"key {key!r}: no embedding of that name in {', '.join(map(str, files))}")
+    raise ValueError(f"key {key!r}: has no embedding in {', '.join(map(str, files))}")
 
 
 def query_from_file(index: Index, path: Path, run: Path, readout: str | None, device: torch.device) -> Query:

@@ -123,7 +123,7 @@ def search(study: Study, options: SearchOptions | None = None) -> Outcome:
     options = options or SearchOptions()
     pairs = _pairs(study)
     if not pairs:
-        raise ValueError("search: the study has no embeddings, only supervised predictions")
+        raise ValueError("there are no embeddings, only predictions")
     missing = ""
     if options.label:
         try:
@@ -149,14 +149,13 @@ def _pairs(study: Study) -> list[_Pair]:
             wide = [f.embeddings.vector.shape[1] for f in (query, answer)]
             if wide[0] != wide[1]:
                 raise ValueError(
-                    f"search: {query.name} and {answer.name} are said to share the space {query.space!r}, but have "
+                    f"{query.name} and {answer.name} are said to share the space {query.space!r}, but have "
                     f"{wide[0]} and {wide[1]} dimensions"
                 )
             rows = study.rows(study.test_split, query.name, answer.name)
             if len(rows) < LEAST:
-                raise ValueError(
-                    f"search: need {LEAST} test samples or more with {query.name} and {answer.name}, got {len(rows)}"
-                )
+                both = " and ".join(dict.fromkeys((query.name, answer.name)))
+                raise ValueError(f"{LEAST} test samples or more must have {both}, got {len(rows)}")
             vectors = [study.vectors(f.name, rows) for f in (query, answer)]
             pairs.append(_Pair(query, answer, rows, vectors[0], vectors[1], named))
     return pairs

@@ -114,7 +114,7 @@ def unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:
     Raises:
         ValueError: A number is not finite, or a vector has length zero and so no direction.
     """
-    # In C order, for the order of the sums of squares would otherwise be another.
+    # In C order, because another order of the sums of squares would change their last bits.
     vectors = np.ascontiguousarray(vectors, np.float32)
     wrong = ~np.isfinite(vectors).all(1)
     if wrong.any():

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from armillary.engine.config.provenance import survey_fingerprint
 from armillary.engine.data.loading.loader import SequentialLoader
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.spectra.figures import attention_over_wavelength, fill_scores, mask_filling
@@ -48,7 +52,7 @@ def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
         a straight line over the gap and of the noise alone; and pictures.
     """
     encoder, network = next((e, n) for e in encoders if (n := spectrum_encoder(e.method)) is not None)
-    batch = _spectra(study, encoder, SCORED)
+    batch = _spectra(study, encoder)
     spectrum, ivar = batch["spectrum"], batch["spectrum_ivar"]
     tokens = network.shape.tokens(spectrum.shape[1])
     width = max(1, min(round(HIDDEN_SHARE * tokens), tokens // CHUNKS - 1))
@@ -78,16 +82,11 @@ def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
 
 
 def attention(study: Study, encoders: Sequence[Encoder]) -> Outcome:
-    """Draw what the query of the alignment's spectrum head attends to.
-
-    Args:
-        study: The survey.
-        encoders: Of runs; one is an alignment.
-    """
+    """Draw what the query of the alignment's spectrum head attends to."""
     encoder = next(e for e in encoders if isinstance(e.method, AstroCLIPMethod))
     method = encoder.method
     assert isinstance(method, AstroCLIPMethod) and study.survey.spectrum is not None
-    batch = _spectra(study, encoder, SCORED)
+    batch = _spectra(study, encoder)
     shown, z = _examples(study, batch)
     flux, ivar = batch["spectrum"][shown], batch["spectrum_ivar"][shown]
     weights = method.attention(Batch(spectrum=flux, spectrum_ivar=ivar))["spectrum"]
@@ -105,17 +104,22 @@ def attention(study: Study, encoders: Sequence[Encoder]) -> Outcome:
     return Outcome("attention", (), (), (section,))
 
 
-def _spectra(study: Study, encoder: Encoder, count: int) -> Batch:
+def _spectra(study: Study, encoder: Encoder) -> Batch:
     """The first test objects that have a spectrum, as one batch on the encoder's device."""
     device = next(encoder.method.parameters()).device
-    loader = SequentialLoader(
-        study.folder, split=study.test_split, batch=count, device=device, modalities=("spectrum",)
+    row, spectrum, ivar = (
+        x.to(device) for x in _read(study.folder, study.test_split, survey_fingerprint(study.survey))
     )
-    batch = next(iter(loader))
+    return Batch(row=row, spectrum=spectrum, spectrum_ivar=ivar)
+
+
+@lru_cache(maxsize=1)  # both tasks show the same spectra
+def _read(folder: Path, split: str, _: str) -> tuple[Tensor, Tensor, Tensor]:
+    batch = next(iter(SequentialLoader(folder, split=split, batch=SCORED, device="cpu", modalities=("spectrum",))))
     has = batch.get("has_spectrum", torch.ones_like(batch["row"], dtype=torch.bool))
     if not bool(has.any()):
-        raise ValueError(f"spectra: none of the first {count} objects of split {study.test_split!r} has one")
-    return Batch(row=batch["row"][has], spectrum=batch["spectrum"][has], spectrum_ivar=batch["spectrum_ivar"][has])
+        raise ValueError(f"spectra: none of the first {SCORED} objects of split {split!r} has one")
+    return batch["row"][has], batch["spectrum"][has], batch["spectrum_ivar"][has]
 
 
 def _examples(study: Study, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

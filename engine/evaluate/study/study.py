@@ -149,14 +149,7 @@ class Study:
     ) -> Study:
         """Read a survey's catalogue and check that the embeddings are of its samples.
 
-        Args:
-            folder: The survey.
-            features: Feature sets, each name once.
-            train_split: Split that everything is fitted on.
-            test_split: Split that everything is judged on.
-            seed: Of every random draw of the tasks.
-            baselines: See above.
-            log: See above.
+        The arguments are the attributes above.
 
         Raises:
             FileNotFoundError: There is no survey.
@@ -171,7 +164,7 @@ class Study:
             raise ValueError(f"test_split: must differ from train_split, got {test_split!r} for both")
         by_name = {f.name: f for f in features}
         if len(by_name) != len(features):
-            raise ValueError(f"features: each name once, got {', '.join(f.name for f in features)}")
+            raise ValueError(f"features: names must differ, got {', '.join(f.name for f in features)}")
         study = cls(folder, survey, catalogue, by_name, train_split, test_split, seed, baselines or {}, log or RunLog())
         row_of = {key: row for row, key in enumerate(catalogue["key"].to_pylist())}
         for one in features:
@@ -187,19 +180,17 @@ class Study:
             study._rows[one.name] = rows[order], order
             if not np.isin(e.split, (train_split, test_split)).any():
                 raise ValueError(
-                    f"{one.name}: no embeddings of splits {train_split!r} and {test_split!r}; it has {_splits(e)}"
+                    f"{one.name}: has no embeddings of splits {train_split!r} and {test_split!r}, only of {_splits(e)}"
                 )
         return study
 
     def rows(self, split: str, *names: str) -> np.ndarray:
         """[M] catalogue rows of a split that all of the named feature sets have, ascending.
 
-        Args:
-            split: The split.
-            names: Feature sets; all of them if none is named.
+        All sets are meant if none is named.
 
         Raises:
-            ValueError: There is no such set, one has nothing of the split, or they have no sample in common (unpaired).
+            ValueError: There is no such set, one has nothing of the split, or they have no sample in common.
         """
         names = names or tuple(self.features)
         common: np.ndarray | None = None
@@ -208,12 +199,12 @@ class Study:
             embeddings = self.features[name].embeddings
             mine = all_rows[embeddings.split[order] == split]
             if not len(mine):
-                raise ValueError(f"{name}: no embeddings of split {split!r}; it has {_splits(embeddings)}")
+                raise ValueError(f"{name}: has no embeddings of split {split!r}, only of {_splits(embeddings)}")
             common = mine if common is None else np.intersect1d(common, mine, assume_unique=True)
         assert common is not None
         if not len(common):
             raise ValueError(
-                f"unpaired: {' and '.join(names)} have no sample of split {split!r} in common; embed a survey whose objects "
+                f"{' and '.join(names)} have no sample of split {split!r} in common; embed a survey whose objects "
                 "have every modality (a required match)"
             )
         return common
@@ -227,11 +218,7 @@ class Study:
         return split, self.rows(split, *names)
 
     def vectors(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """[M, D] float32 vectors of a feature set.
-
-        Args:
-            name: The feature set.
-            rows: [M] catalogue rows, each among the set's own.
+        """[M, D] float32 vectors of a feature set for [M] catalogue rows.
 
         Raises:
             ValueError: There is no such set, or a row has no vector in it.
@@ -248,31 +235,25 @@ class Study:
         return self.features[name].embeddings.vector[order[place]]
 
     def label(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Values of a label, float64, NaN where unknown.
-
-        Args:
-            name: Column of the catalogue.
-            rows: [M] catalogue rows; all N of them if absent.
+        """[M] float64 values of a label, NaN where unknown, for [M] catalogue rows or for all of them.
 
         Raises:
             ValueError: There is no such label, it is text, or nothing of it is known.
         """
         if name not in self.survey.labels:
-            raise ValueError(f"label {name!r}: the survey's labels are {', '.join(self.survey.labels) or 'none'}")
+            raise ValueError(
+                f"label {name!r}: must be one of the survey's labels ({', '.join(self.survey.labels) or 'none'})"
+            )
         values = numbers(self.catalogue[name])
         if values is None:
             raise ValueError(f"label {name!r}: must be numbers, got {self.catalogue[name].type}")
         values = values if rows is None else values[rows]
         if not np.isfinite(values).any():
-            raise ValueError(f"label {name!r}: known for none of {len(values)} samples")
+            raise ValueError(f"label {name!r}: is known for none of {len(values)} samples")
         return values
 
     def varying(self, name: str, rows: np.ndarray) -> np.ndarray:
         """`label`, refused where it is constant: nothing can be learnt or scored then.
-
-        Args:
-            name: Column of the catalogue.
-            rows: [M] catalogue rows.
 
         Raises:
             ValueError: As `label`, or all known values are equal.
@@ -280,7 +261,7 @@ class Study:
         values = self.label(name, rows)
         known = values[np.isfinite(values)]
         if np.ptp(known) == 0:
-            raise ValueError(f"label {name!r}: constant, all {len(known)} known values are {known[0]:g}")
+            raise ValueError(f"label {name!r}: must vary, but all {len(known)} known values are {known[0]:g}")
         return values
 
     def of(self, modality: Modality) -> list[str]:
@@ -289,7 +270,7 @@ class Study:
 
     def _known(self, name: str) -> str:
         if name not in self.features:
-            raise ValueError(f"features {name!r}: this study has {', '.join(self.features)}")
+            raise ValueError(f"features {name!r}: must be one of this study's ({', '.join(self.features)})")
         return name
 
 

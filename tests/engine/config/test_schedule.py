@@ -41,7 +41,7 @@ def test_linear_reaches_its_end_at_the_last_step(total):
 
 def test_warm_restarts_are_torchs_schedulers_once_an_epoch():
     """LinearLR for 10 epochs of 3 steps, then CosineAnnealingWarmRestarts: periods of 25, 50 and 100 epochs."""
-    schedule = WarmRestarts(1e-4, 1e-6, 30, 1e-5, period_steps=75, growth=2, hold_steps=3)
+    schedule = WarmRestarts(1e-4, 1e-6, 75, 2, 3, warmup_steps=30, warmup_start=1e-5)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-4)
     restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=25, T_mult=2, eta_min=1e-6)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
@@ -60,17 +60,26 @@ def test_only_the_schedules_that_are_set_are_handed_out():
 @pytest.mark.parametrize(
     ("schedules", "message"),
     [
-        (Schedules(learning_rate=Constant(0.1)), "learning_rate.start: None, for its peak is optim.lr, got 0.1"),
-        (Schedules(weight_decay=Cosine()), "weight_decay.start: a number, got None"),
-        (Schedules(weight_decay=Constant(-1.0)), "weight_decay.start: a finite number >= 0, got -1.0"),
-        (Schedules(ema_momentum=Linear(0.9, 1.5)), "ema_momentum.end: 0 to 1, got 1.5"),
-        (Schedules(teacher_temperature=Constant(0.0)), "teacher_temperature.start: above 0, got 0.0"),
-        (Schedules(teacher_temperature=Constant(0.1, 3)), "teacher_temperature.warmup_start: above 0, got 0.0"),
-        (Schedules(learning_rate=Cosine(warmup_steps=-1)), "warmup_steps: 0 or more, got -1"),
-        (Schedules(weight_decay=Constant(float("nan"))), "weight_decay.start: a finite number"),
-        (Schedules(learning_rate=WarmRestarts(period_steps=0)), "learning_rate.period_steps: 1 or more, got 0"),
-        (Schedules(learning_rate=WarmRestarts(growth=0)), "learning_rate.growth: 1 or more, got 0"),
-        (Schedules(learning_rate=WarmRestarts(hold_steps=-1)), "learning_rate.hold_steps: 1 or more, got -1"),
+        (
+            Schedules(learning_rate=Constant(0.1)),
+            "learning_rate.start: must be None, because its peak is optim.lr, got 0.1",
+        ),
+        (Schedules(weight_decay=Cosine()), "weight_decay.start: must be a number, got None"),
+        (Schedules(weight_decay=Constant(-1.0)), "weight_decay.start: must be a finite number >= 0, got -1.0"),
+        (Schedules(ema_momentum=Linear(0.9, 1.5)), r"ema_momentum.end: must be in \[0, 1\], got 1.5"),
+        (Schedules(teacher_temperature=Constant(0.0)), "teacher_temperature.start: must be positive, got 0.0"),
+        (
+            Schedules(teacher_temperature=Constant(0.1, warmup_steps=3)),
+            "teacher_temperature.warmup_start: must be positive, got 0.0",
+        ),
+        (Schedules(learning_rate=Cosine(warmup_steps=-1)), "warmup_steps: must be at least 0, got -1"),
+        (Schedules(weight_decay=Constant(float("nan"))), "weight_decay.start: must be a finite number"),
+        (
+            Schedules(learning_rate=WarmRestarts(period_steps=0)),
+            "learning_rate.period_steps: must be at least 1, got 0",
+        ),
+        (Schedules(learning_rate=WarmRestarts(growth=0)), "learning_rate.growth: must be at least 1, got 0"),
+        (Schedules(learning_rate=WarmRestarts(hold_steps=-1)), "learning_rate.hold_steps: must be at least 1, got -1"),
     ],
 )
 def test_rules(schedules, message):
@@ -85,5 +94,5 @@ def test_no_rule_is_broken_by_the_defaults():
 
 
 def test_a_start_that_is_left_out_is_an_error_elsewhere():
-    with pytest.raises(ValueError, match="only learning_rate may leave it out"):
+    with pytest.raises(ValueError, match="must be a number, as only learning_rate may leave it out"):
         Cosine().at(0, 10)

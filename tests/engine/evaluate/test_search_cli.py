@@ -220,7 +220,7 @@ def test_pictures_are_embedded_too(make_survey, encoder, tmp_path, capsys):
         (["--query", "pair-001", "--out", "a.html"], "give the survey with --data"),
         (["--query", "pair-001", "--out", "a.png"], "must end in .parquet or .html, got a.png"),
         (["--query", "pair-001", "--query-embeddings", "none.parquet"], "none.parquet: no embeddings here"),
-        (["--query", "nobody", "--query-embeddings", "SAME"], "key 'nobody': no embedding of that name in"),
+        (["--query", "nobody", "--query-embeddings", "SAME"], "key 'nobody': has no embedding in"),
         (["--query", "pair-001", "--index", "ivfpq"], "needs 9,984 vectors or more to train"),
         (["--query", "pair-001", "--save-index", "FOLDER"], "exists already"),
         (["--query", "pair-001", "--data", "OTHER"], "survey 'blobs' has no object"),

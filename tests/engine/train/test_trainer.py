@@ -13,7 +13,8 @@ from plain import FACTS, progress, scrambled
 from armillary.engine.config.provenance import facts, survey_fingerprint
 from armillary.engine.config.run import Schedules
 from armillary.engine.train import start, trainer
-from armillary.engine.train.trainer import BadInput, NonFinite, Stopped
+from armillary.engine.train.loop import Loop, NonFinite, Stopped, StopRequest
+from armillary.engine.train.trainer import BadInput
 from armillary.engine.weights import checkpoint
 from armillary.engine.weights.checkpoint import CheckpointError, Progress
 from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config, ranks
@@ -47,7 +48,7 @@ def test_an_error_nobody_foresaw_keeps_its_traceback(run, monkeypatch, capsys):
 
 
 def test_the_method_is_checked_before_processes_start(run):
-    with pytest.raises(BadInput, match="schedule.teacher_temperature: a schedule"):
+    with pytest.raises(BadInput, match="schedule.teacher_temperature: must be a schedule"):
         trainer.train(replace(run, schedule=Schedules()), open_loader=toy.open_toy_loader)
     assert not run.folder.exists()
 
@@ -72,7 +73,7 @@ def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_and_a_second_interrupts(first):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    stop = trainer._StopRequest()
+    stop = StopRequest()
     os.kill(os.getpid(), first)
     assert stop.asked
     with pytest.raises(KeyboardInterrupt):
@@ -93,7 +94,7 @@ class FakeMeter:
 
 
 def test_skipped_steps_are_told_and_counted_out(run):
-    loop = trainer._Loop.__new__(trainer._Loop)
+    loop = Loop.__new__(Loop)
     loop.run, loop.meter, loop.loader = run, FakeMeter(), toy.ToyLoader(run, 0, 1, None)
     loop.progress = Progress(step=7, bad_in_a_row=9)
     bad = StepStatus(False, float("nan"), {"all": float("inf")}, ())
@@ -107,7 +108,7 @@ def test_skipped_steps_are_told_and_counted_out(run):
 
 
 def test_a_checkpoint_by_time_is_rank_0s_decision(run):
-    loop = trainer._Loop.__new__(trainer._Loop)
+    loop = Loop.__new__(Loop)
     loop.saved_at, loop.sharded = time.monotonic() - 61, SimpleNamespace(rank=0)
     for minutes, due in ((None, False), (1.0, True), (2.0, False)):
         loop.run = replace(run, checkpoint=replace(run.checkpoint, every_minutes=minutes))

@@ -12,12 +12,13 @@ import torch
 import toy
 from safetensors.torch import load_file
 
-from armillary.engine.weights.checkpoint import open_archive
+from armillary.engine.user_code import trust
 from armillary.engine.weights.portable import export_portable
+from armillary.engine.weights.resume import open_archive
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-PACKAGES = ("armillary", "toy")
+trust("toy")
 
 
 def losses(site, name):
@@ -37,7 +38,7 @@ def test_launcher_runs_to_the_end(site, reference):
     record = json.loads((folder / "run.json").read_text())
     assert record["world"] == 2 and record["versions"]["torch"] and record["inputs"]["channels"] == 10
     assert "step 8/8" in ended.output and ended.output.count("MFU is of") == 1
-    encoder = TrainedEncoder.open(folder, PACKAGES)
+    encoder = TrainedEncoder.open(folder)
     method, run = encoder.method, encoder.run
     exported = load_file(folder / "export" / "teacher.safetensors")
     assert run.train.steps == 8
@@ -163,8 +164,8 @@ def test_crash_of_one_rank_ends_all(site):
 def test_bad_input_is_said_once_and_at_once(site):
     ended = site.go("--train.global-batch", "7", "--optim.lr", "-1", launcher=True)
     assert ended.code == 2
-    assert ended.output.count("train.global_batch: a multiple of micro_batch * ranks = 2 * 2 = 4, got 7") == 1
-    assert ended.output.count("optim.lr: a finite number > 0, got -1.0") == 1
+    assert ended.output.count("train.global_batch: must be a multiple of micro_batch * ranks = 2 * 2 = 4, got 7") == 1
+    assert ended.output.count("optim.lr: must be a finite number > 0, got -1.0") == 1
     assert "Traceback" not in ended.output
 
 

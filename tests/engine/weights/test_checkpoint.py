@@ -11,16 +11,17 @@ from plain import FACTS, progress, scrambled
 from safetensors.torch import load_file, save_file
 
 from armillary.engine.config.config_json import to_json
-from armillary.engine.weights import checkpoint, portable
+from armillary.engine.weights import checkpoint, portable, resume
 from armillary.engine.weights.checkpoint import CheckpointError, Progress
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
+from armillary.engine.zero.partition import persistent_buffers
 
 
 def everything(layout):
     """All that a checkpoint promises to keep, as one dictionary."""
     found = {f"{k}/{f.name}": t.clone() for f in layout.fragments for k, t in layout.state(f).items()}
     found |= {n: p.detach().clone() for n, p in layout.method.named_parameters() if "student" not in n}
-    return found | {n: b.clone() for n, b in checkpoint.persistent_buffers(layout.method).items()}
+    return found | {n: b.clone() for n, b in persistent_buffers(layout.method).items()}
 
 
 def same(a, b):
@@ -57,10 +58,10 @@ def test_everything_comes_back(run, saved):
     draws = torch.rand(4), np.random.rand(4), random.random()  # noqa: NPY002
     other = scrambled(run, seed=2)
     assert not same(everything(other), everything(layout))
-    got = checkpoint.load(path, other, verify=True)
+    got = resume.load(path, other, verify=True)
     assert same(everything(other), everything(layout)) and got == progress()
     assert other.applied_steps == 2
-    checkpoint.load_random(path, 0)
+    resume.load_random(path, 0)
     torch.rand(3), np.random.rand(2), random.random()  # noqa: NPY002
     again = torch.rand(4), np.random.rand(4), random.random()  # noqa: NPY002
     assert torch.equal(draws[0], again[0]) and (draws[1] == again[1]).all() and draws[2] == again[2]
@@ -93,7 +94,7 @@ def test_a_complete_one_that_latest_never_named_is_replaced(run, folder, saved):
     (folder / "step-00000004").mkdir()
     (folder / "step-00000004" / "junk").write_text("")
     checkpoint.save(folder, saved[1], progress(4), run, FACTS)
-    checkpoint.open_archive(folder / "step-00000004", verify=True)
+    resume.open_archive(folder / "step-00000004", verify=True)
     assert not (folder / "step-00000004" / "junk").exists()
 
 
@@ -112,7 +113,7 @@ def test_a_failed_write_leaves_the_former_one(run, folder, saved, monkeypatch, a
     with pytest.raises(CheckpointError, match="rank 0: .*No space left on device.*step-00000003 is intact"):
         checkpoint.save(folder, saved[1], progress(4), run, FACTS)
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000003"]
-    checkpoint.open_archive(saved[0], verify=True)
+    resume.open_archive(saved[0], verify=True)
 
 
 def test_the_first_failed_write_says_so(run, folder, one_process, monkeypatch):
@@ -149,7 +150,7 @@ def damage_bytes(path):
 def test_damage_is_found(saved, damage, verify, message):
     damage(saved[0])
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.open_archive(saved[0], verify)
+        resume.open_archive(saved[0], verify)
 
 
 def test_another_format_is_refused(saved):
@@ -160,14 +161,14 @@ def test_another_format_is_refused(saved):
     manifest["state.json"]["bytes"] = len(text)
     (saved[0] / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="checkpoint format 99"):
-        checkpoint.open_archive(saved[0])
+        resume.open_archive(saved[0])
 
 
 def test_other_parameters_are_refused_by_name_and_nothing_is_touched(run, saved):
     wide = scrambled(replace(run, method=replace(run.method, width=25, frozen_input=True)))
     before = everything(wide)
     with pytest.raises(CheckpointError) as error:
-        checkpoint.load(saved[0], wide)
+        resume.load(saved[0], wide)
     text = str(error.value)
     assert "weight/student.stem.weight: (24, 10) in the checkpoint, (25, 10) in the method" in text
     assert "frozen/projection.weight: not in the checkpoint" in text
@@ -175,7 +176,7 @@ def test_other_parameters_are_refused_by_name_and_nothing_is_touched(run, saved)
     frozen = scrambled(replace(run, method=replace(run.method, frozen_input=True)))
     checkpoint.save(saved[0].parent, frozen, progress(4), run, FACTS)
     with pytest.raises(CheckpointError, match="frozen/projection.bias: not in the method"):
-        checkpoint.load(saved[0].parent / "step-00000004", scrambled(run))
+        resume.load(saved[0].parent / "step-00000004", scrambled(run))
 
 
 def state_of(run, world=2):
@@ -186,23 +187,23 @@ def test_the_same_run_may_continue(run, folder):
     longer = replace(
         run, train=replace(run.train, steps=99), telemetry=replace(run.telemetry, every_steps=1), name="renamed"
     )
-    assert checkpoint.same_run_problems(state_of(run), run, 2, FACTS, folder) == []
-    assert checkpoint.same_run_problems(state_of(run), longer, 2, FACTS, folder) == []
+    assert resume.same_run_problems(state_of(run), run, 2, FACTS, folder) == []
+    assert resume.same_run_problems(state_of(run), longer, 2, FACTS, folder) == []
 
 
 def test_another_run_is_refused_field_by_field(run, folder):
     other = replace(run, optim=replace(run.optim, lr=9.0), seed=6, train=replace(run.train, zero_stage=3))
-    found = checkpoint.same_run_problems(state_of(run), other, 2, FACTS, folder)
+    found = resume.same_run_problems(state_of(run), other, 2, FACTS, folder)
     assert [p.split(":")[0] for p in found] == ["optim.lr", "seed"]
     assert "0.02, as in" in found[0] and "got 9.0" in found[0]
-    (found,) = checkpoint.same_run_problems(state_of(run), run, 2, FACTS | {"survey": "0"}, folder)
+    (found,) = resume.same_run_problems(state_of(run), run, 2, FACTS | {"survey": "0"}, folder)
     assert found.startswith("data.path: must be the survey that")
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 2), (2, 3), (4, 1)])
 def test_other_ranks_or_stages_are_pointed_to_the_portable_way(run, folder, world, stage):
     other = replace(run, train=replace(run.train, zero_stage=stage))
-    (found,) = checkpoint.same_run_problems(state_of(run), other, world, FACTS, folder)
+    (found,) = resume.same_run_problems(state_of(run), other, world, FACTS, folder)
     assert "2 ranks under ZeRO-2" in found and f"got {world} under ZeRO-{stage}" in found
     assert "--format portable" in found and "--restore FILE" in found
 

@@ -11,8 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from armillary.engine import user_code
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.views.stretch import ToRGB, ZScore
+from armillary.engine.user_code import trust
 from armillary.engine.weights import checkpoint
 from armillary.engine.weights.export import export_dinov2, export_encoder
 from armillary.engine.weights.init_weights import init_encoder, init_method, input_mismatch
@@ -20,7 +22,7 @@ from armillary.engine.weights.tensors import Archive
 from armillary.engine.weights.trained_encoder import EXPORT, TrainedEncoder
 from armillary.models.method import InputSpec, ParameterGroup
 
-PACKAGES = ("armillary", "toy", "tests")
+trust("toy", __name__)
 INPUTS = InputSpec(channels=10, global_size=1)
 
 
@@ -59,7 +61,7 @@ class Vit(toy.Toy):
 
 
 def opened(path):
-    return TrainedEncoder.open(path, PACKAGES)
+    return TrainedEncoder.open(path)
 
 
 def save(run):
@@ -144,7 +146,7 @@ def test_nothing_there(tmp_path):
         opened(tmp_path / "none")
 
 
-def test_files_that_are_no_encoder(run, saved, tmp_path):
+def test_files_that_are_no_encoder(run, saved, tmp_path, monkeypatch):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     published = opened(tmp_path / "a.safetensors")
     assert published.is_published and list(published.weights()) == ["a"]
@@ -152,8 +154,10 @@ def test_files_that_are_no_encoder(run, saved, tmp_path):
         with pytest.raises(ValueError, match=r"a.safetensors: .* record"):
             action()
     export_encoder(opened(run.folder), tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="b.safetensors: run.method: class toy:ToyConfig is outside armillary"):
-        _ = TrainedEncoder.open(tmp_path / "b.safetensors").method
+    with monkeypatch.context() as strict:
+        strict.setattr(user_code, "_trusted", {"armillary"})
+        with pytest.raises(ValueError, match="b.safetensors: run.method: class toy:ToyConfig is not part of armillary"):
+            _ = TrainedEncoder.open(tmp_path / "b.safetensors").method
     tensors = load_file(tmp_path / "b.safetensors")
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         metadata = file.metadata()

@@ -23,7 +23,7 @@ class Held(TrainedEncoder):
     """An encoder whose method is at hand."""
 
     def __init__(self, method):
-        super().__init__(Path("run"), None, {"run": None}, ())
+        super().__init__(Path("run"), None, {"run": None})
         self._loaded = method, {}
 
 

@@ -334,11 +334,7 @@ def assert_clean(table, kernel, signature, constants, sm):
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize(
     "pixels, weight, channels, registers, masked, normalised",
-    [
-        ("fp16", "bf16", 3, 0, True, False),
-        ("fp32", "bf16", 5, 4, True, True),
-        ("fp32", "fp32", 3, 0, False, False),
-    ],
+    [("fp16", "bf16", 3, 0, True, False), ("fp32", "bf16", 5, 4, True, True), ("fp32", "fp32", 3, 0, False, False)],
 )
 def test_forward_compiles_without_spilling(pixels, weight, channels, registers, masked, normalised, sm):
     """The width is no compile-time argument, so these are the kernels of ViT-S, ViT-B and ViT-L alike."""

@@ -261,12 +261,12 @@ def test_toy_galaxies_find_their_spectra():
         optimizer.step()
         losses.append(loss.item())
         measures.append(method.monitor())
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.02 * losses[0]  # 0.005 +- 0.0015 over 8 seeds
     assert min(measures[-1].values()) > 0.9 > 0.1 > max(measures[0].values())
     assert method.monitor() == {}
     found = method.eval().encode(test)
     held_out = info_nce(found["image"], found["spectrum"], 15.5, gather=False)
-    assert min(held_out.a_hits, held_out.b_hits) > 0.6  # of 64: chance is 0.016
+    assert min(held_out.a_hits, held_out.b_hits) > 0.5  # of 64: 0.76 +- 0.06 over 8 seeds, chance is 0.016
 
 
 def _gathers_under_every_stage(rank):

@@ -64,7 +64,7 @@ def test_zero_tokens_have_finite_gradients():
     [
         ({"prototypes": 1}, "prototypes: must be at least 2, got 1"),
         ({"hidden": 0}, "hidden: must be at least 1, got 0"),
-        ({"weight_norm": "none"}, 'weight_norm: must be "trainable" or "unit", got \'none\''),
+        ({"weight_norm": "none"}, "weight_norm: must be one of trainable, unit, got 'none'"),
     ],
 )
 def test_bad_configurations(change, text):

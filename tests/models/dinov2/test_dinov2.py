@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -158,50 +159,6 @@ def test_values_at_the_start(student_temperature, tolerance):
     assert losses["ibot"].item() == pytest.approx(uniform / 2, rel=tolerance)
 
 
-def test_astroclip_step_is_830_gflop():
-    """The released code computes 830.4 GFLOP an image; the unused tokens of the last blocks are 24.7 of them."""
-    config = DINOv2()
-    with torch.device("meta"):
-        method = config.build(InputSpec(channels=3, global_size=144, n_global=2, local_size=60, n_local=8))
-    flops = method.flops_per_sample()
-    vit, masked = config.vit, 0.5 * 0.3 * 144
-    unused = 2 * (vit.flops(144) - vit.flops(144, selected=1 + masked))
-    unused += 3 * 2 * (vit.flops(144, kept=0.7) - vit.flops(144, kept=0.7, selected=1 + masked))
-    unused += 3 * 8 * (vit.flops(60, kept=0.7) - vit.flops(60, kept=0.7, selected=1))
-    assert flops + unused == pytest.approx(830.4e9, rel=5e-3)
-    assert 0.02 < unused / 830.4e9 < 0.03
-
-
-def test_parameter_groups_as_released():
-    config = DINOv2()
-    with torch.device("meta"):
-        method = config.build(InputSpec(channels=3, global_size=144, n_global=2, local_size=60, n_local=8))
-    groups = method.parameter_groups()
-    of = {name: g for g in groups for name in g.params}
-    trained = {n for n, p in method.named_parameters() if p.requires_grad}
-    assert set(of) == trained and sum(len(g.params) for g in groups) == len(trained)
-    assert all(n.startswith("student.") for n in trained)
-
-    def check(name, lr, wd, clip="backbone", freeze=False):
-        g = of[f"student.{name}"]
-        assert g.lr_scale == pytest.approx(lr, abs=1e-6)
-        assert (g.weight_decay_scale, g.clip_group, g.freeze) == (wd, clip, freeze), name
-
-    check("backbone.cls_token", 0.9**25, 1.0)
-    check("backbone.mask_token", 0.07179, 1.0)
-    check("backbone.patch_embed.proj.weight", 0.014358, 1.0)
-    check("backbone.patch_embed.proj.bias", 0.014358, 0.0)
-    check("backbone.blocks.0.attn.qkv.weight", 0.079766, 1.0)
-    check("backbone.blocks.23.mlp.fc1.bias", 0.9, 0.0)
-    check("backbone.blocks.23.ls1.gamma", 0.9, 0.0)
-    check("backbone.blocks.3.norm2.weight", 0.9**21, 0.0)
-    check("backbone.norm.weight", 1.0, 0.0)
-    check("dino_head.mlp.2.weight", 1.0, 1.0, "dino_head")
-    check("dino_head.last_layer.weight_g", 1.0, 1.0, "dino_head", True)
-    check("dino_head.last_layer.weight_v", 1.0, 1.0, "dino_head", True)
-    assert len([g for g in groups if g.clip_group == "backbone"]) == 52
-
-
 def test_teacher_starts_as_the_student_and_is_not_trained():
     method = replace(TINY, separate_head=True).build(INPUTS)
     pairs = method.teacher_pairs()
@@ -254,14 +211,15 @@ def test_bfloat16(centering):
     """Losses near those of float32, float32 totals and centres, finite gradients."""
     method = stirred(replace(TINY, centering=centering))
     batch = batch_for(method)
-    exact = method(batch, SCALARS).terms
+    exact = copy.deepcopy(method)
     method.bfloat16()
-    for _ in range(3):
+    for _ in range(3):  # each moves the centre
+        terms = exact(batch, SCALARS).terms
         losses = method(batch, SCALARS)
     losses.total.backward()
     assert losses.total.dtype == torch.float32
     for name in ("dino_global", "dino_local", "ibot"):
-        assert losses.terms[name].item() == pytest.approx(exact[name].item(), rel=0.05)
+        assert losses.terms[name].item() == pytest.approx(terms[name].item(), rel=0.015)  # 0.002 +- 0.002, 12 seeds
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in method.student.parameters())
     for name, buffer in method.named_buffers():
         assert buffer.dtype == torch.float32 and buffer.any(), name
@@ -358,7 +316,7 @@ def test_loss_falls():
     for name in ("dino_global", "ibot"):
         first = sum(h[name].item() for h in history[:5]) / 5
         last = sum(h[name].item() for h in history[-5:]) / 5
-        assert last < 0.9 * first, name
+        assert last < 0.92 * first, name  # 0.79 +- 0.02 and 0.83 +- 0.02 over 8 seeds
 
 
 def test_collapse_is_seen():

@@ -15,11 +15,7 @@ RULES = {"crop_fraction": 0.5, "ratio_range": (0.1, 0.5)}
 
 def of_global_batch(key=KEY, n_global=2, grid=(12, 12), **rules):
     return masks(
-        torch.arange(key.first_position, key.first_position + key.global_batch),
-        key,
-        n_global,
-        grid,
-        **(RULES | rules),
+        torch.arange(key.first_position, key.first_position + key.global_batch), key, n_global, grid, **(RULES | rules)
     )
 
 

@@ -432,7 +432,7 @@ def test_wrong_shapes_are_refused():
         ({"spectrum_drop": float("nan")}, {}, "spectrum_drop: must be in [0, 1], got nan"),
         ({"image_weight": -1.0}, {}, "image_weight: must be finite and at least 0, got -1.0"),
         ({"dropout": 1.0}, {}, "dropout: must be in [0, 1), got 1.0"),
-        ({"redshift_scale": 0.0}, {}, "redshift_scale: must be finite and above 0, got 0.0"),
+        ({"redshift_scale": 0.0}, {}, "redshift_scale: must be positive, got 0.0"),
         ({"patch_size": 3}, {}, "views.image.global_size: must be a multiple of patch_size 3, got 8"),
         ({"bin_pixels": 30}, {}, "views.spectrum: must have 90 pixels for a token, got 67"),
         ({}, {"channels": 0}, "views.image: must give one crop an object, got 0"),

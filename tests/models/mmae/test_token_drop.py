@@ -189,7 +189,7 @@ def test_bfloat16_weights_give_float32_losses():
         ({"spectrum_mask": (0.5, 1.0)}, {}, "spectrum_mask: must stay below 1, as hiding a modality as a whole is another option"),
         ({"image_drop": -0.1}, {}, "image_drop: must be in [0, 1], got -0.1"),
         ({"redshift_weight": float("inf")}, {}, "redshift_weight: must be finite and at least 0, got inf"),
-        ({"highest_redshift": 0.0}, {}, "highest_redshift: must be finite and above 0, got 0.0"),
+        ({"highest_redshift": 0.0}, {}, "highest_redshift: must be positive, got 0.0"),
         ({"stem": "resnet"}, {}, "stem: must be one of linear, convolutions, got 'resnet'"),
         ({"decoder_heads": 3}, {}, "decoder_heads: must divide decoder_dim 8, got 3"),
         ({"patch_size": 3}, {}, "views.image.global_size: must be a multiple of patch_size 3, got 8"),

@@ -47,7 +47,7 @@ def test_flops_are_those_of_the_products():
         (
             PhotometryMLP(),
             InputSpec(targets=("a",)),
-            "views.columns: columns of the catalogue, which PhotometryMLP reads, got none",
+            "views.columns: must name columns, which PhotometryMLP reads, got none",
         ),
     ],
     ids=["no-layers", "empty-layer", "no-columns"],

@@ -21,11 +21,7 @@ SPEC = InputSpec(
     target_mean=(0.2, 10.5, 6.0),
     target_std=(0.1, 0.5, 2.0),
 )
-NETWORKS = {
-    "resnet18": ResNet18(width=2),
-    "conv-attention": ConvAttention(),
-    "photometry": PhotometryMLP((16, 16)),
-}
+NETWORKS = {"resnet18": ResNet18(width=2), "conv-attention": ConvAttention(), "photometry": PhotometryMLP((16, 16))}
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
 
@@ -125,7 +121,7 @@ def test_bfloat16_weights_give_float32_losses(network):
         setattr(m.get_submodule(owner), leaf, buffer.float() if buffer.is_floating_point() else buffer)
     losses = m(b, {})
     assert losses.total.dtype == torch.float32
-    assert losses.total.item() == pytest.approx(exact.item(), rel=0.05)
+    assert losses.total.item() == pytest.approx(exact.item(), rel=0.01)  # ResNet18: 0.0025 +- 0.0011 over 8 seeds
 
 
 @every_network
@@ -182,23 +178,23 @@ def test_targets_of_another_number_are_refused():
     ("network", "change", "text"),
     [
         (ResNet18(0), {}, "network.width: must be at least 1, got 0"),
-        (ResNet18(), {"global_size": 16}, "views.image.global_size: at least 32, for it is halved five times, got 16"),
-        (ConvAttention(), {"pixels": 0}, "views.spectrum: a spectrum, which ConvAttention reads, got none"),
+        (ResNet18(), {"global_size": 16}, "views.image.global_size: must be at least 32, because it is halved five times, got 16"),
+        (ConvAttention(), {"pixels": 0}, "views.spectrum: must give spectra, which ConvAttention reads, got none"),
         (
             PhotometryMLP(),
             {"columns": ()},
-            "views.columns: columns of the catalogue, which PhotometryMLP reads, got none",
+            "views.columns: must name columns, which PhotometryMLP reads, got none",
         ),
         (
             PhotometryMLP(),
             {"targets": (), "target_mean": (), "target_std": ()},
-            "views.targets: labels to learn, one or more, got none",
+            "views.targets: must name labels to learn, got none",
         ),
-        (PhotometryMLP(), {"target_std": (1.0,)}, "views.targets: a mean and a standard deviation for each of 3, got 3 and 1"),
+        (PhotometryMLP(), {"target_std": (1.0,)}, "views.targets: must come with a mean and a standard deviation for each of 3, got 3 and 1"),
         (
             PhotometryMLP(),
             {"target_std": (0.1, 0.0, 1.0)},
-            "views.targets: labels that vary, got log_mstar with mean 10.5 and deviation 0.0",
+            "views.targets: must be labels that vary, got log_mstar with mean 10.5 and deviation 0.0",
         ),
     ],
     ids=["width", "crop", "spectrum", "columns", "no-targets", "no-statistics", "constant-target"],

@@ -141,7 +141,8 @@ def test_bfloat16_weights_keep_float32_statistics():
     assert outputs.dtype == features.dtype == torch.bfloat16
     assert half.bn1.running_mean.dtype == torch.float32 and half.bn1.num_batches_tracked.dtype == torch.int64
     expected = exact(x)[0]
-    assert (outputs.float() - expected).norm() < 0.1 * expected.norm()  # 20 roundings of 2**-9, amplified by the norms
+    # 20 roundings of 2**-9, amplified by the norms: 0.06 +- 0.02 over 12 seeds.
+    assert (outputs.float() - expected).norm() < 0.15 * expected.norm()
     outputs.sum().backward()
     assert all(p.grad.isfinite().all() for p in half.parameters())
 
@@ -170,8 +171,12 @@ def test_flops_are_those_of_the_products(width, side, channels):
     ("config", "spec", "text"),
     [
         (ResNet18(0), inputs(), "width: must be at least 1, got 0"),
-        (ResNet18(), inputs(0, 0), "views.image: a crop of the image, which ResNet18 reads, got none"),
-        (ResNet18(), inputs(3, 31), "views.image.global_size: at least 32, for it is halved five times, got 31"),
+        (ResNet18(), inputs(0, 0), "views.image: must give a crop, which ResNet18 reads, got none"),
+        (
+            ResNet18(),
+            inputs(3, 31),
+            "views.image.global_size: must be at least 32, because it is halved five times, got 31",
+        ),
     ],
     ids=["no-width", "no-image", "small-crop"],
 )

@@ -122,7 +122,7 @@ def test_flops_are_those_of_the_products(pixels):
 @pytest.mark.parametrize(
     ("config", "pixels", "text"),
     [
-        (ConvAttention(), 0, "views.spectrum: a spectrum, which ConvAttention reads, got none"),
+        (ConvAttention(), 0, "views.spectrum: must give spectra, which ConvAttention reads, got none"),
         (ConvAttention(filters=()), 200, "filters: must be one or more numbers, each at least 1, got ()"),
         (ConvAttention(kernels=(5, 0, 20, 40)), 200, "kernels: must be one or more numbers, each at least 1, got (5, 0, 20, 40)"),
         (ConvAttention(filters=(8, 16, 16, 31)), 7781, "filters: the last must be even, half values and half scores, got 31"),
@@ -130,7 +130,7 @@ def test_flops_are_those_of_the_products(pixels):
         (ConvAttention(pools=(5,)), 7781, "pools: must be 3, one after each convolution but the last, got 1"),
         (
             ConvAttention(kernels=(5, 10, 20, 39), pools=(5, 10, 400)), 997,
-            "views.spectrum: enough pixels for 2 positions after every convolution, got 997 pixels, which leave 1",
+            "views.spectrum: must have pixels for 2 positions after every convolution, got 997 pixels, which leave 1",
         ),
     ],
     ids=["no-spectrum", "no-filters", "zero-kernel", "odd-filters", "few-kernels", "few-pools", "short-spectrum"],

@@ -69,7 +69,7 @@ def find_bricks(path: Path | str | Sequence[Path | str], bands: tuple[str, ...],
     groups = {k: parts for k, parts in groups.items() if any(kind == "image" for kind, _ in parts)}
     have = {band for parts in groups.values() for kind, band in parts if kind == "image"}
     if missing := [band for band in bands if band not in have]:
-        raise ValueError(f"{given[0]}: no legacysurvey-<brick>-image-{missing[0]}.fits.fz among {len(files)} files")
+        raise ValueError(f"{given[0]}: none of {len(files)} files is a legacysurvey-<brick>-image-{missing[0]}.fits.fz")
     bricks = [_brick(name, parts) for (_, name), parts in groups.items()]
     for brick in bricks:
         where = next(iter(brick.files.values()))

@@ -6,7 +6,6 @@ read at all. Only the rows that are asked for become numbers or text.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from armillary.engine.data.sources.files.parts import find_files, short_names
 from armillary.engine.data.sources.files.tableformats import SUFFIXES, Column, Table, Values, decoded, open_table
 
 __all__ = ["EXACT", "Catalogue", "check_positions"]
@@ -47,7 +47,8 @@ class Catalogue:
     """
 
     def __init__(self, path: Path | str | Sequence[Path | str], table: int | str | None = None) -> None:
-        self.files, self.names = _find(path)
+        self.files = find_files(path, SUFFIXES, "table", metadata=())
+        self.names = short_names(self.files)
         self._tables: list[Table] = [open_table(file, table) for file in self.files]
         self._ends = np.cumsum([t.count for t in self._tables])
         self.count = int(self._ends[-1])
@@ -128,23 +129,6 @@ class Catalogue:
             for t, a, b, before in zip(self._tables, starts, cuts, begins, strict=True)
             if b > a
         ]
-
-
-def _find(path: Path | str | Sequence[Path | str]) -> tuple[list[Path], list[str]]:
-    """Files, and short names that tell them apart."""
-    if not isinstance(path, str | Path):
-        files = [Path(p) for p in path]
-    elif Path(path).is_dir():
-        files = sorted(p for p in Path(path).rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file())
-    else:
-        files = [Path(path)]
-    if not files:
-        raise ValueError(f"{path}: no tables in it (looked for {', '.join(SUFFIXES)})")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such table")
-    folder = Path(os.path.commonpath([f.resolve().parent for f in files]))
-    return files, [f.resolve().relative_to(folder).as_posix() for f in files]
 
 
 def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_unit: str | None) -> None:

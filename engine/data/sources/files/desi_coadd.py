@@ -1,4 +1,4 @@
-"""One coadd file of DESI with its redshifts, opened and found to be of the right layout; see `desi`."""
+"""One coadd file of DESI with its redshifts, opened and found to be of the right layout; see `surveys.desi`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from armillary.engine.data.sources.files.fits_tables import (
     Table,
     check_flux_unit,
     open_fits,
-    position_problem,
 )
+from armillary.engine.data.sources.source import position_problem
 
 __all__ = ["DESI_GRID", "LABELS", "UNNAMED", "CoaddFile"]
 
@@ -169,7 +169,7 @@ class CoaddFile:
         name = f"{arm}_WAVELENGTH"
         wave = np.asarray(self._hdu(name).data, np.float64)
         if str(unit := self._hdu(name).header.get("BUNIT", "Angstrom")).strip().lower() != "angstrom":
-            raise ValueError(f"{self.path}: {name}: unit {unit!r}, Angstrom expected")
+            raise ValueError(f"{self.path}: {name}: its unit is {unit!r}, and must be Angstrom")
         where = f"{self.path}: {name}"
         if wave.ndim != 1 or not np.isfinite(wave).all():
             raise ValueError(f"{where}: must be a vector of finite wavelengths")
@@ -187,7 +187,7 @@ class CoaddFile:
             hdu = self._hdu(f"{arm}_{kind}")
             if tuple(hdu.shape) != (self.count, len(wave)):
                 raise ValueError(
-                    f"{self.path}: {arm}_{kind} is {tuple(hdu.shape)}, {self.count} rows of {len(wave)} pixels expected"
+                    f"{self.path}: {arm}_{kind} is {tuple(hdu.shape)}, and must be {self.count} rows of {len(wave)} pixels"
                 )
         check_flux_unit(self.path, f"{arm}_FLUX", self._hdu(f"{arm}_FLUX").header.get("BUNIT"))
         return first

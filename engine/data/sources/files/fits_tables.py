@@ -12,7 +12,7 @@ import numpy as np
 from astropy import units
 from astropy.io import fits
 
-__all__ = ["FLUX_UNIT", "READ_ERRORS", "Table", "check_flux_unit", "open_fits", "position_problem"]
+__all__ = ["FLUX_UNIT", "READ_ERRORS", "Table", "check_flux_unit", "open_fits"]
 
 READ_ERRORS = (
     OSError,
@@ -32,7 +32,6 @@ UNIT_TOLERANCE = 1e-6  # relative
 FORM = re.compile(r"(\d*)([LXBIJKAEDCMPQ])")
 CODES = {"L": "u1", "X": "u1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "A": "S1", "E": ">f4", "D": ">f8"}
 CODES |= {"C": ">c8", "M": ">c16", "P": ">i8", "Q": ">c16"}  # the last two are pairs: bytes are all that counts
-POSITION = {"ra": 360.0, "dec": 90.0}
 
 
 def open_fits(path: Path) -> Any:
@@ -105,7 +104,9 @@ class Table:
         place["file"].seek(place["datLoc"])
         data = place["file"].read(self.count * offset)
         if len(data) != self.count * offset:
-            raise ValueError(f"{path}: HDU {self.name}: {len(data)} bytes, {self.count * offset} expected; truncated")
+            raise ValueError(
+                f"{path}: HDU {self.name}: it has {len(data)} of {self.count * offset} bytes; the file is truncated"
+            )
         self._data = np.frombuffer(data, np.uint8).reshape(self.count, offset)
 
     def __contains__(self, name: str) -> bool:
@@ -175,7 +176,7 @@ class Table:
         else:
             dtype = np.dtype(CODES[code])
         if repeat != 1 or code in "XPQ":
-            raise ValueError(f"{self._where(name)}: holds {form!r}, one value a row expected")
+            raise ValueError(f"{self._where(name)}: holds {form!r}, and must hold one value a row")
         raw = np.ascontiguousarray(self._data[:, offset : offset + dtype.itemsize]).reshape(-1).view(dtype)
         if code == "L":
             return raw == ord("T")
@@ -189,7 +190,7 @@ class Table:
 
 
 def check_flux_unit(path: Path, where: str, text: object) -> None:
-    """Refuse fluxes that are not in 1e-17 erg/s/cm2/angstrom; a file that does not say is taken at its format's word.
+    """Refuse fluxes that are not in 1e-17 erg/s/cm2/angstrom; a file that names none has the unit of its format.
 
     Args:
         path: The file, for errors.
@@ -208,13 +209,6 @@ def check_flux_unit(path: Path, where: str, text: object) -> None:
             warnings.simplefilter("ignore")  # two slashes
             factor = units.Unit(spelled).to(units.Unit("1e-17 erg / (s cm2 Angstrom)"))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {where}: unit {text!r}, {FLUX_UNIT} expected: {error}") from error
+        raise ValueError(f"{path}: {where}: its unit is {text!r}, and must be {FLUX_UNIT}: {error}") from error
     if abs(factor - 1) > UNIT_TOLERANCE:
-        raise ValueError(f"{path}: {where}: unit {text!r} is {factor:g} times the {FLUX_UNIT} expected")
-
-
-def position_problem(axis: str, value: float) -> str | None:
-    """Why a coordinate (`ra` or `dec`, degrees) is impossible; None if it is possible or unknown (NaN)."""
-    high = POSITION[axis]
-    low = 0.0 if axis == "ra" else -high
-    return None if np.isnan(value) or low <= value <= high else f"{value:g} is outside [{low:g}, {high:g}] degrees"
+        raise ValueError(f"{path}: {where}: its unit {text!r} is {factor:g} times {FLUX_UNIT}, and must be equal to it")

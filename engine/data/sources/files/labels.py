@@ -7,7 +7,6 @@ known by name; every other column is a label. Blank cells mean "unknown". A colu
 from __future__ import annotations
 
 import csv
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from armillary.engine.data.format.survey import CATALOG_COLUMNS
+from armillary.engine.data.sources.source import POSITION, position_problem
 
 __all__ = ["LabelTable", "beside", "read_labels"]
 
 FILE_COLUMNS = ("file", "key", "name")
-POSITION = {"ra": (0.0, 360.0), "dec": (-90.0, 90.0)}
 EXACT_INTEGER = 2**53  # larger whole numbers (catalogue identifiers) do not survive float64
 SUFFIXES = (".fits.gz", ".fits.fz", ".fits", ".fit", ".fz", ".jpg", ".jpeg", ".png")
 
@@ -207,10 +206,7 @@ def _numbers(path: Path, column: str, lines: list[int], cells: list[str]) -> np.
             f"{'a position must be' if position else 'most of the column is'}; correct it or leave it blank"
         )
     if position:
-        low, high = POSITION[column]
-        for line, value in zip(lines, values, strict=True):
-            if not math.isnan(value) and not low <= value <= high:
-                raise ValueError(
-                    f"{path}: row at line {line}, column {column!r}: {value} is outside [{low:g}, {high:g}] degrees"
-                )
+        for line, value in zip(lines, values.tolist(), strict=True):
+            if why := position_problem(column, value):
+                raise ValueError(f"{path}: row at line {line}, column {column!r}: {why}")
     return values

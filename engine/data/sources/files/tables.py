@@ -7,18 +7,21 @@ A catalogue has no pixels; `joined.Joined` puts its rows beside images or spectr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from armillary.engine.choices import check_choice
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, VectorRecord
 from armillary.engine.data.sources.files.columns import Catalogue, check_positions
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, digest, key_from_name
+from armillary.engine.data.sources.source import BadSample, Rows, Sample, digest, key_from_name, listing_mark
 
 __all__ = ["TableRows"]
+
+RaUnit = Literal["degree", "hour"]
+Duplicates = Literal["error", "first"]
 
 DIGESTED = 4 << 30  # bytes up to which inputs are known by their checksum, not by their size
 
@@ -76,14 +79,13 @@ class TableRows:
         components: Mapping[str, Sequence[str]] | None = None,
         missing: Sequence[float] | Mapping[str, Sequence[float]] = (),
         text: Sequence[str] = (),
-        ra_unit: Literal["degree", "hour"] | None = None,
-        duplicates: Literal["error", "first"] = "error",
+        ra_unit: RaUnit | None = None,
+        duplicates: Duplicates = "error",
         table: int | str | None = None,
     ) -> None:
-        if ra_unit not in (None, "degree", "hour"):
-            raise ValueError(f"ra_unit: must be degree or hour, got {ra_unit!r}")
-        if duplicates not in ("error", "first"):
-            raise ValueError(f"duplicates: must be error or first, got {duplicates!r}")
+        if ra_unit is not None:
+            check_choice("ra_unit", ra_unit, RaUnit)
+        check_choice("duplicates", duplicates, Duplicates)
         self.catalogue = Catalogue(path, table)
         self.rows: np.ndarray | None = None
         self.removed: dict[str, int] = {}
@@ -117,8 +119,7 @@ class TableRows:
             marks = {name: f"sha256:{digest(file)}" for name, file in files.items()}
         else:
             listing = [(name, f.stat().st_size) for name, f in files.items()] + [("rows", self.catalogue.count)]
-            mark = hashlib.sha256(repr(listing).encode()).hexdigest()
-            marks = {f"{len(files)} files from {self.catalogue.names[0]}": f"listing-sha256:{mark}"}
+            marks = {f"{len(files)} files from {self.catalogue.names[0]}": listing_mark(listing)}
         return marks | {f"cut: {why}": f"removed {count} rows" for why, count in self.removed.items()}
 
     def keep(self, wanted: np.ndarray, why: str) -> None:
@@ -170,23 +171,13 @@ class TableRows:
         found = self.describe(index, index + 1)
         if found.bad:
             raise BadSample(found.bad[index])
-        labels = {name: found.columns[name][0] for name in self.labels}
         rows = self._rows(index, index + 1)
         number, inside = self.catalogue.place(int(rows[0]))
         vectors = {
             name: np.concatenate([self._clean(column, rows).reshape(-1) for column in columns]).astype(np.float32)
             for name, columns in self._parts.items()
         }
-        return Sample(
-            key=found.keys[0],
-            image=None,
-            valid=None,
-            ra=float(found.columns["ra"][0]),
-            dec=float(found.columns["dec"][0]),
-            labels={name: v if isinstance(v, str) else float(v) for name, v in labels.items()},
-            source=f"{self.catalogue.names[number]}:{inside}",
-            vectors=vectors,
-        )
+        return found.sample(0, self.labels, f"{self.catalogue.names[number]}:{inside}", vectors=vectors)
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop) if self.rows is None else self.rows[start:stop]

@@ -24,20 +24,17 @@ import pyarrow as pa
 
 from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
-from armillary.engine.data.sources.files.hdf5 import (
-    HDF5_SUFFIXES,
+from armillary.engine.data.sources.files.hdf5 import HDF5_SUFFIXES, checked, open_hdf5, opened, plain
+from armillary.engine.data.sources.files.nested_parquet import dense, open_parquet
+from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
-    checked,
+    central_size,
     find_files,
-    mask_pixels,
-    open_hdf5,
-    opened,
-    plain,
     refuse_repeats,
+    short_names,
 )
-from armillary.engine.data.sources.files.nested_parquet import dense, open_parquet
-from armillary.engine.data.sources.source import Rows, centre_crop
+from armillary.engine.data.sources.source import Rows, cut_out
 
 __all__ = ["AstroClipPairs", "constant_ivar"]
 
@@ -70,17 +67,18 @@ class AstroClipPairs(PartSource):
     pixel_scale_arcsec: float | None = PIXEL_SCALE_ARCSEC
     unit = "nanomaggy"
     spectrum = SPECTRUM
+    labels = {"redshift": "spectroscopic redshift (DESI EDR)", "targetid": "DESI TARGETID, as text"}
 
     def __init__(
         self, path: Path | str | Sequence[Path | str], *, size: int | None = None, zero_is_missing: bool = True
     ) -> None:
-        files, names = find_files(path, (*HDF5_SUFFIXES, ".parquet"), "HDF5 or Parquet")
+        files = find_files(path, (*HDF5_SUFFIXES, ".parquet"), "HDF5 or Parquet file")
         self.zero_is_missing = zero_is_missing
         self._is_parquet = files[0].suffix.lower() == ".parquet"
         parts: list[Part] = []
         sides: set[tuple[int, int]] = set()
         identifiers: list[str] = []
-        for file, name in zip(files, names, strict=True):
+        for file, name in zip(files, short_names(files), strict=True):
             if (file.suffix.lower() == ".parquet") != self._is_parquet:
                 raise ValueError(
                     f"{file}: a folder must hold either HDF5 or Parquet files, {files[0]} is of the other kind"
@@ -95,20 +93,9 @@ class AstroClipPairs(PartSource):
         if len(sides) > 1:
             raise ValueError(f"{path}: images of different sizes (width, height): {sorted(sides)}")
         width, height = next(iter(sides))
-        if size is not None and not 1 <= size <= min(width, height):
-            raise ValueError(f"size: must be within 1 and {min(width, height)}, the images' side, got {size}")
-        self._height, self._width = (size, size) if size is not None else (height, width)
-        super().__init__(parts, open_parquet if self._is_parquet else open_hdf5)
-        self._repeats = refuse_repeats(identifiers, "targetid" if self._is_parquet else "targetids")
-        self._starts = {
-            (part.path, part.group, part.first): int(end) - part.count
-            for part, end in zip(self.parts, self._ends, strict=True)
-        }
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {"redshift": "spectroscopic redshift (DESI EDR)", "targetid": "DESI TARGETID, as text"}
+        self._height, self._width = central_size(size, height, width)
+        repeats = refuse_repeats(identifiers, "targetid" if self._is_parquet else "targetids")
+        super().__init__(parts, open_parquet if self._is_parquet else open_hdf5, repeats)
 
     def _columns(self, part: Part, low: int, high: int) -> Rows:
         file = self._file(part)
@@ -119,11 +106,7 @@ class AstroClipPairs(PartSource):
             redshift, targetid = (file[part.group][name][low:high] for name in ("redshifts", "targetids"))
         ids = [str(v) for v in targetid.tolist()]
         unknown = np.full(len(ids), np.nan)
-        at = self._starts[part.path, part.group, part.first] - part.first + low
-        bad = {i: self._repeats[at + i] for i in range(len(ids)) if at + i in self._repeats}
-        return Rows(
-            ids, {"ra": unknown, "dec": unknown, "redshift": plain(redshift, False), "targetid": ids}, None, bad
-        )
+        return Rows(ids, {"ra": unknown, "dec": unknown, "redshift": plain(redshift, False), "targetid": ids})
 
     def _payload(self, part: Part, row: int) -> dict[str, Any]:
         file = self._file(part)
@@ -137,16 +120,13 @@ class AstroClipPairs(PartSource):
             raise ValueError(f"column 'image': {pixels.shape}, must be width x height x {len(BANDS)} bands")
         if flux.shape != (GRID.count, 1):
             raise ValueError(f"column 'spectrum': {flux.shape}, must be {(GRID.count, 1)}")
-        image = np.array(centre_crop(pixels.T, self._height, self._width), np.float32, order="C")
-        valid = np.isfinite(image)
-        if self.zero_is_missing:
-            valid &= image != 0
         flux = np.array(flux[:, 0], np.float32)
         seen = np.isfinite(flux) & (flux != 0)
         if not seen.any():
             raise ValueError(f"column '{'spectrum' if self._is_parquet else 'spectra'}': no pixel carries data")
         flux[~seen] = 0
-        return {**mask_pixels(image, valid), "spectrum": Spectrum(flux, constant_ivar(flux, seen))}
+        image = cut_out(pixels.T, self._height, self._width, zero_is_missing=self.zero_is_missing)
+        return {**image, "spectrum": Spectrum(flux, constant_ivar(flux, seen))}
 
 
 def constant_ivar(flux: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -24,7 +24,18 @@ from armillary.engine.data.format.survey import VectorRecord
 from armillary.engine.data.sources.files.brickfiles import DAMAGED, find_bricks, open_brick_image, picture
 from armillary.engine.data.sources.files.tables import TableRows
 from armillary.engine.data.sources.match import unit_vectors
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, Source, describe, inputs, vectors_of
+from armillary.engine.data.sources.source import (
+    POSITION,
+    BadSample,
+    Rows,
+    Sample,
+    Source,
+    describe,
+    inputs,
+    listing_mark,
+    position_problem,
+    vectors_of,
+)
 
 __all__ = ["BrickCutouts", "open_bricks"]
 
@@ -105,9 +116,8 @@ class BrickCutouts:
     def inputs(self) -> dict[str, str]:
         """The positions, and the bricks' files (checksum of names and sizes)."""
         files = [(f.name, f.stat().st_size) for brick in self.bricks for f in brick.files.values()]
-        mark = hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
         how = f"{self.size} pixels, {' '.join(self.bands)}, mask_bits {self.mask_bits}"
-        return inputs(self.positions) | {f"{len(self.bricks)} bricks, {how}": f"listing-sha256:{mark}"}
+        return inputs(self.positions) | {f"{len(self.bricks)} bricks, {how}": listing_mark(sorted(files))}
 
     def describe(self, start: int, stop: int) -> Rows:
         """Keys, positions and labels; see `Described`."""
@@ -246,10 +256,11 @@ class _Positions:
         self.keys = [str(k) for k in arrays[0]] if len(arrays) == 3 else [f"{i:07d}" for i in range(len(self.ra))]
         if not len(self.keys) == len(self.ra) == len(self.dec):
             raise ValueError(f"positions: {len(self.keys)} keys, {len(self.ra)} ra and {len(self.dec)} dec")
-        for name, values, low, high in (("ra", self.ra, 0, 360), ("dec", self.dec, -90, 90)):
+        for name, values in (("ra", self.ra), ("dec", self.dec)):
+            low, high = POSITION[name]
             if (wrong := (values < low) | (values > high)).any():
                 row = int(np.argmax(wrong))
-                raise ValueError(f"positions: row {row}: {name} {values[row]:g} is outside [{low}, {high}] degrees")
+                raise ValueError(f"positions: row {row}: {name} {position_problem(name, values[row])}")
         self.labels: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -266,9 +277,7 @@ class _Positions:
 
     def read(self, index: int) -> Sample:
         """One position."""
-        return Sample(
-            self.keys[index], None, None, float(self.ra[index]), float(self.dec[index]), {}, f"position {index}"
-        )
+        return self.describe(index, index + 1).sample(0, (), f"position {index}")
 
 
 def open_bricks(

@@ -12,7 +12,6 @@ variance. Pixels of a non-zero mask, of ivar 0 or that are not finite carry no d
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import Counter
@@ -25,7 +24,8 @@ import numpy as np
 from armillary.engine.data.format.survey import SpectrumRecord
 from armillary.engine.data.sources.files.desi_coadd import DESI_GRID, LABELS, UNNAMED, CoaddFile
 from armillary.engine.data.sources.files.fits_tables import FLUX_UNIT, READ_ERRORS
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, key_from_name
+from armillary.engine.data.sources.files.parts import find_files, short_names
+from armillary.engine.data.sources.source import BadSample, Rows, Sample, key_from_name, listing_mark
 
 __all__ = ["DESI_GRID", "DesiCoadds"]
 
@@ -104,8 +104,7 @@ class DesiCoadds:
         """The files (checksum of names and sizes: terabytes are not read twice) and the cuts."""
         listing: list[Any] = [(n, f.stat().st_size) for n, f in zip(self._names, self.files, strict=True)]
         listing += [(r.name, r.stat().st_size) for r in self._redrock if r is not None]
-        mark = hashlib.sha256(repr((listing, self._cuts)).encode()).hexdigest()
-        return {f"{len(self.files)} coadds from {self._names[0]}": f"listing-sha256:{mark}"}
+        return {f"{len(self.files)} coadds from {self._names[0]}": listing_mark((listing, self._cuts))}
 
     def describe(self, start: int, stop: int) -> Rows:
         """Keys, positions and labels; see `Described`. Spectra are not read."""
@@ -146,17 +145,7 @@ class DesiCoadds:
             spectrum = self._file(number).spectrum(row)
         except READ_ERRORS as error:
             raise BadSample(f"{self.files[number]}: row {row}: {error}") from error
-        values = {name: values[0] for name, values in described.columns.items()}
-        return Sample(
-            key=described.keys[0],
-            image=None,
-            valid=None,
-            ra=float(values["ra"]),
-            dec=float(values["dec"]),
-            labels={n: v if isinstance(v := values[n], str) else float(v) for n in self.labels},
-            source=f"{self._names[number]}:{row}",
-            spectrum=spectrum,
-        )
+        return described.sample(0, self.labels, f"{self._names[number]}:{row}", spectrum=spectrum)
 
     def _key(self, index: int) -> str:
         target, number = int(self._target[index]), int(self._number[index])
@@ -187,22 +176,10 @@ class DesiCoadds:
 
 def _find(path: Path | str | Sequence[Path | str]) -> tuple[list[Path], list[str]]:
     """Coadd files, and the shortest names that tell them apart: their own, or with folders where those repeat."""
-    if not isinstance(path, str | Path):
-        files = [Path(p) for p in path]
-    elif Path(path).is_dir():
-        found = (p for p in Path(path).rglob("coadd-*") if p.name.lower().endswith(SUFFIXES))
-        files = sorted(p for p in found if p.is_file())
-    else:
-        files = [Path(path)]
-    if not files:
-        raise ValueError(f"{path}: no coadd files in it (looked for coadd-*.fits and coadd-*.fits.gz)")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such coadd file or folder")
+    files = find_files(path, SUFFIXES, "coadd file", prefix="coadd-")
     names = [f.name for f in files]
     if len({_stem(name) for name in names}) < len(names):
-        folder = Path(os.path.commonpath([f.resolve().parent for f in files]))
-        names = [f.resolve().relative_to(folder).as_posix() for f in files]
+        names = short_names(files)
     twice = [name for name, n in Counter(_stem(name) for name in names).items() if n > 1]
     if twice:
         raise ValueError(f"{path}: {twice[0]} is there twice, compressed and not; keep one")
@@ -210,11 +187,7 @@ def _find(path: Path | str | Sequence[Path | str]) -> tuple[list[Path], list[str
 
 
 def _redrock_of(coadd: Path, where: bool | Path | str) -> Path:
-    """The redrock file of a coadd: beside it, in a folder, or the file that is given.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
+    """The redrock file of a coadd: beside it, in a folder, or the file that is given."""
     if not isinstance(where, bool) and Path(where).is_file():
         return Path(where)
     folder = coadd.parent if isinstance(where, bool) else Path(where)

@@ -25,19 +25,23 @@ from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.sources.files.hdf5 import (
     HDF5_SUFFIXES,
-    Part,
-    PartSource,
     checked,
     column_names,
-    find_files,
     label_name,
-    mask_pixels,
     open_hdf5,
     opened,
     plain,
-    refuse_repeats,
 )
-from armillary.engine.data.sources.source import Rows, centre_crop
+from armillary.engine.data.sources.files.parts import (
+    Part,
+    PartSource,
+    central_size,
+    find_files,
+    refuse_differences,
+    refuse_repeats,
+    short_names,
+)
+from armillary.engine.data.sources.source import Rows, cut_out
 
 __all__ = ["GalaxiesML", "GalaxiesMLSpectra", "bin_spectrum"]
 
@@ -72,13 +76,8 @@ MEANING = {
 class _HscImages(PartSource):
     """Images and label columns, which both data sets have.
 
-    Args:
-        path: One file, several, or a folder of them.
-        size: Cut the central `size` x `size` pixels out of every image.
-        zero_is_missing: Pixels of exactly 0 carry no data.
-        identity: Column of the key.
-        redshift: Column that becomes the label `redshift`.
-        groups: Sub-groups with label columns, and the prefix of a label whose name is taken.
+    `identity` is the column of the key, `redshift` the one that becomes the label `redshift`, `groups` are sub-groups
+    with label columns, each with the prefix of a label whose name is taken.
     """
 
     bands = BANDS
@@ -94,14 +93,14 @@ class _HscImages(PartSource):
         redshift: str,
         groups: dict[str, str],
     ) -> None:
-        files, names = find_files(path, HDF5_SUFFIXES, "HDF5")
+        files = find_files(path, HDF5_SUFFIXES, "HDF5 file")
         self.zero_is_missing = zero_is_missing
         self._identity = identity
         parts: list[Part] = []
         shapes: dict[tuple[int, ...], Path] = {}
         layouts: list[tuple[Path, dict[str, bool]]] = []
         identifiers: list[str] = []
-        for file, name in zip(files, names, strict=True):
+        for file, name in zip(files, short_names(files), strict=True):
             with opened(file) as stored:
                 images = checked(str(file), stored, "image", "f", len(BANDS), None, None)
                 count = images.shape[0]
@@ -122,17 +121,11 @@ class _HscImages(PartSource):
         if len(shapes) > 1:
             (a, first), (b, second) = list(shapes.items())[:2]
             raise ValueError(f"{second}: column 'image' is of {b} pixels, that of {first} of {a}; read them apart")
+        refuse_differences(layouts)
         columns = layouts[0][1]
-        for file, others in layouts[1:]:
-            if odd := sorted(set(columns.items()) ^ set(others.items())):
-                raise ValueError(f"{file}: column {odd[0][0]!r} is missing or differs from that of {layouts[0][0]}")
         height, width = next(iter(shapes))
-        if size is not None and not 1 <= size <= min(height, width):
-            raise ValueError(f"size: must be within 1 and {min(height, width)}, the images' side, got {size}")
-        self._height, self._width = (size, size) if size is not None else (height, width)
-        super().__init__(parts, open_hdf5)
-        self._repeats = refuse_repeats(identifiers, identity)
-        self._starts = {p.path: int(e) - p.count for p, e in zip(self.parts, self._ends, strict=True)}
+        self._height, self._width = central_size(size, height, width)
+        super().__init__(parts, open_hdf5, refuse_repeats(identifiers, identity))
         found = {c.rsplit("/", 1)[-1].lower(): c for c in sorted(columns, reverse=True)}
         self._ra, self._dec = (
             next((found[n] for n in (axis, f"target_{axis}", f"desi_{axis}") if n in found), None)
@@ -145,14 +138,10 @@ class _HscImages(PartSource):
             name = label_name(column)
             prefix = groups.get(column.split("/", 1)[0], "file")
             self._labels[f"{prefix}_{name}" if name in self._labels else name] = (column, text)
+        self.labels = {name: _meaning(name, column) for name, (column, _) in self._labels.items()}
 
     def _look(self, path: Path, file: Any, count: int) -> None:
         """Check what else a file must hold."""
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {name: _meaning(name, column) for name, (column, _) in self._labels.items()}
 
     def _columns(self, part: Part, low: int, high: int) -> Rows:
         file = self._file(part)
@@ -161,17 +150,11 @@ class _HscImages(PartSource):
         }
         for axis, column in (("ra", self._ra), ("dec", self._dec)):
             columns[axis] = np.full(high - low, np.nan) if column is None else plain(file[column][low:high], False)
-        at = self._starts[part.path] + low
-        bad = {i: self._repeats[at + i] for i in range(high - low) if at + i in self._repeats}
-        return Rows(list(plain(file[self._identity][low:high], True)), columns, None, bad)
+        return Rows(list(plain(file[self._identity][low:high], True)), columns)
 
     def _payload(self, part: Part, row: int) -> dict[str, Any]:
         stored = self._file(part)["image"][row]
-        image = np.array(centre_crop(stored, self._height, self._width), np.float32, order="C")
-        valid = np.isfinite(image)
-        if self.zero_is_missing:
-            valid &= image != 0
-        return mask_pixels(image, valid)
+        return cut_out(stored, self._height, self._width, zero_is_missing=self.zero_is_missing)
 
 
 class GalaxiesML(_HscImages):

@@ -14,11 +14,15 @@ from typing import Literal
 
 import numpy as np
 
+from armillary.engine.choices import check_choice
 from armillary.engine.data.sources.files.columns import Catalogue
-from armillary.engine.data.sources.files.tables import TableRows
+from armillary.engine.data.sources.files.tables import Duplicates, TableRows
 from armillary.engine.data.sources.source import Rows
 
 __all__ = ["DECALS_QUESTIONS", "GalaxyZoo2", "GalaxyZooDecals"]
+
+DecalsFractions = Literal["debiased", "fraction"]
+Zoo2Fractions = Literal["debiased", "weighted_fraction", "fraction"]
 
 DECALS_QUESTIONS = {
     "smooth-or-featured": ("smooth", "featured-or-disk", "artifact"),
@@ -50,17 +54,8 @@ log = logging.getLogger("armillary.data")
 class _Votes(TableRows):
     """Labels `<question>_<answer>` (fractions) and `<question>_votes`, and a vector of the fractions by question.
 
-    Args:
-        path: The table.
-        catalogue: Its columns.
-        key: Column of the keys.
-        answers: Answers by question.
-        fractions: Which columns of an answer are read: `<question>_<answer>_<fractions>`.
-        votes: Columns whose sum is the number of votes, by question.
-        extra: Other labels by column, with their meanings.
-        text: Columns of identifiers.
-        min_votes: Least number of votes on the first question.
-        duplicates: See `TableRows`.
+    The columns `<question>_<answer>_<fractions>` are read; those of `votes` add up to the number of votes on a question.
+    `extra` are other labels by column, with their meanings. Rows have at least `min_votes` on the first question.
     """
 
     def __init__(
@@ -75,7 +70,7 @@ class _Votes(TableRows):
         extra: Mapping[str, tuple[str, str]],
         text: Sequence[str],
         min_votes: int,
-        duplicates: Literal["error", "first"],
+        duplicates: Duplicates,
     ) -> None:
         if min_votes < 0:
             raise ValueError(f"min_votes: must not be negative, got {min_votes}")
@@ -180,12 +175,11 @@ class GalaxyZooDecals(_Votes):
         self,
         path: Path | str | Sequence[Path | str],
         *,
-        fractions: Literal["debiased", "fraction"] = "debiased",
+        fractions: DecalsFractions = "debiased",
         min_votes: int = 0,
-        duplicates: Literal["error", "first"] = "error",
+        duplicates: Duplicates = "error",
     ) -> None:
-        if fractions not in ("debiased", "fraction"):
-            raise ValueError(f"fractions: must be debiased or fraction, got {fractions!r}")
+        check_choice("fractions", fractions, DecalsFractions)
         catalogue = Catalogue(path)
         extra = {"iauname": ("iauname", "name by position"), "redshift": ("redshift", "spectroscopic or photometric")}
         super().__init__(
@@ -229,12 +223,11 @@ class GalaxyZoo2(_Votes):
         self,
         path: Path | str | Sequence[Path | str],
         *,
-        fractions: Literal["debiased", "weighted_fraction", "fraction"] = "debiased",
+        fractions: Zoo2Fractions = "debiased",
         min_votes: int = 0,
-        duplicates: Literal["error", "first"] = "error",
+        duplicates: Duplicates = "error",
     ) -> None:
-        if fractions not in ("debiased", "weighted_fraction", "fraction"):
-            raise ValueError(f"fractions: must be debiased, weighted_fraction or fraction, got {fractions!r}")
+        check_choice("fractions", fractions, Zoo2Fractions)
         catalogue = Catalogue(path)
         answers: dict[str, list[str]] = {}
         for column in catalogue.columns:
@@ -242,9 +235,11 @@ class GalaxyZoo2(_Votes):
                 answers.setdefault(found[1], []).append(found[2])
         identifiers = [name for name in IDENTIFIERS if name in catalogue.columns]
         if not answers:
-            raise ValueError(f"{catalogue.files[0]}: no column like 't01_smooth_or_features_a01_smooth_count'")
+            raise ValueError(f"{catalogue.files[0]}: it has no column like 't01_smooth_or_features_a01_smooth_count'")
         if not identifiers:
-            raise ValueError(f"{catalogue.files[0]}: no identifier: one of the columns {', '.join(IDENTIFIERS)}")
+            raise ValueError(
+                f"{catalogue.files[0]}: it must have an identifier, one of the columns {', '.join(IDENTIFIERS)}"
+            )
         super().__init__(
             path,
             catalogue,

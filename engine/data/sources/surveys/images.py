@@ -6,11 +6,11 @@ packed in the unit "count"; the builder takes steps of one count for 8-bit ones,
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,8 +18,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from armillary.engine.data.sources.files.labels import beside, read_labels, stem
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, centre_crop, digest, key_from_name
+from armillary.engine.data.sources.files.image_files import ImageFiles, ImageHeader
+from armillary.engine.data.sources.source import listing_mark
 
 __all__ = ["Pictures"]
 
@@ -28,11 +28,7 @@ BANDS = {1: ("grey",), 3: ("red", "green", "blue")}
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What a picture's header says."""
-
-    width: int
-    height: int
+class _Header(ImageHeader):
     channels: int
     bits: int
 
@@ -40,16 +36,12 @@ class _Shape:
         return f"{self.bits}-bit {'grey' if self.channels == 1 else 'RGB'}"
 
 
-class Pictures:
-    """A `Source` of pictures. All headers are read when it is made.
-
-    The survey has the kind (grey or RGB, 8 or 16 bits) and, unless `size` is given, the size that most pictures have;
-    the others are unusable samples, reported by name. The labels file defaults to `labels.csv` in the folder, or beside
-    the archive.
+class Pictures(ImageFiles):
+    """A `Source` of pictures; see `ImageFiles`. The survey has the kind (grey or RGB, 8 or 16 bits) that most have.
 
     Args:
         path: Folder (searched recursively) or zip archive.
-        labels: CSV of labels (see `labels.read_labels`).
+        labels: CSV of labels (see `labels.read_labels`); defaults to `labels.csv` in the folder, or beside the archive.
         size: Cut the central `size` x `size` pixels out of every picture; smaller pictures are unusable.
         bands: Band names; by default red, green, blue or grey.
         pixel_scale_arcsec: Arcseconds a pixel; unknown by default.
@@ -60,6 +52,8 @@ class Pictures:
     """
 
     unit = "count"
+    damage = (OSError, ValueError, SyntaxError, zipfile.BadZipFile)  # Pillow raises all of these
+    what = "picture"
 
     def __init__(
         self,
@@ -75,22 +69,13 @@ class Pictures:
         self._zip: tuple[int, zipfile.ZipFile] | None = None
         if not self.path.exists():
             raise FileNotFoundError(f"{path}: no such folder or archive of pictures")
-        if size is not None and size < 1:
-            raise ValueError(f"size: must be at least 1, got {size}")
-        self.files, self._mark = self._list()
-        if not self.files:
+        entries = self._list()
+        if not entries:
             raise ValueError(f"{path}: no pictures in it (looked for {', '.join(PICTURES)})")
-        self._labels_path = Path(labels) if labels is not None else beside(self.path)
-        self._table = read_labels(self._labels_path, self.files)
-        self.labels = self._table.labels
-        self._survey_shape(size)
+        super().__init__(self.path, [name for name, *_ in entries], listing_mark(entries), labels, size)
         if bands is not None and len(bands) != self._channels:
             raise ValueError(f"bands: {len(bands)} names ({', '.join(bands)}) for pictures of {self._channels} bands")
         self.bands = bands or BANDS[self._channels]
-
-    def __len__(self) -> int:
-        """Number of pictures."""
-        return len(self.files)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the open archive."""
@@ -101,47 +86,8 @@ class Pictures:
         """One count a band for 8-bit pictures."""
         return (1.0,) * self._channels if self._bits == 8 else None
 
-    def inputs(self) -> dict[str, str]:
-        """The folder or archive (checksum of names, sizes and, in an archive, CRCs) and the labels file."""
-        marks = {self.path.resolve().name: self._mark}
-        if self._labels_path is not None:
-            marks[self._labels_path.name] = f"sha256:{digest(self._labels_path)}"
-        return marks
-
-    def describe(self, start: int, stop: int) -> Rows:
-        """Keys, positions and labels; see `Described`."""
-        columns = {name: values[start:stop] for name, values in self._table.columns.items()}
-        splits = self._table.splits[start:stop] if self._table.splits is not None else None
-        bad = {i: self._bad[i] for i in range(start, stop) if i in self._bad}
-        return Rows([key_from_name(stem(f)) for f in self.files[start:stop]], columns, splits, bad)
-
-    def read(self, index: int) -> Sample:
-        """Decode one picture.
-
-        Raises:
-            BadSample: It is damaged, or unlike the others in size or kind.
-        """
-        if index in self._bad:
-            raise BadSample(self._bad[index])
-        name = self.files[index]
-        try:
-            with self._open(name) as f:
-                image = _decode(f.read())
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:  # Pillow raises all of these
-            raise BadSample(f"{self.path}: {name}: not a readable picture: {error}") from error
-        return Sample(
-            key=key_from_name(stem(name)),
-            image=np.ascontiguousarray(centre_crop(image, self._height, self._width)),
-            valid=None,
-            ra=float(self._table.columns["ra"][index]),
-            dec=float(self._table.columns["dec"][index]),
-            labels=self._table.row(index),
-            source=f"{self.path.name}:{name}",
-            split=self._table.splits[index] if self._table.splits is not None else None,
-        )
-
-    def _list(self) -> tuple[list[str], str]:
-        """Pictures, sorted by name, and a checksum of the listing."""
+    def _list(self) -> list[tuple[str, int, int]]:
+        """Name, size and, in an archive, CRC of all pictures, sorted by name."""
         if self.path.is_dir():
             found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
             entries = [(p.relative_to(self.path).as_posix(), p.stat().st_size, 0) for p in found]
@@ -153,9 +99,7 @@ class Pictures:
             chosen = [m for m in members if m.filename.lower().endswith(PICTURES)]
             entries = sorted((m.filename, m.file_size, m.CRC) for m in chosen)
         # macOS leaves resource forks such as __MACOSX/._a.jpg beside the pictures
-        entries = [e for e in entries if not any(part.startswith((".", "__MACOSX")) for part in e[0].split("/"))]
-        mark = hashlib.sha256(repr(entries).encode()).hexdigest()
-        return [name for name, *_ in entries], f"listing-sha256:{mark}"
+        return [e for e in entries if not any(part.startswith((".", "__MACOSX")) for part in e[0].split("/"))]
 
     def _archive(self) -> zipfile.ZipFile:
         if self._zip is None or self._zip[0] != os.getpid():  # a forked child must not share the file position
@@ -165,40 +109,28 @@ class Pictures:
     def _open(self, name: str) -> IO[bytes]:
         return open(self.path / name, "rb") if self.path.is_dir() else self._archive().open(name)
 
-    def _survey_shape(self, size: int | None) -> None:
-        """Decide the survey's kind and size; the pictures that do not fit go to `_bad`."""
-        self._bad: dict[int, str] = {}
-        shapes: dict[int, _Shape] = {}
-        for i, name in enumerate(self.files):
-            try:
-                with self._open(name) as f:
-                    shapes[i] = _header(f)
-            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-                self._bad[i] = f"{self.path}: {name}: not a readable picture: {error}"
-        if not shapes:
-            raise ValueError(f"{self.path}: none of its {len(self.files)} pictures is readable; {self._bad[0]}")
-        kinds = Counter(s.kind() for s in shapes.values())
-        kind, kind_count = kinds.most_common(1)[0]
-        like = {i: s for i, s in shapes.items() if s.kind() == kind}
-        first = next(iter(like.values()))
+    def _where(self, name: str) -> str:
+        return f"{self.path}: {name}"
+
+    def _source(self, name: str) -> str:
+        return f"{self.path.name}:{name}"
+
+    def _header(self, name: str) -> _Header:
+        with self._open(name) as f:
+            return _read_header(f)
+
+    def _agree(self, headers: Mapping[int, Any]) -> None:
+        """The survey's kind."""
+        kind, count = Counter(h.kind() for h in headers.values()).most_common(1)[0]
+        first = next(h for h in headers.values() if h.kind() == kind)
         self._channels, self._bits = first.channels, first.bits
-        (common_width, common_height), size_count = Counter((s.width, s.height) for s in like.values()).most_common(1)[
-            0
-        ]
-        self._width, self._height = (size, size) if size is not None else (common_width, common_height)
-        for i, s in shapes.items():
-            if s.kind() != kind:
-                why = f"{s.kind()}, the survey is {kind} ({kind_count} of {len(self.files)} pictures)"
-            elif size is None and (s.width, s.height) != (common_width, common_height):
-                why = (
-                    f"{s.width}x{s.height} pixels, the survey has {common_width}x{common_height} ({size_count} of "
-                    f"{len(self.files)} pictures); a size cuts all of them to one"
-                )
-            elif size is not None and min(s.width, s.height) < size:
-                why = f"{s.width}x{s.height} pixels, smaller than the size {size}"
-            else:
-                continue
-            self._bad[i] = f"{self.path}: {self.files[i]}: {why}"
+        for i, h in headers.items():
+            if h.kind() != kind:
+                self._refuse(i, f"{h.kind()}, the survey is {kind} ({count} of {len(self.files)} pictures)")
+
+    def _decode(self, name: str) -> np.ndarray:
+        with self._open(name) as f:
+            return _decode(f.read())
 
 
 def _png16(head: bytes) -> bool:
@@ -206,12 +138,8 @@ def _png16(head: bytes) -> bool:
     return head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10"
 
 
-def _header(f: IO[bytes]) -> _Shape:
-    """Read size and kind without decoding pixels.
-
-    Raises:
-        ValueError: The picture has a mode that is not supported.
-    """
+def _read_header(f: IO[bytes]) -> _Header:
+    """Size and kind, without decoding pixels."""
     head = f.read(32)
     f.seek(0)
     try:
@@ -225,7 +153,8 @@ def _header(f: IO[bytes]) -> _Shape:
         channels = {"L": 1, "LA": 1, "1": 1, "I;16": 1, "I;16B": 1, "I": 1, "RGB": 3, "RGBA": 3, "P": 3}
         if picture.mode not in channels:
             raise ValueError(f"colour mode {picture.mode} is not supported; convert it to RGB or grey")
-        return _Shape(*picture.size, channels=channels[picture.mode], bits=16 if deep else 8)
+        width, height = picture.size
+        return _Header(height, width, channels=channels[picture.mode], bits=16 if deep else 8)
 
 
 def _decode(data: bytes) -> np.ndarray:

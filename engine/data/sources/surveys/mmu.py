@@ -25,16 +25,7 @@ import pyarrow as pa
 
 from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
-from armillary.engine.data.sources.files.hdf5 import (
-    HDF5_SUFFIXES,
-    Part,
-    PartSource,
-    find_files,
-    label_name,
-    mask_pixels,
-    open_hdf5,
-    plain,
-)
+from armillary.engine.data.sources.files.hdf5 import HDF5_SUFFIXES, label_name, open_hdf5, plain
 from armillary.engine.data.sources.files.mmu_files import (
     hdf5_arrays,
     look_into_hdf5,
@@ -43,7 +34,15 @@ from armillary.engine.data.sources.files.mmu_files import (
     scalars,
 )
 from armillary.engine.data.sources.files.nested_parquet import open_parquet
-from armillary.engine.data.sources.source import Rows, centre_crop, key_from_name
+from armillary.engine.data.sources.files.parts import (
+    Part,
+    PartSource,
+    central_size,
+    find_files,
+    refuse_differences,
+    short_names,
+)
+from armillary.engine.data.sources.source import Rows, cut_out, key_from_name
 
 __all__ = ["SDSS_GRID", "MultimodalUniverse", "place_on_grid"]
 
@@ -84,32 +83,33 @@ class MultimodalUniverse(PartSource):
         spectrum_unit: str = FLUX_UNIT,
         mask_is_good: bool = True,
     ) -> None:
-        found = find_files(path, (*HDF5_SUFFIXES, ".parquet"), "HDF5 or Parquet")
-        files = [(f, name) for f, name in zip(*found, strict=True) if f.name != THUMBNAIL]
+        found = find_files(path, (*HDF5_SUFFIXES, ".parquet"), "HDF5 or Parquet file")
+        files = [file for file in found if file.name != THUMBNAIL]
         if not files:
             raise ValueError(f"{path}: no data in it, only {THUMBNAIL}")
-        self._is_parquet = files[0][0].suffix.lower() == ".parquet"
+        self._is_parquet = files[0].suffix.lower() == ".parquet"
         self._mask_is_good = mask_is_good
         look = look_into_parquet if self._is_parquet else look_into_hdf5
         self._arrays: Callable[..., dict[str, Any]] = parquet_arrays if self._is_parquet else hdf5_arrays
         self._height, self._width = 0, 0
-        layouts = []
-        for file, _ in files:
+        parts, layouts = [], []
+        for file, name in zip(found, short_names(found), strict=True):
+            if file not in files:
+                continue
             if (file.suffix.lower() == ".parquet") != self._is_parquet:
-                raise ValueError(f"{file}: a folder must hold either HDF5 or Parquet files, {files[0][0]} is not alike")
-            layouts.append(look(file))
+                raise ValueError(f"{file}: a folder must hold either HDF5 or Parquet files, {files[0]} is not alike")
+            count, columns = look(file)
+            parts.append(Part(file, name, count))
+            layouts.append((file, columns))
+        refuse_differences(layouts)
         reference = layouts[0][1]
-        for (file, _), (_, columns) in zip(files, layouts, strict=True):
-            if odd := sorted(set(columns.items()) ^ set(reference.items())):
-                raise ValueError(f"{file}: column {odd[0][0]!r} is missing or differs from that of {files[0][0]}")
-        parts = [Part(file, name, count) for (file, name), (count, _) in zip(files, layouts, strict=True)]
         super().__init__(parts, open_parquet if self._is_parquet else open_hdf5)
         if not self.parts:
-            raise ValueError(f"{files[0][0]}: column 'object_id' has no rows")
+            raise ValueError(f"{files[0]}: column 'object_id' has no rows")
         self._stored = reference
         self._has = {kind: any(c.startswith(kind) for c in reference) for kind in ("image", "spectrum")}
         if not any(self._has.values()):
-            raise ValueError(f"{files[0][0]}: neither images nor spectra in it; there is {', '.join(reference)}")
+            raise ValueError(f"{files[0]}: neither images nor spectra in it; there is {', '.join(reference)}")
         scalars = {column: kind for column, kind in reference.items() if kind in ("text", "number")}
         redshift = next((c for c in REDSHIFTS if scalars.get(c) == "number"), None)
         self._labels = {} if redshift is None else {"redshift": (redshift, False)}
@@ -117,13 +117,9 @@ class MultimodalUniverse(PartSource):
             if column not in ("ra", "dec", redshift):
                 name = label_name(column)
                 self._labels[f"file_{name}" if name in self._labels else name] = (column, kind == "text")
+        self.labels = {name: f"{column} of the catalogue" for name, (column, _) in self._labels.items()}
         self._first_row(size, unit, spectrum_unit)
         self._handle = None
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {name: f"{column} of the catalogue" for name, (column, _) in self._labels.items()}
 
     def _first_row(self, size: int | None, unit: str | None, spectrum_unit: str) -> None:
         """Bands, unit, sizes and grid, from the first row."""
@@ -151,11 +147,8 @@ class MultimodalUniverse(PartSource):
                             f"column 'image_scale': {scale.tolist()}, must be positive and one for all bands"
                         )
                     self.pixel_scale_arcsec = round(float(scale[0]), 6)
-                side = min(image.shape[1:])
-                if size is not None and not 1 <= size <= side:
-                    raise ValueError(f"size: must be within 1 and {side}, the images' side, got {size}")
                 self._shape = image.shape
-                self._height, self._width = (size, size) if size is not None else image.shape[1:]
+                self._height, self._width = central_size(size, *image.shape[1:])
             if self._has["spectrum"]:
                 wave = stored["spectrum_lambda"]
                 grid = _grid(wave[: len(wave) - _padding(wave)])
@@ -191,13 +184,12 @@ class MultimodalUniverse(PartSource):
                 raise ValueError(f"column 'image_band': {' '.join(bands)}, the survey has {' '.join(self.bands)}")
             if flux.shape != self._shape:
                 raise ValueError(f"column 'image_flux': {flux.shape}, those of the first row are {self._shape}")
-            valid = np.isfinite(flux)
+            valid = np.ones(flux.shape, bool)
             if (ivar := stored["image_ivar"]) is not None:
                 valid &= np.isfinite(ivar) & (ivar > 0)
             if (mask := stored["image_mask"]) is not None:
                 valid &= (mask != 0) == self._mask_is_good
-            image, valid = (centre_crop(a, self._height, self._width) for a in (flux, valid))
-            payload |= mask_pixels(np.array(image, np.float32, order="C"), valid.copy())
+            payload |= cut_out(flux, self._height, self._width, valid)
         if (wave := stored.get("spectrum_lambda")) is not None:
             assert self.spectrum is not None
             flux, ivar, mask = (stored[f"spectrum_{name}"] for name in ("flux", "ivar", "mask"))

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from armillary.engine.data.sources.files.columns import Catalogue
-from armillary.engine.data.sources.files.tables import TableRows
+from armillary.engine.data.sources.files.tables import Duplicates, TableRows
 from armillary.engine.data.sources.source import Rows
 
 __all__ = ["THETA", "Provabgs"]
@@ -84,7 +83,7 @@ class Provabgs(TableRows):
         path: Path | str | Sequence[Path | str],
         *,
         cuts: bool = True,
-        duplicates: Literal["error", "first"] = "error",
+        duplicates: Duplicates = "error",
     ) -> None:
         catalogue = Catalogue(path)
         for column in (*REQUIRED, "PROVABGS_THETA_BF"):
@@ -92,7 +91,7 @@ class Provabgs(TableRows):
         size = catalogue.columns["PROVABGS_THETA_BF"].size
         if size not in (len(THETA) - 1, len(THETA)):
             raise ValueError(
-                f"{catalogue.files[0]}: column 'PROVABGS_THETA_BF': {size or 'one'} numbers a row, a model with a burst "
+                f"{catalogue.files[0]}: column 'PROVABGS_THETA_BF' has rows of length {size or 1}, but a model with a burst "
                 f"has {len(THETA)} parameters, or {len(THETA) - 1} without the fibre's share"
             )
         known = REQUIRED | {c: what for c, what in OPTIONAL.items() if c in catalogue.columns}

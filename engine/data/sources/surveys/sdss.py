@@ -12,7 +12,6 @@ default grid, a piece of that lattice, spectra are therefore copied; onto other 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +27,17 @@ from armillary.engine.data.sources.files.fits_tables import (
     Table,
     check_flux_unit,
     open_fits,
+)
+from armillary.engine.data.sources.files.parts import find_files
+from armillary.engine.data.sources.resample import pixel_edges, rebin
+from armillary.engine.data.sources.source import (
+    BadSample,
+    Rows,
+    Sample,
+    key_from_name,
+    listing_mark,
     position_problem,
 )
-from armillary.engine.data.sources.resample import pixel_edges, rebin
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, key_from_name
 
 __all__ = ["SDSS_GRID", "SdssSpectra"]
 
@@ -66,9 +72,9 @@ class SdssSpectra:
     The key of a sample is its file's name without `spec-`: PLATE-MJD-FIBER. Pixels of ivar 0, those that are not finite
     and those with one of `mask_bits` set carry no data. Where a file lacks an optional column, the label is unknown.
 
-    The default grid, 3.5500 to 4.0200 in steps of 1e-4 (3,548 to 10,471 angstrom, 4,701 pixels), holds whatever SDSS and
-    BOSS spectrographs recorded, so that models see one grid whatever the selection; what a file does not reach is
-    masked.
+    The default grid, 3.5500 to 4.0200 in steps of 1e-4 (3,548 to 10,471 angstrom, 4,701 pixels), holds all that SDSS and
+    BOSS spectrographs recorded, so that models see one grid for any selection of spectra. Pixels that a file does not
+    reach are masked.
 
     Args:
         path: A file, several, or a folder: all `spec-*.fits` and `.fits.gz` in it and its sub-folders, sorted.
@@ -114,8 +120,8 @@ class SdssSpectra:
     def inputs(self) -> dict[str, str]:
         """The files (checksum of names and sizes) and the options."""
         listing = [(f.name, f.stat().st_size) for f in self.files]
-        mark = hashlib.sha256(repr((listing, self._mask, self._coverage)).encode()).hexdigest()
-        return {f"{len(self.files)} spectra from {self.files[0].name}": f"listing-sha256:{mark}"}
+        mark = listing_mark((listing, self._mask, self._coverage))
+        return {f"{len(self.files)} spectra from {self.files[0].name}": mark}
 
     def describe(self, start: int, stop: int) -> Rows:
         """Keys, positions and labels; see `Described`. Of each file the tables' headers and HDU 2 are read."""
@@ -201,21 +207,11 @@ class SdssSpectra:
 
 def _find(path: Path | str | Sequence[Path | str]) -> list[Path]:
     """The files; no two of one name."""
-    if not isinstance(path, str | Path):
-        files = [Path(p) for p in path]
-    elif Path(path).is_dir():
-        found = (p for p in Path(path).rglob("spec-*") if p.name.lower().endswith(SUFFIXES))
-        files = sorted(p for p in found if p.is_file())
-    else:
-        files = [Path(path)]
-    if not files:
-        raise ValueError(f"{path}: no spectra in it (looked for spec-*.fits and spec-*.fits.gz)")
+    files = find_files(path, SUFFIXES, "spectrum file", prefix="spec-")
     keys: dict[str, Path] = {}
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file or folder of spectra")
         if (other := keys.setdefault(_key(file), file)) is not file:
-            raise ValueError(f"{file}: the same spectrum as {other}; keep one")
+            raise ValueError(f"{file}: it is the same spectrum as {other}; keep one")
     return files
 
 
@@ -232,16 +228,18 @@ def _tables(path: Path, hdus: Any) -> tuple[Table, Table]:
     """HDUs 1 and 2; files of another layout, unit or kind of wavelength are refused."""
     if len(hdus) < 3:
         names = ", ".join(hdu.name or "one without a name" for hdu in hdus)
-        raise ValueError(f"{path}: {len(hdus)} HDUs ({names}), COADD and SPECOBJ expected after the first; truncated?")
+        raise ValueError(
+            f"{path}: {len(hdus)} HDUs ({names}); it must have COADD and SPECOBJ after the first, and may be truncated"
+        )
     pixels, row = Table(path, hdus[1]), Table(path, hdus[2])
     for name in ("loglam", "flux", "ivar"):
         pixels.require(name)
     if pixels.count < 2:
-        raise ValueError(f"{path}: HDU 1 (COADD): {pixels.count} rows, one a pixel expected")
+        raise ValueError(f"{path}: HDU 1 (COADD): it has {pixels.count} rows, and must have one a pixel")
     if row.count != 1:
-        raise ValueError(f"{path}: HDU 2 (SPECOBJ): {row.count} rows, one expected")
+        raise ValueError(f"{path}: HDU 2 (SPECOBJ): it has {row.count} rows, and must have one")
     if hdus[0].header.get("VACUUM") is False:
-        raise ValueError(f"{path}: wavelengths in air (VACUUM = F), vacuum expected")
+        raise ValueError(f"{path}: its wavelengths are those of air (VACUUM = F), and must be those of vacuum")
     check_flux_unit(path, "BUNIT", hdus[0].header.get("BUNIT"))
     return pixels, row
 

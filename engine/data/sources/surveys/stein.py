@@ -6,8 +6,6 @@ nanomaggies and one data set a catalogue column with as many rows. Columns with 
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,16 @@ import h5py
 import numpy as np
 
 from armillary.engine.data.format.survey import CATALOG_COLUMNS
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, centre_crop
+from armillary.engine.data.sources.files.hdf5 import open_hdf5, plain
+from armillary.engine.data.sources.files.parts import (
+    Part,
+    PartSource,
+    central_size,
+    find_files,
+    refuse_differences,
+    short_names,
+)
+from armillary.engine.data.sources.source import Rows, cut_out, listing_mark
 
 __all__ = ["SteinSurvey"]
 
@@ -33,10 +40,9 @@ MEANING = {
     "psfsize": "weighted mean PSF FWHM, arcsec",
     "z_spec": "spectroscopic redshift; NaN where there is none",
 }
-CHUNK_CACHE_BYTES = 64 << 20
 
 
-class SteinSurvey:
+class SteinSurvey(PartSource):
     """A `Source` of the HDF5 cutouts.
 
     The key of a sample is `release_brickid_objid`, or file and row where the columns are missing. Pixels that are not
@@ -66,151 +72,56 @@ class SteinSurvey:
         size: int | None = None,
         zero_is_missing: bool = True,
     ) -> None:
-        self.files, self._names = _find(path)
+        files = find_files(path, SUFFIXES, "HDF5 file")
         self.zero_is_missing = zero_is_missing
-        self._handle: tuple[int, int, Any] | None = None
-        layouts = [_layout(f) for f in self.files]
-        first = layouts[0]
-        for file, layout in zip(self.files, layouts, strict=True):
-            if layout.shape != first.shape:
-                raise ValueError(f"{file}: images of {layout.shape}, those of {self.files[0]} are {first.shape}")
-            if layout.columns != first.columns:
-                odd = sorted(set(layout.columns.items()) ^ set(first.columns.items()))[0][0]
-                raise ValueError(f"{file}: column {odd!r} is missing or differs from that of {self.files[0]}")
-        self._ends = np.cumsum([layout.count for layout in layouts])
-        total = int(self._ends[-1])
-        self.rows = (0, total) if rows is None else rows
-        if not 0 <= self.rows[0] < self.rows[1] <= total:
-            raise ValueError(f"rows: must be within 0 and {total} and not empty, got {self.rows[0]}:{self.rows[1]}")
-        side = min(first.shape[1:])
-        if size is not None and not 1 <= size <= side:
-            raise ValueError(f"size: must be within 1 and {side}, the images' side, got {size}")
-        self._height, self._width = (size, size) if size is not None else first.shape[1:]
-        self._has_identity = all(first.columns.get(name) == () for name in IDENTITY)
-        self._parts = _label_parts(first.columns)
-        self.labels = {label: _meaning(column) for label, (column, _) in self._parts.items()}
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return self.rows[1] - self.rows[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the open file."""
-        return {**self.__dict__, "_handle": None}
+        layouts = [(file, *_layout(file)) for file in files]
+        for file, shape, _ in layouts:
+            if shape[1:] != layouts[0][1][1:]:
+                raise ValueError(f"{file}: images of {shape[1:]}, those of {files[0]} are {layouts[0][1][1:]}")
+        refuse_differences([(file, columns) for file, _, columns in layouts])
+        _, (_, _, height, width), columns = layouts[0]
+        ends = np.cumsum([shape[0] for _, shape, _ in layouts]).tolist()
+        low, high = (0, ends[-1]) if rows is None else rows
+        if not 0 <= low < high <= ends[-1]:
+            raise ValueError(f"rows: must be within 0 and {ends[-1]} and not empty, got {low}:{high}")
+        self._height, self._width = central_size(size, height, width)
+        names = short_names(files)
+        listing = [(name, file.stat().st_size, end) for name, file, end in zip(names, files, ends, strict=True)]
+        self._inputs = {f"{len(files)} files from {names[0]}, rows {low}:{high}": listing_mark(listing)}
+        self._has_identity = all(columns.get(name) == () for name in IDENTITY)
+        self._label_parts = _label_parts(columns)
+        self.labels = {label: _meaning(column) for label, (column, _) in self._label_parts.items()}
+        parts = []
+        for file, name, begin, end in zip(files, names, [0, *ends], ends, strict=False):
+            first, last = max(low, begin), min(high, end)
+            parts.append(Part(file, name, max(last - first, 0), first - begin))
+        super().__init__(parts, open_hdf5)
 
     def inputs(self) -> dict[str, str]:
         """The files (checksum of names, sizes and rows: tens of terabytes are not read twice)."""
-        listing = [(n, f.stat().st_size, int(e)) for n, f, e in zip(self._names, self.files, self._ends, strict=True)]
-        mark = hashlib.sha256(repr(listing).encode()).hexdigest()
-        low, high = self.rows
-        return {f"{len(self.files)} files from {self._names[0]}, rows {low}:{high}": f"listing-sha256:{mark}"}
+        return self._inputs
 
-    def describe(self, start: int, stop: int) -> Rows:
-        """Keys, positions and labels; see `Described`. Columns are read in runs of rows, images not at all."""
-        runs = list(self._runs(start + self.rows[0], stop + self.rows[0]))
-        keys: list[str] = []
-        pieces: dict[str, list[np.ndarray]] = {name: [] for name in ("ra", "dec", *self.labels)}
-        for number, low, high in runs:
-            file = self._file(number)
-            if self._has_identity:
-                identity = zip(*(file[name][low:high].tolist() for name in IDENTITY), strict=True)
-                keys += ["_".join(str(int(v)) for v in row) for row in identity]
-            else:
-                keys += [self._row_key(number, row) for row in range(low, high)]
-            stored = {column: file[column][low:high] for column in {c for c, _ in self._parts.values()}}
-            for name in ("ra", "dec"):
-                pieces[name].append(np.asarray(file[name][low:high], np.float64))
-            for label, (column, part) in self._parts.items():
-                values = stored[column] if part is None else stored[column][:, part]
-                pieces[label].append(_clean(column, values))
-        columns: dict[str, np.ndarray | list[str]] = {}
-        for name, piece in pieces.items():
-            joined = np.concatenate(piece) if piece else np.zeros(0)
-            columns[name] = [str(v) for v in joined] if joined.dtype == object else joined
+    def _columns(self, part: Part, low: int, high: int) -> Rows:
+        file = self._file(part)
+        if self._has_identity:
+            identity = zip(*(file[name][low:high].tolist() for name in IDENTITY), strict=True)
+            keys = ["_".join(str(int(v)) for v in row) for row in identity]
+        else:
+            stem = part.name.rsplit(".", 1)[0].replace("/", "_").replace(".", "_")
+            keys = [f"{stem}-{row:07d}" for row in range(low, high)]
+        stored = {column: file[column][low:high] for column in {c for c, _ in self._label_parts.values()}}
+        columns = {name: _clean(name, file[name][low:high]) for name in ("ra", "dec")}
+        for label, (column, k) in self._label_parts.items():
+            columns[label] = _clean(column, stored[column] if k is None else stored[column][:, k])
         return Rows(keys, columns)
 
-    def read(self, index: int) -> Sample:
-        """Read one row.
-
-        Raises:
-            BadSample: The row cannot be read (a damaged file).
-            IndexError: There is no such row.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index}: this source has {len(self)}")
-        number, row, _ = next(self._runs(self.rows[0] + index, self.rows[0] + index + 1))
-        where = f"{self._names[number]}:{row}"
-        try:
-            file = self._file(number)
-            image = centre_crop(np.asarray(file["images"][row], np.float32), self._height, self._width).copy()
-            rows = self.describe(index, index + 1)
-        except (OSError, RuntimeError) as error:  # h5py's ways to say that a chunk is damaged
-            raise BadSample(f"{self.files[number]}: row {row}: not readable: {error}") from error
-        valid = np.isfinite(image)
-        if self.zero_is_missing:
-            valid &= image != 0
-        image[~valid] = 0
-        labels: dict[str, float | str] = {}
-        for name in self.labels:
-            value = rows.columns[name][0]
-            labels[name] = value if isinstance(value, str) else float(value)
-        return Sample(
-            key=rows.keys[0],
-            image=image,
-            valid=None if valid.all() else valid,
-            ra=float(rows.columns["ra"][0]),
-            dec=float(rows.columns["dec"][0]),
-            labels=labels,
-            source=where,
-        )
-
-    def _row_key(self, number: int, row: int) -> str:
-        name = self._names[number].rsplit(".", 1)[0].replace("/", "_").replace(".", "_")
-        return f"{name}-{row:07d}"
-
-    def _runs(self, start: int, stop: int) -> Any:
-        """(file number, first row, last row + 1) of global rows [start, stop)."""
-        while start < stop:
-            number = int(np.searchsorted(self._ends, start, side="right"))
-            before = int(self._ends[number - 1]) if number else 0
-            end = min(stop, int(self._ends[number]))
-            yield number, start - before, end - before
-            start = end
-
-    def _file(self, number: int) -> Any:
-        """The open file. One is open at a time: readers come in the order of rows, and chunk caches add up."""
-        if self._handle is None or self._handle[:2] != (os.getpid(), number):
-            if self._handle is not None and self._handle[0] == os.getpid():
-                self._handle[2].close()
-            self._handle = (os.getpid(), number, h5py.File(self.files[number], "r", rdcc_nbytes=CHUNK_CACHE_BYTES))
-        return self._handle[2]
+    def _payload(self, part: Part, row: int) -> dict[str, Any]:
+        stored = self._file(part)["images"][row]
+        return cut_out(stored, self._height, self._width, zero_is_missing=self.zero_is_missing)
 
 
-class _Layout:
-    """Shapes of a file's data sets."""
-
-    def __init__(self, count: int, shape: tuple[int, ...], columns: dict[str, tuple[int, ...]]) -> None:
-        self.count, self.shape, self.columns = count, shape, columns
-
-
-def _find(path: Path | str | Sequence[Path | str]) -> tuple[list[Path], list[str]]:
-    """Files, and short names for them that tell north from south."""
-    if not isinstance(path, str | Path):
-        files = [Path(p) for p in path]
-    elif Path(path).is_dir():
-        files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
-    else:
-        files = [Path(path)]
-    if not files:
-        raise ValueError(f"{path}: no HDF5 files in it (looked for {', '.join(SUFFIXES)})")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such HDF5 file")
-    folder = Path(os.path.commonpath([f.resolve().parent for f in files]))
-    return files, [f.resolve().relative_to(folder).as_posix() for f in files]
-
-
-def _layout(path: Path) -> _Layout:
+def _layout(path: Path) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """Shapes of the images, and of a row of every column."""
     try:
         with h5py.File(path, "r") as file:
             if "images" not in file:
@@ -229,7 +140,7 @@ def _layout(path: Path) -> _Layout:
     for name in ("ra", "dec"):
         if columns.get(name) != ():
             raise ValueError(f"{path}: no column {name!r} with one value a row")
-    return _Layout(images[0], tuple(images[1:]), columns)
+    return images, columns
 
 
 def _label_parts(columns: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, int | None]]:
@@ -250,10 +161,9 @@ def _meaning(column: str) -> str:
     return MEANING.get(column, f"{column.upper()} of the DR9 catalogues")
 
 
-def _clean(column: str, values: np.ndarray) -> np.ndarray:
-    """Float64, or objects of text; -99 redshifts as NaN."""
+def _clean(column: str, values: np.ndarray) -> np.ndarray | list[str]:
+    """Float64, with -99 redshifts as NaN, or a list of text."""
     if values.dtype.kind in "SOU":
-        text = [v.decode("ascii", "replace") if isinstance(v, bytes) else str(v) for v in values.tolist()]
-        return np.array([t.strip() for t in text], dtype=object)
+        return plain(values, True)
     numbers = np.asarray(values, np.float64)
     return np.where(numbers == NO_REDSHIFT, np.nan, numbers) if column.startswith("z_") else numbers

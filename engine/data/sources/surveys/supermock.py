@@ -23,16 +23,14 @@ import numpy as np
 from armillary.engine.data.format.survey import VectorRecord
 from armillary.engine.data.sources.files.hdf5 import (
     HDF5_SUFFIXES,
-    Part,
-    PartSource,
     checked,
     column_names,
-    find_files,
     label_name,
     open_hdf5,
     opened,
     plain,
 )
+from armillary.engine.data.sources.files.parts import Part, PartSource, find_files, short_names
 from armillary.engine.data.sources.source import Rows
 
 __all__ = ["SuperMock", "resample_sed", "sed_grid"]
@@ -80,11 +78,11 @@ class SuperMock(PartSource):
         resample_sed: bool = False,
         leave_out: Sequence[str] = (),
     ) -> None:
-        files, names = find_files(path, HDF5_SUFFIXES, "HDF5")
+        files = find_files(path, HDF5_SUFFIXES, "HDF5 file")
         self._resample = resample_sed
         parts: list[Part] = []
         layouts: list[tuple[Path, _Layout]] = []
-        for file, name in zip(files, names, strict=True):
+        for file, name in zip(files, short_names(files), strict=True):
             layout = _Layout(file, resample_sed)
             layouts.append((file, layout))
             parts.append(Part(file, name, layout.count))
@@ -101,6 +99,7 @@ class SuperMock(PartSource):
         self.vectors = tuple(record for record in first.vectors if record.name not in leave_out)
         self._magnitudes = {name: columns for name, columns in first.magnitudes.items() if name not in leave_out}
         self._labels = first.labels
+        self.labels = {name: MEANING.get(name, f"{column} of the file") for name, (column, _) in self._labels.items()}
         self._wave = first.wave
         super().__init__(parts, open_hdf5)
 
@@ -111,11 +110,6 @@ class SuperMock(PartSource):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what was read."""
         return {**super().__getstate__(), "_kept": None}
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Label columns with their unit or meaning."""
-        return {name: MEANING.get(name, f"{column} of the file") for name, (column, _) in self._labels.items()}
 
     def _columns(self, part: Part, low: int, high: int) -> Rows:
         file = self._file(part)
@@ -186,7 +180,7 @@ class _Layout:
                 points = sed_grid()[0] if resample else self.wave
                 records.append(VectorRecord("sed", _unique(points, "um"), "Jy", "flux density at wavelengths"))
         if not records:
-            raise ValueError(f"{path}: no vectors in it: no columns mag_BAND_SURVEY, SFH or SED")
+            raise ValueError(f"{path}: it holds no vectors: there are no columns mag_BAND_SURVEY, SFH or SED")
         self.vectors = tuple(records)
         taken = {c for of in self.magnitudes.values() for c in of} | {"ra_true", "dec_true"}
         self.labels = {
@@ -239,7 +233,7 @@ def _axis(place: str, file: Any, name: str) -> np.ndarray:
     values = np.asarray(checked(place, file, name, "fiu")[:], np.float64)
     wrong = ~np.isfinite(values)
     if wrong.any():
-        raise ValueError(f"{place}: row {int(np.flatnonzero(wrong)[0])}: column {name!r}: not finite")
+        raise ValueError(f"{place}: row {int(np.flatnonzero(wrong)[0])}: column {name!r} is not finite")
     falls = np.flatnonzero(np.diff(values) <= 0)
     if len(values) < 2 or falls.size or values[0] <= 0:
         row = int(falls[0]) + 1 if falls.size else 0

@@ -1,86 +1,16 @@
-import fcntl
-import json
-import os
-import resource
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from noise_sky import SIGMA, Sky, contents, refuse, run
 
-from armillary.engine.data.building import packing
 from armillary.engine.data.building.build import build
 from armillary.engine.data.building.splits import ByRange, BySource
 from armillary.engine.data.format import codec
 from armillary.engine.data.format.shards import read_members
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, Survey
 from armillary.engine.data.inspect.check import check_survey
-from armillary.engine.data.sources.source import BadSample, Sample, describe
+from armillary.engine.data.sources.source import BadSample, describe
 from armillary.engine.data.sources.surveys.images import Pictures
-
-SIGMA = (0.01, 0.05)
-
-
-class Sky:
-    """A source of noise images with a bright middle; `change` spoils some samples."""
-
-    bands = ("g", "r")
-    pixel_scale_arcsec = 0.262
-    unit = "nanomaggy"
-    labels = {"z": "redshift", "type": "class"}
-
-    def __init__(self, count=30, change=None, size=12):
-        self.count, self.change, self.size, self.reads = count, change or {}, size, []
-
-    def __repr__(self):
-        return f"Sky({self.count})"
-
-    def __len__(self):
-        return self.count
-
-    def read(self, index):
-        self.reads.append(index)
-        rng = np.random.default_rng(index)
-        image = (
-            rng.normal(0, 1, (2, self.size, self.size)).astype(np.float32) * np.array(SIGMA, np.float32)[:, None, None]
-        )
-        image[:, 5:7, 5:7] += 3
-        valid = None
-        if index % 3 == 0:
-            valid = np.ones(image.shape, bool)
-            valid[1, :2] = False
-            image[1, :2] = 0
-        fields = {
-            "key": f"g{index}",
-            "image": image,
-            "valid": valid,
-            "ra": float(index * 10 % 360),
-            "dec": -1.5,
-            "labels": {"z": index / 100, "type": "Sa" if index % 2 else ""},
-            "source": f"row {index}",
-            "split": "train" if index % 5 else "valid",
-        }
-        if index in self.change:
-            self.change[index](fields)
-        return Sample(**fields)
-
-
-def run(source, folder, **options):
-    return build(source, folder, **{"name": "sky", "samples_per_shard": 8, "progress": False} | options)
-
-
-def contents(folder):
-    """Everything but the provenance, which names the command and the date."""
-    files = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
-    description = json.loads(files.pop("survey.json"))
-    del description["provenance"]
-    return files, description
 
 
 def test_what_is_stored(tmp_path):
@@ -221,10 +151,6 @@ def test_unusable_samples_stop_the_build_or_are_skipped(tmp_path, name, caplog):
     assert check_survey(tmp_path / "out") == []
 
 
-def refuse(fields):
-    raise BadSample(f"file {fields['source']} is damaged")
-
-
 def test_unreadable_samples_are_known_before_packing(tmp_path):
     change = dict.fromkeys((3, 4), refuse)
     with pytest.raises(BadSample, match=r"file row 3 is damaged; file row 4 is damaged\. Repair"):
@@ -272,8 +198,8 @@ def test_wrong_keys_always_stop(tmp_path, change, match, on_bad):
     ("options", "match"),
     [
         ({"samples_per_shard": 0}, "samples_per_shard: must be at least 1"),
-        ({"codec": "zip"}, "codec: must be bitplane or float16, got 'zip'"),
-        ({"on_bad": "ignore"}, "on_bad: must be error or skip"),
+        ({"codec": "zip"}, "codec: must be one of bitplane, float16, got 'zip'"),
+        ({"on_bad": "ignore"}, "on_bad: must be one of error, skip"),
         ({"seed": -1}, "seed: must be in"),
         ({"step_fraction": 0}, "step_fraction: must be positive"),
         ({"step_fraction": 0.1, "codec": "float16"}, "step_fraction: .*no effect with float16"),
@@ -314,60 +240,6 @@ def test_a_finished_survey_is_returned_and_another_refused(tmp_path):
     assert contents(tmp_path) == before
 
 
-class Stop(Exception):
-    pass
-
-
-def interrupt(folder, monkeypatch, at):
-    """Let a build fail at its `at`-th shard."""
-    calls = []
-
-    def fail(source, task):
-        calls.append(task)
-        if len(calls) == at:
-            raise Stop
-        return packing.pack(source, task)
-
-    monkeypatch.setattr("armillary.engine.data.building.build.pack", fail)
-    with pytest.raises(Stop):
-        run(Sky(), folder)
-    monkeypatch.undo()
-
-
-@pytest.mark.parametrize("at", [1, 2, 4])
-def test_an_interrupted_build_continues_to_the_same_bytes(tmp_path, monkeypatch, at):
-    run(Sky(), tmp_path / "whole")
-    interrupt(tmp_path / "out", monkeypatch, at)
-    assert check_survey(tmp_path / "out")[0].what == "the build of this survey is not finished"
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
-    assert len(before) == at - 1
-    (tmp_path / "out" / ".train-000009.tar.1.tmp").write_text("left by a killed process")
-    run(Sky(), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert all((tmp_path / "out" / name).stat().st_mtime_ns == t for name, t in before.items())  # kept, not redone
-
-
-def test_damaged_pieces_of_an_interrupted_build_are_redone(tmp_path, monkeypatch):
-    run(Sky(), tmp_path / "whole")
-    interrupt(tmp_path / "out", monkeypatch, 4)
-    shards = sorted((tmp_path / "out").glob("*.tar"))
-    shards[0].write_bytes(b"short")
-    shards[1].with_suffix(".idx").unlink()
-    record = tmp_path / "out" / ".build" / f"{shards[2].stem}.parquet"
-    record.write_bytes(record.read_bytes()[:40])
-    run(Sky(), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_an_interrupted_build_of_something_else_is_refused(tmp_path, monkeypatch):
-    interrupt(tmp_path, monkeypatch, 2)
-    with pytest.raises(FileExistsError, match=r"unfinished build of something else \(samples_per_shard 8, now 9\)"):
-        run(Sky(), tmp_path, samples_per_shard=9)
-    with pytest.raises(FileExistsError, match="samples 30, now 31"):
-        run(Sky(31), tmp_path)
-    run(Sky(), tmp_path)
-
-
 def test_folders_that_hold_something_else(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -380,71 +252,11 @@ def test_folders_that_hold_something_else(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.tar"]
 
 
-def test_two_builds_in_one_folder(tmp_path):
-    (tmp_path / ".build").mkdir()
-    with open(tmp_path / ".build" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another build is running in this folder"):
-            run(Sky(), tmp_path)
-    run(Sky(), tmp_path)
-
-
-@pytest.fixture
-def file_limit():
-    """Sets how large a file of this process may grow: writing beyond it fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_ends_cleanly_and_the_build_continues(tmp_path, file_limit):
-    run(Sky(), tmp_path / "whole", samples_per_shard=20)
-    file_limit(10_000)
-    with pytest.raises(OSError, match="cannot write: File too large; make room and run the same build again") as caught:
-        run(Sky(), tmp_path / "out", samples_per_shard=20)
-    file_limit(resource.RLIM_INFINITY)
-    assert Path(caught.value.filename).name == "train-000000.tar"
-    assert [p.name for p in (tmp_path / "out").iterdir()] == [".build"]
-    run(Sky(), tmp_path / "out", samples_per_shard=20)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_no_room_for_the_catalogue_or_the_description(tmp_path, monkeypatch):
-    run(Sky(), tmp_path / "whole")
-
-    def save(survey, folder):
-        with open("/dev/full", "wb", buffering=0) as f:
-            f.write(b"x")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Survey, "save", save)
-        with pytest.raises(OSError, match="No space left on device; make room"):
-            run(Sky(), tmp_path / "out")
-    run(Sky(), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
 def test_sources_that_do_not_describe_themselves_are_read():
     rows = describe(Sky(6, {2: refuse}), 1, 4)
     assert rows.keys == ["g1", "", "g3"] and rows.bad == {2: "file row 2 is damaged"}
     np.testing.assert_array_equal(rows.columns["z"], [0.01, np.nan, 0.03])
     assert rows.columns["type"] == ["Sa", "", "Sa"] and rows.splits == ["train", None, "train"]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(60):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"p{i:03d}.png")
-    (folder / "labels.csv").write_text(
-        "file,z,type\n" + "".join(f"p{i:03d},{i / 100},S{i % 3}\n" for i in range(0, 60, 2))
-    )
-    return folder
 
 
 def test_pictures_lose_nothing(pictures, tmp_path):
@@ -457,80 +269,6 @@ def test_pictures_lose_nothing(pictures, tmp_path):
         image, _ = codec.decode(raw[row["offset"] : row["offset"] + row["size"]])
         np.testing.assert_array_equal(image, source.read(int(row["key"][1:])).image)
     assert run(source, tmp_path / "coarse", step_fraction=0.5).step[0] == pytest.approx(survey.sky_sigma[0] / 2)
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_same_bytes_as_one(pictures, tmp_path):
-    run(Pictures(pictures), tmp_path / "one")
-    run(Pictures(pictures), tmp_path / "two", processes=2)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-SLOW = """
-    import os, sys, time
-    from armillary.engine.data.building.build import build
-    from armillary.engine.data.sources.surveys.images import Pictures
-
-    class Slow(Pictures):
-        def read(self, index):
-            time.sleep(0.02)
-            if os.environ.get("DIE") and index == 17 and os.path.exists(os.path.join(sys.argv[2], "train-000000.tar")):
-                os._exit(9)
-            return super().read(index)
-
-    if __name__ == "__main__":
-        build(Slow(sys.argv[1]), sys.argv[2], name="sky", samples_per_shard=8, progress=False, processes=2)
-"""
-
-
-def script(tmp_path):
-    path = tmp_path / "slow.py"
-    path.write_text(textwrap.dedent(SLOW))
-    return path
-
-
-def children(pid):
-    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def gone(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_kill_nine_leaves_no_worker_and_the_build_continues_to_the_same_bytes(pictures, tmp_path):
-    run(Pictures(pictures), tmp_path / "whole")
-    command = [sys.executable, str(script(tmp_path)), str(pictures), str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    records = tmp_path / "out" / ".build"
-    deadline = time.monotonic() + 120
-    while len(list(records.glob("train-*.parquet"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(workers) >= 2
-    while not all(map(gone, workers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert not (tmp_path / "out" / "survey.json").exists()
-    assert 2 <= len(list(records.glob("train-*.parquet"))) < 8
-    run(Pictures(pictures), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_is_reported(pictures, tmp_path):
-    command = [sys.executable, str(script(tmp_path)), str(pictures), str(tmp_path / "out")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "DIE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "a worker process died (killed, or out of memory)" in done.stderr
-    assert (tmp_path / "out" / ".build" / "plan.json").exists()
 
 
 def test_real_spirals_by_the_sky(real_data, tmp_path):

@@ -53,15 +53,10 @@ def test_a_recipe_becomes_a_survey(recipe, tmp_path, capsys):
 
 
 def test_every_problem_is_told_before_anything_is_read(recipe, tmp_path, capsys):
-    wrong = replace(
-        recipe,
-        first=Read("packd", tmp_path / "none", cuts=("z",)),
-        cuts=("mass",),
-        split="half",
-    )
+    wrong = replace(recipe, first=Read("packd", tmp_path / "none", cuts=("z",)), cuts=("mass",), split="half")
     assert start(wrong, ["--out", str(tmp_path / "s")]) == 2
     text = capsys.readouterr().err
-    for part in ("first.kind: must be one of", "first.path: must be an existing", "first.cuts: cut 'z'", "cuts: cut 'mass'", "split: must be"):  # fmt: skip
+    for part in ("first.kind: must be module:class or one of", "first.path: must be an existing", "first.cuts: cut 'z'", "cuts: cut 'mass'", "split: must be"):  # fmt: skip
         assert part in text
     assert not (tmp_path / "s").exists()
 
@@ -86,5 +81,5 @@ def test_options_from_the_command_line():
 def test_every_kind_can_be_loaded(tmp_path):
     for kind in KINDS.values():
         assert callable(kind.load()) and kind.what
-    with pytest.raises(ValueError, match="kind: must be auto or one of images, "):
+    with pytest.raises(ValueError, match="kind: must be auto, module:class or one of images, "):
         open_source(tmp_path, "stars")

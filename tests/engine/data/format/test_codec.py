@@ -9,13 +9,7 @@ import pytest
 
 from armillary import _C
 from armillary.engine.data.format import codec
-from armillary.engine.data.format.codec import (
-    decode,
-    decode_reference,
-    encode,
-    encode_reference,
-    read_header,
-)
+from armillary.engine.data.format.codec import decode, decode_reference, encode, encode_reference, read_header
 
 REPOSITORY = Path(__file__).parents[4]
 SHAPES = [(1, 1, 1), (3, 7, 5), (5, 16, 16), (2, 1, 33), (64, 2, 3), (3, 61, 47)]

@@ -143,8 +143,11 @@ def test_build_command_takes_every_option(folder, tmp_path):
     words = ["--kind", "images", "--name", "n", "--labels", folder / "in" / "labels.csv", "--size", 8]
     words += ["--pixel-scale-arcsec", 0.2, "--codec", "float16", "--samples-per-shard", 4, "--seed", 3]
     words += ["--on-bad", "skip", "--no-progress", "--processes", 1, "--sky-sigma", 1, 2, 3, "--bands", "i", "r", "g"]
+    words += ["--cut", "type != Sc", "--cut", "type != Sb"]
     assert command(cli.build, folder / "in", "--out", tmp_path / "o", *words) == 0
     survey = Survey.load(tmp_path / "o")
+    inputs = survey.provenance["build"]["inputs"]
+    assert inputs["cut: type != Sc"] == "removed 0 rows" and inputs["cut: type != Sb"] == "removed 1 rows"
     assert (survey.name, survey.height, survey.bands, survey.sky_sigma) == ("n", 8, ("i", "r", "g"), (1.0, 2.0, 3.0))
     assert survey.provenance["command"].startswith(sys.argv[0].split()[0])
 

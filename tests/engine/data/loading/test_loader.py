@@ -1,128 +1,28 @@
-"""Loader and readers: the same batches from both readers and any number of ranks, exact resume, damage, clean ends."""
+"""Loader and readers: the same batches from both readers and any number of ranks, exact resume, clean ends."""
 
-import gc
 import logging
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
 import time
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dali_here import needs_dali
+from toy_shards import BOTH, SHAPE, STEP, assert_right, assert_same, damage, image_of, load, pack, plain, take, valid_of
 
 from armillary.engine.data.format import codec
-from armillary.engine.data.format.shards import ShardWriter, write_index
-from armillary.engine.data.format.survey import Statistics, Survey
-from armillary.engine.data.loading import index_folder, readers
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.loading import readers
 from armillary.engine.data.loading.decoding import decode_padded, pad_blobs
 from armillary.engine.data.loading.epoch_order import EpochOrder, micro_batches
-from armillary.engine.data.loading.loader import Loader, SequentialLoader
+from armillary.engine.data.loading.loader import SequentialLoader
 
-BOTH = pytest.mark.parametrize("reader", [pytest.param("dali", marks=needs_dali), "webdataset"])
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 CPU = torch.device("cpu")
-SHAPE = (2, 9, 7)
-COUNTS = {"train": (7, 1, 12, 5), "test": (3, 2)}
-STEP = (0.125, 0.25)
-
-
-def image_of(row: int) -> np.ndarray:
-    """What a row's image decodes to: its row in every pixel and a pattern on top, all multiples of the steps."""
-    pattern = np.random.default_rng(row).integers(-40, 40, SHAPE).astype(np.float32)
-    return np.float32(row) + pattern * np.float32(0.25)
-
-
-def valid_of(row: int) -> np.ndarray | None:
-    if row % 9 != 4:
-        return None
-    valid = np.ones(SHAPE, bool)
-    valid[:, 2:4] = False
-    return valid
-
-
-def pack(folder: Path, name: str = "bitplane", masks: bool = True, counts=COUNTS) -> Path:
-    folder.mkdir(exist_ok=True)
-    records, rows = [], iter(range(sum(map(sum, counts.values()))))
-    for split, shards in counts.items():
-        for number, count in enumerate(shards):
-            with ShardWriter(folder / f"{split}-{number:06d}.tar", split) as writer:
-                for row in islice(rows, count):
-                    valid = valid_of(row) if masks else None
-                    blob = codec.encode(image_of(row), STEP if name == "bitplane" else None, valid)
-                    writer.add(f"g{row:05d}", {"img": blob})
-            write_index(writer.path, writer.members)
-            records.append(writer.record)
-    two = (1.0, 1.0)
-    steps = STEP if name == "bitplane" else ()
-    statistics = Statistics(two, two, two, (two, two), 1)
-    Survey("toy", ("g", "r"), *SHAPE[1:], 0.262, "nanomaggy", name, two, steps, tuple(records), statistics).save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def survey(tmp_path_factory) -> Path:
-    return pack(tmp_path_factory.mktemp("survey") / "s")
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path_factory, monkeypatch):
-    """No thread, descriptor or index folder of ours outlives a test; the folders of other runs are not looked at."""
-    memory = tmp_path_factory.mktemp("memory")
-    monkeypatch.setattr(index_folder, "MEMORY", memory)
-
-    def ours():
-        threads = {t.name for t in threading.enumerate() if t.name.startswith("armillary")}
-        tars = {
-            os.readlink(f"/proc/self/fd/{n}")
-            for n in os.listdir("/proc/self/fd")
-            if Path(f"/proc/self/fd/{n}").exists()
-        }
-        return threads | {t for t in tars if t.endswith(".tar")} | set(os.listdir(memory))
-
-    yield
-    end = time.monotonic() + 10
-    while (left := ours()) and time.monotonic() < end:
-        gc.collect()  # slow, and what is gone without it is gone
-        time.sleep(0.05)
-    assert not left
-
-
-def load(folder, **options) -> Loader:
-    settings = {"micro_batch": 4, "device": "cpu", "reader": "webdataset", "seed": 3}
-    return Loader(folder, **{**settings, **options})
-
-
-def plain(batch) -> dict:
-    return {name: tensor.clone() for name, tensor in batch.items()}
-
-
-def take(loader: Loader, count: int) -> list[dict]:
-    return [plain(batch) for batch in islice(loader, count)]
-
-
-def assert_same(left: list[dict], right: list[dict]) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
-
-
-def assert_right(batch) -> None:
-    """A batch holds exactly what was packed for its rows."""
-    rows = batch["row"].tolist()
-    masks = [valid_of(row) for row in rows]
-    assert ("valid" in batch) == any(mask is not None for mask in masks)
-    for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-        image = image_of(row) if mask is None else np.where(mask, image_of(row), np.float32(0))
-        np.testing.assert_array_equal(batch["image"][i].numpy(), image)
-        if "valid" in batch:
-            np.testing.assert_array_equal(batch["valid"][i].numpy(), np.ones(SHAPE, bool) if mask is None else mask)
 
 
 @BOTH
@@ -233,180 +133,6 @@ def test_states_that_are_refused(survey, change, message):
         assert loader.state_dict() == before
 
 
-def damage(folder: Path, row: int) -> Path:
-    """Flip a byte in the middle of a train row's blob."""
-    begins = np.cumsum((0, *COUNTS["train"]))
-    shard = int(np.searchsorted(begins, row, side="right")) - 1
-    tar = folder / f"train-{shard:06d}.tar"
-    offset, size = map(int, tar.with_suffix(".idx").read_text().splitlines()[1 + row - begins[shard]].split()[1:3])
-    content = bytearray(tar.read_bytes())
-    content[offset + size // 2] ^= 0x10
-    tar.write_bytes(content)
-    return tar
-
-
-def rows_in_order(folder: Path, epoch: int = 0) -> list[int]:
-    return EpochOrder.of(Survey.load(folder), "train", seed=3).rows(epoch, 0, 25).tolist()
-
-
-@BOTH
-def test_a_corrupt_sample_is_named(tmp_path, reader):
-    folder = pack(tmp_path / "s")
-    row = rows_in_order(folder)[9]
-    tar = damage(folder, row)
-    with load(folder, reader=reader) as loader:
-        take(loader, 2)
-        for _ in range(2):  # and again, if someone goes on
-            with pytest.raises(codec.CorruptBlob, match=f"sample 'g{row:05d}' .position 9 of epoch 0, row {row}") as e:
-                next(loader)
-        assert str(tar) in str(e.value) and "CRC-32" in str(e.value) and "on_corrupt='skip'" in str(e.value)
-        assert loader.state_dict()["position"] == 8 and loader.corrupt == 0
-
-
-@BOTH
-@pytest.mark.parametrize("world,size", [(1, 8), (2, 2)])
-def test_a_skipped_sample_is_replaced_by_the_next_for_any_number_of_ranks(tmp_path, caplog, reader, world, size):
-    folder = pack(tmp_path / "s")
-    order = rows_in_order(folder)
-    for place in (3, 11, 12, 24):  # 11 and 12: the next one is corrupt too; 24: not in this epoch
-        damage(folder, order[place])
-    wanted = list(order)
-    wanted[3], wanted[11], wanted[12] = order[4], order[13], order[13]
-    ranks = [
-        load(folder, micro_batch=size, accumulation=8 // size // world, rank=r, world=world, reader=reader,
-             on_corrupt="skip")
-        for r in range(world)
-    ]  # fmt: skip
-    with caplog.at_level(logging.WARNING):
-        parts = [plain(p) for _ in range(24 // size // world) for p in map(next, ranks)]
-    for part in parts:
-        assert_right(part)
-    assert torch.cat([p["row"] for p in parts]).tolist() == wanted[:24]
-    assert torch.cat([p["position"] for p in parts]).tolist() == list(range(24))
-    assert sum(rank.corrupt for rank in ranks) == 3
-    assert f"replaced by sample 'g{order[4]:05d}'" in caplog.text
-    for rank in ranks:
-        rank.close()
-
-
-def test_skipping_gives_up_where_nothing_is_left(tmp_path):
-    folder = pack(tmp_path / "s", counts={"train": (3,)})
-    for row in range(3):
-        damage(folder, row)
-    with (
-        load(folder, micro_batch=2, on_corrupt="skip") as loader,
-        pytest.raises(codec.CorruptBlob, match="and so are the samples after it.*armillary data check"),
-    ):
-        next(loader)
-
-
-def test_an_image_of_another_size_is_corrupt(tmp_path):
-    folder = pack(tmp_path / "s")
-    text = (folder / "survey.json").read_text()
-    (folder / "survey.json").write_text(text.replace('"width": 7', '"width": 8'))
-    with load(folder) as loader, pytest.raises(codec.CorruptBlob, match="shape is 2x9x7, expected 2x9x8"):
-        next(loader)
-
-
-@pytest.mark.parametrize("claimed", ["bitplane", "float16"])
-def test_a_blob_of_another_codec_is_corrupt(tmp_path, claimed):
-    packed = {"bitplane": "float16", "float16": "bitplane"}[claimed]
-    folder = pack(tmp_path / "s", packed)
-    text = (folder / "survey.json").read_text()
-    (folder / "survey.json").write_text(text.replace(f'"codec": "{packed}"', f'"codec": "{claimed}"'))
-    with (
-        load(folder) as loader,
-        pytest.raises(codec.CorruptBlob, match=f"codec is {packed}, the survey's is {claimed}"),
-    ):
-        next(loader)
-
-
-def test_an_empty_blob_is_corrupt(tmp_path):
-    folder = pack(tmp_path / "s", counts={"train": (3,)})
-    index = folder / "train-000000.idx"
-    lines = index.read_text().splitlines()
-    lines[2] = " ".join([*lines[2].split()[:2], "0", lines[2].split()[3]])
-    index.write_text("\n".join(lines) + "\n")
-    with (
-        load(folder, micro_batch=3) as loader,
-        pytest.raises(codec.CorruptBlob, match="0 bytes from byte .* corrupt: 0"),
-    ):
-        next(loader)
-
-
-@pytest.mark.parametrize(
-    "break_it,error,message",
-    [
-        (lambda f: (f / "survey.json").unlink(), FileNotFoundError, "no survey here"),
-        (
-            lambda f: (f / "train-000002.idx").unlink(),
-            FileNotFoundError,
-            "train-000002.idx.*missing; write it anew: python -c",
-        ),
-        (lambda f: (f / "train-000001.tar").unlink(), FileNotFoundError, "train-000001.tar.*missing; copy it again"),
-        (
-            lambda f: os.truncate(f / "train-000003.tar", 1000),
-            ValueError,
-            "1000 bytes, but survey.json says.*truncated",
-        ),
-        (lambda f: os.truncate(f / "train-000003.tar", 10**5), ValueError, "not the file that was packed"),
-    ],
-)
-def test_damage_found_before_the_start(tmp_path, break_it, error, message):
-    folder = pack(tmp_path / "s")
-    break_it(folder)
-    with pytest.raises(error, match=message):
-        load(folder)
-    if error is ValueError:
-        load(folder, micro_batch=2, split="test").close()  # the damage is in another split
-        load(folder, micro_batch=2, rank=0, world=2).close()  # shard 3 is looked at by rank 1
-
-
-def test_the_cure_for_a_missing_index_works(tmp_path):
-    folder = pack(tmp_path / "s")
-    index = folder / "train-000002.idx"
-    content = index.read_bytes()
-    index.unlink()
-    with pytest.raises(FileNotFoundError) as e:
-        load(folder)
-    exec(str(e.value).partition('python -c "')[2].removesuffix('"'), {})
-    assert index.read_bytes() == content
-
-
-@BOTH
-@pytest.mark.parametrize(
-    "content,message",
-    [
-        ("", "not a complete DALI index"),
-        ("v1.2 3\nimg 512 100 a.img\n", "not a complete DALI index"),
-        ("v1.1 0\n", "not a complete DALI index"),
-        ("v1.2 1\nimg 512 100 a.img\n", "1 samples, but survey.json says 3; write it anew"),
-    ],
-)
-def test_an_index_that_does_not_fit(tmp_path, reader, content, message):
-    folder = pack(tmp_path / "s", counts={"train": (3,)})
-    (folder / "train-000000.idx").write_text(content)
-    with load(folder, reader=reader, micro_batch=3) as loader, pytest.raises(ValueError, match=message):
-        next(loader)
-
-
-def test_an_index_line_that_says_nothing(tmp_path):
-    folder = pack(tmp_path / "s", counts={"train": (1,)})
-    (folder / "train-000000.idx").write_text("v1.2 1\nimg 512 a.img\n")
-    with load(folder, micro_batch=1) as loader, pytest.raises(ValueError, match="line 2 is b'img 512 a.img'"):
-        next(loader)
-
-
-@BOTH
-def test_a_tar_cut_short_during_the_run(tmp_path, reader):
-    folder = pack(tmp_path / "s", counts={"train": (5,)})
-    with load(folder, reader=reader, micro_batch=5) as loader:
-        os.truncate(folder / "train-000000.tar", 700)
-        with pytest.raises(OSError, match="train-000000.tar: ends .* bytes before sample 'g0000") as e:
-            next(loader)
-    assert any("of epoch 0" in note for note in e.value.__notes__)
-
-
 @pytest.mark.parametrize(
     "options,message",
     [
@@ -417,7 +143,7 @@ def test_a_tar_cut_short_during_the_run(tmp_path, reader):
         ({"rank": 2, "world": 2}, r"rank: must be in \[0, world = 2\), got 2"),
         ({"threads": 0}, "threads: must be at least 1, got 0"),
         ({"prefetch": 0}, "prefetch: must be at least 1, got 0"),
-        ({"on_corrupt": "ignore"}, "on_corrupt: must be error or skip, got 'ignore'"),
+        ({"on_corrupt": "ignore"}, "on_corrupt: must be one of error, skip, got 'ignore'"),
         ({"reader": "tar"}, "reader: must be one of auto, dali, webdataset, got 'tar'"),
         ({"seed": -3}, "seed: must be in"),
     ],
@@ -585,20 +311,6 @@ def test_sequential_covers_a_split_once_in_order(survey, reader, batch, sizes):
             assert_right(b)
     test = SequentialLoader(survey, split="test", batch=4, device="cpu", reader=reader)
     assert torch.cat([b["row"] for b in test]).tolist() == [25, 26, 27, 28, 29]
-
-
-@BOTH
-def test_sequential_leaves_corrupt_samples_out(tmp_path, reader, caplog):
-    folder = pack(tmp_path / "s")
-    for row in (0, 1, 2, 9):
-        damage(folder, row)
-    options = {"split": "train", "batch": 3, "device": "cpu", "reader": reader}
-    loader = SequentialLoader(folder, on_corrupt="skip", **options)
-    rows = torch.cat([b["row"] for b in loader]).tolist()
-    assert rows == [r for r in range(25) if r not in (0, 1, 2, 9)]
-    assert loader.corrupt == 4 and caplog.text.count("left out") == 4
-    with pytest.raises(codec.CorruptBlob, match="sample 'g00000'"):
-        list(SequentialLoader(folder, **options))
 
 
 def test_sequential_may_be_left_early(survey):

@@ -1,5 +1,6 @@
 """Surveys whose samples hold any mix of images, spectra and vectors: packed, checked, read, decoded."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -111,6 +112,36 @@ def test_batches_hold_what_is_asked_for(survey, reader, modalities):
                 expected = [sample.vectors.get(v.name, np.full(v.size, np.nan)) for v in VECTORS]
                 np.testing.assert_array_equal(batch["vectors"][i].numpy(), np.concatenate(expected))
     assert seen == first
+
+
+def test_an_absent_spectrum_has_no_data_also_beside_spectra_without_a_mask(tmp_path):
+    class Unmasked(Mixed):
+        def read(self, index):
+            return super().read(index + 20)  # from 20 on, Mixed masks no pixel
+
+    packed(tmp_path / "s", Unmasked())
+    options = {"split": "train", "batch": 20, "device": "cpu", "reader": "webdataset", "modalities": ("spectrum",)}
+    (batch,) = SequentialLoader(tmp_path / "s", **options)
+    there = batch["has_spectrum"]
+    assert there.any() and not there.all()
+    assert (batch["spectrum_ivar"][there] > 0).all()
+    assert not batch["spectrum_ivar"][~there].any() and not batch["spectrum"][~there].any()
+
+
+@pytest.mark.parametrize("modality", ["image", "spectrum"])
+def test_a_blob_of_another_codec_is_corrupt(tmp_path, modality):
+    """Also an image that is handed out as a blob: the kernel that decodes it would make zeros of it."""
+    packed(tmp_path / "s")
+    source = PackedSurvey(tmp_path / "s", "train")
+    lacking = [i for i in range(len(source)) if getattr(source.read(i), modality) is None]
+    record = json.loads((tmp_path / "s" / "survey.json").read_text())
+    (record if modality == "image" else record["spectrum"])["codec"] = "float16"
+    (tmp_path / "s" / "survey.json").write_text(json.dumps(record))
+    options = {"split": "train", "batch": 4, "device": "cpu", "reader": "webdataset", "packed": True}
+    with pytest.raises(codec.CorruptBlob, match="its codec is bitplane, the survey's is float16"):
+        list(SequentialLoader(tmp_path / "s", **options))
+    rows = [i for b in SequentialLoader(tmp_path / "s", **options, on_corrupt="skip") for i in b["row"].tolist()]
+    assert rows == lacking and lacking
 
 
 def test_both_readers_give_the_same_batches(survey):

@@ -301,10 +301,10 @@ BAD = {
     "local_size: must be in 1 .. 20, the side of the survey's cutouts, got 0": {"local_size": 0},
     "n_global: must be >= 1, got 0": {"n_global": 0, "blur_probability": (0.5,), "noise_probability": (0.5,)},
     "n_local: must be >= 0, got -1": {"n_local": -1},
-    'placement: must be "random" or "centre", got corner': {"placement": "corner"},
+    "placement: must be one of random, centre, got 'corner'": {"placement": "corner"},
     "jitter_px: must be >= 0, got -1": {"placement": "centre", "jitter_px": -1},
     'jitter_px: must be 0 with placement "random", got 2': {"jitter_px": 2},
-    'rotation: must be "none" or "any", got half': {"rotation": "half"},
+    "rotation: must be one of none, any, got 'half'": {"rotation": "half"},
     'quarter_turns: must be off with rotation "any", got True': {"rotation": "any", "quarter_turns": True},
     "hflip: must be a probability in [0, 1], got -0.1": {"hflip": -0.1},
     "vflip: must be a probability in [0, 1], got 1.5": {"vflip": 1.5},
@@ -371,7 +371,7 @@ def test_a_gpu_gives_the_views_of_a_cpu(views):
 def test_objects_without_images_are_refused():
     s = survey()
     batch = a_batch(s, n=2) | {"row": torch.tensor([7, 8]), "has_image": torch.tensor([True, False])}
-    with pytest.raises(ValueError, match="row 8 of catalog.parquet has no image to crop"):
+    with pytest.raises(ValueError, match="row 8 of catalog.parquet has no image; build"):
         full().build(s, "cpu")(batch, KEY)
     with pytest.raises(ValueError, match="views: need images to crop"):
         full().build(survey(bands=()), "cpu")

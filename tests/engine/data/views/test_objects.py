@@ -1,8 +1,10 @@
 """Views of whole objects, and the catalogue's columns in batches."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -97,6 +99,23 @@ def test_a_training_batch(folder):
     }
     for row, crop in zip(batch["row"].tolist(), batch["crop"], strict=True):
         torch.testing.assert_close(crop, whole[row])  # nothing is random in these views
+
+
+def test_the_catalogue_is_read_once_until_it_changes(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "survey"
+    shutil.copytree(folder, copy)
+    reads = []
+    monkeypatch.setattr(
+        pq, "read_table", lambda path, real=pq.read_table, **options: reads.append(path) or real(path, **options)
+    )
+    survey, views = Survey.load(copy), ObjectViews(columns=("z",), targets=("z",))
+    mean = views.input_spec(survey).target_mean
+    views.build(survey, "cpu")
+    assert not views.problems(survey) and len(reads) == 1
+    table = pq.read_table(copy / "catalog.parquet")
+    doubled = table.set_column(table.column_names.index("z"), "z", pc.multiply(table["z"], 2.0))
+    pq.write_table(doubled, copy / "catalog.parquet")
+    assert views.input_spec(survey).target_mean == pytest.approx(2 * np.array(mean))
 
 
 def batches(folder, split, view):

@@ -15,7 +15,8 @@ from armillary.engine.data.format import codec
 from armillary.engine.data.format.shards import ShardWriter, write_index
 from armillary.engine.data.format.survey import Statistics, Survey
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
-from armillary.engine.data.views.multi_crop import ASTROCLIP_RELEASED, EvalInput, LogNormal, MultiCrop
+from armillary.engine.data.views.crops import EvalInput
+from armillary.engine.data.views.multi_crop import ASTROCLIP_RELEASED, LogNormal, MultiCrop
 from armillary.engine.data.views.stretch import AsinhWhiten, Identity, ToRGB, ZScore
 from armillary.engine.evaluate import cli
 from armillary.engine.evaluate.embedding.embed import Pipeline, embed

@@ -96,10 +96,7 @@ def test_unreadable_files(tmp_path):
 def test_one_pass_serves_all_encoders():
     images, batches = make_batches()
     served = iter(batches)
-    rows, vectors = embed(
-        {"a": Pipeline(plain, mean_encoder), "b": Pipeline(plain, mean_encoder, "top")},
-        served,
-    )
+    rows, vectors = embed({"a": Pipeline(plain, mean_encoder), "b": Pipeline(plain, mean_encoder, "top")}, served)
     np.testing.assert_array_equal(rows, np.arange(10))
     np.testing.assert_allclose(vectors["a"], images.mean((2, 3)))
     np.testing.assert_allclose(vectors["b"], images.amax((2, 3)))
@@ -260,7 +257,7 @@ def test_untrained_twin_is_built_anew(survey_dir):
     views = types.SimpleNamespace(modalities=("image",), eval_view=lambda survey, device: view)
     built = types.SimpleNamespace(build=lambda inputs: spec.append(inputs) or Net())
     survey, device = Survey.load(survey_dir), torch.device("cpu")
-    encoder = TrainedEncoder(survey_dir, None, {"run": None}, ())
+    encoder = TrainedEncoder(survey_dir, None, {"run": None})
     encoder.run = types.SimpleNamespace(name="r", seed=3, views=views, method=built)
     encoder.pixels, encoder.inputs = survey.pixels(), InputSpec(3, 6)
     trained = Net()

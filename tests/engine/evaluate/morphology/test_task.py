@@ -42,7 +42,7 @@ def outcome(make_study):
     rng = np.random.default_rng(1)
     features = {
         "AstroCLIP image": image(hidden, "shared"),
-        "unaligned <image>": image(hidden + 2 * rng.normal(size=hidden.shape)),
+        "unaligned <image>": image(hidden + rng.normal(size=hidden.shape)),
         "ResNet18": image(hidden[:, :1], targets=("smooth-or-featured_smooth",)),
     }
     return morphology(make_study(labels, features, train=TRAIN), QUICK)
@@ -84,12 +84,22 @@ def test_it_learns_what_the_vectors_hold(outcome):
         good = scores("accuracy", question, "AstroCLIP image")
         bad = scores("accuracy", question, "unaligned <image>")
         least = of(outcome, "accuracy", target=question, model="most frequent answer")[0].value
-        assert good.value > 0.85
+        # Over 6 seeds the least of three questions is right in 0.984 +- 0.003, unaligned 0.16 +- 0.04 above the commonest answer.
+        assert good.value > 0.95
         assert good.value > bad.value > least
         assert bad.samples == TEST
         assert bad.error == pytest.approx(np.sqrt(bad.value * (1 - bad.value) / TEST))
-        # Between the errors of an accuracy and of one made of fewer galaxies.
-        assert 0.7 * bad.error < scores("f1", question, "unaligned <image>").error < 2 * bad.error
+        # Between the errors of an accuracy and of one made of fewer galaxies: 0.87 +- 0.09 to 1.05 +- 0.04.
+        assert 0.5 * bad.error < scores("f1", question, "unaligned <image>").error < 2 * bad.error
+
+
+def test_the_most_frequent_answer_is_that_of_the_training_split(make_study):
+    labels, hidden = zoo(("smooth-or-featured", "disk-edge-on"))
+    yes = np.r_[np.arange(TRAIN) < 0.6 * TRAIN, np.arange(TEST) < 0.2 * TEST]
+    labels["disk-edge-on_yes"], labels["disk-edge-on_no"] = np.where(yes, 0.9, 0.1), np.where(yes, 0.1, 0.9)
+    outcome = morphology(make_study(labels, {"a": image(hidden)}, train=TRAIN), QUICK)
+    (m,) = of(outcome, "accuracy", target="disk-edge-on", model="most frequent answer")
+    assert m.value == pytest.approx(0.2)
 
 
 def test_means_and_verdicts(outcome):
@@ -98,6 +108,7 @@ def test_means_and_verdicts(outcome):
         *each, mean = [m.value for m in mine]
         assert mine[-1].target == "mean of questions"
         assert mean == pytest.approx(np.mean(each))
+    # By 7.5 +- 0.8 errors of the difference over 6 seeds, 1.96 are asked for.
     assert "aligned image embeddings (AstroCLIP image) answer 3 of 3 questions better than unaligned ones" in "\n".join(
         outcome.lines
     )
@@ -172,7 +183,7 @@ def test_votes_that_are_never_known(make_study):
     labels, hidden = zoo()
     labels["disk-edge-on_yes"][:] = np.nan
     outcome = morphology(make_study(labels, {"a": image(hidden)}, train=TRAIN), QUICK)
-    assert any("disk-edge-on: left out, label 'disk-edge-on_yes': known for none" in line for line in outcome.lines)
+    assert any("disk-edge-on: left out, label 'disk-edge-on_yes': is known for none" in line for line in outcome.lines)
 
 
 def test_no_question_at_all(make_study):
@@ -188,7 +199,7 @@ def test_no_question_at_all(make_study):
 def test_predictions_alone_are_refused(make_study):
     labels, hidden = zoo()
     study = make_study(labels, {"r": image(hidden[:, :1], targets=("redshift",))}, train=TRAIN)
-    with pytest.raises(ValueError, match="morphology needs embeddings, and all sets are predictions"):
+    with pytest.raises(ValueError, match="no embeddings, only predictions"):
         morphology(study)
 
 

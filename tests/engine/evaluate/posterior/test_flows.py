@@ -46,23 +46,23 @@ def fitted():
 def test_flows_learn_a_known_posterior(fitted):
     x, theta, exact = gaussian(600, seed=1)
     divergence = (exact - fitted.log_prob(x, theta)).mean()
-    assert 0 < divergence < 0.3
+    assert 0 < divergence < 0.48  # 0.22 +- 0.06 over 8 seeds; flows without the correlation would lack 0.51
     unconditional = -np.log(2 * math.pi * math.e) - np.log(theta.std(0)).sum()
-    assert fitted.log_prob(x, theta).mean() > unconditional + 0.8
+    assert fitted.log_prob(x, theta).mean() > unconditional + 2.6  # 2.91 +- 0.07
 
 
 def test_their_draws_are_calibrated(fitted):
     x, theta, _ = gaussian(400, seed=2)
     draws = fitted.sample(x, 100, torch.Generator().manual_seed(0))
     rng = np.random.default_rng(0)
-    bound = 1.5 * calibration.chance_deviation(400)
+    bound = 1.6 * calibration.chance_deviation(400)  # over 8 seeds 0.58 +- 0.22, and 0.70 +- 0.21 for the worse PIT
     assert calibration.tarp(draws, theta, rng).test.deviation < bound
     assert all(calibration.uniformity(v).deviation < bound for v in calibration.pit(draws, theta, rng).T)
 
 
 def test_draws_carry_the_correlation(fitted):
     draws = fitted.sample(np.zeros((1, 4), np.float32), 3000, torch.Generator().manual_seed(0))[0]
-    assert np.corrcoef(draws.T)[0, 1] == pytest.approx(0.8, abs=0.15)
+    assert np.corrcoef(draws.T)[0, 1] == pytest.approx(0.8, abs=0.3)  # 0.76 +- 0.06 over 8 seeds
 
 
 def test_independent_flows_factorise():
@@ -132,10 +132,10 @@ def test_equal_seeds_give_equal_flows_and_draws():
 def test_the_best_weights_are_restored():
     """Few samples and a large step overfit at once: the last epoch is far from the best."""
     x, theta, _ = gaussian(60)
-    ensemble = FlowEnsemble.fit(x, theta, replace(TINY, members=1, epochs=60, patience=10, learning_rate=0.02))
+    ensemble = FlowEnsemble.fit(x, theta, replace(TINY, members=1, epochs=100, patience=20, learning_rate=0.02))
     (member,) = ensemble.members
-    assert len(member.history) == member.best_epoch + 1 + 10 < 60
-    assert member.history[-1] > min(member.history) + 0.05
+    assert len(member.history) == member.best_epoch + 1 + 20 < 100  # 38 +- 9 over 10 seeds
+    assert member.history[-1] > min(member.history) + 0.05  # 0.8 over 10 seeds, to a factor of 1.7: e^(-0.2 +- 0.5)
     held = ensemble.nll(x[member.held_out], theta[member.held_out]).mean
     assert held == pytest.approx(min(member.history), abs=1e-5)
 
@@ -170,7 +170,9 @@ def test_one_parameter_on_a_grid():
     np.testing.assert_allclose(density, np.exp(repeated), rtol=1e-3, atol=1e-8)
     draws = ensemble.sample(x[:3], 4000, torch.Generator().manual_seed(0))[..., 0]
     for row, c in zip(draws, cdf, strict=True):
-        assert calibration.uniformity(np.interp(row, grid, c)).p_value > 1e-3
+        assert (
+            calibration.uniformity(np.interp(row, grid, c)).p_value > 1e-5
+        )  # uniform within 0 and 1 where all is well
 
 
 def test_parts_of_a_large_request_join_up(fitted, monkeypatch):
@@ -191,7 +193,8 @@ def test_principal_components_keep_what_varies_most():
     np.testing.assert_allclose(np.cov(reduced.T) - np.diag(np.cov(reduced.T).diagonal()), 0, atol=1e-4)
     z = (x - x.mean(0)) / x.std(0)
     rebuilt = reduced @ np.linalg.lstsq(reduced, z, rcond=None)[0]
-    assert np.abs(rebuilt - z).max() < 0.02
+    # The noise that was added, 1e-3, and no more: 1.02e-3 +- 0.09e-3 over 40 seeds.
+    assert np.sqrt(np.square((rebuilt - z) * x.std(0)).mean()) < 1.5e-3
 
 
 def test_constant_dimensions_become_zero():

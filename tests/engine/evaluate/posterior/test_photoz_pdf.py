@@ -73,7 +73,11 @@ def test_density_of_an_ensemble():
 
 @pytest.mark.slow
 def test_real_photometry_gives_calibrated_redshifts(real_data):
-    """CFHTLS ugriz with DEEP2/3 and 3D-HST redshifts to 3: colours leave several peaks."""
+    """CFHTLS ugriz with DEEP2/3 and 3D-HST redshifts to 3: colours leave several peaks.
+
+    Bounds are four spreads or more away from the mean over 6 seeds: NLL -0.54 +- 0.03, deviation 0.80 +- 0.16 of chance's,
+    median error 0.0151 +- 0.0002, catastrophic 0.043 +- 0.004, of the surer half 0.11 +- 0.03 of the other's.
+    """
     table = Table.read(real_data / "catalogs" / "combined_catalog.fits.gz")
     magnitudes = np.stack([np.asarray(table[band], np.float64) for band in "ugriz"], 1)
     z = np.asarray(table["redshift"], np.float64)
@@ -82,12 +86,12 @@ def test_real_photometry_gives_calibrated_redshifts(real_data):
     train, test = slice(0, 4000), slice(4000, 6000)
     ensemble = FlowEnsemble.fit(x[train], z[train, None], PRESETS["quick"])
     pdf = redshift_pdf(ensemble, x[test], redshift_grid(z[train]))
-    assert ensemble.nll(x[test], z[test, None]).mixture < 0, "a Gaussian without photometry has 1.42"
-    assert calibration.uniformity(pdf.pit(z[test])).deviation < 2 * calibration.chance_deviation(2000)
+    assert ensemble.nll(x[test], z[test, None]).mixture < -0.4, "a Gaussian without photometry has 1.42"
+    assert calibration.uniformity(pdf.pit(z[test])).deviation < 1.6 * calibration.chance_deviation(2000)
     off = np.abs(pdf.mode - z[test]) / (1 + z[test])
-    assert np.median(off) < 0.03 and (off > 0.15).mean() < 0.08
+    assert np.median(off) < 0.02 and (off > 0.15).mean() < 0.065
     sure = pdf.odds() > np.median(pdf.odds())
-    assert (off[sure] > 0.15).mean() < 0.3 * (off[~sure] > 0.15).mean(), "odds tell which redshifts to trust"
+    assert (off[sure] > 0.15).mean() < 0.25 * (off[~sure] > 0.15).mean(), "odds tell which redshifts to trust"
 
 
 def test_redshift_grid_covers_the_known_redshifts():

@@ -45,12 +45,13 @@ def values(outcome, **match):
 
 
 def test_a_study_of_two_modalities(study, tmp_path):
-    outcome = posterior(study, replace(OPTIONS, qp_out=tmp_path / "pz"))
+    outcome = posterior(study, replace(OPTIONS, flows=replace(FLOWS, epochs=10), qp_out=tmp_path / "pz"))
     assert outcome.task == "posterior"
     nll = {m.features: m for m in values(outcome, metric="nll", target="redshift, log_mstar, tage_mw")}
     assert set(nll) == {"AstroCLIP image", "AstroCLIP spectrum", ""}, "predictions are no embeddings"
-    assert nll["AstroCLIP spectrum"].value < nll["AstroCLIP image"].value - 0.5
-    assert nll["AstroCLIP image"].value < nll[""].value
+    # Bounds are four spreads or more away: over 8 seeds 2.9 +- 0.4 and 0.40 +- 0.06, below 0.15 +- 0.05 and 0.28 +- 0.04.
+    assert nll["AstroCLIP spectrum"].value < nll["AstroCLIP image"].value - 1.3
+    assert nll["AstroCLIP image"].value < nll[""].value - 0.1
     assert nll["AstroCLIP image"].samples == COUNT - TRAIN and nll["AstroCLIP image"].error > 0
     for name in ("AstroCLIP image", "AstroCLIP spectrum"):
         for label in ("redshift", "log_mstar", "tage_mw"):
@@ -58,9 +59,9 @@ def test_a_study_of_two_modalities(study, tmp_path):
             assert set(found) == {"crps", "pit deviation", "pit p-value", "coverage of 68%", "coverage of 95%"}
             assert found["crps"].samples == 120
         (deviation,) = values(outcome, features=name, metric="coverage deviation")
-        assert 0 < deviation.value < 0.25
+        assert 0 < deviation.value < 0.34
     crps = {m.features: m.value for m in values(outcome, metric="crps", target="log_mstar")}
-    assert crps["AstroCLIP spectrum"] < 0.7 * crps["AstroCLIP image"]
+    assert crps["AstroCLIP spectrum"] < 0.5 * crps["AstroCLIP image"]
     assert all(np.isfinite(m.value) for m in outcome.measures)
 
     line = next(text for text in outcome.lines if text.startswith("flows on AstroCLIP image: NLL"))
@@ -112,7 +113,7 @@ def test_properties_without_values_are_left_out_by_default(make_study):
     (nll,) = values(outcome, metric="nll", model="flows")
     assert nll.target == "redshift, log_mstar, tage_mw"
     told = [line for line in outcome.lines if line.startswith("left out: ")]
-    assert len(told) == 2 and "constant" in "".join(told) and "known for none" in "".join(told)
+    assert len(told) == 2 and "must vary" in "".join(told) and "known for none" in "".join(told)
 
 
 def test_a_single_target(study):
@@ -150,10 +151,10 @@ def test_default_properties_are_the_papers():
 @pytest.mark.parametrize(
     "labels, change, message",
     [
-        (None, {"targets": ("colour",)}, "label 'colour': the survey's labels are"),
+        (None, {"targets": ("colour",)}, "label 'colour': must be one of the survey's labels"),
         ({"mag_g": np.arange(COUNT) * 1.0}, {}, "none of redshift, log_mstar"),
         ({"log_mstar": np.arange(COUNT) * 1.0}, {"qp_out": "pz"}, "qp_out: p.z. needs redshifts"),
-        ({"log_mstar": np.where(np.arange(COUNT) < 401, 1.0, 2.0)}, {"targets": ("log_mstar",)}, "constant"),
+        ({"log_mstar": np.where(np.arange(COUNT) < 401, 1.0, 2.0)}, {"targets": ("log_mstar",)}, "must vary"),
     ],
     ids=["unknown-target", "no-property", "no-redshift", "constant"],
 )
@@ -169,7 +170,7 @@ def test_studies_that_cannot_be_done(make_study, tmp_path, labels, change, messa
 def test_predictions_alone_are_refused(make_study):
     labels, good, _ = sky()
     study = make_study(labels, {"Conv+Att": ("spectrum", good[:, :1], "", ("redshift",))}, train=TRAIN)
-    with pytest.raises(ValueError, match="predictions only"):
+    with pytest.raises(ValueError, match="no embeddings, only predictions"):
         posterior(study, OPTIONS)
 
 
@@ -187,7 +188,7 @@ def test_files_of_two_feature_sets_must_differ(make_study, tmp_path):
         ({"draws": 1}, "draws and scored"),
         ({"scored": 1}, "draws and scored"),
         ({"corners": -1}, "corners and panels"),
-        ({"targets": ("redshift", "redshift")}, "each label once"),
+        ({"targets": ("redshift", "redshift")}, "targets: must differ"),
     ],
     ids=["draws", "scored", "corners", "repeated-target"],
 )

@@ -54,22 +54,22 @@ def test_it_learns_a_line_and_repeats_whatever_the_global_seed():
     assert torch.equal(torch.random.get_rng_state(), before), "the caller's random numbers were used"
     torch.manual_seed(2)
     np.testing.assert_array_equal(train_perceptron(x, y, masked_mse, (32,), training)(x), first)
-    assert np.square(first - y).mean() < 0.05 * y.var()
+    assert np.square(first - y).mean() < 0.005 * y.var()  # 0.0014 +- 0.0005 over 8 seeds
     assert first.shape == (300, 1)
     assert first.dtype == np.float64
 
 
 def test_held_out_samples_choose_the_epoch():
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 30)).astype(np.float32)
-    y = rng.normal(size=(60, 1))  # nothing to learn: the longer the worse
+    x = rng.normal(size=(120, 30)).astype(np.float32)
+    y = rng.normal(size=(120, 1))  # nothing to learn: the longer the worse
 
     def error(held_out):
-        training = PerceptronTraining(epochs=150, batch=8, dropout=0.0, learning_rate=1e-2, held_out=held_out)
+        training = PerceptronTraining(epochs=150, batch=16, dropout=0.0, learning_rate=1e-2, held_out=held_out)
         fresh = rng.normal(size=(500, 30)).astype(np.float32)
         return np.square(train_perceptron(x, y, masked_mse, (64,), training)(fresh)).mean()
 
-    assert error(0.3) < 0.7 * error(0.0)
+    assert error(0.5) < 0.5 * error(0.0)  # 0.13 +- 0.06 over 8 seeds
 
 
 def test_patience_ends_training_early_at_the_same_epoch():

@@ -112,15 +112,19 @@ def test_mlp_learns_and_repeats(data):
     train, label, test, true = data
     probe = MLP((32,), PerceptronTraining(200, 200, dropout=0.0, held_out=0.1, patience=10))
     predicted = probe.predict(train, 100 + 50 * label, test)
-    assert np.corrcoef(predicted, true)[0, 1] > 0.9
-    assert abs(predicted.mean() - 100 - 50 * true.mean()) < 25
+    assert np.corrcoef(predicted, true)[0, 1] > 0.95  # 0.988 +- 0.008 over 8 seeds
+    assert abs(predicted.mean() - 100 - 50 * true.mean()) < 10  # 1.5 +- 1.4
     np.testing.assert_array_equal(predicted, probe.predict(train, 100 + 50 * label, test))
 
 
-@pytest.mark.parametrize("probe", [KNN(3), Ridge(), MLP(), PERCEPTRON], ids=lambda p: p.name)
-def test_constant_label(probe, data):
+@pytest.mark.parametrize(
+    ("probe", "bound"),  # the largest errors of the perceptrons are 0.27 +- 0.09 and 0.12 +- 0.06 over 8 seeds
+    [(KNN(3), 1e-6), (Ridge(), 1e-6), (MLP(), 0.7), (PERCEPTRON, 0.4)],
+    ids=["knn", "ridge", "mlp", "perceptron"],
+)
+def test_constant_label(probe, bound, data):
     train, _, test, _ = data
-    np.testing.assert_allclose(probe.predict(train, np.full(200, 2.5), test), 2.5, atol=0.3)
+    np.testing.assert_allclose(probe.predict(train, np.full(200, 2.5), test), 2.5, atol=bound, rtol=0)
 
 
 def test_knn_of_64_weighted_by_distance_on_standardised_embeddings(data):

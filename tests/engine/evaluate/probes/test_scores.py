@@ -110,10 +110,7 @@ def test_pairing_removes_what_both_methods_share():
     shared = rng.normal(size=300)
     first, second = true + 0.8 * shared, true + 0.8 * shared + 0.1 * rng.normal(size=300)
     d = paired_difference(true, first, second)
-    apart = np.hypot(
-        score(true, first, redshift=False).r2_se,
-        score(true, second, redshift=False).r2_se,
-    )
+    apart = np.hypot(score(true, first, redshift=False).r2_se, score(true, second, redshift=False).r2_se)
     assert d.value == pytest.approx(r2(true, first) - r2(true, second))
     assert d.se < 0.4 * apart
     assert d.low <= d.value <= d.high

@@ -9,19 +9,39 @@ RNG = np.random.default_rng(0)
 TRUE = RNG.normal(size=300)
 
 
-def prediction(features, noise, *, model="8-NN", modality="image", label="log_mstar", seed=0):
+def prediction(features, noise, *, model="8-NN", modality="image", label="log_mstar", seed=0, held_out=0.5):
     predicted = TRUE + noise * np.random.default_rng(seed).normal(size=300)
-    return Prediction(features, modality, model, label, np.arange(300), TRUE, predicted, r2(TRUE, predicted), 0.01)
+    scores = r2(TRUE, predicted), 0.01
+    return Prediction(features, modality, model, label, np.arange(300), TRUE, predicted, *scores, held_out=held_out)
 
 
 def names(winners):
     return [(p.features, p.model) for p in winners]
 
 
-def test_the_best_set_wins_with_its_best_probe():
-    some = [prediction("a", 0.5), prediction("a", 0.3, model="MLP 32", seed=1), prediction("b", 0.6, seed=2)]
-    assert names(clear_winners(some)) == [("a", "MLP 32")]
-    assert names(clear_winners(some[::-1])) == [("a", "MLP 32")]
+@pytest.mark.parametrize("held_out", [0.6, 0.4, np.nan], ids=["better", "worse", "unknown"])
+def test_the_best_set_wins_with_the_probe_that_held_out_samples_choose(held_out):
+    perceptron = prediction("a", 0.3, model="MLP 32", seed=1, held_out=held_out)  # the best on the test split
+    some = [prediction("a", 0.5), perceptron, prediction("b", 0.7, seed=2)]
+    expected = [("a", "MLP 32" if held_out == 0.6 else "8-NN")]
+    assert names(clear_winners(some)) == names(clear_winners(some[::-1])) == expected
+
+
+def test_held_out_samples_are_of_the_training_split(make_study):
+    rng = np.random.default_rng(2)
+    z = rng.uniform(0, 1, 200)
+    x = np.stack([z + 0.1 * rng.normal(size=200), rng.normal(size=200)], 1)
+    shuffled = np.r_[z[:120], rng.permutation(z[120:])]
+    probes = {"5-NN": KNN(5), "ridge": Ridge(), "all": KNN(120)}
+    one, other = (
+        predict(
+            make_study({"redshift": label}, {"a": ("image", x, "", ())}, train=120), ["redshift"], probes, resamples=10
+        )
+        for label in (z, shuffled)
+    )
+    assert [p.held_out for p in one[:2]] == [p.held_out for p in other[:2]]
+    assert all(p.held_out > 0.5 > q.r2 for p, q in zip(one[:2], other, strict=False))
+    assert np.isnan(one[2].held_out)  # too few are left to fit it on
 
 
 def test_nobody_wins_by_chance_or_alone():

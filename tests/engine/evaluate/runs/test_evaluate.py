@@ -112,13 +112,17 @@ class Never(tasks_module.Task):
 
 
 class Breaks(tasks_module.Task):
+    def __init__(self, error):
+        self.error = error
+
     def run(self, study, options, encoders):
-        raise ValueError("half <way> through")
+        raise self.error
 
 
 @pytest.fixture
 def tasks(monkeypatch):
-    found = {"breaks": Breaks(), "count": Count(), "never": Never()}
+    found = {"breaks": Breaks(ValueError("half <way> through")), "count": Count(), "never": Never()}
+    found["diverges"] = Breaks(FloatingPointError("the loss is nan"))
     monkeypatch.setattr(evaluate_module, "TASKS", found)
     monkeypatch.setattr(tasks_module, "TASKS", found)
 
@@ -129,7 +133,7 @@ def test_report_and_numbers(runs, tasks, survey_dir, tmp_path):
     outcomes = evaluate_study(runs[0], survey_dir, tmp_path / "out", Options())
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
-    left_out = {"breaks": "half <way> through", "never": "it never is"}
+    left_out = {"breaks": "half <way> through", "never": "it never is", "diverges": "the loss is nan"}
     assert {o.task: o.left_out for o in outcomes} == left_out | {"count": ""}
     page = (tmp_path / "out" / "report.html").read_text()
     for words in (
@@ -150,7 +154,7 @@ def test_report_and_numbers(runs, tasks, survey_dir, tmp_path):
 def test_a_task_that_was_asked_for_and_cannot_be_done_ends_it_before_any_work(runs, tasks, survey_dir, tmp_path):
     for name, message in (
         ("never", "tasks: never: it never is"),
-        ("what", "must be of breaks, count, never, got what"),
+        ("what", "must be of breaks, count, never, diverges, got what"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_study(runs[0], survey_dir, tmp_path / "out", Options(tasks=(name,)))
@@ -169,21 +173,22 @@ def test_a_task_that_was_asked_for_and_cannot_be_done_ends_it_before_any_work(ru
     ids=["label", "one label", "votes", "spectra", "alignment"],
 )
 def test_what_tasks_need(survey_dir, task, options, message):
-    assert message in tasks_module.left_out(task, Survey.load(survey_dir), [Colours("flux")], options)
+    assert message in tasks_module.TASKS[task].impossible(Survey.load(survey_dir), [Colours("flux")], options)
 
 
-def test_predictions_alone_cannot_be_searched(survey_dir):
+@pytest.mark.parametrize("task", ["search", "posterior", "morphology"])
+def test_tasks_on_embeddings_leave_predictions_out(survey_dir, task):
     survey = Survey.load(survey_dir)
-    assert "only predictions" in tasks_module.left_out("search", survey, [Colours("prediction")], Options())
-    assert tasks_module.left_out("search", survey, [Colours("flux")], Options()) == ""
+    assert "only predictions" in tasks_module.TASKS[task].impossible(survey, [Colours("prediction")], Options())
+    assert "only predictions" not in tasks_module.TASKS[task].impossible(survey, [Colours("flux")], Options())
 
 
 @pytest.mark.parametrize("task", ["baselines", "collapse"])
 def test_predictions_are_not_judged_as_embeddings(survey_dir, task):
     survey = Survey.load(survey_dir)
-    assert "gives predictions" in tasks_module.left_out(task, survey, [Colours("prediction")], Options())
-    assert "images alone" in tasks_module.left_out(task, survey, [Colours("spectrum")], Options())
-    assert tasks_module.left_out(task, survey, [Colours("light")], Options()) == ""
+    assert "gives predictions" in tasks_module.TASKS[task].impossible(survey, [Colours("prediction")], Options())
+    assert "images alone" in tasks_module.TASKS[task].impossible(survey, [Colours("spectrum")], Options())
+    assert tasks_module.TASKS[task].impossible(survey, [Colours("light")], Options()) == ""
 
 
 class Foreign(Colours):
@@ -199,7 +204,7 @@ class Foreign(Colours):
 
 @pytest.mark.parametrize("task", ["masking", "attention"])
 def test_a_method_of_ones_own_is_left_out(pairs_dir, task):
-    assert "it needs" in tasks_module.left_out(task, Survey.load(pairs_dir), [Foreign()], Options())
+    assert "it needs" in tasks_module.TASKS[task].impossible(Survey.load(pairs_dir), [Foreign()], Options())
 
 
 @pytest.mark.parametrize("options", [{"samples": 1}, {"test_split": "train"}, {"seed": -1}])

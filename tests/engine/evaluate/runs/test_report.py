@@ -1,13 +1,12 @@
 import html
 import json
-import re
 import types
-from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from html_page import check_self_contained
 
 from armillary.engine.cli import main as command
 from armillary.engine.data.format.survey import Survey
@@ -27,8 +26,7 @@ from armillary.engine.evaluate.embedding.cutouts import read_cutouts
 from armillary.engine.evaluate.embedding.embed import Pipeline
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.evaluate.embedding.encoder import Encoder
-from armillary.engine.evaluate.page.run_log import RunLog, flatten
-from armillary.engine.evaluate.pictures.sections import Gallery, layout_map
+from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.probes.baselines import asinh_pixels
 from armillary.engine.evaluate.probes.probes import KNN
 from armillary.engine.evaluate.runs.evaluate import report_study
@@ -57,50 +55,6 @@ class Found:
         rows = self.of["baselines"].measures
         (found,) = [m.value for m in rows if (m.features, m.metric, m.model) == (features, metric, model)]
         return found
-
-
-class Page(HTMLParser):
-    """Checks nesting, gathers links, ids and text."""
-
-    VOID = {"meta", "img", "br", "link", "input", "hr"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.links, self.ids, self.text = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in self.VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
-                self.links.append(value)
-            if name == "id":
-                self.ids.append(value)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def check_self_contained(path):
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
-    assert page.links
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links), page.links
-    assert not re.search(r"https?://|@import|<script|<link|<iframe|url\((?!#)", text)
-    assert len(set(page.ids)) == len(page.ids), "ids repeat"
-    assert not re.search(r"#0102\d\d", text), "a placeholder colour is left"
-    return " ".join(page.text), text
 
 
 def batches_of(folder):
@@ -226,7 +180,7 @@ def test_report_without_labels(make_survey, encoders, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     found = Found(folder, features, RunLog.read(tmp_path), tmp_path / "r.html")
     words, _ = check_self_contained(tmp_path / "r.html")
-    assert "label 'redshift': the survey's labels are none" in words
+    assert "label 'redshift': must be one of the survey's labels (none)" in words
     assert "holds no metrics.jsonl" in words
     assert "unnamed run" in words
     assert "redshift" in found.record["left_out"]["baselines"]
@@ -246,8 +200,8 @@ def test_display_pictures(make_survey, run_dir, tmp_path):
     ("options", "said"),
     [
         (Options(labels=("kind",)), "must be numbers"),
-        (Options(labels=("mass",)), "label 'mass': the survey's labels"),
-        (Options(test_split="holdout"), "no embeddings of split 'holdout'"),
+        (Options(labels=("mass",)), "label 'mass': must be one of the survey's labels"),
+        (Options(test_split="holdout"), "has no embeddings of split 'holdout'"),
     ],
 )
 def test_labels_that_cannot_be_predicted(survey_dir, features, run_dir, tmp_path, options, said):
@@ -329,53 +283,6 @@ def test_no_gpu_is_said(monkeypatch):
     assert cli.choose_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="use --device cpu"):
         cli.choose_device("cuda")
-
-
-@pytest.mark.parametrize("count", [1, 2, 10, 60])
-def test_map_of_any_number(count):
-    points, method = layout_map(np.random.default_rng(0).normal(size=(count, 5)).astype(np.float32))
-    assert points.shape == (count, 2)
-    assert np.isfinite(points).all()
-    assert method == ("t-SNE" if count == 60 else "principal components")
-
-
-def test_map_of_equal_embeddings():
-    points, _ = layout_map(np.ones((60, 5), np.float32))
-    assert np.isfinite(points).all()
-
-
-def test_gallery_checks_lengths():
-    picture = [np.zeros((4, 4, 3), np.uint8)] * 2
-    with pytest.raises(ValueError, match="as many embeddings as pictures"):
-        Gallery("test", np.zeros((3, 2)), None, picture)
-    with pytest.raises(ValueError, match="one or more"):
-        Gallery("test", np.zeros((0, 2)), None, [])
-
-
-def test_logbook_of_a_broken_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run.json is missing"):
-        RunLog.read(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="not a run's record"):
-        RunLog.read(tmp_path)
-
-
-def test_logbook_reads_what_is_whole(run_dir):
-    book = RunLog.read(run_dir)
-    assert book.name == "toy <run>"
-    assert len(book.series["loss"][0]) == 30
-    assert "mfu" not in book.series
-    np.testing.assert_array_equal(book.series["monitor/effective_rank"][0], [10, 20, 30])
-    assert set(book.losses()) == {"dino", "koleo"}
-    assert set(book.monitors()) == {"prototypes_in_use", "effective_rank"}
-    assert book.prototypes() == 64
-    assert book.last("effective_rank") == 10.0
-    assert book.last("nothing") is None
-
-
-def test_flatten_unwraps_records():
-    nested = {"$type": "x:Y", "a": {"$path": "/p"}, "b": [1, 2], "c": [{"d": None}], "e": {}}
-    assert dict(flatten(nested)) == {"a": "/p", "b": "1, 2", "c[0].d": "None"}
 
 
 def test_run_to_report(monkeypatch, survey_dir, run_dir, tmp_path, encoders, capsys):

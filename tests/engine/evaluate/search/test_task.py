@@ -1,11 +1,11 @@
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from html_page import Page
 from markupsafe import Markup
 
 from armillary.engine.data.format.spectra import Spectrum
@@ -33,25 +33,6 @@ def feature_set(pairs_dir, name, modality, space="", noise=0.0, dimensions=6, ke
 
 def aligned(pairs_dir, noise=0.5):
     return [feature_set(pairs_dir, f"A {m}", m, "A", noise) for m in ("image", "spectrum")]
-
-
-class Nesting(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.open = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def value_of(outcome, features, target, metric, model=""):
@@ -96,7 +77,7 @@ def test_page_shows_numbers_scatter_and_objects(pairs_dir):
         "Similarity search", "Is the best answer at the same redshift?", "What the search finds"
     ]  # fmt: skip
     for section in outcome.sections:
-        Nesting(section)
+        Page(section)
     panel = outcome.sections[2]
     assert panel.count('class="row neighbours"') == 2 * 4  # two objects, four searches; the unaligned set has no panel
     assert panel.count("<figure") == 2 * 4 * (1 + 3)
@@ -177,12 +158,12 @@ def test_bad_studies(pairs_dir):
     with pytest.raises(ValueError, match="share the space 'A', but have 6 and 5 dimensions"):
         search(Study.open(pairs_dir, [aligned(pairs_dir)[0], other]), QUICK)
     predictions = feature_set(pairs_dir, "P", "image", dimensions=1)
-    with pytest.raises(ValueError, match="only supervised predictions"):
+    with pytest.raises(ValueError, match="no embeddings, only predictions"):
         search(Study.open(pairs_dir, [replace(predictions, targets=("redshift",))]), QUICK)
     few = feature_set(
         pairs_dir, "F", "image", kept=lambda s: np.r_[np.flatnonzero(s == "train"), np.flatnonzero(s == "test")[:11]]
     )
-    with pytest.raises(ValueError, match="need 12 test samples or more with F and F, got 11"):
+    with pytest.raises(ValueError, match="12 test samples or more must have F, got 11"):
         search(Study.open(pairs_dir, [few]), QUICK)
 
 

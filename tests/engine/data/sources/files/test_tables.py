@@ -235,104 +235,57 @@ def test_missing_by_column(tmp_path):
     assert np.isnan(rows["e"][0]) and np.isnan(rows["nobs"][2]) and rows["z"][1] == -99
 
 
-MALFORMED = {
-    "empty file": (lambda p: (p / "a.csv").write_text(""), {}, r"a\.csv: not readable as a table: Empty CSV file"),
-    "no rows": (lambda p: (p / "a.csv").write_text("x,y\n"), {}, r"a\.csv: the table has no rows"),
-    "ragged row": (
-        lambda p: (p / "a.csv").write_text("x,y\n1,2\n3\n"),
-        {},
-        r"a\.csv: not readable as a table: .*Row #3: Expected 2 columns, got 1",
-    ),
-    "column twice": (lambda p: (p / "a.csv").write_text("x,x\n1,2\n"), {}, "column 'x' occurs twice"),
-    "not Parquet": (lambda p: (p / "a.parquet").write_text("text"), {}, r"a\.parquet: not readable as a table"),
-    "not HDF5": (lambda p: (p / "a.h5").write_text("text"), {}, r"a\.h5: not readable as a table"),
-    "not FITS": (lambda p: (p / "a.fits").write_text("text"), {}, r"a\.fits: not readable as a table"),
-    "no table": (lambda p: fits.PrimaryHDU(np.zeros((2, 2))).writeto(p / "a.fits"), {}, "no binary table"),
-    "other ending": (lambda p: (p / "a.txt").write_text("x"), {}, r"a\.txt: .*must end in one of \.parquet"),
-    "no numbers": (
-        lambda p: pq.write_table(pa.table({"x": pa.array([{"a": 1}])}), p / "a.parquet"),
-        {},
-        "no column holds numbers or text",
-    ),
-    "no such column": (
-        lambda p: write(p / "a.fits"),
-        {"key": "targetid"},
-        r"no column 'targetid' \(key\).*are TARGETID",
-    ),
-    "no such label": (lambda p: write(p / "a.fits"), {"labels": ("q",)}, "no column 'q' .label 'q'.*TARGETID, RA"),
-    "text as ra": (
-        lambda p: write(p / "a.fits"),
-        {"ra": "SPECTYPE"},
-        "column 'SPECTYPE': text, but ra must be decimal",
-    ),
-    "text in a vector": (
-        lambda p: write(p / "a.fits"),
-        {"vectors": {"v": ("mag_g", "SPECTYPE")}},
-        "column 'SPECTYPE': text, but the other parts of vector 'v' must be numbers",
-    ),
-    "array in a vector": (
-        lambda p: write(p / "a.fits", flux=FLUX),
-        {"vectors": {"v": ("mag_g", "flux")}},
-        "column 'flux': 3 numbers a row, beside other columns of vector 'v'",
-    ),
-    "fractions as keys": (lambda p: write(p / "a.fits"), {"key": "mag_r"}, "column 'mag_r': .*cannot be keys"),
-    "fractions as identifiers": (
-        lambda p: write(p / "a.fits"),
-        {"text": ("mag_r",)},
-        "column 'mag_r': an identifier must be whole numbers or text",
-    ),
-    "ra above 360": (
-        lambda p: write(p / "a.fits", RA=COLUMNS["RA"] + 1),
-        {},
-        r"a\.fits: row 3, column 'RA': ra 360\.9 is outside \[0, 360\] degrees$",
-    ),
-    "ra to 180": (
-        lambda p: write(p / "a.csv", RA=COLUMNS["RA"] - 180),
-        {},
-        "row 0, column 'RA': ra -180 is outside .*must become 0 to 360: add 360",
-    ),
-    "dec below -90": (
-        lambda p: write(p / "a.hdf5", Dec=COLUMNS["Dec"] - 2),
-        {},
-        r"row 0, column 'Dec': dec -91 is outside \[-90, 90\]",
-    ),
-    "key twice": (
-        lambda p: write(p / "a.fits", TARGETID=IDS[[0, 1, 2, 1, 4, 5]]),
-        {"key": "TARGETID"},
-        rf"a\.fits: row 3, column 'TARGETID': {IDS[1]} is also that of .*row 1 \(1 repetitions",
-    ),
-    "columns of different length": (
-        lambda p: write(p / "a.hdf5", nobs=np.arange(5)),
-        {},
-        "column 'nobs' has 5 rows, 'Dec' has 6",
-    ),
-    "labels alike": (
-        lambda p: write(p / "a.csv", z=COLUMNS["Z"]),
-        {},
-        "column 'z': label 'z' is also that of column 'Z'",
-    ),
-    "label of the catalogue": (
-        lambda p: write(p / "a.csv"),
-        {"labels": {"Z": "key"}},
-        "column 'Z': label 'key' is a name of the survey's own",
-    ),
-    "labels as text": (lambda p: write(p / "a.csv"), {"labels": "Z"}, "labels: must be a sequence"),
-    "unit of nothing": (lambda p: write(p / "a.csv"), {"units": {"q": "m"}}, "units: no label or vector is called 'q'"),
-    "components": (
-        lambda p: write(p / "a.fits", flux=FLUX),
-        {"vectors": {"v": "flux"}, "components": {"v": ("a", "b")}},
-        "vector 'v' needs 3 different names",
-    ),
-    "missing of nothing": (lambda p: write(p / "a.csv"), {"missing": {"q": (1,)}}, "no column 'q' .missing values"),
-    "no such group": (lambda p: write(p / "a.hdf5"), {"table": "q"}, "no group or data set 'q'; it has photometry"),
-    "ra_unit": (lambda p: write(p / "a.csv"), {"ra_unit": "rad"}, "ra_unit: must be degree or hour"),
-}
+def image_only(path):
+    fits.PrimaryHDU(np.zeros((2, 2))).writeto(path)
 
 
-@pytest.mark.parametrize("make, options, match", MALFORMED.values(), ids=MALFORMED)
-def test_malformed(tmp_path, make, options, match):
-    make(tmp_path)
-    path = next(tmp_path.iterdir())
+def structs_only(path):
+    pq.write_table(pa.table({"x": pa.array([{"a": 1}])}), path)
+
+
+MALFORMED = {  # file; its text, the columns that differ, or what writes it; options; message
+    "empty file": ("a.csv", "", {}, r"a\.csv: not readable as a table: Empty CSV file"),
+    "no rows": ("a.csv", "x,y\n", {}, r"a\.csv: the table has no rows"),
+    "ragged row": ("a.csv", "x,y\n1,2\n3\n", {}, r"a\.csv: not readable as a table: .*Row #3: Expected 2 columns, got 1"),
+    "column twice": ("a.csv", "x,x\n1,2\n", {}, "column 'x' occurs twice"),
+    "not Parquet": ("a.parquet", "text", {}, r"a\.parquet: not readable as a table"),
+    "not HDF5": ("a.h5", "text", {}, r"a\.h5: not readable as a table"),
+    "not FITS": ("a.fits", "text", {}, r"a\.fits: not readable as a table"),
+    "no table": ("a.fits", image_only, {}, "no binary table"),
+    "other ending": ("a.txt", "x", {}, r"a\.txt: .*must end in one of \.parquet"),
+    "no numbers": ("a.parquet", structs_only, {}, "no column holds numbers or text"),
+    "no such column": ("a.fits", {}, {"key": "targetid"}, r"no column 'targetid' \(key\).*are TARGETID"),
+    "no such label": ("a.fits", {}, {"labels": ("q",)}, "no column 'q' .label 'q'.*TARGETID, RA"),
+    "text as ra": ("a.fits", {}, {"ra": "SPECTYPE"}, "column 'SPECTYPE': text, but ra must be decimal"),
+    "text in a vector": ("a.fits", {}, {"vectors": {"v": ("mag_g", "SPECTYPE")}}, "column 'SPECTYPE': text, but the other parts of vector 'v' must be numbers"),
+    "array in a vector": ("a.fits", {"flux": FLUX}, {"vectors": {"v": ("mag_g", "flux")}}, "column 'flux': 3 numbers a row, beside other columns of vector 'v'"),
+    "fractions as keys": ("a.fits", {}, {"key": "mag_r"}, "column 'mag_r': .*cannot be keys"),
+    "fractions as identifiers": ("a.fits", {}, {"text": ("mag_r",)}, "column 'mag_r': an identifier must be whole numbers or text"),
+    "ra above 360": ("a.fits", {"RA": COLUMNS["RA"] + 1}, {}, r"a\.fits: row 3, column 'RA': ra 360\.9 is outside \[0, 360\] degrees$"),
+    "ra to 180": ("a.csv", {"RA": COLUMNS["RA"] - 180}, {}, "row 0, column 'RA': ra -180 is outside .*must become 0 to 360: add 360"),
+    "dec below -90": ("a.hdf5", {"Dec": COLUMNS["Dec"] - 2}, {}, r"row 0, column 'Dec': dec -91 is outside \[-90, 90\]"),
+    "key twice": ("a.fits", {"TARGETID": IDS[[0, 1, 2, 1, 4, 5]]}, {"key": "TARGETID"}, rf"a\.fits: row 3, column 'TARGETID': {IDS[1]} is also that of .*row 1 \(1 repetitions"),
+    "columns of different length": ("a.hdf5", {"nobs": np.arange(5)}, {}, "column 'nobs' has 5 rows, 'Dec' has 6"),
+    "labels alike": ("a.csv", {"z": COLUMNS["Z"]}, {}, "column 'z': label 'z' is also that of column 'Z'"),
+    "label of the catalogue": ("a.csv", {}, {"labels": {"Z": "key"}}, "column 'Z': label 'key' is a name of the survey's own"),
+    "labels as text": ("a.csv", {}, {"labels": "Z"}, "labels: must be a sequence"),
+    "unit of nothing": ("a.csv", {}, {"units": {"q": "m"}}, "units: no label or vector is called 'q'"),
+    "components": ("a.fits", {"flux": FLUX}, {"vectors": {"v": "flux"}, "components": {"v": ("a", "b")}}, "vector 'v' needs 3 different names"),
+    "missing of nothing": ("a.csv", {}, {"missing": {"q": (1,)}}, "no column 'q' .missing values"),
+    "no such group": ("a.hdf5", {}, {"table": "q"}, "no group or data set 'q'; it has photometry"),
+    "ra_unit": ("a.csv", {}, {"ra_unit": "rad"}, "ra_unit: must be degree or hour"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, options, match", MALFORMED.values(), ids=MALFORMED)
+def test_malformed(tmp_path, name, content, options, match):
+    path = tmp_path / name
+    if isinstance(content, dict):
+        write(path, **content)
+    elif isinstance(content, str):
+        path.write_text(content)
+    else:
+        content(path)
     with pytest.raises(ValueError, match=match):
         TableRows(path, **options)
 

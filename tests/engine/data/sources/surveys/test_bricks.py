@@ -205,52 +205,23 @@ def noise(side=SIDE):
     return np.ones((side, side), np.float32)
 
 
+def image(name, pixels=None, brick="0001m002", **changes):
+    return lambda f: write(f, brick, name, noise() if pixels is None else pixels, **changes)
+
+
 MALFORMED = {
-    "no projection": (
-        lambda f: write(f, "0001m002", "image-g", noise(), CTYPE1=None, CTYPE2=None),
-        r"image-g\.fits\.fz: not a readable brick image: it has no tangential projection",
-    ),
-    "another projection": (
-        lambda f: write(f, "0001m002", "image-g", noise(), CTYPE1="RA---SIN", CTYPE2="DEC--SIN"),
-        "no tangential projection .CTYPE 'RA---SIN'",
-    ),
-    "bands of different shape": (
-        lambda f: write(f, "0001m002", "image-z", noise(50)),
-        r"image-z\.fits\.fz: 50x50 pixels, the brick's other images have 60x60",
-    ),
-    "bands of different place": (
-        lambda f: write(f, "0001m002", "image-z", noise(), CRVAL2=-0.26),
-        r"image-z\.fits\.fz: its projection \(WCS\) is not that",
-    ),
-    "invvar of different shape": (
-        lambda f: write(f, "0001m002", "invvar-g", noise(50)),
-        r"invvar-g\.fits\.fz: 50x50 pixels",
-    ),
-    "another scale": (
-        lambda f: write(f, "0002m002", "image-g", noise(), projection=wcs(1, 0, scale=0.4)),
-        r"0002m002-image-g\.fits\.fz: 0\.4 arcsec a pixel, other bricks have 0\.262",
-    ),
-    "another band in the header": (
-        lambda f: write(f, "0001m002", "image-g", noise(), FILTER="r"),
-        "its FILTER is 'r', its name says 'g'",
-    ),
-    "another unit": (
-        lambda f: write(f, "0001m002", "image-g", noise(), BUNIT="adu"),
-        "its unit is 'adu', not nanomaggy",
-    ),
-    "not FITS": (
-        lambda f: (f / "legacysurvey-0001m002-image-g.fits.fz").write_text("text"),
-        "image-g.fits.fz: not a readable brick image",
-    ),
-    "a cube": (
-        lambda f: write(f, "0001m002", "image-g", np.ones((2, 9, 9), np.float32), ending=".fits.gz"),
-        "twice, also as|it has no image of two axes",
-    ),
-    "image twice": (
-        lambda f: write(f, "0001m002", "image-g", noise(), ending=".fits"),
-        "brick 0001m002 has this image twice, also as legacysurvey-0001m002-image-g.fits",
-    ),
-}
+    "no projection": (image("image-g", CTYPE1=None, CTYPE2=None), r"image-g\.fits\.fz: not a readable brick image: it has no tangential projection"),
+    "another projection": (image("image-g", CTYPE1="RA---SIN", CTYPE2="DEC--SIN"), "no tangential projection .CTYPE 'RA---SIN'"),
+    "bands of different shape": (image("image-z", noise(50)), r"image-z\.fits\.fz: 50x50 pixels, the brick's other images have 60x60"),
+    "bands of different place": (image("image-z", CRVAL2=-0.26), r"image-z\.fits\.fz: its projection \(WCS\) is not that"),
+    "invvar of different shape": (image("invvar-g", noise(50)), r"invvar-g\.fits\.fz: 50x50 pixels"),
+    "another scale": (image("image-g", brick="0002m002", projection=wcs(1, 0, scale=0.4)), r"0002m002-image-g\.fits\.fz: 0\.4 arcsec a pixel, other bricks have 0\.262"),
+    "another band in the header": (image("image-g", FILTER="r"), "its FILTER is 'r', its name says 'g'"),
+    "another unit": (image("image-g", BUNIT="adu"), "its unit is 'adu', not nanomaggy"),
+    "not FITS": (lambda f: (f / "legacysurvey-0001m002-image-g.fits.fz").write_text("text"), "image-g.fits.fz: not a readable brick image"),
+    "a cube": (image("image-g", np.ones((2, 9, 9), np.float32), ending=".fits.gz"), "twice, also as|it has no image of two axes"),
+    "image twice": (image("image-g", ending=".fits"), "brick 0001m002 has this image twice, also as legacysurvey-0001m002-image-g.fits"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("make, match", MALFORMED.values(), ids=MALFORMED)
@@ -265,10 +236,10 @@ def test_malformed(bricks, make, match):
     [
         ({"size": 0}, "size: must be at least 1"),
         ({"bands": ("g", "g")}, "bands: must be one or more different names"),
-        ({"bands": ("g", "i")}, "no legacysurvey-<brick>-image-i.fits.fz among 11 files"),
+        ({"bands": ("g", "i")}, "none of 11 files is a legacysurvey-<brick>-image-i.fits.fz"),
         ({"positions": (np.zeros(2), np.zeros(3))}, "positions: 2 keys, 2 ra and 3 dec"),
         ({"positions": (np.zeros(2),)}, r"positions: must be \(ra, dec\) or \(keys, ra, dec\)"),
-        ({"positions": (np.array([0, -1.0]), np.zeros(2))}, r"row 1: ra -1 is outside \[0, 360\] degrees"),
+        ({"positions": (np.array([0, -1.0]), np.zeros(2))}, r"row 1: ra -1.0 is outside \[0, 360\] degrees"),
     ],
 )
 def test_wrong_options(bricks, options, match):

@@ -83,8 +83,8 @@ def test_odd_files_are_unusable_by_name(tmp_path):
         "bands.fits": "bands g r i, the survey has g r z",
         "scale.fits": r"pixel scale 0.2672 arcsec, the survey has 0.262",
         "noscale.fits": "pixel scale nan arcsec, the survey has 0.262",
-        "shape.fits": "9x8 pixels, the survey has 8x8 (4 of 11 files)",
-        "text.fits": "not a readable cutout",
+        "shape.fits": "9x8 pixels, the survey has 8x8 (4 of 11 FITS files)",
+        "text.fits": "not a readable FITS file",
         "empty.fits": "it has no image",
         "cube.fits": "4 axes",
     }
@@ -144,7 +144,7 @@ def test_truncated_file_is_a_bad_sample(tmp_path):
     source = FitsCutouts(tmp_path)
     whole = (tmp_path / "b.fits").read_bytes()
     (tmp_path / "b.fits").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BadSample, match=r"b\.fits: not readable as FITS"):
+    with pytest.raises(BadSample, match=r"b\.fits: not a readable FITS file"):
         source.read(1)
 
 

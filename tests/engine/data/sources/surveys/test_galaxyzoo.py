@@ -184,7 +184,11 @@ def test_zoo2(tmp_path):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        pytest.param({"dr7objid": None, "specobjid": None}, "no identifier: one of the columns dr7objid", id="no key"),
+        pytest.param(
+            {"dr7objid": None, "specobjid": None},
+            "it must have an identifier, one of the columns dr7objid",
+            id="no key",
+        ),
         pytest.param({"t03_bar_a06_bar_fraction": None}, "no column 't03_bar_a06_bar_fraction'", id="no fraction"),
         pytest.param({k: None for k in zoo2() if k.endswith("count")}, "no column like 't01_smooth", id="no counts"),
         pytest.param(

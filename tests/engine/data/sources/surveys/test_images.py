@@ -140,7 +140,7 @@ def test_nothing_to_read(tmp_path):
     with pytest.raises(ValueError, match="no pictures in it"):
         Pictures(tmp_path)
     (tmp_path / "a.jpg").write_bytes(b"text")
-    with pytest.raises(ValueError, match="none of its 1 pictures is readable"):
+    with pytest.raises(ValueError, match="none of its 1 pictures is usable"):
         Pictures(tmp_path)
     (tmp_path / "a.zip").write_bytes(b"text")
     with pytest.raises(ValueError, match="neither a folder nor a readable zip"):

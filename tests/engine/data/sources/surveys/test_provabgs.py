@@ -70,9 +70,11 @@ def test_packed_and_read_back(tmp_path, path):
     [
         pytest.param({"Z_HP": None}, r"no column 'Z_HP' \(part of PROVABGS\)", id="missing column"),
         pytest.param(
-            {"PROVABGS_THETA_BF": np.zeros((COUNT, 9))}, "'PROVABGS_THETA_BF': 9 numbers a row", id="short theta"
+            {"PROVABGS_THETA_BF": np.zeros((COUNT, 9))}, "'PROVABGS_THETA_BF' has rows of length 9", id="short theta"
         ),
-        pytest.param({"PROVABGS_THETA_BF": np.zeros(COUNT)}, "'PROVABGS_THETA_BF': one numbers a row", id="flat theta"),
+        pytest.param(
+            {"PROVABGS_THETA_BF": np.zeros(COUNT)}, "'PROVABGS_THETA_BF' has rows of length 1", id="flat theta"
+        ),
         pytest.param({"TARGETID": np.arange(COUNT) // 2}, "row 1, column 'TARGETID': 0 is also that of", id="repeated"),
         pytest.param({"TARGETID": np.arange(COUNT) * 1.5}, "'TARGETID': an identifier must be whole", id="float id"),
         pytest.param({"RA": np.full(COUNT, 361.0)}, "row 0, column 'RA': ra 361 is outside", id="RA"),

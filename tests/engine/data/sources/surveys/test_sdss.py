@@ -279,14 +279,18 @@ LAYOUTS = [
     ("no error", {"row": {"Z_ERR": None}}, r"column 'Z_ERR' of HDU SPECOBJ: missing \(nor ZERR\)"),
     ("no position", {"row": {"PLUG_DEC": None}}, r"column 'PLUG_DEC' of HDU SPECOBJ: missing \(nor DEC\)"),
     ("text redshift", {"row": {"Z": "high"}}, "column 'Z' of HDU SPECOBJ: holds '4A', not numbers"),
-    ("vector redshift", {"row": {"Z": np.ones(3)}}, "column 'Z' of HDU SPECOBJ: holds '3D', one value a row"),
-    ("ra", {"row": {"PLUG_RA": 361.0}}, r"column 'PLUG_RA': 361 is outside \[0, 360\]"),
+    (
+        "vector redshift",
+        {"row": {"Z": np.ones(3)}},
+        "column 'Z' of HDU SPECOBJ: holds '3D', and must hold one value a row",
+    ),
+    ("ra", {"row": {"PLUG_RA": 361.0}}, r"column 'PLUG_RA': 361.0 is outside \[0, 360\]"),
     ("dec", {"row": {"PLUG_DEC": -90.5}}, r"column 'PLUG_DEC': -90.5 is outside \[-90, 90\]"),
     ("other fibre", {"row": {"FIBERID": np.int32(8)}}, r"say \(266, 51602, 8\), the file's name says otherwise"),
-    ("two rows", {"rows": 2}, r"HDU 2 \(SPECOBJ\): 2 rows, one expected"),
-    ("unit", {"header": {"BUNIT": "erg/cm^2/s/Hz"}}, "BUNIT: unit 'erg/cm.2/s/Hz', 1e-17 erg"),
-    ("air", {"header": {"VACUUM": False}}, "wavelengths in air"),
-    ("no pixels", {"pixels": 0}, r"HDU 1 \(COADD\): 0 rows, one a pixel expected"),
+    ("two rows", {"rows": 2}, r"HDU 2 \(SPECOBJ\): it has 2 rows, and must have one"),
+    ("unit", {"header": {"BUNIT": "erg/cm^2/s/Hz"}}, "BUNIT: its unit is 'erg/cm.2/s/Hz', and must be 1e-17 erg"),
+    ("air", {"header": {"VACUUM": False}}, "its wavelengths are those of air"),
+    ("no pixels", {"pixels": 0}, r"HDU 1 \(COADD\): it has 0 rows, and must have one a pixel"),
 ]
 
 
@@ -345,9 +349,9 @@ def test_byte_swapped_pixels_are_not_taken_for_spectra(tmp_path):
 
 
 def test_missing_empty_and_twice(tmp_path):
-    with pytest.raises(ValueError, match="no spectra in it"):
+    with pytest.raises(ValueError, match="no spectrum files in it"):
         SdssSpectra(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"spec-0\.fits: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"spec-0\.fits: no such spectrum file"):
         SdssSpectra(tmp_path / "spec-0.fits")
     fits.HDUList([fits.PrimaryHDU(), fits.ImageHDU(np.ones(3)), fits.ImageHDU(np.ones(3))]).writeto(
         tmp_path / "spec-1-2-3.fits"
@@ -356,7 +360,7 @@ def test_missing_empty_and_twice(tmp_path):
         SdssSpectra(tmp_path).read(0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "spec-1-2-3.fits.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"spec-1-2-3\.fits.*: the same spectrum as .*; keep one"):
+    with pytest.raises(ValueError, match=r"spec-1-2-3\.fits.*: it is the same spectrum as .*; keep one"):
         SdssSpectra(tmp_path)
 
 

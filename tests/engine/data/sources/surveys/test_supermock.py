@@ -150,7 +150,7 @@ def reordered(values, row, value):
         ({"mag_u_sdss": np.array([b"a"] * 3)}, "column 'mag_u_sdss' is of type .S1, must be floating-point"),
         ({"SFH": np.ones((3, 116))}, r"column 'SFH' is \(3, 116\), must be rows x 117"),
         ({"time_bins_SFH": None}, "column 'time_bins_SFH' is missing"),
-        ({"SED_wavelength": reordered(WAVE, 9, np.nan)}, "row 9: column 'SED_wavelength': not finite"),
+        ({"SED_wavelength": reordered(WAVE, 9, np.nan)}, "row 9: column 'SED_wavelength' is not finite"),
         ({"SED_wavelength": reordered(WAVE, 9, 1e9)}, "row 10: column 'SED_wavelength': must be positive and increase"),
         ({"galaxy_id": np.ones(3)}, "column 'galaxy_id' is of type float64, must be text or whole"),
     ],
@@ -186,7 +186,7 @@ def test_wrong_files_and_options(tmp_path):
     with h5py.File(tmp_path / "b.h5", "w") as file:
         for name in ("galaxy_id", "ra_true", "dec_true", "redshift_true"):
             file[name] = galaxies(3)[name]
-    with pytest.raises(ValueError, match=r"b\.h5: no vectors in it"):
+    with pytest.raises(ValueError, match=r"b\.h5: it holds no vectors"):
         SuperMock(tmp_path / "b.h5")
     put(tmp_path / "b.h5", {k: v[:0] if len(v) == 3 else v for k, v in galaxies(3).items()})
     with pytest.raises(ValueError, match=r"b\.h5: column 'galaxy_id' has no rows"):

@@ -1,0 +1,157 @@
+"""The steps of a run, after everything has been opened and before anything is closed.
+
+A step: micro-batches forward and backward; all ranks agree on loss, gradient norms and whether to stop; the optimizer
+acts, or leaves everything as it was where a number is not finite; the teacher follows; counters, log, checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from armillary.engine.config.run import Run
+from armillary.engine.train.telemetry import Meter
+from armillary.engine.weights import checkpoint
+from armillary.engine.zero.deepspeed_engine import Sharded, StepStatus
+from armillary.models.method import Batch
+
+__all__ = ["BatchSource", "Loop", "NonFinite", "StopRequest", "Stopped"]
+
+
+class NonFinite(RuntimeError):
+    """Too many steps in a row were skipped."""
+
+
+class Stopped(Exception):
+    """A signal ended the run; its state is saved."""
+
+
+class BatchSource(Protocol):
+    """What the loop needs of a loader: see `engine.data.loading.loader.Loader`."""
+
+    wait_seconds: float
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Endless micro-batches of this rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next global batch begins."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there."""
+
+    def close(self) -> None:
+        """Stop threads."""
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT instead of dying of them; a SIGINT after either interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._kept = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        self.asked = True
+
+    def forget(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._kept.items():
+            signal.signal(number, handler)
+
+
+class Loop:
+    """The steps that are left of a run, and its checkpoints; the same on all ranks."""
+
+    def __init__(
+        self,
+        run: Run,
+        sharded: Sharded,
+        loader: BatchSource,
+        meter: Meter,
+        progress: checkpoint.Progress,
+        known: dict[str, Any],
+        stop: StopRequest,
+        saved: Path | None,
+    ):
+        self.run, self.sharded, self.loader, self.meter = run, sharded, loader, meter
+        self.progress, self.known, self.stop = progress, known, stop
+        self.saved_step = progress.step if saved is not None else -1
+        self.saved_at = time.monotonic()
+
+    def go(self) -> None:
+        """Run the steps that are left."""
+        batches, first = iter(self.loader), True
+        while self.progress.step < self.run.train.steps:
+            status = self.step(batches)
+            if first:  # the first step builds caches and compiles
+                self.meter.restart_clock(self.loader.wait_seconds)
+                first = False
+            stopping, due = status.flags
+            self._judge(status)
+            if stopping or due or self.progress.step % self.run.checkpoint.every_steps == 0:
+                self.save()
+            if stopping:
+                self.meter.say(f"stopped by a signal at step {self.progress.step}; the same command continues")
+                raise Stopped
+
+    def step(self, batches: Iterator[Batch]) -> StepStatus:
+        """Consume one global batch."""
+        sharded, progress = self.sharded, self.progress
+        scalars = self.run.scalars(progress.step)
+        sharded.optimizer.set_step(progress.step, scalars)
+        status: StepStatus | None = None
+        for micro in range(sharded.accumulation):
+            losses = sharded.forward(next(batches), scalars)
+            sharded.backward(losses.total)
+            self.meter.add(losses)
+            if micro == sharded.accumulation - 1:
+                status = sharded.agree(self.meter.loss, [self.stop.asked, self._due()])
+            sharded.step()
+        assert status is not None
+        progress.step += 1
+        progress.skipped += not status.finite
+        progress.bad_in_a_row = 0 if status.finite else progress.bad_in_a_row + 1
+        norms = {f"grad_norm/{name}": norm for name, norm in status.norms.items()}
+        self.meter.end_step(progress.step, {**norms, **scalars, "skipped": progress.skipped}, self.loader.wait_seconds)
+        return status
+
+    def _due(self) -> bool:
+        """Rank 0's clock says when a checkpoint by time is due."""
+        minutes = self.run.checkpoint.every_minutes
+        return minutes is not None and self.sharded.rank == 0 and time.monotonic() - self.saved_at > 60 * minutes
+
+    def _judge(self, status: StepStatus) -> None:
+        if status.finite:
+            return
+        bad, limit = self.progress.bad_in_a_row, self.run.train.max_bad_steps
+        where = ", ".join(f"{k} {v:.3g}" for k, v in status.norms.items())
+        self.meter.say(
+            f"step {self.progress.step} skipped, {bad} in a row: loss {status.loss:.4g}, gradient norms {where}",
+            loud=True,
+        )
+        if bad >= limit:
+            self.meter.flush(self.loader.wait_seconds)
+            raise NonFinite(
+                f"{bad} steps in a row had a non-finite loss or gradient (train.max_bad_steps = {limit}), the last one "
+                f"step {self.progress.step}; nothing of them was applied, checkpoints are from before. Lower optim.lr, "
+                "lengthen the warm-up or look at the samples of these steps"
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one."""
+        if self.progress.step == self.saved_step:
+            return
+        self.meter.flush(self.loader.wait_seconds)
+        self.progress.loader = self.loader.state_dict()
+        self.progress.applied = self.sharded.layout.applied_steps
+        folder = self.run.folder / "checkpoints"
+        checkpoint.save(folder, self.sharded.layout, self.progress, self.run, self.known)
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+        self.meter.restart_clock(self.loader.wait_seconds)

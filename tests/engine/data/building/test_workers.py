@@ -1,0 +1,72 @@
+"""Worker processes that cannot start: a clear error soon, never a wait."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+LARGE = 100_000  # numbers of 8 bytes: more than the 65,536 bytes that a pipe holds
+
+SCRIPT = """
+    import sys
+
+    import numpy as np
+    from armillary.engine.data.building.build import build
+    from armillary.engine.data.sources.source import Sample
+
+    class Made:
+        bands, pixel_scale_arcsec, unit, labels = ("g",), None, "count", {}
+
+        def __init__(self):
+            self.large = np.zeros(int(sys.argv[2]))
+
+        def __len__(self):
+            return 20
+
+        def __setstate__(self, state):
+            BROKEN
+            self.__dict__ |= state
+
+        def read(self, index):
+            image = np.random.default_rng(index).normal(size=(1, 8, 8)).astype(np.float32)
+            return Sample(f"k{index}", image, None, 1.0, 2.0, {}, "made")
+
+    GUARD
+        build(Made(), sys.argv[1], name="made", processes=2, progress=False)
+"""
+
+
+def run(tmp_path, values: int, guard: str, broken: str = "pass") -> subprocess.CompletedProcess:
+    """The script, started in a process of its own; one that hangs fails after two minutes."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT).replace("GUARD", guard).replace("BROKEN", broken))
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out"), str(values)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    done = run(tmp_path, LARGE, "if True:")
+    said = done.stderr.strip().splitlines()[-1] if done.returncode == 1 else done.stderr
+    assert said.startswith("RuntimeError: the worker processes died as they started"), done.stderr
+    assert said.endswith('put the call that builds below `if __name__ == "__main__":` in the script that was started')
+    assert "RuntimeError: this worker process came to the call that started it; put" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_workers_cannot_read_is_an_error_too(tmp_path):
+    guard = 'if __name__ == "__main__":'
+    done = run(tmp_path, 10, guard, 'raise OSError("no such volume")')
+    assert done.returncode == 1 and "the worker processes died as they started" in done.stderr
+    assert "OSError: no such volume" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_large_source_reaches_the_workers(tmp_path):
+    done = run(tmp_path, LARGE, 'if __name__ == "__main__":')
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith("test"))[:2] == [
+        "catalog.parquet",
+        "survey.json",
+    ]
