@@ -124,15 +124,11 @@ def test_optional_spectra_need_a_method_that_does_without(presets):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("preset", "own", "names"),
-    [
-        ("smoke", ("--method.dropout", 0.1, "--seed", 3), ("image", "both")),  # draws of dropout are each rank's own
-        ("smoke_improved", ("--train.zero-stage", 3), ("image", "spectrum", "both")),
-    ],
-)
-def test_resumes_to_the_same_bits_and_is_read_back(survey, tmp_path, preset, own, names):
-    options = ("--train.steps", 6, "--checkpoint.every-steps", 3, *own)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["smoke", "smoke_improved"])
+def test_trains_alike_on_any_ranks_resumes_to_the_same_bits_and_is_read_back(survey, tmp_path, preset):
+    """Two ranks under ZeRO 3 against one under ZeRO 1; their losses differ by rounding, 2e-6 as measured."""
+    options = ("--train.steps", 6, "--checkpoint.every-steps", 3, "--train.zero-stage", 3, "--seed", 3)
     losses = train(preset, survey, tmp_path, "whole", *options)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert len(losses) == 6 and np.isfinite(losses).all()
@@ -148,22 +144,16 @@ def test_resumes_to_the_same_bits_and_is_read_back(survey, tmp_path, preset, own
     assert train(preset, survey, tmp_path, "cut", *options) == losses
     assert shards(cut, 6) == shards(whole, 6) != {}
 
+    one = train(preset, survey, tmp_path, "one", *options, "--train.zero-stage", 1, ranks=1)
+    assert one == pytest.approx(losses, rel=2e-5)
+
     exported = TrainedEncoder.open(whole / "export" / "teacher.safetensors")
     assert exported.inputs.target_mean[0] == pytest.approx(0.5, abs=0.1)  # the redshift's, kept with the run
     pipeline = Encoder.load(exported, Survey.load(survey), torch.device("cpu")).pipeline()
     found = embed_readouts(pipeline, open_batches(survey, "train", pipeline.view, 16, torch.device("cpu")))
-    width = 32 if preset == "smoke" else 16
+    width, names = (32, ("image", "both")) if preset == "smoke" else (16, ("image", "spectrum", "both"))
     assert {name: v.shape[1] for name, (_, v) in found.items()} == {
         name + end: size for name in names for end, size in (("", width), ("_redshift", 1))
     }
     rows = {name: set(r.tolist()) for name, (r, _) in found.items()}
     assert rows["both"] == rows["both_redshift"] < rows["image"]  # some have no spectrum
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("preset", ["smoke", "smoke_improved"])
-def test_ranks_and_stages_of_zero_give_the_same_losses(survey, tmp_path, preset):
-    """The same masks, coins and micro-batches whatever the ranks; differences are rounding, 2e-6 as measured."""
-    one = train(preset, survey, tmp_path, "one", "--train.steps", 6, "--train.zero-stage", 1, ranks=1)
-    three = train(preset, survey, tmp_path, "three", "--train.steps", 6, "--train.zero-stage", 3)
-    assert one == pytest.approx(three, rel=2e-5)
