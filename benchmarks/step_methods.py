@@ -15,11 +15,21 @@ from armillary.engine.token_cache.fill import TokenCacheFill
 from armillary.models.astroclip.astroclip import AstroCLIP
 from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import Batch, BatchKey, InputSpec, Method
+from armillary.models.mmae.token_drop import TokenDropMMAE
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
 from armillary.models.vit.vit import ViT
 
-__all__ = ["CROPS", "MODELS", "SPECTRA", "CachedCLIP", "CLIPSubject", "DINOv2Subject", "SpecFormerSubject"]
+__all__ = [
+    "CROPS",
+    "MODELS",
+    "SPECTRA",
+    "CachedCLIP",
+    "CLIPSubject",
+    "DINOv2Subject",
+    "MMAESubject",
+    "SpecFormerSubject",
+]
 
 MODELS = {
     "vits": ViT(dim=384, depth=12, heads=6),
@@ -29,6 +39,17 @@ MODELS = {
 CROPS = InputSpec(channels=3, global_size=144, n_global=2, local_size=60, n_local=8)
 SPECTRA = InputSpec(pixels=7781)
 PAIRS = InputSpec(channels=3, global_size=144, n_global=1, pixels=7781)
+HSC_DESI = InputSpec(
+    channels=5,
+    global_size=64,
+    n_global=1,
+    pixels=7783,
+    wave_start_angstrom=3600.0,
+    wave_step_angstrom=0.8,
+    targets=("redshift",),
+    target_mean=(0.5,),
+    target_std=(0.4,),
+)
 
 
 def _generator(index: int) -> torch.Generator:
@@ -85,6 +106,29 @@ class SpecFormerSubject(Subject):
         """Random spectra."""
         batch = Batch(position=torch.arange(size))
         _spectra(batch, size, self.inputs.pixels, _generator(index))
+        return batch
+
+
+class MMAESubject(Subject):
+    """Images and spectra with hidden parts."""
+
+    unit = "pair"
+    ahead = "masks"
+    forward = ("bins", "encoder", "decoders+losses")
+
+    def __init__(self, config: TokenDropMMAE, inputs: InputSpec = HSC_DESI) -> None:
+        super().__init__(config, inputs)
+
+    def watch(self, method: Any, clock: Clock) -> None:
+        """Time the encoder."""
+        clock.around(method.encoder, "bins", "encoder")
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Random pairs with redshifts."""
+        spec, g = self.inputs, _generator(index)
+        batch = Batch(position=torch.arange(size), targets=torch.rand(size, 1, generator=g))
+        batch["crop"] = torch.randn(size, spec.channels, spec.global_size, spec.global_size, generator=g)
+        _spectra(batch, size, spec.pixels, g)
         return batch
 
 

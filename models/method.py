@@ -48,6 +48,10 @@ class Batch(TypedDict, total=False):
     mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
     mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
     token_mask: Tensor  # [B, N] bool: True where a token of the spectrum is hidden
+    image_mask: Tensor  # [B, T] bool: True where a patch of the crop is hidden
+    shown_patches: Tensor  # [P] int64, ascending: the others as sample * T + patch; its length is known to the host
+    shown_tokens: Tensor  # [P] int64, ascending: tokens of spectra that are not hidden, likewise
+    spectrum_hidden: Tensor  # [B] bool: True where the whole spectrum is hidden, or the sample has none
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class InputSpec:
         local_size: Side of a local crop in pixels; 0 where there are none.
         n_local: Local crops a sample.
         pixels: Pixels L of a spectrum; 0 without spectra.
+        wave_start_angstrom: Wavelength of its first pixel, where pixels are equally spaced; else 0.
+        wave_step_angstrom: Their spacing; 0 where they are not equally spaced.
         columns: Columns of the catalogue that are inputs.
         column_mean: Mean of each of them over the training split, in the column's unit.
         column_std: Its standard deviation.
@@ -92,6 +98,8 @@ class InputSpec:
     local_size: int = 0
     n_local: int = 0
     pixels: int = 0
+    wave_start_angstrom: float = 0.0
+    wave_step_angstrom: float = 0.0
     columns: tuple[str, ...] = ()
     column_mean: tuple[float, ...] = ()
     column_std: tuple[float, ...] = ()
@@ -118,7 +126,7 @@ class Readout:
     """
 
     title: str
-    modality: Literal["image", "spectrum", "columns"]
+    modality: Literal["image", "spectrum", "image+spectrum", "columns"]
     aligned: bool = False
     targets: tuple[str, ...] = ()
 
@@ -161,6 +169,9 @@ class Method(nn.Module, ABC):
 
     required_scalars: tuple[str, ...] = ()
     """Schedules that `training_step` reads, by name; the engine checks that the recipe has them."""
+
+    takes_missing_spectra: bool = False
+    """Whether samples of a batch may lack their spectrum (`has_spectrum`); the engine checks the views against it."""
 
     def forward(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
         """Run one training step's forward pass; see `training_step`."""

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, fields, replace
 
-__all__ = ["Constant", "Cosine", "Linear", "Schedule", "Schedules"]
+__all__ = ["Constant", "Cosine", "Linear", "Schedule", "Schedules", "WarmRestarts"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,40 @@ class Cosine(_Warmup):
         return self.end + 0.5 * (peak - self.end) * (1 + math.cos(math.pi * step / steps))
 
 
-Schedule = Constant | Linear | Cosine
+@dataclass(frozen=True)
+class WarmRestarts(_Warmup):
+    """Half cosines from `start` towards `end`, one after the other, each longer than the one before.
+
+    Unlike the others it warms up as PyTorch's LinearLR does, to reach `start` one value after the warm-up. The cosines are
+    those of CosineAnnealingWarmRestarts (Loshchilov and Hutter, arXiv:1608.03983).
+
+    Attributes:
+        end: Value that a cosine would reach one value after its last.
+        period_steps: Steps of the first cosine.
+        growth: Length of a cosine over that of the one before.
+        hold_steps: Steps for which a value holds: those of an epoch, where it changes once an epoch.
+    """
+
+    end: float = 0.0
+    period_steps: int = 1000
+    growth: int = 2
+    hold_steps: int = 1
+
+    def at(self, step: int, total_steps: int) -> float:
+        """Value at a step (0 is the first) of `total_steps`."""
+        step -= step % self.hold_steps
+        if self.start is not None and step < self.warmup_steps:
+            return self.warmup_start + (self.start - self.warmup_start) * step / self.warmup_steps
+        return super().at(step, total_steps)
+
+    def _after(self, peak: float, step: int, steps: int) -> float:
+        period = self.period_steps
+        while step >= period:
+            step, period = step - period, period * self.growth
+        return self.end + 0.5 * (peak - self.end) * (1 + math.cos(math.pi * step / period))
+
+
+Schedule = Constant | Linear | Cosine | WarmRestarts
 
 
 @dataclass(frozen=True)
@@ -128,6 +161,11 @@ class Schedules:
                 found.append(f"{name}.start: must be a number, got None")
             if schedule.warmup_steps < 0:
                 found.append(f"{name}.warmup_steps: must be at least 0, got {schedule.warmup_steps}")
+            found += [
+                f"{name}.{key}: must be at least 1, got {getattr(schedule, key)}"
+                for key in ("period_steps", "growth", "hold_steps")
+                if getattr(schedule, key, 1) < 1
+            ]
             for key in ("start", "end", "warmup_start"):
                 value = getattr(schedule, key, None)
                 if value is None or (key == "warmup_start" and schedule.warmup_steps == 0):

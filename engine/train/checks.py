@@ -187,6 +187,10 @@ def method_problems(run: Run, method: Method) -> list[str]:
         for name in method.required_scalars
         if getattr(run.schedule, name, None) is None
     ]
+    if getattr(run.views, "spectrum_optional", False) and not method.takes_missing_spectra:
+        found.append(
+            f"views.spectrum_optional: must be off for {type(run.method).__name__}, which needs every spectrum"
+        )
     if method.teacher_pairs() and run.schedule.ema_momentum is None:
         found.append("schedule.ema_momentum: must be a schedule, because the method has a teacher, got None")
     found += [

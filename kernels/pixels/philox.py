@@ -35,6 +35,8 @@ class Purpose(IntEnum):
     MASK_PLAN = 6  # which crops of a global batch are masked
     MASK = 7  # the masked tokens of a crop
     SPECTRUM_MASK = 8  # where the hidden chunks of a spectrum begin
+    TOKEN_MASK = 9  # the hidden tokens of a modality
+    MODALITY_MASK = 10  # which modalities of a sample are hidden
 
 
 def philox_reference(counter: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:

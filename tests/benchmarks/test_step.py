@@ -1,6 +1,7 @@
 """The step benchmark at tiny sizes: every method, its phases, the cache against the encoders, the rows it writes."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from armillary.models.astroclip.astroclip import AstroCLIP
 from armillary.models.dinov2.dino_head import Head
 from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import InputSpec
+from armillary.models.mmae.token_drop import TokenDropMMAE
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
 from armillary.models.vit.vit import ViT
@@ -19,6 +21,7 @@ VIT = ViT(image_size=8, patch_size=4, dim=32, depth=2, heads=2)
 SPECFORMER = SpecFormer(dim=32, depth=2, heads=2, positions=40)
 SPECTRA = InputSpec(pixels=301)
 PAIRS = InputSpec(channels=3, global_size=8, n_global=1, pixels=301)
+MMAE_TINY = TokenDropMMAE(dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, rest_points=20, rest_hidden=8)
 
 
 @pytest.fixture(autouse=True)
@@ -27,19 +30,21 @@ def benchmarks_on_path(monkeypatch):
 
 
 def subject_of(method: str, folder: Path):
-    from step_methods import CachedCLIP, CLIPSubject, DINOv2Subject, SpecFormerSubject
+    from step_methods import CachedCLIP, CLIPSubject, DINOv2Subject, MMAESubject, SpecFormerSubject
 
     if method == "dinov2":
         inputs = InputSpec(channels=3, global_size=8, n_global=2, local_size=4, n_local=1)
         return DINOv2Subject(DINOv2(vit=VIT, head=Head(64, 32, 16), koleo_weight=0.0), inputs)
     if method == "specformer":
         return SpecFormerSubject(SpecFormerPretraining(encoder=SPECFORMER, chunks=3, chunk_tokens=4), SPECTRA)
+    if method == "mmae":
+        return MMAESubject(MMAE_TINY)
     recomputed = CLIPSubject(VIT, SPECFORMER, PAIRS, embedding=16, dropout=0.0)
     return recomputed if method == "recomputed" else CachedCLIP(recomputed, folder / "f", 3, 4, "float32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["dinov2", "specformer", "recomputed", "cached"])
+@pytest.mark.parametrize("method", ["dinov2", "specformer", "mmae", "recomputed", "cached"])
 def test_phases_cover_the_step(tmp_path, method, precision):
     from step_training import Training, phase_columns
 
@@ -68,7 +73,7 @@ def test_cached_and_recomputed_steps_compute_the_same(tmp_path):
     assert losses["cached"] == losses["recomputed"]
 
 
-@pytest.mark.parametrize("method", ["dinov2", "specformer", "astroclip"])
+@pytest.mark.parametrize("method", ["dinov2", "specformer", "astroclip", "mmae"])
 def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     import step
     import step_methods
@@ -77,6 +82,7 @@ def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     monkeypatch.setattr(step, "DINOv2Subject", tiny["dinov2"])
     monkeypatch.setattr(step, "SpecFormerSubject", tiny["specformer"])
     monkeypatch.setattr(step, "SpecFormer", lambda: SPECFORMER)
+    monkeypatch.setattr(step, "TokenDropMMAE", lambda **given: replace(MMAE_TINY, **given))
     monkeypatch.setattr(step, "MODELS", {"vits": VIT})
     monkeypatch.setattr(step_methods, "PAIRS", PAIRS)
     monkeypatch.setattr(step_methods, "AstroCLIP", lambda **given: AstroCLIP(**given, embedding=16))
@@ -89,12 +95,16 @@ def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     step.main()
     with open(table, newline="") as f:
         rows = list(csv.DictReader(f))
-    assert [row["benchmark"] for row in rows] == [f"{method} step"] * (2 if method == "astroclip" else 1)
+    assert [row["benchmark"] for row in rows] == [f"{method} step"] * (2 if method in ("astroclip", "mmae") else 1)
     printed = capsys.readouterr().out
     if method == "astroclip":
         assert [row["tokens"] for row in rows] == ["recomputed", "cached float16"]
         assert float(rows[1]["image encoder_ms"]) == 0 < float(rows[0]["image encoder_ms"])
         assert float(rows[1]["gb_per_pair"]) > 0 and "vits recomputed over vits cached:" in printed
+    elif method == "mmae":
+        assert [row["tokens"] for row in rows] == ["all", "shown"]
+        assert float(rows[0]["gflop_per_pair"]) > float(rows[1]["gflop_per_pair"]) > 0
+        assert "mmae all over mmae shown:" in printed
     else:
         unit = {"dinov2": "image", "specformer": "spectrum"}[method]
         assert float(rows[0][f"ms_per_{unit}"]) > 0 and f"ms a {unit}" in printed

@@ -23,17 +23,19 @@ __all__ = ["ObjectViews"]
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectViews:
-    """The recipe's description of what a method sees of an object. Every object must have all of it.
+    """The recipe's description of what a method sees of an object. Every object must have all that is not optional.
 
     Attributes:
         image: The crop and its augmentation; one global crop, no local ones. None: no image.
         spectrum: Whether the spectrum is read.
+        spectrum_optional: An object may lack its spectrum, which is 0 without data then (`has_spectrum`).
         columns: Columns of the catalogue that are inputs, standardised by the training split.
         targets: Labels to predict, standardised likewise; an object may lack any.
     """
 
     image: MultiCrop | None = None
     spectrum: bool = False
+    spectrum_optional: bool = False
     columns: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
 
@@ -60,6 +62,8 @@ class ObjectViews:
         if self.spectrum and survey.spectrum is None:
             has = ", ".join(survey.modalities)
             found.append(f"views.spectrum: needs a survey with spectra, but {survey.name!r} has only {has}")
+        if self.spectrum_optional and not (self.spectrum and self.image is not None):
+            found.append("views.spectrum_optional: must be off without an image and a spectrum, or nothing may be left")
         found += column_problems(survey, "views.columns", self.columns)
         return found + column_problems(survey, "views.targets", self.targets)
 
@@ -68,11 +72,15 @@ class ObjectViews:
         columns = Columns.read(survey, self.columns) if self.columns else None
         targets = Columns.read(survey, self.targets) if self.targets else None
         image = None if self.image is None else self.image.input_spec(survey)
+        grid = survey.spectrum.grid if self.spectrum and survey.spectrum else None
+        linear = grid if grid and grid.kind == "linear" else None
         return InputSpec(
             channels=image.channels if image else 0,
             global_size=image.global_size if image else 0,
             n_global=1,
-            pixels=survey.spectrum.grid.count if self.spectrum and survey.spectrum else 0,
+            pixels=grid.count if grid else 0,
+            wave_start_angstrom=linear.start if linear else 0.0,
+            wave_step_angstrom=linear.step if linear else 0.0,
             columns=self.columns,
             column_mean=columns.mean if columns else (),
             column_std=columns.std if columns else (),
@@ -122,7 +130,7 @@ class _Objects:
     """`ObjectViews` fixed for a survey and a device."""
 
     def __init__(self, views: ObjectViews, survey: Survey, device: torch.device) -> None:
-        self.spectrum = views.spectrum
+        self.spectrum_needed = views.spectrum and not views.spectrum_optional
         self.crop = None if views.image is None else views.image.build(survey, device)
         self.packed = bool(getattr(self.crop, "packed", False))
         self.columns = Columns.read(survey, views.columns) if views.columns else None
@@ -133,7 +141,7 @@ class _Objects:
         if self.crop is not None:
             out = self.crop(out, key)
             out["crop"] = out.pop("global_crops")
-        if self.spectrum:
+        if self.spectrum_needed:
             require_all(batch, "spectrum")
         if self.columns is not None:
             out["columns"] = self.columns.of(batch["row"])

@@ -13,7 +13,12 @@ from armillary.engine.evaluate.study.study import Study
 
 __all__ = ["MODALITIES", "comparison_section", "redshift_section", "table_section"]
 
-MODALITIES = {"image": "From images", "spectrum": "From spectra", "columns": "From catalogue columns"}
+MODALITIES = {
+    "image": "From images",
+    "spectrum": "From spectra",
+    "image+spectrum": "From images and spectra",
+    "columns": "From catalogue columns",
+}
 
 
 def table_section(

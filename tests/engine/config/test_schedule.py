@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from armillary.engine.config.schedule import Constant, Cosine, Linear, Schedules
+from armillary.engine.config.schedule import Constant, Cosine, Linear, Schedules, WarmRestarts
 
 
 def dinov2(start, end, total, warmup=0, warmup_start=0.0):
@@ -38,6 +39,19 @@ def test_linear_reaches_its_end_at_the_last_step(total):
     assert schedule.at(total + 5, total) == (3.0 if total > 1 else 1.0)
 
 
+def test_warm_restarts_are_torchs_schedulers_once_an_epoch():
+    """LinearLR for 10 epochs of 3 steps, then CosineAnnealingWarmRestarts: periods of 25, 50 and 100 epochs."""
+    schedule = WarmRestarts(1e-4, 1e-6, 75, 2, 3, warmup_steps=30, warmup_start=1e-5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-4)
+    restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=25, T_mult=2, eta_min=1e-6)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
+    optimizer.step()
+    for epoch in range(120):
+        expected = optimizer.param_groups[0]["lr"]
+        np.testing.assert_allclose([schedule.at(3 * epoch + i, 360) for i in range(3)], 3 * [expected], rtol=1e-9)
+        (warmup if epoch < 10 else restarts).step()
+
+
 def test_only_the_schedules_that_are_set_are_handed_out():
     values = Schedules(learning_rate=Cosine(end=0.1)).at(0, 10, peak_lr=0.5)
     assert values == {"learning_rate": 0.5, "weight_decay": 0.04}
@@ -60,6 +74,12 @@ def test_only_the_schedules_that_are_set_are_handed_out():
         ),
         (Schedules(learning_rate=Cosine(warmup_steps=-1)), "warmup_steps: must be at least 0, got -1"),
         (Schedules(weight_decay=Constant(float("nan"))), "weight_decay.start: must be a finite number"),
+        (
+            Schedules(learning_rate=WarmRestarts(period_steps=0)),
+            "learning_rate.period_steps: must be at least 1, got 0",
+        ),
+        (Schedules(learning_rate=WarmRestarts(growth=0)), "learning_rate.growth: must be at least 1, got 0"),
+        (Schedules(learning_rate=WarmRestarts(hold_steps=-1)), "learning_rate.hold_steps: must be at least 1, got -1"),
     ],
 )
 def test_rules(schedules, message):

@@ -12,7 +12,7 @@ from mixed import Mixed
 
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.columns import Columns
-from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.format.survey import Survey, WaveGrid
 from armillary.engine.data.loading.loader import Loader, SequentialLoader
 from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.engine.data.views.objects import ObjectViews
@@ -63,6 +63,8 @@ def test_input_spec_says_what_the_method_gets(folder):
         global_size=16,
         n_global=1,
         pixels=501,
+        wave_start_angstrom=3600.0,
+        wave_step_angstrom=0.8,
         columns=("z",),
         column_mean=spec.target_mean,
         column_std=spec.target_std,
@@ -71,7 +73,12 @@ def test_input_spec_says_what_the_method_gets(folder):
         target_std=spec.column_std,
     )
     np.testing.assert_allclose((*spec.target_mean, *spec.target_std), (z.mean(), z.std()))
-    assert ObjectViews(spectrum=True).input_spec(Survey.load(folder)) == InputSpec(n_global=1, pixels=501)
+    alone, survey = ObjectViews(spectrum=True), Survey.load(folder)
+    assert alone.input_spec(survey) == InputSpec(
+        n_global=1, pixels=501, wave_start_angstrom=3600.0, wave_step_angstrom=0.8
+    )
+    survey = replace(survey, spectrum=replace(survey.spectrum, grid=WaveGrid("log10", 3.5, 1e-4, 501)))
+    assert alone.input_spec(survey) == InputSpec(n_global=1, pixels=501)
 
 
 def test_a_training_batch(folder):
@@ -152,8 +159,10 @@ def test_whether_anything_is_random(change, augmented):
         (ObjectViews(image=replace(CROP, global_size=99)), "views.image.global_size: must be in 1 .. 20"),
         (ObjectViews(columns=("mass",)), r"views.columns: must be labels of the survey \(z\), got 'mass'"),
         (ObjectViews(spectrum=True, targets=("age",)), "views.targets: must be labels"),
+        (ObjectViews(spectrum=True, spectrum_optional=True), "views.spectrum_optional: must be off without an image"),
+        (ObjectViews(image=CROP, spectrum_optional=True), "views.spectrum_optional: must be off without an image"),
     ],
-    ids=["nothing", "two crops", "local crops", "too large", "no such column", "no such target"],
+    ids=["nothing", "two crops", "local crops", "too large", "no such column", "no such target", "alone", "optional"],
 )
 def test_rules(folder, views, message):
     survey = Survey.load(folder)
@@ -198,6 +207,25 @@ def test_unpaired_objects_end_a_training_run(lacking, views, lacks):
     ):
         for _ in range(2):
             next(loader)
+
+
+class WithImages(Mixed):
+    """Every object has an image, a fifth of them no spectrum."""
+
+    def read(self, index):
+        sample = super().read(index)
+        return sample if sample.image is not None else replace(super().read(0), key=sample.key, source=sample.source)
+
+
+def test_optional_spectra_may_be_missing(tmp_path):
+    build(WithImages(20, with_vectors=False), tmp_path / "s", name="s", test_fraction=0.25, processes=1, progress=False)
+    views = ObjectViews(image=CROP, spectrum=True, spectrum_optional=True)
+    made = views.build(Survey.load(tmp_path / "s"), "cpu")
+    with Loader(tmp_path / "s", micro_batch=14, device="cpu", views=made, modalities=views.modalities) as loader:
+        batch = next(loader)
+    assert 0 < (~batch["has_spectrum"]).sum() < 7 and batch["crop"].shape == (14, 3, 16, 16)
+    assert torch.equal((batch["spectrum_ivar"] > 0).any(1), batch["has_spectrum"])
+    assert not batch["spectrum"][~batch["has_spectrum"]].any()
 
 
 def test_catalogue_columns_need_nothing_else(folder):
