@@ -273,7 +273,7 @@ MALFORMED = {  # file; its text, the columns that differ, or what writes it; opt
     "components": ("a.fits", {"flux": FLUX}, {"vectors": {"v": "flux"}, "components": {"v": ("a", "b")}}, "vector 'v' needs 3 different names"),
     "missing of nothing": ("a.csv", {}, {"missing": {"q": (1,)}}, "no column 'q' .missing values"),
     "no such group": ("a.hdf5", {}, {"table": "q"}, "no group or data set 'q'; it has photometry"),
-    "ra_unit": ("a.csv", {}, {"ra_unit": "rad"}, "ra_unit: must be degree or hour"),
+    "ra_unit": ("a.csv", {}, {"ra_unit": "rad"}, "ra_unit: must be one of degree, hour"),
 }  # fmt: skip
 
 

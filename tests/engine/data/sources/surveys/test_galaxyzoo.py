@@ -142,7 +142,7 @@ def test_malformed(tmp_path, name, changes, match):
 @pytest.mark.parametrize("reader", (GalaxyZooDecals, GalaxyZoo2))
 def test_wrong_options(tmp_path, reader):
     path = write(tmp_path / "a.csv", decals())
-    with pytest.raises(ValueError, match="fractions: must be debiased"):
+    with pytest.raises(ValueError, match="fractions: must be one of debiased"):
         reader(path, fractions="votes")
     if reader is GalaxyZooDecals:
         with pytest.raises(ValueError, match="min_votes: must not be negative"):
