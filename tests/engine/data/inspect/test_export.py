@@ -117,7 +117,7 @@ def test_what_is_refused(survey, tmp_path):
     (tmp_path / "there").touch()
     with pytest.raises(FileExistsError, match="there: exists already"):
         unpack(survey, tmp_path / "there", "fits")
-    with pytest.raises(ValueError, match="format: must be fits, hdf5 or parquet"):
+    with pytest.raises(ValueError, match="format: must be one of fits, hdf5, parquet"):
         unpack(survey, tmp_path / "x", "csv")
     with pytest.raises(ValueError, match="no samples in split 'half'; the survey has train, test"):
         unpack(survey, tmp_path / "x", "hdf5", split="half")

@@ -87,7 +87,7 @@ def test_rows_without_a_position_stay_alone_and_nothing_matches_nothing():
         ({"ra": np.array([np.inf])}, "left catalogue, row 0: ra inf"),
         ({"radius_arcsec": 0.0}, "radius_arcsec: must be above 0"),
         ({"radius_arcsec": 4000.0}, "radius_arcsec: must be above 0 and at most 3600"),
-        ({"mode": "all"}, "mode: must be one_to_one or nearest"),
+        ({"mode": "all"}, "mode: must be one of one_to_one, nearest"),
     ],
 )
 def test_bad_input(change, match):
