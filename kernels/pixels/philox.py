@@ -35,6 +35,9 @@ class Purpose(IntEnum):
     MASK_PLAN = 6  # which crops of a global batch are masked
     MASK = 7  # the masked tokens of a crop
     SPECTRUM_MASK = 8  # where the hidden chunks of a spectrum begin
+    NEIGHBOUR_SHUFFLE = 9  # which rows change places in the control of a graph
+    NEIGHBOURS = 10  # which neighbours of a node are sampled
+    WALK = 11  # the steps of a random walk
 
 
 def philox_reference(counter: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:
