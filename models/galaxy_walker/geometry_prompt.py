@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ class GeometryPrompt(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise from torch's global generator: an orthogonal projection times .1, as published; torch's own otherwise."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
+            if isinstance(module, nn.Linear | nn.LayerNorm | Curvature):
                 module.reset_parameters()
         nn.init.orthogonal_(self.projection.weight, gain=0.1)
         nn.init.zeros_(self.projection.bias)
@@ -178,12 +178,13 @@ class GeometryPrompt(nn.Module):
             ValueError: The shapes do not fit, or a space has no neighbours.
         """
         self._check(features, rows, hops)
-        tokens, points = [], []
+        tokens: list[Tensor] = []
+        points: list[Tensor] = []
         with torch.autocast(features.device.type, enabled=False):
             for space in self.config.spaces:
                 first, second = hops[space]
                 c = self.curvature[space]() if space in self.curvature else self.config.curvature
-                one, two = self.layers[space]
+                one, two = cast(nn.ModuleList, self.layers[space])
                 x, around, beyond = (_features(features, at) for at in (rows, first, second))
                 # Features are flat, and their logarithm is they themselves.
                 near = self._step(space, c, one(around, beyond, second >= 0))
