@@ -47,16 +47,19 @@ def nearest(
         [Q, k] int32, the nearest first. Of points at exactly equal distances any may come first.
     """
     tree = cKDTree(points)
+    # Catalogues are in random order: queries that follow their neighbours find the tree's leaves in the processor's cache.
+    order = cKDTree(queries, balanced_tree=False, compact_nodes=False).indices
     out = np.empty((len(queries), k), np.int32)
     for start in range(0, len(queries), BLOCK):
-        block, own = queries[start : start + BLOCK], self_row[start : start + BLOCK, None]
+        asked = order[start : start + BLOCK]
+        block, own = queries[asked], self_row[asked, None]
         _, rows = tree.query(block, k + 1, workers=threads)
         if space == "hyperbolic":
             rows = _nearest_in_ball(tree, block, rows, threads)
         # Of k + 1 rows one goes: the query itself, or the farthest where it is not among them.
         gone = rows == own
         gone[:, -1] |= ~gone.any(1)
-        out[start : start + BLOCK] = rows[~gone].reshape(-1, k)
+        out[asked] = rows[~gone].reshape(-1, k)
     return out
 
 
