@@ -5,8 +5,8 @@
     python benchmarks/sky_graph.py --catalog vollim_dr7_cbp_102709.fits.gz        # columns ra and dec of a table
 
 Made-up positions are uniform over a sky of 14,000 square degrees (RA 0 to 360, Dec above 18.8 degrees); real galaxies
-cluster. The time is that of `connect`: from positions in memory to the sparse matrix, without the file; on a busy machine the processor's says more. Peak memory is
-that of the process, the largest graph so far included.
+cluster. The time is that of `connect`: from positions in memory to the sparse matrix, without the file; on a busy machine the
+processor's says more. Peak memory is that of the process, the largest graph so far included.
 """
 
 from __future__ import annotations
