@@ -50,3 +50,14 @@ def rgb(
     out: NDArray[np.float32],
     threads: int = 1,
 ) -> None: ...
+
+# csrc/walks.cpp
+def random_walks(
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.int32],
+    rows: NDArray[np.int64],
+    streams: NDArray[np.uint32],
+    seed: int,
+    length: int,
+    threads: int = 1,
+) -> NDArray[np.int64]: ...

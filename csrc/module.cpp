@@ -5,9 +5,13 @@ namespace py = pybind11;
 
 void bind_codec(py::module_& m);
 void bind_noise(py::module_& m);
+void bind_walks(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled parts of Armillary: the shard codec, keyed random numbers, pixel noise, crops, blur and block masks.";
+  m.doc() =
+      "Compiled parts of Armillary: the shard codec, keyed random numbers, pixel noise, crops, blur, block masks and "
+      "walks.";
   bind_codec(m);
   bind_noise(m);
+  bind_walks(m);
 }

@@ -37,6 +37,7 @@ COMMANDS = {
     "data show": ("armillary.engine.data.cli", "show", "draw samples of a survey"),
     "data stats": ("armillary.engine.data.cli", "stats", "histograms, redshifts, sky coverage"),
     "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
+    "data graph": ("armillary.engine.data.cli", "graph", "neighbours on the sky"),
     "data simulate": ("armillary.engine.data.simulate.cli", "simulate", "make a survey of simulated galaxies"),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["build", "check", "export", "kinds", "leaks", "show", "stats"]
+__all__ = ["build", "check", "export", "graph", "kinds", "leaks", "show", "stats"]
 
 
 def build(
@@ -295,4 +295,65 @@ def export(
         task = bar.add_task("export", total=total)
         written = unpack(survey, out, format, split=split, progress=lambda n: bar.update(task, advance=n))
     print(f"wrote {written:,} samples to {out}")
+    return 0
+
+
+def graph(
+    survey: tyro.conf.Positional[Path],
+    *,
+    space: Literal["euclidean", "spherical", "hyperbolic", "comoving"] = "spherical",
+    mode: Literal["published", "leak-free"] = "published",
+    k: int = 5,
+    linking_length_mpc: float | None = None,
+    redshift: str | None = None,
+    buffer_arcmin: float = 0.0,
+    symmetrise: bool = True,
+    shuffle_seed: int | None = None,
+    threads: int = 2,
+) -> int:
+    """Find neighbours on the sky and write them beside the survey, as SURVEY/graph-NAME.safetensors.
+
+    Args:
+        survey: Folder of the survey; every row must have a position.
+        space: Whose distance is compared: euclidean is the plane of RA and Dec, spherical great circles, hyperbolic the
+            Poincare ball over that plane. comoving links all rows within a length in three dimensions, and tells redshifts.
+        mode: published is one graph over all rows; in leak-free only rows of the split train may be seen.
+        k: Neighbours of a row, itself not counted; not for comoving.
+        linking_length_mpc: Greatest comoving distance of neighbours.
+        redshift: Label with redshifts, for comoving.
+        buffer_arcmin: With leak-free, leave out rows of train this near to a row of another split.
+        symmetrise: Add the way back of every edge whose row may be seen.
+        shuffle_seed: Shuffle the neighbours within each split by this seed: the control of the graph without it.
+        threads: Threads of the search.
+    """
+    import time
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from armillary.engine.data.sky_graph.build import build_graph
+    from armillary.engine.data.sky_graph.graph import GraphOptions
+
+    options = GraphOptions(
+        space=space,
+        mode=mode,
+        k=k,
+        linking_length_mpc=linking_length_mpc,
+        redshift=redshift,
+        buffer_arcmin=buffer_arcmin,
+        symmetrise=symmetrise,
+        shuffle_seed=shuffle_seed,
+    )
+    start = time.perf_counter()
+    made, path = build_graph(survey, options, threads=threads)
+    table = Table("nodes", "edges", "edges a node", "isolated nodes", "left out", "seconds")
+    numbers = (made.nodes, made.edges, made.edges / made.nodes, made.isolated, int(made.left_out.sum()))
+    table.add_row(
+        *(f"{n:.2f}" if isinstance(n, float) else f"{n:,}" for n in numbers), f"{time.perf_counter() - start:.1f}"
+    )
+    console = Console()
+    console.print(table)
+    if redshift is not None:
+        console.print(f"The edges tell {redshift!r}: do not judge predictions of it by a model that sees this graph.")
+    console.print(f"wrote {path}")
     return 0

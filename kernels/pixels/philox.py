@@ -37,6 +37,9 @@ class Purpose(IntEnum):
     SPECTRUM_MASK = 8  # where the hidden chunks of a spectrum begin
     TOKEN_MASK = 9  # the hidden tokens of a modality
     MODALITY_MASK = 10  # which modalities of a sample are hidden
+    NEIGHBOUR_SHUFFLE = 11  # which rows change places in the control of a graph
+    NEIGHBOURS = 12  # which neighbours of a node are sampled
+    WALK = 13  # the steps of a random walk
 
 
 def philox_reference(counter: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:
