@@ -69,10 +69,10 @@ demo-astroclip: install
 	$(BIN)/armillary evaluate $(PAIRS)/astroclip --data $(PAIRS)/survey --out $(PAIRS) \
 	  --compare $(PAIRS)/resnet18 $(PAIRS)/conv_attention $(PAIRS)/photometry
 
-# A process a core; then those tests that start processes of their own, mostly two, so half as many at a time.
+# A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
-	$(BIN)/python -m pytest -q -n $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // 2))') --dist loadfile -m dist
+	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist
 
 # What a change needs before each commit: three minutes.
 check: install lint
