@@ -196,4 +196,4 @@ def test_other_networks_learn_the_toy(survey, tmp_path, preset, steps, lr):
         (why,) = [line for line in said if line.startswith(f"{task} is left out: ")]
         assert "predictions" in why
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "posterior is left out" in page and "Predicted against true redshift" in page
+    assert page.count("left out: ") >= 5 and "Predicted against true redshift" in page

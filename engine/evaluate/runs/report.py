@@ -83,7 +83,7 @@ def _verdict(outcomes: Sequence[Outcome]) -> Markup:
     items: list[tuple[str, str, str]] = []
     for outcome in outcomes:
         if outcome.left_out:
-            items.append(("note", f"{outcome.task} is left out", outcome.left_out))
+            items.append(("note", outcome.task, f"left out: {outcome.left_out}"))
         else:
             items += outcome.verdict or [("note", outcome.task, line) for line in outcome.lines]
     return section("What was found", "", card(*(o.headline for o in outcomes if o.headline), verdicts(items)))

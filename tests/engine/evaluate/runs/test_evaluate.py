@@ -139,7 +139,7 @@ def test_report_and_numbers(runs, tasks, survey_dir, tmp_path):
     for words in (
         "<h2>Counted</h2>",
         "&amp; counting",
-        "never is left out",
+        "left out: it never is",
         "half &lt;way&gt; through",
         "light (two)",
         "predictions of redshift",
