@@ -32,6 +32,7 @@ from torch import Tensor
 from armillary.models.masked.masking import batch_coin, token_masks
 from armillary.models.masked.photoz_loss import photoz_loss
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
+from armillary.models.mmae.batch_checks import crop_of, refuse_missing, spectrum_of
 from armillary.models.mmae.network import Encoded, Network
 from armillary.models.mmae.spectrum_bins import normalised_bins
 from armillary.models.rules import at_least, fractions, positive, refuse
@@ -177,12 +178,8 @@ class MMAEMethod(Method):
             ValueError: Something is missing from the batch, or does not fit the inputs that the method was built for.
         """
         config = self.config
-        for name in ("crop", "spectrum", "targets", "image_mask", "token_mask", "spectrum_hidden"):
-            if name not in batch:
-                raise ValueError(
-                    f"{name}: missing from the batch; views give images, spectra and targets, `prepare` masks"
-                )
-        crop, bins = self._crop(batch), self._bins(batch)
+        refuse_missing(batch, "crop", "spectrum", "targets", "image_mask", "token_mask", "spectrum_hidden")
+        crop, bins = crop_of(batch, self.inputs), self._bins(batch)
         bins = bins.masked_fill(batch["spectrum_hidden"][:, None], 0.0)
         encoded = self._run(crop, bins, batch["image_mask"], batch["token_mask"])
 
@@ -203,17 +200,8 @@ class MMAEMethod(Method):
         found: Encoded = self.network(crop.to(dtype), bins.to(dtype), image_hidden, spectrum_hidden)
         return found
 
-    def _crop(self, batch: Batch) -> Tensor:
-        crop, side = batch["crop"], self.inputs.global_size
-        if crop.dim() != 4 or crop.shape[1:] != (self.inputs.channels, side, side):
-            wanted = f"[B, {self.inputs.channels}, {side}, {side}]"
-            raise ValueError(f"crop: must be {wanted} as built for, got {tuple(crop.shape)}")
-        return crop
-
     def _bins(self, batch: Batch) -> Tensor:
-        spectrum = batch["spectrum"]
-        if spectrum.dim() != 2 or spectrum.shape[1] != self.inputs.pixels:
-            raise ValueError(f"spectrum: must be [B, {self.inputs.pixels}] as built for, got {tuple(spectrum.shape)}")
+        spectrum = spectrum_of(batch, self.inputs)
         return normalised_bins(spectrum, batch.get("spectrum_ivar"), self.config.bin_pixels)
 
     @torch.no_grad()
@@ -231,7 +219,7 @@ class MMAEMethod(Method):
         """
         if "crop" not in batch:
             raise ValueError("MMAE: embeds images, alone or with spectra, but the batch has no `crop`")
-        crop, config = self._crop(batch), self.config
+        crop, config = crop_of(batch, self.inputs), self.config
         shown = torch.zeros(len(crop), config.patches(self.inputs), dtype=torch.bool, device=crop.device)
         absent = torch.ones(len(crop), config.tokens(self.inputs), dtype=torch.bool, device=crop.device)
         none = torch.zeros(len(crop), config.bins(self.inputs), device=crop.device)

@@ -34,6 +34,7 @@ from armillary.models.masked.masking import modality_masks, share_problems, toke
 from armillary.models.masked.packing import Packing, pack, shown_rows
 from armillary.models.masked.tokenisers import POSITION_STD, to_patches
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
+from armillary.models.mmae.batch_checks import crop_of, refuse_missing, spectrum_of
 from armillary.models.mmae.rest_frame import WAVES, RestFrameDecoder
 from armillary.models.mmae.spectrum_bins import normalised_bins
 from armillary.models.rules import at_least, choices, positive, refuse
@@ -281,11 +282,9 @@ class TokenDropMethod(Method):
             ValueError: Something is missing from the batch, or does not fit the inputs that the method was built for.
         """
         config = self.config
-        for name in ("crop", "spectrum", "targets", "image_mask", "token_mask", "shown_patches", "shown_tokens"):
-            if name not in batch:
-                raise ValueError(
-                    f"{name}: missing from the batch; views give images, spectra and targets, `prepare` masks"
-                )
+        refuse_missing(
+            batch, "crop", "spectrum", "targets", "image_mask", "token_mask", "shown_patches", "shown_tokens"
+        )
         patches, (runs, with_data) = self._patches(batch), self._runs(batch)
         masks = batch["image_mask"], batch["token_mask"]
         packing = pack(masks, (batch["shown_patches"], batch["shown_tokens"]))
@@ -312,17 +311,11 @@ class TokenDropMethod(Method):
 
     def _patches(self, batch: Batch) -> Tensor:
         """[B, T, C, p, p]."""
-        crop, side = batch["crop"], self.inputs.global_size
-        if crop.dim() != 4 or crop.shape[1:] != (self.inputs.channels, side, side):
-            wanted = f"[B, {self.inputs.channels}, {side}, {side}]"
-            raise ValueError(f"crop: must be {wanted} as built for, got {tuple(crop.shape)}")
-        return to_patches(crop, self.config.patch_size)
+        return to_patches(crop_of(batch, self.inputs), self.config.patch_size)
 
     def _runs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Bins of each token [B, N, w], and whether any pixel of a bin carries data."""
-        spectrum, config = batch["spectrum"], self.config
-        if spectrum.dim() != 2 or spectrum.shape[1] != self.inputs.pixels:
-            raise ValueError(f"spectrum: must be [B, {self.inputs.pixels}] as built for, got {tuple(spectrum.shape)}")
+        spectrum, config = spectrum_of(batch, self.inputs), self.config
         ivar = batch.get("spectrum_ivar")
         bins = normalised_bins(spectrum, ivar, config.bin_pixels)
         seen = torch.ones_like(spectrum, dtype=torch.bool) if ivar is None else ivar > 0

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from armillary.engine.zero.optim import AdamW, build_groups
 from armillary.models.method import Batch, BatchKey, InputSpec
 
 PUBLISHED = InputSpec(
@@ -30,3 +31,18 @@ def batch_for(method, size=6, seed=0, dtype=torch.float32, prepared=True):
         targets=((z - 0.5) / 0.4).to(dtype),
     )
     return method.prepare(batch, BatchKey(0, 0, 0, size)) if prepared else batch
+
+
+def losses_on_one_batch(method, seed):
+    """Losses of 40 steps on one batch of 16."""
+    batch = batch_for(method, 16, seed)
+    optimizer = AdamW(build_groups(method))
+    losses = []
+    for step in range(40):
+        optimizer.set_step(step, {"learning_rate": 5e-3, "weight_decay": 0.01})
+        losses.append(method(batch, {}).total)
+        losses[-1].backward()
+        optimizer.clip_local()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
