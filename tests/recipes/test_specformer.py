@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
 import torch
-from processes import recipe, run
+from processes import losses, recipe, run
 
 from armillary.engine.config.config_json import from_json, to_json
 from armillary.engine.data.building.build import build
@@ -66,18 +65,9 @@ def survey(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def presets():
-    return processes.presets("specformer")
-
-
 def specformer(*arguments):
     """Command line of the recipe on two ranks."""
     return recipe("--preset", "smoke", "--device", "cpu", "--telemetry.no-tensorboard", *arguments, name="specformer")
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_presets_are_the_published_ones(presets):
