@@ -17,7 +17,7 @@ from armillary.engine.train.checks import problems
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import InputSpec
 
-PAIRS = 400
+PAIRS = 200
 TASKS = ("search", "properties", "posterior", "morphology", "masking", "attention")
 SETS = ("AstroCLIP image", "AstroCLIP spectrum", "unaligned image", "unaligned spectrum", "photometry MLP")
 TITLES = ("What was found", "What is compared", "Filling gaps in spectra", "What the alignment looks at in spectra")
@@ -158,7 +158,7 @@ def test_searching_and_embedding(chain, aligned, pairs):
     said = armillary("search", chain / "image.parquet", "--query", key, "-k", 3)
     assert key in said
     across = ["--query-embeddings", chain / "image.parquet"]
-    assert key in armillary("search", chain / "spectrum.parquet", "--query", key, "-k", 400, *across)
+    assert key in armillary("search", chain / "spectrum.parquet", "--query", key, "-k", PAIRS, *across)
 
 
 @pytest.mark.slow

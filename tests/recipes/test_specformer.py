@@ -129,7 +129,8 @@ def test_trains_alike_under_zero_2_and_3_and_exports(survey, tmp_path):
 
     few = processes.armillary("evaluate", tmp_path / "two", "--samples", 8, "-o", tmp_path / "few")
     assert "\nsearch is left out: 12 test samples or more must have SpecFormer, got 8\n" in few
-    assert "\nmasking: gaps of " in few and (tmp_path / "few" / "report.html").is_file()  # the other tasks go on
+    assert "\nmasking: gaps of " in few and "(8 spectra)" in few
+    assert (tmp_path / "few" / "report.html").is_file()  # the other tasks go on
 
 
 def real_spectra(real_data, kind):
