@@ -135,13 +135,13 @@ class Checkpointing:
         every_steps: Steps between checkpoints.
         every_minutes: Additionally after so many minutes; None: by steps only.
         keep: Newest checkpoints that stay.
-        verify: Check every file's hash, not only its size, before resuming.
+        verify: Before resuming, each rank compares the hash of its own file, not only the sizes of all.
     """
 
     every_steps: int = 1000
     every_minutes: float | None = None
     keep: int = 2
-    verify: bool = False
+    verify: bool = True
 
 
 @dataclass(frozen=True)

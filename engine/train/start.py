@@ -87,7 +87,7 @@ def run_to_exit_code(
     """
     from armillary.engine.train import trainer
     from armillary.engine.train.loop import NonFinite, Stopped
-    from armillary.engine.weights.checkpoint import CheckpointError
+    from armillary.engine.weights.verify import CheckpointError
 
     me = trainer.ranks()
     loaders = {} if open_loader is None else {"open_loader": open_loader}

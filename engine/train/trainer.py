@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,18 @@ from armillary.engine.config.provenance import facts
 from armillary.engine.config.randomness import seed_everything
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.exclusive import InUse, exclusive
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.user_code import trust
 from armillary.engine.weights import portable, resume
-from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest
+from armillary.engine.weights.checkpoint import Progress, latest
 from armillary.engine.weights.export import export_encoder
 from armillary.engine.weights.init_weights import init_encoder, init_method
 from armillary.engine.weights.trained_encoder import EXPORT, TrainedEncoder
+from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import Ranks, Sharded, ranks, start_processes
 from armillary.models.method import Method
 
@@ -91,6 +93,7 @@ def train(
         CheckpointError: A checkpoint could not be written or read.
     """
     me = ranks()
+    run = _anywhere(run)
     survey = Survey.load(run.data.path)
     inputs = run.views.input_spec(survey)
     seed_everything(run.seed)
@@ -101,9 +104,12 @@ def train(
         _take_weights(run, method, survey, init_from)
 
     with ExitStack() as leaving:
+        if me.rank == 0:
+            leaving.enter_context(_own(run.folder))
         stop = StopRequest()
         leaving.callback(stop.forget)
         device = start_processes(run.resolved_device)
+        resume.agree(newest, me.rank, run.checkpoint.verify)
         sharded = Sharded(run, method, device)
         progress, note, set_random = _begin(run, sharded, newest, restore)
         if run.data.token_cache is not None:
@@ -113,7 +119,6 @@ def train(
         if progress.loader:
             loader.load_state_dict(progress.loader)
         if me.rank == 0:
-            run.folder.mkdir(parents=True, exist_ok=True)
             run.save(run.folder / "run.json", **known, world=me.world)
         dist.barrier()
         meter = Meter(run, method, device, progress.step)
@@ -135,6 +140,29 @@ def train(
     return run.folder
 
 
+def _anywhere(run: Run) -> Run:
+    """The run with paths that mean the same wherever its record is read."""
+    cache = run.data.token_cache
+    data = replace(run.data, path=run.data.path.absolute(), token_cache=None if cache is None else cache.absolute())
+    return replace(run, data=data)
+
+
+@contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Make the run's folder, and own it.
+
+    Raises:
+        BadInput: Another process is at work there, or it cannot be written.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(folder))
+        except (InUse, OSError) as error:
+            raise BadInput(f"out: {error}") from error
+        yield
+
+
 def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> Path | None:
     """Last checks before processes are started; the checkpoint to continue from."""
     record = to_json(run)
@@ -146,7 +174,7 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> P
     found = method_problems(run, method)
     newest = latest(run.folder / "checkpoints")
     if newest is not None:
-        state = resume.open_archive(newest)[1]
+        state = resume.open_archive(newest, hashed=["state.json"])[1]
         found += resume.same_run_problems(state, run, world, known, newest)
     found = found or space_problems(run, method)
     if found:
@@ -197,7 +225,7 @@ def _begin(
     """
     rank = sharded.rank
     if newest is not None:
-        progress = resume.load(newest, sharded.layout, run.checkpoint.verify)
+        progress = resume.load(newest, sharded.layout)
         note = [f"continuing {newest}"]
         if restore is not None:
             note.append(f"--restore {restore} is not read again: the run has checkpoints of its own")

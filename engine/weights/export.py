@@ -99,7 +99,7 @@ def _check_suffix(file: Path, *suffixes: str) -> None:
 def _write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary:
-        write_tensors(temporary, [Entry.of(name, x) for name, x in tensors.items()], metadata)
+        write_tensors(temporary, [Entry.of(name, x) for name, x in tensors.items()], metadata, seal=True)
 
 
 def _write_pickle(content: Mapping[str, Any], file: Path) -> None:

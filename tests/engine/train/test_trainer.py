@@ -16,7 +16,8 @@ from armillary.engine.train import start, trainer
 from armillary.engine.train.loop import Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.trainer import BadInput
 from armillary.engine.weights import checkpoint
-from armillary.engine.weights.checkpoint import CheckpointError, Progress
+from armillary.engine.weights.checkpoint import Progress
+from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config, ranks
 from armillary.models.method import InputSpec
 
