@@ -116,6 +116,8 @@ class Training:
         zero_stage: What is sharded over ranks: 1 optimizer state, 2 also gradients, 3 also weights.
         compile: Run the method through torch.compile.
         max_bad_steps: Steps in a row with a non-finite loss or gradient, all skipped, after which the run stops.
+        timeout_minutes: How long ranks wait for each other, in a step or to write, before the run ends; a link that is cut
+            is noticed by nothing else.
     """
 
     steps: int
@@ -125,6 +127,7 @@ class Training:
     zero_stage: Literal[1, 2, 3] = 2
     compile: bool = False
     max_bad_steps: int = 10
+    timeout_minutes: float = 30.0
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,28 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
         found.append(
             f"train.global_batch: must be at most the {count} samples of the split, got {run.train.global_batch}"
         )
+    found += _shards(survey, run.data.split)
     for name in ("problems", "build", "input_spec"):
         if not callable(getattr(run.views, name, None)):
             return [*found, f"views: must be an object with a method `{name}`, got {type(run.views).__name__}"]
     views = _in_section("views", run.views.problems(survey))
     method = [] if views else _in_section("method", run.method.problems(run.views.input_spec(survey)))
     return found + views + method
+
+
+def _shards(survey: Survey, split: str) -> list[str]:
+    """Whether the split's shards are there, as long as they were."""
+    assert survey.folder is not None, "a survey that was loaded from its folder"
+    bad = []
+    for shard in survey.shards:
+        path = survey.folder / shard.name
+        there = path.stat().st_size if path.is_file() else None
+        if shard.split == split and there != shard.bytes:
+            bad.append(f"{shard.name} " + ("is missing" if there is None else f"has {there} of {shard.bytes} bytes"))
+    if not bad:
+        return []
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return [f"data.path: must have all shards of split {split!r} whole, but {bad[0]}{more}; see `armillary data check`"]
 
 
 def _in_section(name: str, rules: list[str]) -> list[str]:
@@ -93,6 +109,7 @@ def _numbers(run: Run, world: int) -> list[str]:
     at_least("train.micro_batch", run.train.micro_batch, 1)
     at_least("train.max_bad_steps", run.train.max_bad_steps, 1)
     at_least("checkpoint.every_steps", run.checkpoint.every_steps, 1)
+    above_zero("train.timeout_minutes", run.train.timeout_minutes)
     above_zero("checkpoint.every_minutes", run.checkpoint.every_minutes)
     at_least("checkpoint.keep", run.checkpoint.keep, 1)
     at_least("telemetry.every_steps", run.telemetry.every_steps, 1)

@@ -1,7 +1,8 @@
 """What a run says while it goes: progress bar or lines, metrics.jsonl, TensorBoard.
 
 metrics.jsonl gets one line a step. Its values stay on the device until a line is due on the screen (or a checkpoint),
-and are only then reduced over ranks, so that a step costs no synchronisation for the log's sake.
+and are only then reduced over ranks, so that a step costs no synchronisation for the log's sake. Nothing here ends a run: lines
+that a full disk refuses wait for the next ones, and a screen that is gone is not written to.
 Throughput, MFU, data wait and memory belong to the interval that the step is in.
 """
 
@@ -13,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from armillary.engine.atomic_file import write_text
 from armillary.engine.config.run import Run
 from armillary.models.method import Losses, Method
 
-__all__ = ["PEAK_TFLOPS", "Meter", "measure_gemm", "peak_flops"]
+__all__ = ["PEAK_TFLOPS", "LineFile", "Meter", "measure_gemm", "peak_flops"]
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -91,6 +93,34 @@ def _keep_until(path: Path, step: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
+class LineFile:
+    """A file that lines are appended to; what cannot be written stays in memory and goes first the next time."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab", buffering=0)
+        self._waiting = b""
+
+    def append(self, line: str) -> OSError | None:
+        """Write a line, and what waits.
+
+        Returns:
+            Why something waits; None where nothing does.
+        """
+        self._waiting += line.encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        """Try once more, and close."""
+        with suppress(OSError):
+            self._file.write(self._waiting)
+        self._file.close()
+
+
 class Meter:
     """Collects every step's numbers on all ranks; rank 0 writes them.
 
@@ -118,7 +148,8 @@ class Meter:
         self._board: Any = None
         if self.speaks:
             _keep_until(run.folder / "metrics.jsonl", first_step)
-            self._lines = open(run.folder / "metrics.jsonl", "a", buffering=1)
+            self._lines = LineFile(run.folder / "metrics.jsonl")
+            self._refused = False
             if run.telemetry.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -141,18 +172,19 @@ class Meter:
             self.run.train,
             sum(getattr(p, "ds_numel", p.numel()) for p in self.method.parameters() if p.requires_grad),
         )
-        self.console.print(
+        self.say(
             f"{self.run.name}: step {first_step} of {train.steps}, {self.world} x {self.device.type}, "
             f"ZeRO-{train.zero_stage}, {train.precision}, batch {train.global_batch} = {self.world} ranks x "
             f"{self.run.accumulation(self.world)} x {train.micro_batch}, {trained / 1e6:.3g}M trained parameters, "
             f"{self.method.flops_per_sample() / 1e9:.3g} GFLOP a sample; MFU is of {self.peak_name}; "
-            f"writing to {self.run.folder}",
-            highlight=False,
+            f"writing to {self.run.folder}"
         )
 
     def say(self, text: str, loud: bool = False) -> None:
         """Print a line, on rank 0."""
-        if self.speaks:
+        if not self.speaks:
+            return
+        with suppress(OSError, SystemExit):  # rich leaves where its pipe or terminal is gone
             self.console.print(text, style="bold red" if loud else None, markup=False, highlight=False)
 
     def add(self, losses: Losses) -> None:
@@ -259,11 +291,18 @@ class Meter:
         if not self.speaks:
             return
         plain = {k: v if math.isfinite(v) else None for k, v in line.items()}
-        self._lines.write(json.dumps(plain) + "\n")
+        refused = self._lines.append(json.dumps(plain))
+        if refused is not None and not self._refused:
+            self.say(f"WARNING: metrics.jsonl cannot be written: {refused}; its lines wait in memory", loud=True)
+        self._refused = refused is not None
         if self._board is not None:
-            for name, value in line.items():
-                if name != "step" and math.isfinite(value):
-                    self._board.add_scalar(name, value, int(line["step"]))
+            try:
+                for name, value in line.items():
+                    if name != "step" and math.isfinite(value):
+                        self._board.add_scalar(name, value, int(line["step"]))
+            except OSError as error:
+                self.say(f"WARNING: TensorBoard's file cannot be written: {error}; it ends here", loud=True)
+                self._board = None
 
     def _show(self, line: Mapping[str, float | int]) -> None:
         norms = " ".join(f"{k.partition('/')[2]} {v:.3g}" for k, v in line.items() if k.startswith("grad_norm/"))
@@ -280,8 +319,10 @@ class Meter:
     def close(self) -> None:
         """Close files and bar."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError, SystemExit):
+                self._bar.stop()
         if self.speaks:
             self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()

@@ -28,7 +28,8 @@ from armillary.engine.weights.export import export_encoder
 from armillary.engine.weights.init_weights import init_encoder, init_method
 from armillary.engine.weights.trained_encoder import EXPORT, TrainedEncoder
 from armillary.engine.weights.verify import CheckpointError
-from armillary.engine.zero.deepspeed_engine import Ranks, Sharded, ranks, start_processes
+from armillary.engine.zero.deepspeed_engine import Sharded
+from armillary.engine.zero.processes import Ranks, ranks, start_processes
 from armillary.models.method import Method
 
 __all__ = ["BadInput", "open_loader", "train"]
@@ -106,9 +107,9 @@ def train(
     with ExitStack() as leaving:
         if me.rank == 0:
             leaving.enter_context(_own(run.folder))
-        stop = StopRequest()
+        device = start_processes(run.resolved_device, run.train.timeout_minutes)
+        stop = StopRequest()  # not before: a signal to a process that waits for the others ends it
         leaving.callback(stop.forget)
-        device = start_processes(run.resolved_device)
         resume.agree(newest, me.rank, run.checkpoint.verify)
         sharded = Sharded(run, method, device)
         progress, note, set_random = _begin(run, sharded, newest, restore)
@@ -119,7 +120,8 @@ def train(
         if progress.loader:
             loader.load_state_dict(progress.loader)
         if me.rank == 0:
-            run.save(run.folder / "run.json", **known, world=me.world)
+            with _or_checkpoint_error("run.json"):
+                run.save(run.folder / "run.json", **known, world=me.world)
         dist.barrier()
         meter = Meter(run, method, device, progress.step)
         leaving.callback(meter.close)
@@ -131,7 +133,10 @@ def train(
             loop.go()
             loop.save()
             if me.rank == 0:
-                export_encoder(TrainedEncoder.open(run.folder), run.folder / EXPORT)
+                with _or_checkpoint_error(
+                    f"{EXPORT}, which `armillary export {run.folder}` makes from the checkpoint,"
+                ):
+                    export_encoder(TrainedEncoder.open(run.folder), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
         except (Stopped, NonFinite, CheckpointError):  # all ranks are here
             sharded.destroy()
@@ -161,6 +166,15 @@ def _own(folder: Path) -> Iterator[None]:
         except (InUse, OSError) as error:
             raise BadInput(f"out: {error}") from error
         yield
+
+
+@contextmanager
+def _or_checkpoint_error(what: str) -> Iterator[None]:
+    """A full or broken disk has its own exit code."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what} could not be written: {error}") from error
 
 
 def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> Path | None:

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.compile",
     "train.max_bad_steps",
+    "train.timeout_minutes",
 )
 """Fields of a run that may differ from the checkpoint's; everything else would make it another run."""
 

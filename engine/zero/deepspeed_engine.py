@@ -8,14 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import importlib
 import logging
-import os
-import socket
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,59 +22,10 @@ from armillary.engine.zero.optim import AdamW, build_groups, squared_norms
 from armillary.engine.zero.partition import ZeroPartition, build_layout
 from armillary.models.method import Batch, Losses, Method
 
-__all__ = ["Ranks", "Sharded", "StepStatus", "ranks", "start_processes"]
+__all__ = ["Sharded", "StepStatus", "deepspeed_config"]
 
 BUCKET = 50_000_000
 """Elements a gradient bucket holds at most; DeepSpeed allocates it whole."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among its peers: global rank, rank in this machine, number of processes."""
-
-    rank: int
-    local_rank: int
-    world: int
-
-
-def ranks() -> Ranks:
-    """Read the launcher's environment; a process that nobody launched is the only one."""
-    get = os.environ.get
-    return Ranks(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), int(get("WORLD_SIZE", "1")))
-
-
-def start_processes(device: str) -> torch.device:
-    """Choose DeepSpeed's accelerator, join the process group and return this process's device.
-
-    Args:
-        device: "cuda" or "cpu".
-    """
-    me = ranks()
-    os.environ["DS_ACCELERATOR"] = device
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that newer versions of torch have replaced.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Compiling this operator for the CPU backend takes 40 seconds; gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device == "cuda":
-        torch.cuda.set_device(me.local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    # Its functions' default arguments are the process group of the moment of import, which they would keep alive.
-    importlib.import_module("torch.distributed.nn.functional")
-    backend = "nccl" if device == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=timedelta(minutes=30), verbose=False)
-    return torch.device("cuda", me.local_rank) if device == "cuda" else torch.device("cpu")
 
 
 def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:

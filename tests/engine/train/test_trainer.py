@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from armillary.engine.train.trainer import BadInput
 from armillary.engine.weights import checkpoint
 from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.weights.verify import CheckpointError
-from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config, ranks
+from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config
+from armillary.engine.zero.processes import launch_problems, ranks, take_slurm_ranks
 from armillary.models.method import InputSpec
 
 INPUTS = InputSpec(channels=10, global_size=1)
@@ -126,6 +128,71 @@ def test_ranks_are_read_from_the_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert (ranks().rank, ranks().local_rank, ranks().world) == (5, 1, 8)
+
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_STEP_NODELIST": "gpu[07-09],cpu1",
+    "SLURM_JOB_ID": "41",
+    "SLURM_STEP_ID": "3",
+}
+
+
+def test_tasks_of_a_slurm_step_are_ranks(monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no scontrol
+    environment = dict(SLURM)
+    assert take_slurm_ranks(environment) == []
+    wanted = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "gpu07"}
+    assert wanted.items() <= environment.items()
+    assert environment["MASTER_PORT"] == str(20_000 + 41_003 % 40_000)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": ""}],
+    ids=["another launcher", "one task", "no step"],
+)
+def test_other_launchers_are_not_disturbed(other):
+    environment = SLURM | other
+    before = dict(environment)
+    assert take_slurm_ranks(environment) == [] and environment == before
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"])
+def test_a_step_that_slurm_does_not_describe_is_refused(name, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    environment = {k: v for k, v in SLURM.items() if k != name}
+    (found,) = take_slurm_ranks(environment)
+    assert found.startswith("SLURM_STEP_N") and "RANK" not in environment
+
+
+def test_a_master_that_nobody_knows_is_refused_before_the_group_waits(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "2345"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert launch_problems() == []
+    monkeypatch.setenv("MASTER_ADDR", "no-such-machine.invalid")
+    assert launch_problems()[0].startswith("MASTER_ADDR: must be a machine that ")
+    monkeypatch.setenv("RANK", "first")
+    assert launch_problems() == ["RANK: must be a whole number, got 'first'"]
+
+
+def test_a_training_in_a_thread_leaves_signals_alone():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        stop = StopRequest()
+        found.append(stop.asked)
+        stop.forget()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_deepspeed_config(run):
