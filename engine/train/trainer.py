@@ -205,9 +205,11 @@ def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | No
             raise BadInput(f"method.{modality}_from: {error}") from error
     if init_from is not None:
         try:
-            init_method(method, TrainedEncoder.open(init_from))
+            left_out = init_method(method, TrainedEncoder.open(init_from))
         except (ValueError, OSError) as error:
             raise BadInput(f"--init-from: {error}") from error
+        for line in left_out if ranks().rank == 0 else []:
+            print(f"--init-from {init_from}: {line}", flush=True)
 
 
 def _fill_token_cache(run: Run, sharded: Sharded, survey: Survey, me: Ranks, stop: StopRequest) -> None:

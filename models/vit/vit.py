@@ -32,10 +32,6 @@ from armillary.models.vit.vit_block import Block, Drop, select_tokens
 
 __all__ = ["Tokens", "ViT", "VisionTransformer"]
 
-# Added to the number of patches before the scale factor of the position embedding is formed. DINOv2 was trained so,
-# and its released weights expect it: the result differs from an interpolation to the exact size.
-POSITION_OFFSET = 0.1
-
 
 @dataclass(frozen=True)
 class ViT:
@@ -52,6 +48,9 @@ class ViT:
         registers: Register tokens R.
         layer_scale: Initial gain of every residual branch.
         drop_path: Fraction of the samples that skip a residual branch in training (the student's).
+        position_offset: How positions are interpolated to another size: by (h + offset) / side, as most of the public
+            backbones are; 0 sets the size itself, as those with registers (`*_reg4`) do. Weights do not tell it.
+        antialias: Whether that interpolation smooths; as those with registers do.
         gelu: Form of the MLP's GELU: "erf" (exact, as DINOv2) or "tanh" (cheaper on a GPU, within 5e-4 of it).
     """
 
@@ -66,6 +65,8 @@ class ViT:
     layer_scale: float = 1e-5
     drop_path: float = 0.3
     gelu: Literal["erf", "tanh"] = "erf"
+    position_offset: float = 0.1
+    antialias: bool = False
 
     @property
     def hidden(self) -> int:
@@ -83,6 +84,8 @@ class ViT:
             found.append(f"heads: must divide dim {self.dim}, got {self.heads}")
         if self.hidden < 1:
             found.append(f"mlp_ratio: must give a hidden width of at least 1, got {self.mlp_ratio}")
+        if not 0 <= self.position_offset < 1:
+            found.append(f"position_offset: must be in [0, 1), got {self.position_offset}")
         return found + at_least(0, self, "registers") + fractions(self, "drop_path") + choices(self)
 
     def patches(self, side: int) -> int:
@@ -273,8 +276,12 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         position = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
         grid = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        scale = ((h + POSITION_OFFSET) / side, (w + POSITION_OFFSET) / side)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
+        offset, antialias = self.config.position_offset, self.config.antialias
+        if offset:
+            scale = ((h + offset) / side, (w + offset) / side)
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
+        else:
+            grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=antialias)
         return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
     @untraced

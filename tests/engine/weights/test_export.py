@@ -141,7 +141,7 @@ def test_the_untrained_twin_is_drawn_from_the_seed(run, saved):
 
 def test_without_checkpoints_the_export_is_taken(run, saved):
     export_encoder(opened(run.folder), run.folder / EXPORT)
-    (run.folder / "checkpoints" / "latest").unlink()
+    shutil.rmtree(run.folder / "checkpoints")
     assert opened(run.folder).path == run.folder / EXPORT and opened(run.folder).run.name == run.name
 
 
@@ -207,7 +207,31 @@ def test_dinov2_names_go_out_and_come_in(vit_run, tmp_path, chunks, suffix):
             network.backbone.named_parameters(), expected.teacher.backbone.parameters(), strict=True
         ):
             assert torch.equal(p, q), name
+    with_heads = chunks > 0 and suffix == ".pth"
+    assert torch.equal(fresh.teacher.dino_head.weight, expected.teacher.dino_head.weight if with_heads else head)
+    assert torch.equal(fresh.student.dino_head.weight, fresh.teacher.dino_head.weight) or not with_heads
+
+
+def test_heads_of_other_shapes_are_left_out_and_said(vit_run, tmp_path):
+    export_dinov2(opened(vit_run.folder), tmp_path / "t.pth", 2)
+    content = torch.load(tmp_path / "t.pth", weights_only=True)["teacher"]
+    content["dino_head.weight"] = torch.zeros(5, 2)
+    torch.save({"teacher": content}, tmp_path / "t.pth")
+    fresh = VitConfig().build(INPUTS)
+    head = fresh.teacher.dino_head.weight.clone()
+    (said,) = init_method(fresh, opened(tmp_path / "t.pth"))
+    assert "2 tensors of heads in the file are left out" in said
     assert torch.equal(fresh.teacher.dino_head.weight, head)
+
+
+def test_of_student_and_teacher_in_one_file_the_teacher_is_taken(vit_run, tmp_path):
+    backbone = opened(vit_run.folder).part("image")
+    both = {f"teacher.backbone.{k}": v for k, v in backbone.items()}
+    both |= {f"student.backbone.{k}": v + 1 for k, v in backbone.items()}
+    torch.save({"model": both}, tmp_path / "both.pth")
+    fresh = VitConfig().build(INPUTS)
+    init_method(fresh, opened(tmp_path / "both.pth"))
+    assert all(torch.equal(p, backbone[k]) for k, p in fresh.teacher.backbone.named_parameters())
 
 
 def test_dinov2_names_need_a_backbone(run, vit_run, tmp_path):
