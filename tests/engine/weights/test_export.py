@@ -1,5 +1,6 @@
 """Encoders out of checkpoints and files, and into methods."""
 
+import shutil
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
