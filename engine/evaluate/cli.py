@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from armillary.engine.atomic_file import require_writable
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.user_code import Packages, trust
 
@@ -43,7 +44,8 @@ def embed(
     """Embed a survey with a trained run and write a Parquet file (key, split, vector).
 
     Args:
-        run: Folder of the run, or an encoder exported from one.
+        run: Folder of the run, an encoder exported from one, or a published file of DINOv2, SpecFormer or AstroCLIP, which
+            needs --data.
         out: The Parquet file to write.
         data: Folder of the survey; by default the one that the run was trained on.
         split: Splits to embed; all by default.
@@ -58,12 +60,18 @@ def embed(
     from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
     from armillary.engine.evaluate.embedding.embeddings import stack_splits
     from armillary.engine.evaluate.embedding.encoder import Encoder
+    from armillary.engine.evaluate.embedding.published import PublishedEncoder
     from armillary.engine.weights.trained_encoder import TrainedEncoder
 
     trust(*package)
+    require_writable(out)
     source = TrainedEncoder.open(run)
+    if source.is_published and data is None:
+        raise ValueError(f"data: must name the survey to embed, because {run} comes without one; give --data")
     data = data or source.run.data.path
     survey, where = Survey.load(data), choose_device(device)
+    if source.is_published:
+        source = PublishedEncoder(source, survey)
     have = tuple(dict.fromkeys(s.split for s in survey.shards))
     for name in split:
         if name not in have:
@@ -149,6 +157,7 @@ def report(
     from armillary.engine.evaluate.study.study import FeatureSet, Study
 
     trust(*package)
+    require_writable(out)
     data = data or Run.load(run).data.path
     features = {}
     for number, path in enumerate(embeddings):
