@@ -29,7 +29,7 @@ from armillary.engine.weights.init_weights import init_encoder, init_method
 from armillary.engine.weights.trained_encoder import EXPORT, TrainedEncoder
 from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import Sharded
-from armillary.engine.zero.processes import Ranks, ranks, start_processes
+from armillary.engine.zero.processes import Ranks, end_processes, ranks, start_processes
 from armillary.models.method import Method
 
 __all__ = ["BadInput", "open_loader", "train"]
@@ -105,31 +105,31 @@ def train(
         _take_weights(run, method, survey, init_from)
 
     with ExitStack() as leaving:
-        if me.rank == 0:
-            leaving.enter_context(_own(run.folder))
         device = start_processes(run.resolved_device, run.train.timeout_minutes)
         stop = StopRequest()  # not before: a signal to a process that waits for the others ends it
         leaving.callback(stop.forget)
-        resume.agree(newest, me.rank, run.checkpoint.verify)
-        sharded = Sharded(run, method, device)
-        progress, note, set_random = _begin(run, sharded, newest, restore)
-        if run.data.token_cache is not None:
-            _fill_token_cache(run, sharded, survey, me, stop)
-        loader = open_loader(run, method, survey, device, me)
-        leaving.callback(loader.close)
-        if progress.loader:
-            loader.load_state_dict(progress.loader)
-        if me.rank == 0:
-            with _or_checkpoint_error("run.json"):
-                run.save(run.folder / "run.json", **known, world=me.world)
-        dist.barrier()
-        meter = Meter(run, method, device, progress.step)
-        leaving.callback(meter.close)
-        for line in note:
-            meter.say(line)
-        loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
-        set_random()
+        sharded: Sharded | None = None
         try:
+            _own(run.folder, newest, me, leaving)
+            resume.agree(newest, me.rank, run.checkpoint.verify)
+            sharded = Sharded(run, method, device)
+            progress, note, set_random = _begin(run, sharded, newest, restore)
+            if run.data.token_cache is not None:
+                _fill_token_cache(run, sharded, survey, me, stop)
+            loader = open_loader(run, method, survey, device, me)
+            leaving.callback(loader.close)
+            if progress.loader:
+                loader.load_state_dict(progress.loader)
+            if me.rank == 0:
+                with _or_checkpoint_error("run.json"):
+                    run.save(run.folder / "run.json", **known, world=me.world)
+            dist.barrier()
+            meter = Meter(run, method, device, progress.step)
+            leaving.callback(meter.close)
+            for line in note:
+                meter.say(line)
+            loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
+            set_random()
             loop.go()
             loop.save()
             if me.rank == 0:
@@ -138,8 +138,8 @@ def train(
                 ):
                     export_encoder(TrainedEncoder.open(run.folder), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
-        except (Stopped, NonFinite, CheckpointError):  # all ranks are here
-            sharded.destroy()
+        except (BadInput, Stopped, NonFinite, CheckpointError):  # all ranks are here
+            (sharded.destroy if sharded is not None else end_processes)()
             raise
         sharded.destroy()
     return run.folder
@@ -152,20 +152,24 @@ def _anywhere(run: Run) -> Run:
     return replace(run, data=data)
 
 
-@contextmanager
-def _own(folder: Path) -> Iterator[None]:
-    """Make the run's folder, and own it.
+def _own(folder: Path, newest: Path | None, me: Ranks, leaving: ExitStack) -> None:
+    """Make the run's folder and own it until the end; all ranks together.
 
     Raises:
-        BadInput: Another process is at work there, or it cannot be written.
+        BadInput: On all ranks: another process is at work there, or was a moment ago, or it cannot be written.
     """
-    with ExitStack() as held:
+    said: list[str | None] = [None]
+    if me.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive(folder))
+            leaving.enter_context(exclusive(folder))
+            if latest(folder / "checkpoints") != newest:
+                said = [f"out: {folder}: another job wrote there while this one started; start again"]
         except (InUse, OSError) as error:
-            raise BadInput(f"out: {error}") from error
-        yield
+            said = [f"out: {error}"]
+    dist.broadcast_object_list(said)
+    if said[0] is not None:
+        raise BadInput(said[0])
 
 
 @contextmanager
@@ -224,7 +228,6 @@ def _fill_token_cache(run: Run, sharded: Sharded, survey: Survey, me: Ranks, sto
             run, sharded.method, survey, sharded.device, rank=me.rank, world=me.world, stop=lambda: stop.asked, say=say
         )
     except (TokenCacheError, Interrupted) as error:  # all ranks are here
-        sharded.destroy()
         if isinstance(error, Interrupted):
             say("stopped by a signal while filling data.token_cache; the same command continues")
             raise Stopped from error

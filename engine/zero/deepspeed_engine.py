@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from armillary.engine.config.run import Run
 from armillary.engine.zero.optim import AdamW, build_groups, squared_norms
 from armillary.engine.zero.partition import ZeroPartition, build_layout
+from armillary.engine.zero.processes import end_processes
 from armillary.models.method import Batch, Losses, Method
 
 __all__ = ["Sharded", "StepStatus", "deepspeed_config"]
@@ -212,8 +213,6 @@ class Sharded:
         the middle of a destructor, which aborts the process. DeepSpeed's objects are never freed under ZeRO-3, so
         they are made to let go of their groups.
         """
-        import deepspeed.comm
-
         dist.barrier()
         self.engine.destroy()
         own = [x for x in gc.get_objects() if str(type(x).__module__).startswith("deepspeed.")]
@@ -223,5 +222,4 @@ class Sharded:
                     setattr(holder, name, None)
                 elif isinstance(value, list) and any(isinstance(item, dist.ProcessGroup) for item in value):
                     value.clear()
-        deepspeed.comm.destroy_process_group()
-        gc.collect()
+        end_processes()

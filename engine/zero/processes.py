@@ -6,6 +6,7 @@ srun alone, whose own variables are read where those are not set. A process that
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -19,7 +20,7 @@ from datetime import timedelta
 
 import torch
 
-__all__ = ["Ranks", "launch_problems", "ranks", "start_processes", "take_slurm_ranks"]
+__all__ = ["Ranks", "end_processes", "launch_problems", "ranks", "start_processes", "take_slurm_ranks"]
 
 PORTS = 20_000, 60_000
 """Range of the ports that a Slurm step derives from its number."""
@@ -153,6 +154,14 @@ def start_processes(device: str, minutes: float) -> torch.device:
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=minutes), verbose=False)
     return torch.device("cuda", _gpu(me)) if device == "cuda" else torch.device("cpu")
+
+
+def end_processes() -> None:
+    """Leave the process group, with its threads; all ranks together."""
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()
+    gc.collect()
 
 
 def _gpu(me: Ranks) -> int:
