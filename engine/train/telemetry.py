@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -34,16 +35,18 @@ PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.4,
     "GH200": 989.4,
     "L40S": 362.1,
+    "L40": 181.0,
     "L4": 121.0,
     "A100": 311.9,
     "A40": 149.7,
     "A10": 125.0,
     "RTX 4090": 165.2,
 }
-"""Dense bf16 tensor-core rates of the makers' data sheets, TFLOP/s; the first name found in the device's counts."""
+"""Dense bf16 tensor-core rates of the makers' data sheets, TFLOP/s; the first name that is a word of the device's counts."""
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -73,7 +76,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for key, tflops in PEAK_TFLOPS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b", name):  # an L40 is no L4, a GB200 no B200
                 return tflops * 1e12, f"{name} dense bf16, {tflops:g} TFLOP/s"
     rate = measure_gemm(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     return rate, f"measured {precision} GEMM rate, {rate / 1e12:.3g} TFLOP/s a rank"

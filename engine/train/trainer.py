@@ -100,7 +100,7 @@ def train(
     seed_everything(run.seed)
     method = run.method.build(inputs)
     known = facts(survey) | {"inputs": asdict(inputs)}
-    newest = _startable(run, method, known, me.world)
+    newest = _startable(run, method, known, me.world, restore)
     if newest is None and restore is None:
         _take_weights(run, method, survey, init_from)
 
@@ -181,7 +181,7 @@ def _or_checkpoint_error(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} could not be written: {error}") from error
 
 
-def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> Path | None:
+def _startable(run: Run, method: Method, known: dict[str, Any], world: int, restore: Path | None = None) -> Path | None:
     """Last checks before processes are started; the checkpoint to continue from."""
     record = to_json(run)
     try:
@@ -194,10 +194,32 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> P
     if newest is not None:
         state = resume.open_archive(newest, hashed=["state.json"])[1]
         found += resume.same_run_problems(state, run, world, known, newest)
+    elif restore is not None:
+        found += _restorable(run, known, restore)
     found = found or space_problems(run, method)
     if found:
         raise BadInput("\n".join(found))
     return newest
+
+
+def _restorable(run: Run, known: dict[str, Any], restore: Path) -> list[str]:
+    """Why a portable export cannot be continued by this run: its position in the data would have no meaning."""
+    try:
+        state = portable.open_portable(restore)[1]
+        batch = int(state["run"]["train"]["global_batch"])
+    except (CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
+        return [f"--restore: {error}"]
+    found = []
+    if batch != run.train.global_batch:
+        found.append(
+            f"train.global_batch: must be {batch}, as in {restore}, got {run.train.global_batch}; to begin anew with its "
+            "weights alone, use --init-from"
+        )
+    if state.get("survey") != known["survey"]:
+        found.append(
+            f"data.path: must be the survey that {restore} was trained on, got one with other shards: {run.data.path}"
+        )
+    return found
 
 
 def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | None) -> None:

@@ -23,7 +23,6 @@ __all__ = ["MAY_CHANGE", "agree", "load", "load_random", "open_archive", "restor
 MAY_CHANGE = (
     "name",
     "out",
-    "device",
     "telemetry",
     "checkpoint",
     "data.path",
@@ -31,13 +30,11 @@ MAY_CHANGE = (
     "data.threads",
     "data.prefetch",
     "data.token_cache",
-    "data.token_cache_dtype",
     "train.steps",
-    "train.compile",
     "train.max_bad_steps",
     "train.timeout_minutes",
 )
-"""Fields of a run that may differ from the checkpoint's; everything else would make it another run."""
+"""Fields of a run that may differ from the checkpoint's; everything else would change bits and make it another run."""
 
 
 def open_archive(folder: Path, hashed: Sequence[str] | None = None) -> tuple[Archive, dict[str, Any]]:
@@ -108,6 +105,8 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
         for name, values in differences(state["run"], to_json(run)).items()
         if not any(name == free or name.startswith(free + ".") for free in MAY_CHANGE)
     }
+    if "cpu" not in changed.get("device", ("cpu",)):  # "auto" is a GPU, too
+        del changed["device"]
     stage = changed.pop("train.zero_stage", None)
     found = [f"{name}: must be {old!r}, as in {folder}, got {new!r}" for name, (old, new) in changed.items()]
     if found:

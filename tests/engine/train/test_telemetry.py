@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from armillary.engine.config.run import Telemetry
+from armillary.engine.train import telemetry
 from armillary.engine.train.telemetry import LineFile, Meter, measure_gemm, peak_flops
 from armillary.models.method import InputSpec, Losses
 
@@ -161,6 +162,26 @@ def test_bar_and_tensorboard(run, method, one_process):
     meter.close()
     assert "loss 1.5000" in terminal.file.getvalue() and "1/8" in terminal.file.getvalue()
     assert list((run.folder / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA A100-SXM4-80GB", 311.9),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA RTX A4000", 7.0),
+        ("NVIDIA A10G", 7.0),
+        ("NVIDIA GB200", 7.0),
+    ],
+)
+def test_a_peak_is_of_that_very_gpu_or_measured(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(telemetry, "measure_gemm", lambda *_: 7e12)
+    assert peak_flops(torch.device("cuda"), "bf16")[0] == tflops * 1e12
 
 
 def test_peak_is_named():

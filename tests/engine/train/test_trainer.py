@@ -18,6 +18,7 @@ from armillary.engine.train.loop import Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.trainer import BadInput
 from armillary.engine.weights import checkpoint
 from armillary.engine.weights.checkpoint import Progress
+from armillary.engine.weights.portable import export_portable
 from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config
 from armillary.engine.zero.processes import launch_problems, ranks, take_slurm_ranks
@@ -65,6 +66,23 @@ def test_a_checkpoint_of_another_recipe_is_refused_before_processes_start(run, o
         trainer._startable(replace(run, optim=replace(run.optim, lr=1.0)), method, known, 1)
     with pytest.raises(BadInput, match="1 ranks under ZeRO-2"):
         trainer._startable(run, method, known, 2)
+
+
+def test_an_export_that_cannot_be_continued_is_refused_before_processes_start(run, one_process, tmp_path):
+    known = facts(toy.Survey.load(run.data.path)) | {"inputs": FACTS["inputs"]}
+    saved = checkpoint.save(run.folder / "checkpoints", scrambled(run), progress(), run, known | {"world": 1})
+    file, method = tmp_path / "portable.safetensors", run.method.build(INPUTS)
+    export_portable(saved, file)
+    fresh = replace(run, name="fresh")
+    assert trainer._startable(fresh, method, known, 1, file) is None
+    larger = replace(fresh, train=replace(run.train, global_batch=2 * run.train.global_batch))
+    with pytest.raises(BadInput, match=r"train.global_batch: must be 8, as in .*got 16.*--init-from"):
+        trainer._startable(larger, method, known, 1, file)
+    with pytest.raises(BadInput, match="data.path: must be the survey that"):
+        trainer._startable(fresh, method, known | {"survey": "other"}, 1, file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(BadInput, match="--restore: .*portable.safetensors"):
+        trainer._startable(fresh, method, known, 1, file)
 
 
 def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):

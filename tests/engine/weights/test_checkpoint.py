@@ -234,6 +234,9 @@ def test_the_same_run_may_continue(run, folder):
     )
     assert resume.same_run_problems(state_of(run), run, 2, FACTS, folder) == []
     assert resume.same_run_problems(state_of(run), longer, 2, FACTS, folder) == []
+    on_gpus = state_of(replace(run, device="auto"))
+    assert resume.same_run_problems(on_gpus, replace(run, device="cuda"), 2, FACTS, folder) == []
+    assert resume.same_run_problems(on_gpus, replace(run, device="cpu"), 2, FACTS, folder)[0].startswith("device:")
 
 
 def test_another_run_is_refused_field_by_field(run, folder):
