@@ -27,6 +27,7 @@ from torch import Tensor
 
 from armillary.engine.atomic_file import write_text
 from armillary.engine.config.run import Run
+from armillary.kernels.launch import overrides
 from armillary.models.method import Losses, Method
 
 __all__ = ["PEAK_TFLOPS", "LineFile", "Meter", "measure_gemm", "peak_flops"]
@@ -146,6 +147,7 @@ class Meter:
         self._known: list[dict[str, float | int]] = []
         self._began = time.perf_counter()
         self._timed = 0
+        self._measured = first_step
         self._waited = 0.0
         self._bar: Progress | None = None
         self._board: Any = None
@@ -180,7 +182,7 @@ class Meter:
             f"ZeRO-{train.zero_stage}, {train.precision}, batch {train.global_batch} = {self.world} ranks x "
             f"{self.run.accumulation(self.world)} x {train.micro_batch}, {trained / 1e6:.3g}M trained parameters, "
             f"{self.method.flops_per_sample() / 1e9:.3g} GFLOP a sample; MFU is of {self.peak_name}; "
-            f"writing to {self.run.folder}"
+            f"writing to {self.run.folder}" + "".join(f"; {name} by {impl}" for name, impl in overrides().items())
         )
 
     def say(self, text: str, loud: bool = False) -> None:
@@ -238,7 +240,7 @@ class Meter:
             "data_wait": wait / seconds,
             "peak_gib": peak,
         }
-        measures = self.method.monitor()
+        measures = self._measures(int(self._known[-1]["step"]))
         for i, known in enumerate(self._known):
             line = {**known, **{n: v for n, v in zip(names, values[i], strict=True) if v is not None}}
             line |= {"loss_max": highest[i], **interval}
@@ -251,6 +253,14 @@ class Meter:
             self.say(f"WARNING: {warning}", loud=True)
         self._rows, self._known = [], []
         self._began, self._waited, self._timed = now, waited, 0
+
+    def _measures(self, step: int) -> dict[str, float]:
+        """Health measures, as often as they are worth: on a GPU they make the host wait for the device."""
+        every = self.run.telemetry.monitor_steps or (100 if self.device.type == "cuda" else 1)
+        if step // every == self._measured // every and step != self.run.train.steps:
+            return {}
+        self._measured = step
+        return self.method.monitor()
 
     def _reduce(self) -> tuple[list[str], list[list[float | None]], list[float]]:
         """Means over ranks of what was collected.

@@ -105,7 +105,7 @@ def train(
         _take_weights(run, method, survey, init_from)
 
     with ExitStack() as leaving:
-        device = start_processes(run.resolved_device, run.train.timeout_minutes)
+        device = start_processes(run.resolved_device, run.train.timeout_minutes, run.train.precision == "tf32")
         stop = StopRequest()  # not before: a signal to a process that waits for the others ends it
         leaving.callback(stop.forget)
         sharded: Sharded | None = None

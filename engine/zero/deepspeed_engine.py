@@ -41,13 +41,15 @@ def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
         "contiguous_gradients": True,
-        "overlap_comm": run.resolved_device == "cuda",
+        "overlap_comm": run.resolved_device == "cuda" and world > 1,  # alone it only waits for the device
         "reduce_bucket_size": min(BUCKET, max(trained, 2)),
         "allgather_bucket_size": BUCKET,
     }
     if train.zero_stage == 3:
         # Small parameters are cut like all others, or a teacher's could not be refreshed by a local copy.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": min(BUCKET, max(trained, 2))}
+    else:
+        zero["compute_grad_norm"] = False  # `agree` has the norms
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": run.accumulation(world),
@@ -58,7 +60,7 @@ def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
         "steps_per_print": 1_000_000_000,
     }
     if train.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # `agree` looks
         # Under stage 1 this would choose another optimizer of DeepSpeed's, which dies of a NaN; `checks` keeps stage 1
         # with bf16 to one micro-batch a step, where nothing is accumulated.
         config["data_types"] = {"grad_accum_dtype": "bf16" if train.zero_stage == 1 else "fp32"}

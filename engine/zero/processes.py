@@ -121,11 +121,12 @@ def launch_problems() -> list[str]:
     return found
 
 
-def start_processes(device: str, minutes: float) -> torch.device:
+def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.device:
     """Choose DeepSpeed's accelerator, join the process group and return this process's device.
 
     Args:
         device: "cuda" or "cpu".
+        tf32: Whether a GPU may round the factors of float32 products to 10 bits.
         minutes: How long ranks wait for each other before the run ends.
     """
     me = ranks()
@@ -145,8 +146,12 @@ def start_processes(device: str, minutes: float) -> torch.device:
     # Compiling this operator for the CPU backend takes 40 seconds; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device == "cuda":
+        # The number of masked patches changes every step; fixed segments would be cut to pieces.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(_gpu(me))
-    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+    if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     # Its functions' default arguments are the process group of the moment of import, which they would keep alive.

@@ -165,6 +165,7 @@ class VisionTransformer(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = ResidualNorm(dim, impl)
+        self._interpolations: dict[tuple[object, ...], Tensor] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -275,14 +276,24 @@ class VisionTransformer(nn.Module):
         if (h, w) == (side, side):
             return self.pos_embed
         position = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
-        grid = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        offset, antialias = self.config.position_offset, self.config.antialias
-        if offset:
-            scale = ((h + offset) / side, (w + offset) / side)
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
-        else:
-            grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=antialias)
-        return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+        return torch.cat([position[:, :1], self._interpolation(h, w, position) @ position[:, 1:]], dim=1)
+
+    @untraced
+    def _interpolation(self, h: int, w: int, like: Tensor) -> Tensor:
+        """[h*w, side*side] weights of a bicubic interpolation to an h x w grid, with the device and dtype of `like`.
+
+        A matrix product has a backward pass without atomic sums, so that a run resumed on a GPU keeps its bits.
+        """
+        key = (h, w, like.device, like.dtype)
+        if key not in self._interpolations:
+            side, offset = self.config.image_size // self.config.patch_size, self.config.position_offset
+            basis = torch.eye(side * side, dtype=torch.float64).unflatten(1, (1, side, side))
+            how: dict[str, Any] = {"size": (h, w)}
+            if offset:
+                how = {"scale_factor": ((h + offset) / side, (w + offset) / side)}
+            seen = F.interpolate(basis, mode="bicubic", antialias=self.config.antialias, **how)
+            self._interpolations[key] = seen.flatten(1).T.contiguous().to(like)
+        return self._interpolations[key]
 
     @untraced
     def _plan(self, runs: Runs, device: torch.device) -> tuple[PackedSequences, list[Drop]]:

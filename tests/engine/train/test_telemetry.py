@@ -58,6 +58,17 @@ def test_one_line_a_step_with_means_over_micro_batches(run, meter, screen):
     assert "step 2/8  loss 5.0000" in text and "step 1/8" not in text and "measured fp32 GEMM rate" in text
 
 
+@pytest.mark.parametrize(("every", "steps"), [(None, [2, 4, 6, 7]), (4, [4, 7]), (100, [7])])
+def test_health_is_measured_as_often_as_asked_and_at_the_end(run, method, screen, one_process, every, steps):
+    run.folder.mkdir(parents=True)
+    asked = Telemetry(every_steps=2, tensorboard=False, monitor_steps=every)
+    meter = Meter(replace(run, telemetry=asked, train=replace(run.train, steps=7)), method, CPU, 0, screen)
+    for number in range(1, 8):
+        step(meter, number, 1.0)
+    meter.close()
+    assert [line["step"] for line in lines(run) if "monitor/center" in line] == steps
+
+
 class FullDisk:
     """An unbuffered file on a disk that takes `room` bytes more."""
 
