@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,20 @@ __all__ = ["Sharded", "StepStatus", "deepspeed_config"]
 
 BUCKET = 50_000_000
 """Elements a gradient bucket holds at most; DeepSpeed allocates it whole."""
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as its engine does for every optimizer, without compiling a function of it.
+
+    Nobody calls this function here, and to compile it loads Inductor: two seconds at each start.
+    """
+    from deepspeed.runtime import compiler
+
+    compiled, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiled
 
 
 def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
@@ -145,6 +160,7 @@ class Sharded:
         buffers = {name: b.clone() for name, b in method.named_buffers()}
         config = deepspeed_config(run, self.world, sum(p.numel() for g in groups for p in g["params"]))
         logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not its own
+        _import_muon()
         if run.train.zero_stage == 3:
             _see_into_dataclasses()
         method.register_forward_hook(_plain_output)  # before DeepSpeed's own hooks, which see its result
