@@ -16,7 +16,8 @@ help:
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make test               all tests"
-	@echo "make check              lint, types and the fast tests: before each commit"
+	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
+	@echo "                        not marked slow; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
@@ -74,11 +75,13 @@ demo-astroclip: install
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
-	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist
+	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist $$(grep -rl "pytest.mark.dist" tests --include="test_*.py")
 
-# What a change needs before each commit: three minutes.
+# What a change needs before each commit: three minutes. The kernels' tests, under Triton's interpreter, are half of all.
+CHANGED_KERNELS := $(shell git diff --quiet HEAD -- kernels tests/kernels 2>/dev/null || echo yes)
 check: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist and not slow and not aot"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile \
+	  -m "not dist and not slow and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
 
 # The numeric modules as other processors would run them.
 test-cpus: install

@@ -12,6 +12,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
 
+KERNELS = Path(__file__).with_name("kernels")
 REAL_DATA = os.environ.get("ARMILLARY_REAL_DATA")
 
 
@@ -21,6 +22,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if KERNELS in item.path.parents:
+            item.add_marker(pytest.mark.kernel)
         if "compile" in item.originalname:  # so are called those that compile a kernel ahead of time
             item.add_marker(pytest.mark.aot)
 
