@@ -96,6 +96,8 @@ def train(
     seed_everything(run.seed)
     method = run.method.build(inputs)
     known = facts(survey) | {"inputs": asdict(inputs)}
+    if (base := method.base()) is not None:
+        known["base"] = base.sha256
     newest = _startable(run, method, known, me.world)
     if newest is None and restore is None:
         _take_weights(run, method, survey, init_from)
@@ -104,6 +106,7 @@ def train(
         stop = StopRequest()
         leaving.callback(stop.forget)
         device = start_processes(run.resolved_device)
+        _materialise(run, method, device, me)
         sharded = Sharded(run, method, device)
         progress, note, set_random = _begin(run, sharded, newest, restore)
         if run.data.token_cache is not None:
@@ -133,6 +136,16 @@ def train(
             raise
         sharded.destroy()
     return run.folder
+
+
+def _materialise(run: Run, method: Method, device: torch.device, me: Ranks) -> None:
+    """Give frozen weights storage: rank 0 reads their files, and DeepSpeed sends every parameter of rank 0 to the others.
+
+    Under ZeRO-3 they lie on the host until DeepSpeed has cut them.
+    """
+    place = torch.device("cpu") if run.train.zero_stage == 3 else device
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    method.materialise(place, dtype, read=me.rank == 0)
 
 
 def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> Path | None:
