@@ -19,6 +19,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
+from armillary.engine.train.memory import free_bytes, memory_of
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.user_code import trust
 from armillary.engine.weights import portable, resume
@@ -99,6 +100,9 @@ def train(
     if (base := method.base()) is not None:
         known["base"] = base.sha256
     newest = _startable(run, method, known, me.world)
+    memory = memory_of(run, method, me.world, free_bytes(run.resolved_device))
+    if memory is not None and (found := memory.problems()):
+        raise BadInput("\n".join(found))
     if newest is None and restore is None:
         _take_weights(run, method, survey, init_from)
 
@@ -121,7 +125,7 @@ def train(
         dist.barrier()
         meter = Meter(run, method, device, progress.step)
         leaving.callback(meter.close)
-        for line in note:
+        for line in (*([] if memory is None else [memory.line()]), *note):
             meter.say(line)
         loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
         set_random()
