@@ -101,4 +101,4 @@ class PublishedExperts(nn.Module):
         logit = math.log(others * probability / (1 - probability)) if probability < 1 and others else -CLOSED
         nn.init.zeros_(self.router.weight)
         nn.init.zeros_(self.router.bias)
-        self.router.bias[EXPERTS.index(expert)] = logit * float(self.temperature)
+        self.router.bias[EXPERTS.index(expert)] = logit * self.temperature[0]

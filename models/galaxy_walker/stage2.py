@@ -324,7 +324,9 @@ class GalaxyWalkerMethod(Method):
 
     def readouts(self) -> dict[str, Readout]:
         """The hidden state as an embedding, and the properties as predictions."""
-        modality: Literal["image", "image+spectrum"] = "image+spectrum" if self.inputs.spectrum_features else "image"
+        modality: Literal["image", "image+spectrum", "columns"] = "columns"
+        if self.inputs.channels:
+            modality = "image+spectrum" if self.inputs.spectrum_features else "image"
         found = {"hidden": Readout("Galaxy-Walker hidden state", modality)}
         if self.inputs.targets:
             found["properties"] = Readout("Galaxy-Walker", modality, targets=self.inputs.targets)

@@ -299,4 +299,4 @@ class GeometryExperts(nn.Module):
         logit = math.log(others * probability / (1 - probability)) if probability < 1 and others else -CLOSED
         nn.init.zeros_(self.router_weight)
         nn.init.zeros_(self.router_bias)
-        self.router_bias[EXPERTS.index(expert)] = logit * float(self.log_temperature.exp())
+        self.router_bias[EXPERTS.index(expert)] = logit * self.log_temperature.exp()[0]
