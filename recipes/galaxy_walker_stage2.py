@@ -85,7 +85,7 @@ PUBLISHED = replace(
 
 SMOKE = Run(
     name="galaxy_walker_stage2_smoke",
-    method=GalaxyWalker(adapter=GeometryAdapter(every=2), image_side=56, new_lr_scale=1.0),
+    method=GalaxyWalker(adapter=GeometryAdapter(every=2), image_side=112, new_lr_scale=1.0),
     views=ConversationViews(
         image=MultiCrop(
             global_size=56, n_global=1, placement="centre", jitter_px=2, quarter_turns=True, stretch=ToRGB()

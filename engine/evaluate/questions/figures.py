@@ -138,17 +138,17 @@ def gates_section(gates: Sequence[GateShare], images: ImageGates | None) -> Mark
 
 
 def _over_images(images: ImageGates, experts: Sequence[str]) -> Markup:
-    """A row a galaxy: its image, and each expert's share over it, from black to white between the shown extremes."""
+    """A row a galaxy: its image, and each expert's share over it, from black to grey, on which captions can be read."""
     low, high = float(images.shares.min()), float(images.shares.max())
     pictures = []
     for crop, share in zip(images.crops, images.shares, strict=True):
         pictures.append(figure(picture(data_uri(_enlarged(channels_rgb(crop[::-1]))), "galaxy"), ["image"]))
         for expert, values in zip(experts, share, strict=True):
             grey = np.clip((values - low) / (high - low or 1), 0, 1)
-            shade = np.repeat((255 * grey + 0.5).astype(np.uint8)[::-1, :, None], 3, 2)
+            shade = np.repeat((160 * grey + 0.5).astype(np.uint8)[::-1, :, None], 3, 2)
             caption = [f"{expert} {values.min():.2f} to {values.max():.2f}"]
             pictures.append(figure(picture(data_uri(_enlarged(shade)), expert, pixelated=True), caption))
-    title = f"Shares over images in block {images.block}, black {low:.2f} to white {high:.2f}"
+    title = f"Shares over images in block {images.block}, black {low:.2f} to light {high:.2f}"
     return card(sky(row(pictures, 1 + len(experts))), title=title)
 
 
