@@ -17,6 +17,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
+from armillary.models.quantities import Answer, Quantity, Questions
+
 __all__ = [
     "BaseWeights",
     "Batch",
@@ -51,6 +53,10 @@ class Batch(TypedDict, total=False):
     global_crops: Tensor  # [G*B, C, S, S] float32, model input; crop-major: all first crops, then all second ones
     local_crops: Tensor  # [L*B, C, s, s] float32, model input; crop-major; absent where L = 0
     crop: Tensor  # [B, C, S, S] float32, model input: the one crop of views of whole objects, and of every evaluation
+    quantities: (
+        Tensor  # [B, e] float32, scaled entries of `InputSpec.quantities` one behind the other, NaN where unknown
+    )
+    quantity_errors: Tensor  # [B, e] float32, their errors, scaled likewise, NaN where the survey states none
     columns: Tensor  # [B, m] float32, columns of the catalogue that are inputs, standardised, NaN where unknown
     targets: Tensor  # [B, n] float32, labels to predict, standardised, NaN where unknown
     spectrum_vector: Tensor  # [B, F] float32, embedding of the spectrum made before, NaN where there is none
@@ -117,6 +123,7 @@ class InputSpec:
         spaces: Number S of them.
         questions: Questions with options to choose from.
         options: The options of each, joined by "|".
+        quantities: Scalars and vectors that are inputs, answers, or both, with their scaling.
     """
 
     channels: int = 0
@@ -138,11 +145,13 @@ class InputSpec:
     spaces: int = 0
     questions: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    quantities: tuple[Quantity, ...] = ()
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> InputSpec:
         """Rebuild from `dataclasses.asdict` after a way through JSON, which has no tuples."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
+        fields["quantities"] = tuple(Quantity.from_json(q) for q in described.get("quantities", ()))
         return cls(**fields)
 
 
@@ -267,6 +276,25 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: The batch holds nothing that this method embeds.
         """
+
+    def questions(self) -> Questions | None:
+        """What `answer` can be given and asked; None for a method that answers nothing."""
+        return None
+
+    def answer(self, batch: Batch, given: tuple[str, ...], want: tuple[str, ...], draws: int, seed: int) -> Answer:
+        """Draw what is wanted from the method's distribution, given parts of a batch.
+
+        Args:
+            batch: Model inputs, as for `encode`, with `row`; what is not given is not looked at.
+            given: Names out of `questions().given`.
+            want: Names out of `questions().want`.
+            draws: Draws S a sample.
+            seed: With `row` it keys the draws, so that an answer does not depend on the batch it came in.
+
+        Raises:
+            ValueError: A name is not known, or nothing of what is given is known for a sample.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers no questions")
 
     def readouts(self) -> dict[str, Readout]:
         """What the embeddings of `encode` are, by name; those that a comparison should show, the default one first."""
