@@ -1,7 +1,7 @@
 """What Galaxy-Walker's second stage takes at the size of Qwen2-VL-2B, counted on the meta device: nothing is run.
 
-    python benchmarks/vlm_size.py                      # parameters, FLOPs, checkpoint, memory of a rank by kind
-    python benchmarks/vlm_size.py --tokens 256 --every 2
+    python benchmarks/galaxy_walker/size.py           # parameters, FLOPs, checkpoint, memory of a rank by kind
+    python benchmarks/galaxy_walker/size.py --tokens 256 --every 2
 
 The configuration is that of Qwen2-VL-2B-Instruct, written down here; a prompt of 128 tokens has 49 of an image of 196 pixels, 4 of
 spectrum and geometries, and text. Activations are the estimate that a run prints before it starts.
@@ -10,13 +10,18 @@ spectrum and geometries, and text. Activations are the estimate that a run print
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import append_rows, csv_option
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import append_rows, csv_option
 
 from armillary.engine.train.checks import checkpoint_bytes
 from armillary.engine.train.memory import memory_of

@@ -1,18 +1,21 @@
 """Counts of stage 2 at a real size: known totals, and what ZeRO shares out."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "galaxy_walker" / "size.py"
 
 
-def test_qwen2_vl_2b():
-    from vlm_size import Step, build, qwen2_vl_2b, rows_of
-
+def test_qwen2_vl_2b(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parents[1]))
+    spec = importlib.util.spec_from_file_location("galaxy_walker_size", SCRIPT)
+    size = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, size)  # dataclasses look their module up
+    spec.loader.exec_module(size)
+    Step, build, qwen2_vl_2b, rows_of = size.Step, size.build, size.qwen2_vl_2b, size.rows_of
     rows = rows_of(build(qwen2_vl_2b(), every=4), Step(128, False), 4)
     # 2,208,985,600 parameters as published, of which seven feed-forward layers of 3 x 1536 x 8960 become the experts'
     assert rows[0]["frozen_parameters"] == 2_208_985_600 - 7 * 3 * 1536 * 8960
