@@ -8,13 +8,14 @@ RUNS := runs
 # Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo demo-astroclip test check test-cpus soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip demo-galaxy-walker-stage2 test check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo               simulate a small survey, train on it, evaluate: runs/demo/report.html"
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
+	@echo "make demo-galaxy-walker-stage2  the tiny language model on what stage 1 left: .../stage2/evaluation/report.html"
 	@echo "make test               all tests"
 	@echo "make check              lint, types and the fast tests: before each commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
@@ -70,6 +71,16 @@ demo-astroclip: install
 	$(call train,supervised,smoke_photometry,$(PAIRS)) --name photometry
 	$(BIN)/armillary evaluate $(PAIRS)/astroclip --data $(PAIRS)/survey --out $(PAIRS) \
 	  --compare $(PAIRS)/resnet18 $(PAIRS)/conv_attention $(PAIRS)/photometry
+
+# Stage 2 on what stage 1 left in its demo, the survey and a run: its tokens of a galaxy's neighbours go into a tiny language model.
+STAGE1 := $(RUNS)/demo-galaxy-walker
+demo-galaxy-walker-stage2: install
+	@test -d $(STAGE1)/neighbours || { echo "Stage 2 starts from stage 1: make demo-galaxy-walker"; exit 1; }
+	$(BIN)/armillary embed $(STAGE1)/neighbours --data $(STAGE1)/survey --readout geometry -o $(STAGE1)/geometry.parquet
+	rm -rf $(STAGE1)/stage2
+	$(call train,galaxy_walker_stage2,smoke,$(STAGE1)) --name stage2 --views.geometry $(STAGE1)/geometry.parquet
+	$(BIN)/armillary evaluate $(STAGE1)/stage2 --data $(STAGE1)/survey --out $(STAGE1)/stage2/evaluation \
+	  --tasks properties questions --labels redshift log_mstar
 
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install

@@ -149,6 +149,18 @@ class _Attention(Task):
         return attention(study, encoders, options.samples)
 
 
+class _Questions(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.engine.evaluate.questions.task import impossible
+
+        return impossible(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.questions.task import questions
+
+        return questions(study, options, encoders)
+
+
 def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     missing = [name for name in wanted if name not in survey.labels]
     have = ", ".join(survey.labels) or "none"
@@ -168,6 +180,7 @@ TASKS: dict[str, Task] = {
     "morphology": _Morphology(),
     "masking": _Masking(),
     "attention": _Attention(),
+    "questions": _Questions(),
     "pictures": _Pictures(),
 }
 """In the order of the report."""
