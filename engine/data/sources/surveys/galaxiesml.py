@@ -32,11 +32,11 @@ from armillary.engine.data.sources.files.hdf5 import (
     opened,
     plain,
 )
+from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
     central_size,
-    find_files,
     refuse_differences,
     refuse_repeats,
     short_names,

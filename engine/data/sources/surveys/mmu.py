@@ -26,6 +26,7 @@ import pyarrow as pa
 from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.sources.files.hdf5 import HDF5_SUFFIXES, label_name, open_hdf5, plain
+from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.mmu_files import (
     hdf5_arrays,
     look_into_hdf5,
@@ -38,7 +39,6 @@ from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
     central_size,
-    find_files,
     refuse_differences,
     short_names,
 )

@@ -15,11 +15,11 @@ import numpy as np
 
 from armillary.engine.data.format.survey import CATALOG_COLUMNS
 from armillary.engine.data.sources.files.hdf5 import open_hdf5, plain
+from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
     central_size,
-    find_files,
     refuse_differences,
     short_names,
 )

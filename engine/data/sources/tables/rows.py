@@ -15,8 +15,8 @@ import numpy as np
 
 from armillary.engine.choices import check_choice
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, VectorRecord
-from armillary.engine.data.sources.files.columns import Catalogue, check_positions
 from armillary.engine.data.sources.source import BadSample, Rows, Sample, digest, key_from_name, listing_mark
+from armillary.engine.data.sources.tables.catalogue import Catalogue, check_positions
 
 __all__ = ["TableRows"]
 

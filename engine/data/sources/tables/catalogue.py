@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from armillary.engine.data.sources.files.parts import find_files, short_names
-from armillary.engine.data.sources.files.tableformats import SUFFIXES, Column, Table, Values, decoded, open_table
+from armillary.engine.data.sources.files.listing import find_files
+from armillary.engine.data.sources.files.parts import short_names
+from armillary.engine.data.sources.tables.formats import SUFFIXES, Column, Table, Values, decoded, open_table
 
 __all__ = ["EXACT", "Catalogue", "check_positions"]
 
@@ -47,7 +48,7 @@ class Catalogue:
     """
 
     def __init__(self, path: Path | str | Sequence[Path | str], table: int | str | None = None) -> None:
-        self.files = find_files(path, SUFFIXES, "table", metadata=())
+        self.files = find_files(path, SUFFIXES, "table")
         self.names = short_names(self.files)
         self._tables: list[Table] = [open_table(file, table) for file in self.files]
         self._ends = np.cumsum([t.count for t in self._tables])

@@ -13,10 +13,10 @@ from astropy.table import MaskedColumn, Table
 
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.shards import key_problem
-from armillary.engine.data.sources.files.tables import TableRows
 from armillary.engine.data.sources.joined import Joined, Key, Match
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import BadSample
+from armillary.engine.data.sources.tables.rows import TableRows
 
 IDS = 39627_000_000_000_001 + np.arange(6)  # above 2^53: the last digits are lost in float64
 COLUMNS = {
