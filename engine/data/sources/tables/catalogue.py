@@ -17,13 +17,16 @@ import pyarrow.compute as pc
 
 from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.parts import short_names
-from armillary.engine.data.sources.tables.formats import SUFFIXES, Column, Table, Values, decoded, open_table
+from armillary.engine.data.sources.files.text_tables import EXACT
+from armillary.engine.data.sources.sentinels import place_marks
+from armillary.engine.data.sources.tables.columns import Column, Table, Values, decoded
+from armillary.engine.data.sources.tables.formats import SUFFIXES, open_table
 
-__all__ = ["EXACT", "Catalogue", "check_positions"]
+__all__ = ["Catalogue", "check_positions"]
 
-EXACT = 2**53  # larger whole numbers do not survive float64
 SCANNED = 1 << 20  # rows looked through at a time
 HOURS = ("h", "hr", "hour", "hours", "hourangle")
+NO_DEGREES = ("rad", "radian", "radians", "arcsec", "arcmin", "mas")
 FULL_DAY = (1.0, 23.0)  # RAs from below one to above the other, and none above 24, look like hours
 DAY_ROWS = 100  # fewer rows tell nothing
 
@@ -147,6 +150,9 @@ def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_un
     file = catalogue.files[0]
     if ra is not None and ra_unit is None and catalogue.columns[ra].unit.lower().strip() in HOURS:
         raise ValueError(f"{file}: column {ra!r}: its unit is hours; to convert them to degrees, say ra_unit='hour'")
+    for axis in (ra, dec):
+        if axis is not None and (unit := catalogue.columns[axis].unit.lower().strip()) in NO_DEGREES:
+            raise ValueError(f"{file}: column {axis!r}: its unit is {unit}; convert it to degrees")
     ranges = {"ra": (0.0, 24.0 if ra_unit == "hour" else 360.0), "dec": (-90.0, 90.0)}
     low, high = np.inf, -np.inf
     for start in range(0, catalogue.count, SCANNED):
@@ -154,7 +160,7 @@ def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_un
         for name, column in (("ra", ra), ("dec", dec)):
             if column is None:
                 continue
-            values = catalogue.numbers(column, rows)
+            values = place_marks(name, catalogue.numbers(column, rows))
             least, most = ranges[name]
             wrong = np.flatnonzero((values < least) | (values > most))
             if wrong.size:
