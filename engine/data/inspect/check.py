@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from armillary.engine.data.building.packing import BUILD_FOLDER, catalog_schema
 from armillary.engine.data.format import codec, spectra
+from armillary.engine.data.format.catalog import catalog_problem
 from armillary.engine.data.format.shards import Member, read_index, read_members
 from armillary.engine.data.format.survey import MODALITIES, ShardRecord, Survey
 from armillary.engine.data.format.vectors import decode_vectors
@@ -108,6 +109,7 @@ def _check_catalog(root: Path, survey: Survey) -> tuple[pa.Table | None, list[Pr
         return None, [Problem(name, "", "missing", REBUILD)]
     except (OSError, pa.ArrowException) as error:
         return None, [Problem(name, "", f"not readable: {error}", REBUILD)]
+    changed = catalog_problem(survey)
     types = {f.name: "string" if pa.types.is_string(f.type) else "float64" for f in catalog.schema}
     expected = catalog_schema({label: types.get(label, "float64") for label in survey.labels})
     for field in expected:
@@ -116,7 +118,8 @@ def _check_catalog(root: Path, survey: Survey) -> tuple[pa.Table | None, list[Pr
         if catalog.schema.field(field.name).type != field.type:
             what = f"column {field.name!r} is {catalog.schema.field(field.name).type}, not {field.type}"
             return None, [Problem(name, "", what, REBUILD)]
-    problems = [
+    problems = [] if changed is None else [Problem(name, "", changed, "see there")]
+    problems += [
         Problem(name, "", f"column {extra!r} is not among the labels of survey.json", REBUILD)
         for extra in catalog.schema.names
         if extra not in expected.names

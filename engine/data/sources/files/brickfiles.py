@@ -15,7 +15,7 @@ from astropy.wcs.utils import proj_plane_pixel_scales, wcs_to_celestial_frame
 
 from armillary.engine.data.sources.files.fits_headers import DAMAGED, flux_unit, image_hdu
 from armillary.engine.data.sources.files.fits_tables import damage_of, open_fits
-from armillary.engine.data.sources.files.listing import list_folder
+from armillary.engine.data.sources.listing import list_folder
 
 __all__ = ["Brick", "find_bricks"]
 

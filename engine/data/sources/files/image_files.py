@@ -39,6 +39,7 @@ class ImageFiles(ABC):
         labels: CSV of labels (see `labels.read_labels`); defaults to `labels.csv` in the folder or beside the archive.
         size: Cut the central `size` x `size` pixels out of every image; smaller images are unusable.
         missing: Numbers that mean "unknown" in labels; by default those of `sentinels`.
+        on_bad: "skip" leaves out rows of the labels that name no file.
 
     Raises:
         FileNotFoundError: There is no such CSV.
@@ -59,13 +60,14 @@ class ImageFiles(ABC):
         labels: Path | str | None,
         size: int | None,
         missing: Sequence[float] | None = None,
+        on_bad: str = "error",
     ) -> None:
         self.path, self.files, self._mark = path, files, mark
         if size is not None and size < 1:
             raise ValueError(f"size: must be at least 1, got {size}")
         found = LabelFile.open(Path(labels)) if labels is not None else self._labels_with_files()
         self._labels_mark = {} if found is None else {found.name: found.mark()}
-        self._table = read_labels(found, files, missing)
+        self._table = read_labels(found, files, missing, on_bad)
         self.labels = self._table.labels
         self._bad: dict[int, str] = {}
         headers = {}

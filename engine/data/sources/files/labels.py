@@ -97,7 +97,9 @@ def stem(name: str) -> str:
     return name
 
 
-def read_labels(file: LabelFile | None, files: Sequence[str], missing: Sequence[float] | None = None) -> LabelTable:
+def read_labels(
+    file: LabelFile | None, files: Sequence[str], missing: Sequence[float] | None = None, on_bad: str = "error"
+) -> LabelTable:
     """Read a CSV of labels and align it with `files` (paths relative to the folder or archive).
 
     A row may name a file by its path, its base name, or either without the extension. Files without a row have unknown
@@ -107,6 +109,7 @@ def read_labels(file: LabelFile | None, files: Sequence[str], missing: Sequence[
         file: The CSV; None for no labels.
         files: Paths of all files.
         missing: Numbers that mean "unknown"; by default those of `sentinels`.
+        on_bad: "skip" leaves out, and counts, rows that name no file or one that has a row already.
 
     Raises:
         ValueError: A column, row or cell is wrong; the message names it.
@@ -128,7 +131,7 @@ def read_labels(file: LabelFile | None, files: Sequence[str], missing: Sequence[
         raise ValueError(
             f"{path}: column {taken[0]!r}: the survey's catalogue uses this name itself; rename the column"
         )
-    at = _match(path, name_column, rows, files)
+    at, rows = _match(path, name_column, rows, files, on_bad)
     columns: dict[str, np.ndarray | list[str]] = {**unknown}
     splits: list[str | None] | None = None
     labels = {}
@@ -197,8 +200,10 @@ def _header(path: str, header: list[str]) -> list[str]:
     return header
 
 
-def _match(path: str, column: str, rows: list[tuple[int, dict[str, str]]], files: Sequence[str]) -> list[int]:
-    """Index into `files` of every row."""
+def _match(
+    path: str, column: str, rows: list[tuple[int, dict[str, str]]], files: Sequence[str], on_bad: str
+) -> tuple[list[int], list[tuple[int, dict[str, str]]]]:
+    """Index into `files` of every row, and the rows; without those that fit none where `on_bad` is "skip"."""
     places: dict[str, list[int]] = {}
     for i, name in enumerate(files):
         base = PurePosixPath(name).name
@@ -206,10 +211,13 @@ def _match(path: str, column: str, rows: list[tuple[int, dict[str, str]]], files
             places.setdefault(alias, []).append(i)
     exact = {name: i for i, name in enumerate(files)}
     at: list[int] = []
+    kept: list[tuple[int, dict[str, str]]] = []
     first_line: dict[int, int] = {}
     for line, row in rows:
         name = row[column]
         found = [exact[name]] if name in exact else places.get(name, [])
+        if on_bad == "skip" and (not found or found[0] in first_line):
+            continue
         if not found:
             raise ValueError(
                 f"{path}: row at line {line}, column {column!r}: no file {name!r} among the {len(files)} read; "
@@ -227,7 +235,10 @@ def _match(path: str, column: str, rows: list[tuple[int, dict[str, str]]], files
             )
         first_line[found[0]] = line
         at.append(found[0])
-    return at
+        kept.append((line, row))
+    if len(kept) < len(rows):
+        log.warning("%s: left out %d rows that name no file, or one that has a row", path, len(rows) - len(kept))
+    return at, kept
 
 
 def _numbers(path: str, column: str, lines: list[int], cells: list[str]) -> np.ndarray | None:

@@ -25,7 +25,6 @@ import pyarrow as pa
 from armillary.engine.data.format.spectra import Spectrum
 from armillary.engine.data.format.survey import SpectrumRecord, WaveGrid
 from armillary.engine.data.sources.files.hdf5 import HDF5_SUFFIXES, checked, open_hdf5, opened, plain
-from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.nested_parquet import dense, open_parquet
 from armillary.engine.data.sources.files.parts import (
     Part,
@@ -34,6 +33,7 @@ from armillary.engine.data.sources.files.parts import (
     refuse_repeats,
     short_names,
 )
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import Rows, cut_out
 
 __all__ = ["AstroClipPairs", "constant_ivar"]

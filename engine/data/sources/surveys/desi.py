@@ -24,8 +24,8 @@ import numpy as np
 from armillary.engine.data.format.survey import SpectrumRecord
 from armillary.engine.data.sources.files.desi_coadd import DESI_GRID, LABELS, UNNAMED, CoaddFile
 from armillary.engine.data.sources.files.fits_tables import FLUX_UNIT, READ_ERRORS
-from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.parts import short_names
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import BadSample, Rows, Sample, key_from_name, listing_mark
 
 __all__ = ["DESI_GRID", "DesiCoadds"]

@@ -21,7 +21,7 @@ import numpy as np
 from armillary.engine.data.sources.files.fits_headers import DAMAGED, conversion, flux_unit, image_hdu, place_on_sky
 from armillary.engine.data.sources.files.fits_tables import open_fits
 from armillary.engine.data.sources.files.image_files import ImageFiles, ImageHeader
-from armillary.engine.data.sources.files.listing import find_files
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import listing_mark
 
 __all__ = ["FitsCutouts"]
@@ -60,6 +60,7 @@ class FitsCutouts(ImageFiles):
         unit: Flux unit of the survey, to which files in other units are converted; that of files whose header has none.
         zero_is_missing: Pixels of exactly 0 carry no data; by default as the header says, and true where it is silent.
         missing: Numbers that mean "unknown" in labels; by default those of `sentinels`.
+        on_bad: "skip" leaves out rows of the labels that name no file.
 
     Raises:
         FileNotFoundError: There is no such folder, file or labels file.
@@ -80,6 +81,7 @@ class FitsCutouts(ImageFiles):
         unit: str | None = None,
         zero_is_missing: bool | None = None,
         missing: Sequence[float] | None = None,
+        on_bad: str = "error",
     ) -> None:
         root = Path(path)
         self._zeros = zero_is_missing
@@ -92,7 +94,7 @@ class FitsCutouts(ImageFiles):
         self._given = (bands, math.nan if pixel_scale_arcsec is None else pixel_scale_arcsec, unit)
         self._factors: dict[str, float] = {}
         self._keep_zeros: set[str] = set()
-        super().__init__(root, files, listing_mark(listing), labels, size, missing)
+        super().__init__(root, files, listing_mark(listing), labels, size, missing, on_bad)
 
     def _where(self, name: str) -> str:
         return str(self._folder / name)

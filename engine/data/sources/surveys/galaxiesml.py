@@ -32,7 +32,6 @@ from armillary.engine.data.sources.files.hdf5 import (
     opened,
     plain,
 )
-from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
@@ -41,6 +40,7 @@ from armillary.engine.data.sources.files.parts import (
     refuse_repeats,
     short_names,
 )
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import Rows, cut_out
 
 __all__ = ["GalaxiesML", "GalaxiesMLSpectra", "bin_spectrum"]

@@ -22,7 +22,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from armillary.engine.data.sources.files.image_files import ImageFiles, ImageHeader
 from armillary.engine.data.sources.files.labels import LabelFile, beside
-from armillary.engine.data.sources.files.listing import Listing, find_files, left_out_name, list_folder
+from armillary.engine.data.sources.listing import Listing, find_files, left_out_name, list_folder
 from armillary.engine.data.sources.source import listing_mark
 
 __all__ = ["Pictures"]
@@ -50,6 +50,7 @@ class Pictures(ImageFiles):
         bands: Band names; by default red, green, blue or grey.
         pixel_scale_arcsec: Arcseconds a pixel; unknown by default.
         missing: Numbers that mean "unknown" in labels; by default those of `sentinels`.
+        on_bad: "skip" leaves out rows of the labels that name no file.
 
     Raises:
         FileNotFoundError: There is no such folder, archive or labels file.
@@ -70,6 +71,7 @@ class Pictures(ImageFiles):
         bands: tuple[str, ...] | None = None,
         pixel_scale_arcsec: float | None = None,
         missing: Sequence[float] | None = None,
+        on_bad: str = "error",
     ) -> None:
         self.path = _archive_in(Path(path))
         self.pixel_scale_arcsec = pixel_scale_arcsec
@@ -79,7 +81,9 @@ class Pictures(ImageFiles):
         entries = self._list()
         if not entries:
             raise ValueError(f"{path}: no pictures in it (looked for {', '.join(PICTURES)})")
-        super().__init__(self.path, [name for name, *_ in entries], listing_mark(entries), labels, size, missing)
+        super().__init__(
+            self.path, [name for name, *_ in entries], listing_mark(entries), labels, size, missing, on_bad
+        )
         if bands is not None and len(bands) != self._channels:
             raise ValueError(f"bands: {len(bands)} names ({', '.join(bands)}) for pictures of {self._channels} bands")
         self.bands = bands or BANDS[self._channels]
@@ -139,7 +143,7 @@ class Pictures(ImageFiles):
         return f"{self.path}: {name}"
 
     def _source(self, name: str) -> str:
-        return f"{self.path.name}:{name}"
+        return f"{self.path.resolve().name}:{name}"
 
     def _header(self, name: str) -> _Header:
         with self._open(name) as f:

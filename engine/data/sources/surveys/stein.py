@@ -15,7 +15,6 @@ import numpy as np
 
 from armillary.engine.data.format.survey import CATALOG_COLUMNS
 from armillary.engine.data.sources.files.hdf5 import open_hdf5, plain
-from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
@@ -23,6 +22,7 @@ from armillary.engine.data.sources.files.parts import (
     refuse_differences,
     short_names,
 )
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import Rows, cut_out, listing_mark
 
 __all__ = ["SteinSurvey"]

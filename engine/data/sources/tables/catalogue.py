@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from armillary.engine.data.sources.files.listing import find_files
 from armillary.engine.data.sources.files.parts import short_names
 from armillary.engine.data.sources.files.text_tables import EXACT
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.sentinels import place_marks
 from armillary.engine.data.sources.tables.columns import Column, Table, Values, decoded
 from armillary.engine.data.sources.tables.formats import SUFFIXES, open_table
@@ -135,7 +135,9 @@ class Catalogue:
         ]
 
 
-def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_unit: str | None) -> None:
+def check_positions(
+    catalogue: Catalogue, ra: str | None, dec: str | None, ra_unit: str | None, on_bad: str = "error"
+) -> None:
     """Look through the columns of positions.
 
     Args:
@@ -143,6 +145,7 @@ def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_un
         ra: Column of right ascensions, or None.
         dec: Column of declinations, or None.
         ra_unit: "degree", "hour", or None for degrees that must not look like hours.
+        on_bad: "skip" leaves positions out of range to the rows that have them.
 
     Raises:
         ValueError: A position is out of range, or degrees are doubtful.
@@ -163,7 +166,7 @@ def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_un
             values = place_marks(name, catalogue.numbers(column, rows))
             least, most = ranges[name]
             wrong = np.flatnonzero((values < least) | (values > most))
-            if wrong.size:
+            if wrong.size and on_bad != "skip":
                 value = values[wrong[0]]
                 negative = bool(name == "ra" and -180 <= value < 0)
                 raise ValueError(

@@ -18,7 +18,15 @@ from armillary.engine.choices import check_choice
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, VectorRecord
 from armillary.engine.data.sources.files.text_tables import EXACT
 from armillary.engine.data.sources.sentinels import find_marks, mask_marks, place_marks, told
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, digest, key_from_name, listing_mark
+from armillary.engine.data.sources.source import (
+    BadSample,
+    Rows,
+    Sample,
+    digest,
+    key_from_name,
+    listing_mark,
+    position_problem,
+)
 from armillary.engine.data.sources.tables.catalogue import Catalogue, check_positions
 from armillary.engine.data.sources.tables.formats import SUFFIXES
 
@@ -57,6 +65,7 @@ class TableRows:
         ra_unit: "degree" or "hour"; by default degrees, but what looks like hours is refused.
         duplicates: Refuse a table in which a key occurs twice, or keep the first row of each.
         table: Number or name of a FITS HDU, path of an HDF5 group or data set.
+        on_bad: "skip" makes rows with impossible positions unusable samples.
 
     Attributes:
         catalogue: The columns.
@@ -89,6 +98,7 @@ class TableRows:
         ra_unit: RaUnit | None = None,
         duplicates: Duplicates = "error",
         table: int | str | None = None,
+        on_bad: str = "error",
     ) -> None:
         if ra_unit is not None:
             check_choice("ra_unit", ra_unit, RaUnit)
@@ -108,7 +118,7 @@ class TableRows:
         if strangers := set(units or {}) - set(self.labels) - set(self._parts):
             raise ValueError(f"units: no label or vector is called {sorted(strangers)[0]!r}")
         self._marks = self._missing(missing)
-        check_positions(self.catalogue, self._position["ra"], self._position["dec"], ra_unit)
+        check_positions(self.catalogue, self._position["ra"], self._position["dec"], ra_unit, on_bad)
         self._hours = ra_unit == "hour"
         for column in self._key:
             if self.catalogue.column(column, "key").kind not in ("int", "text"):
@@ -160,11 +170,12 @@ class TableRows:
         for label, column in self._columns.items():
             columns[label] = self.catalogue.texts(column, rows) if self._text[label] else self._clean(column, rows)
         keys = self._keys(rows)
-        bad = {
-            start + i: f"{self.catalogue.where(int(rows[i]))}: no value in {' or '.join(self._key)}, so it has no key"
-            for i, key in enumerate(keys)
-            if not key
-        }
+        bad = {}
+        for i, (key, ra, dec) in enumerate(zip(keys, columns["ra"], columns["dec"], strict=True)):
+            why = position_problem("ra", float(ra)) or position_problem("dec", float(dec))
+            if why or not key:
+                why = why or f"no value in {' or '.join(self._key)}, so it has no key"
+                bad[start + i] = f"{self.catalogue.where(int(rows[i]))}: {why}"
         return Rows(keys, columns, None, bad)
 
     def read(self, index: int) -> Sample:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-__all__ = ["DATA", "Listing", "find_files", "left_out_name", "list_folder"]
+__all__ = ["DATA", "Listing", "find_files", "leaving_out", "left_out_name", "list_folder"]
 
 DATA = (
     *(".fits", ".fit", ".fits.gz", ".fits.fz", ".fz", ".h5", ".hdf5", ".hdf", ".parquet", ".pq", ".csv", ".csv.gz"),
@@ -25,6 +27,8 @@ HATS = {"partition_info.csv", "data_thumbnail.parquet", "per_partition_statistic
 HATS |= {"_metadata", "_common_metadata", "_success", "point_map.fits", "skymap.fits", "skymap.0.fits"}
 PARTITION = "Norder="
 NAMED = 2
+
+_unusable: ContextVar[frozenset[Path]] = ContextVar("unusable", default=frozenset())
 
 log = logging.getLogger("armillary.data")
 
@@ -46,10 +50,22 @@ class Listing:
         self.left_out.setdefault(reason, []).append(name)
 
     def tell(self, folder: Path | str) -> None:
-        """Log what was left out and how many."""
+        """Log what was left out and how many; once, where files turn out to be unusable one after the other."""
+        if _unusable.get():
+            return
         for reason, names in self.left_out.items():
             few = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
             log.warning("%s: left out %d %s (%s)", folder, len(names), reason, few)
+
+
+@contextmanager
+def leaving_out(files: Collection[Path]) -> Iterator[None]:
+    """List folders without some files, which have been found unusable."""
+    token = _unusable.set(frozenset(files))
+    try:
+        yield
+    finally:
+        _unusable.reset(token)
 
 
 def left_out_name(name: str) -> str | None:
@@ -104,7 +120,8 @@ def list_folder(folder: Path) -> Listing:
         elif path.is_file():
             files_seen.add(_identity(path))
             listing.files.append(path)
-    listing.files = _without_metadata(folder, sorted(listing.files), listing)
+    usable = sorted(set(listing.files) - _unusable.get())
+    listing.files = _without_metadata(folder, usable, listing)
     return listing
 
 
