@@ -52,7 +52,7 @@ def catalog_problem(survey: Survey) -> str | None:
         return None
     return (
         f"its SHA-256 is {found[:12]}..., survey.json says {survey.catalog_sha256[:12]}...: it was damaged or changed after "
-        "the build; copy it again, or build the survey with the changed labels anew"
+        "the build; copy it again, or build a survey with the changed labels"
     )
 
 

@@ -109,7 +109,6 @@ def _check_catalog(root: Path, survey: Survey) -> tuple[pa.Table | None, list[Pr
         return None, [Problem(name, "", "missing", REBUILD)]
     except (OSError, pa.ArrowException) as error:
         return None, [Problem(name, "", f"not readable: {error}", REBUILD)]
-    changed = catalog_problem(survey)
     types = {f.name: "string" if pa.types.is_string(f.type) else "float64" for f in catalog.schema}
     expected = catalog_schema({label: types.get(label, "float64") for label in survey.labels})
     for field in expected:
@@ -118,8 +117,7 @@ def _check_catalog(root: Path, survey: Survey) -> tuple[pa.Table | None, list[Pr
         if catalog.schema.field(field.name).type != field.type:
             what = f"column {field.name!r} is {catalog.schema.field(field.name).type}, not {field.type}"
             return None, [Problem(name, "", what, REBUILD)]
-    problems = [] if changed is None else [Problem(name, "", changed, "see there")]
-    problems += [
+    problems = [
         Problem(name, "", f"column {extra!r} is not among the labels of survey.json", REBUILD)
         for extra in catalog.schema.names
         if extra not in expected.names
@@ -142,6 +140,8 @@ def _check_catalog(root: Path, survey: Survey) -> tuple[pa.Table | None, list[Pr
     repeated = catalog["key"].value_counts()
     for entry in repeated.filter(pc.greater(repeated.field("counts"), 1))[:1].to_pylist():
         problems.append(Problem(name, entry["values"], f"the key occurs {entry['counts']} times", REBUILD))
+    if not problems and (changed := catalog_problem(survey)):
+        problems.append(Problem(name, "", changed, "or restore the file"))
     return catalog, problems
 
 
