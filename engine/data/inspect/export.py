@@ -131,6 +131,7 @@ def _write_fits(source: PackedSurvey, folder: Path, progress: Callable[[int], No
                         table = fits.BinTableHDU.from_columns(columns, name=vector.name.upper())
                         table.header["VALUNIT"], table.header["VECTOR"] = vector.unit, vector.name
                         hdus.append(table)
+                hdus[0].header["NEXTEND"] = (len(hdus) - 1, "HDUs behind this one")
                 fits.HDUList(hdus).writeto(folder / f"{sample.key}.fits")
             progress(len(samples))
 

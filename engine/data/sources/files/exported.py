@@ -126,6 +126,8 @@ class _ExportedFits(_Exported):
     def _arrays(self, index: int, key: str) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
         with open_fits(self.path / f"{key}.fits") as hdus:
+            if len(hdus) - 1 != hdus[0].header.get("NEXTEND"):
+                raise ValueError(f"{key}.fits has {len(hdus) - 1} HDUs behind the first, not NEXTEND; it is truncated")
             if hdus[0].data is not None:
                 found["image"] = np.array(hdus[0].data)
             for hdu in hdus[1:]:

@@ -7,6 +7,7 @@ Positions come out in ICRS, whatever the frame and the order of the axes (Calabr
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = ["DAMAGED", "conversion", "flux_unit", "image_hdu", "place_on_sky"]
 DAMAGED = (OSError, ValueError, TypeError, IndexError, EOFError, KeyError, fits.VerifyError)
 """What astropy raises for damaged images."""
 
+WCS_NUMBER = re.compile(r"(CRVAL|CRPIX|CDELT|CROTA)[12]|(CD|PC)[12]_[12]")
 NANOMAGGY = ("nanomaggy", "nanomaggies", "nanomaggys", "nmgy", "nmaggy", "nanomgy")
 COUNTS = ("count", "counts", "ct", "cts")
 AB_ZERO = 3631 * units.Jy  # of a maggy (Oke & Gunn 1983)
@@ -54,9 +56,12 @@ def place_on_sky(header: Any, height: int, width: int) -> tuple[float, float, fl
     Raises:
         ValueError: The position is in a frame that is not one of the sky seen from Earth.
     """
+    for card, value in header.items():
+        if WCS_NUMBER.fullmatch(card) and not isinstance(value, int | float):
+            raise ValueError(f"its card {card} is {value!r}, and must be a number")  # astropy would take 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # astropy reports every repair of a sloppy header
-        if "CTYPE1" in header:
+        if all(card in header for card in ("CTYPE1", "CRVAL1", "CRVAL2")):
             wcs = WCS(header, naxis=2)
             if wcs.has_celestial:
                 frame = wcs_to_celestial_frame(wcs)
