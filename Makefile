@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo demo-astroclip test check test-cpus soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip test cases check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make test               all tests"
+	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
 	@echo "make check              lint, types and the fast tests: before each commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
@@ -73,6 +74,10 @@ demo-astroclip: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
 	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist
+
+# Part of `make test`, too; here with their table.
+cases: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cases --table
 
 # What a change needs before each commit: three minutes.
 check: install lint

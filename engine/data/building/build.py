@@ -200,6 +200,7 @@ def _build(
         samples_per_shard=options["samples_per_shard"],
         on_bad=on_bad,
     )
+    _tell_skipped([*bad_files(source), *layout.bad.values()])
     _judge_splits(layout, rule)
     identity = identify(source, options, layout)
     if there := finished(folder, identity):
@@ -223,11 +224,18 @@ def _build(
     tasks = (PackTask(folder, plan, journal.settings, on_bad) for plan in missing)
     for plan, packed in zip(missing, workers.map(pack, tasks), strict=True):
         done[plan.name] = packed
-        for reason in packed.skipped:
-            log.warning("skipped: %s", reason)
+        _tell_skipped(packed.skipped)
         bar.update(packing, advance=plan.rows.size)
     clear_leftovers(folder)  # of workers that died
     return _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
+
+
+def _tell_skipped(reasons: Sequence[str]) -> None:
+    """Log what is left out; all is counted in the provenance."""
+    for reason in reasons[:EXAMPLES]:
+        log.warning("skipped: %s", reason)
+    if len(reasons) > EXAMPLES:
+        log.warning("skipped: %d more", len(reasons) - EXAMPLES)
 
 
 def _training_splits(names: Iterable[str]) -> set[str]:

@@ -1,8 +1,8 @@
 """Which files of a folder are data: one listing for all readers, which says what it leaves out.
 
 Links are followed, each folder once, so that a circle of links ends. Hidden files, checkpoints of notebooks, the forks that
-macOS leaves beside files, links to nowhere, second names of one file, and what HATS, Spark and Hive keep beside their data are
-no data.
+macOS leaves beside files, links to nowhere, second names of one file, packed surveys, and what HATS, Spark and Hive keep beside
+their data are no data.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ DATA = (
 HATS = {"partition_info.csv", "data_thumbnail.parquet", "per_partition_statistics.parquet", "partition_join_info.csv"}
 HATS |= {"_metadata", "_common_metadata", "_success", "point_map.fits", "skymap.fits", "skymap.0.fits"}
 PARTITION = "Norder="
+PACKED = ("survey.json", ".build")  # in a survey's folder that lies in that of its source: none of it is read again
 NAMED = 2
 
 _unusable: ContextVar[frozenset[Path]] = ContextVar("unusable", default=frozenset())
@@ -100,6 +101,10 @@ def list_folder(folder: Path) -> Listing:
             folders.clear()
             continue
         folders_seen.add(_identity(Path(root)))
+        if Path(root) != folder and any(Path(root, mark).exists() for mark in PACKED):
+            listing.drop("packed surveys", os.path.relpath(root, folder))
+            folders.clear()
+            continue
         folders.sort(key=lambda name: (Path(root, name).is_symlink(), name))  # a folder goes before a link to it
         for name in sorted(names):
             path = Path(root) / name

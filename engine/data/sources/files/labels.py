@@ -86,7 +86,7 @@ class LabelTable:
 def beside(path: Path) -> LabelFile | None:
     """labels.csv in a folder, or in the folder of an archive; None where there is none."""
     found = (path if path.is_dir() else path.parent) / "labels.csv"
-    return LabelFile.open(found) if found.is_file() else None
+    return LabelFile.open(found) if found.exists() else None
 
 
 def stem(name: str) -> str:
@@ -131,6 +131,8 @@ def read_labels(
         raise ValueError(
             f"{path}: column {taken[0]!r}: the survey's catalogue uses this name itself; rename the column"
         )
+    if ("ra" in header) != ("dec" in header):
+        log.warning("%s: it has a column %r and no %r", path, *(("ra", "dec") if "ra" in header else ("dec", "ra")))
     at, rows = _match(path, name_column, rows, files, on_bad)
     columns: dict[str, np.ndarray | list[str]] = {**unknown}
     splits: list[str | None] | None = None
@@ -178,6 +180,8 @@ def _parse(file: LabelFile) -> tuple[list[str], list[tuple[int, dict[str, str]]]
             if not any(c.strip() for c in cells):
                 continue
             line = reader.line_num + table.skipped
+            while len(cells) > len(header) and not cells[-1].strip():  # a comma at the end of each row
+                cells.pop()
             if len(cells) != len(header):
                 raise ValueError(f"{path}: row at line {line}: {len(cells)} cells, the header has {len(header)}")
             rows.append((line, dict(zip(header, (c.strip() for c in cells), strict=True))))
@@ -214,7 +218,7 @@ def _match(
     kept: list[tuple[int, dict[str, str]]] = []
     first_line: dict[int, int] = {}
     for line, row in rows:
-        name = row[column]
+        name = row[column].replace("\\", "/")
         found = [exact[name]] if name in exact else places.get(name, [])
         if on_bad == "skip" and (not found or found[0] in first_line):
             continue

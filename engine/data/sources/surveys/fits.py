@@ -163,6 +163,8 @@ def _read_header(path: Path, bands: tuple[str, ...] | None, scale: float, unit: 
     found = named if len(named) == channels else bands or named
     if len(found) != channels:
         raise ValueError(f"{channels} bands in the image, {len(found)} band names in the header; give the bands")
+    if len(set(found)) < channels:
+        raise ValueError(f"bands {' '.join(found)}: two of one name")
     stored = flux_unit(header) or ("nanomaggy" if named else unit or "")  # headers with bands are the service's
     if not stored:
         raise ValueError("its header has no unit (BUNIT); give it: unit (--option unit=nanomaggy)")
