@@ -8,7 +8,7 @@ RUNS := runs
 # Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo demo-astroclip demo-galaxy-walker-stage2 test check test-cpus soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip demo-galaxy-walker-stage2 test cases check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make demo-galaxy-walker-stage2  the tiny language model on what stage 1 left: .../stage2/evaluation/report.html"
 	@echo "make test               all tests"
+	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
 	@echo "make check              lint, types and the fast tests: before each commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
@@ -86,6 +87,10 @@ demo-galaxy-walker-stage2: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
 	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist
+
+# Part of `make test`, too; here with their table.
+cases: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cases --table
 
 # What a change needs before each commit: three minutes.
 check: install lint
