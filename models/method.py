@@ -44,6 +44,14 @@ class Batch(TypedDict, total=False):
     targets: Tensor  # [B, n] float32, labels to predict, standardised, NaN where unknown
     image_tokens: Tensor  # [B, T, D] of a frozen image encoder, from a cache: in place of `crop`
     spectrum_tokens: Tensor  # [B, N, D] of a frozen spectrum encoder, likewise in place of `spectrum`
+    node_features: (
+        Tensor  # [B + U, F] float32: of the samples themselves, then of U rows that are seen as their neighbours
+    )
+    node_row: Tensor  # [B + U] int64: their rows of the catalogue
+    neighbours: (
+        Tensor  # [B, S, f1, 1 + f2] int64, for S graphs: a neighbour and its own, as places among the nodes; -1: none
+    )
+    left_out: Tensor  # [B] bool: samples too near to another split to be trained on
 
     mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
     mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
@@ -90,6 +98,10 @@ class InputSpec:
         targets: Labels to predict.
         target_mean: Mean of each of them over the training split, in the label's unit.
         target_std: Its standard deviation.
+        graphs: Sky graphs S; 0 without neighbours.
+        node_features: Features F of a node of them.
+        node_mean: Mean of each column among these features over the training split.
+        node_std: Its standard deviation.
     """
 
     channels: int = 0
@@ -106,6 +118,10 @@ class InputSpec:
     targets: tuple[str, ...] = ()
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    graphs: int = 0
+    node_features: int = 0
+    node_mean: tuple[float, ...] = ()
+    node_std: tuple[float, ...] = ()
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> InputSpec:

@@ -331,7 +331,7 @@ def graph(
     from rich.console import Console
     from rich.table import Table
 
-    from armillary.engine.data.sky_graph.build import build_graph
+    from armillary.engine.data.building.sky_graph import build_graph
     from armillary.engine.data.sky_graph.graph import GraphOptions
 
     options = GraphOptions(

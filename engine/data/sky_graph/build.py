@@ -1,4 +1,4 @@
-"""Make a sky graph: from positions, or from a survey's catalogue into a file beside it.
+"""Make the edges of a sky graph from positions.
 
 Two modes. "published": every row may be everybody's neighbour, as in Galaxy-Walker, whose training and test galaxies share
 one graph. "leak-free": only rows of the split train may be seen, by themselves and by the others; with a buffer, rows of
@@ -14,62 +14,18 @@ Shape legend: N rows, M rows that may be seen.
 
 from __future__ import annotations
 
-import importlib.metadata
-from pathlib import Path
-
 import numpy as np
-import pyarrow.parquet as pq
 import scipy.sparse
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from armillary.engine.config.provenance import facts
-from armillary.engine.data.format.columns import numbers
-from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.sky_graph.graph import GraphOptions, GraphRecord, SkyGraph, catalog_checksum
+from armillary.engine.data.sky_graph.graph import GraphOptions
 from armillary.engine.data.sky_graph.neighbours import nearest, within
 from armillary.engine.data.sky_graph.spaces import check_positions, comoving_mpc, points
 from armillary.engine.data.sources.match import unit_vectors
 from armillary.kernels.pixels.philox import Purpose, streams, words
 
-__all__ = ["build_graph", "connect"]
-
-
-def build_graph(folder: Path | str, options: GraphOptions | None = None, *, threads: int = 1) -> tuple[SkyGraph, Path]:
-    """Make a graph over all rows of a survey's catalogue and write its file beside them.
-
-    Args:
-        folder: The survey.
-        options: Which rows become neighbours; the defaults of `GraphOptions` where None.
-        threads: Threads of the k-d tree.
-
-    Returns:
-        The graph, and its file.
-
-    Raises:
-        FileNotFoundError: There is no survey.
-        ValueError: Positions or redshifts are unknown or out of range, or too few rows may be seen.
-    """
-    folder, options = Path(folder), options or GraphOptions()
-    survey = Survey.load(folder)
-    label = options.redshift
-    if label is not None and label not in survey.labels:
-        raise ValueError(f"redshift: no label {label!r}; the survey has {', '.join(survey.labels) or 'none'}")
-    columns = ["split", "ra", "dec"] + ([] if label is None else [label])
-    table = pq.read_table(folder / "catalog.parquet", columns=columns)
-    redshift = None if label is None else numbers(table[label])
-    if label is not None and redshift is None:
-        raise ValueError(f"redshift: the label {label!r} holds text, a graph needs numbers")
-    split = table["split"].to_numpy(zero_copy_only=False)
-    ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
-    arrays = connect(ra, dec, options, split=split, redshift=redshift, threads=threads)
-    provenance = {name: value for name, value in facts(survey).items() if name != "pixels"}
-    provenance["versions"]["scipy"] = importlib.metadata.version("scipy")
-    record = GraphRecord(survey.name, catalog_checksum(folder), len(table), options, provenance)
-    graph = SkyGraph(*arrays, record)
-    path = folder / f"graph-{options.name}.safetensors"
-    graph.save(path)
-    return graph, path
+__all__ = ["connect"]
 
 
 def connect(
@@ -81,7 +37,7 @@ def connect(
     redshift: np.ndarray | None = None,
     threads: int = 1,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.bool_]]:
-    """The arrays of a `SkyGraph`, from positions in memory. Errors are those of `build_graph`.
+    """The arrays of a `SkyGraph`, from positions in memory.
 
     Args:
         ra: [N] degrees.
@@ -93,6 +49,9 @@ def connect(
 
     Returns:
         indptr [N + 1], indices [E], left_out [N].
+
+    Raises:
+        ValueError: Positions or redshifts are unknown or out of range, or too few rows may be seen.
     """
     check_positions(ra, dec)
     n = len(ra)

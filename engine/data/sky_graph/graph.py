@@ -23,7 +23,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sky_graph.spaces import SPACES, Space
 from armillary.kernels.pixels.philox import check_seed
 
-__all__ = ["GraphOptions", "GraphRecord", "Mode", "SkyGraph", "catalog_checksum"]
+__all__ = ["GraphOptions", "GraphRecord", "Mode", "SkyGraph", "catalog_checksum", "graph_file"]
 
 Mode = Literal["published", "leak-free"]
 
@@ -35,6 +35,11 @@ def catalog_checksum(folder: Path | str) -> str:
     """SHA-256 of a survey's catalog.parquet: rows, their order, positions, splits and labels."""
     with open(Path(folder) / "catalog.parquet", "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def graph_file(folder: Path | str, name: str) -> Path:
+    """The file beside a survey that holds the graph of this name."""
+    return Path(folder) / f"graph-{name}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,8 @@ class Encoder:
         view = run.views.eval_view(fitted, device)
         if view.columns is not None:
             view = replace(view, columns=view.columns.scaled(inputs.column_mean, inputs.column_std))
+        if view.neighbours is not None:
+            view = replace(view, neighbours=view.neighbours.scaled(inputs.node_mean, inputs.node_std))
         return cls(method, view, metadata, run)
 
     def pipeline(self, readout: str | None = None) -> Pipeline:

@@ -6,7 +6,8 @@ from toy_sky import sky, sky_survey
 
 from armillary.engine import cli
 from armillary.engine.data.building.splits import ByHealpix
-from armillary.engine.data.sky_graph.build import build_graph, connect
+from armillary.engine.data.building.sky_graph import build_graph
+from armillary.engine.data.sky_graph.build import connect
 from armillary.engine.data.sky_graph.graph import GraphOptions, SkyGraph
 from armillary.engine.data.sky_graph.spaces import comoving_mpc
 from armillary.engine.data.sources.match import unit_vectors
