@@ -8,7 +8,7 @@ types, matched within 3 arcsec) and gz2_stripe82_votes.fits.gz (19,761 galaxies 
 
     redshift (R2)        the type of the galaxy; of neighbours their types and redshifts
     hubble (F1)          elliptical, lenticular or spiral: the galaxy's redshift; of neighbours their redshifts and types
-    smooth (F1)          smooth or not by most votes: the number of votes; of neighbours theirs and what was voted
+    smooth (F1)          smooth or not by most votes: how many people voted; of neighbours that too, and their votes
 
 each without neighbours, with neighbours, and with shuffled ones, on two splits: "tiles", a fifth of HEALPix tiles of 3.4 square
 degrees with leak-free graphs and a buffer of 10 arcmin, and "published", a random fifth with one graph over all galaxies, whose test
@@ -63,7 +63,7 @@ class Label(NamedTuple):
 LABELS = {
     "redshift": Label("sdss", ("hubble",)),
     "hubble": Label("sdss", ("redshift",), 3),
-    "smooth": Label("gz2", ("log_votes",), 2),
+    "smooth": Label("gz2", ("people",), 2),
 }
 
 
@@ -76,17 +76,19 @@ def sdss(folder: Path) -> pa.Table:
     code = [TYPES["S0"] if t == "S0" else TYPES["E"] if t.startswith("E") else TYPES["S"] for t in types["hubble"]]
     hubble = np.full(len(galaxies), np.nan)
     hubble[matched.left] = np.array(code, float)[matched.right]
-    return pa.table({"ra": place[0], "dec": place[1], "redshift": np.asarray(galaxies["z"]), "hubble": hubble})
+    return pa.table(
+        {"ra": place[0], "dec": place[1], "redshift": np.asarray(galaxies["z"], np.float64), "hubble": hubble}
+    )
 
 
 def gz2(folder: Path) -> pa.Table:
-    """RA, Dec, votes, and whether most of them call the galaxy smooth."""
+    """RA, Dec, how many people voted, and whether most of them call the galaxy smooth."""
     votes = Table.read(folder / "gz2_stripe82_votes.fits.gz")
     smooth = np.asarray(votes["t01_smooth_or_features_a01_smooth_fraction"]) > 0.5
     ra = np.asarray(votes["ra"], np.float64) % 360
-    log_votes = np.log10(np.asarray(votes["total_votes"], np.float64).clip(min=1))
+    people = np.asarray(votes["total_classifications"], np.float64)
     dec = np.asarray(votes["dec"], np.float64)
-    return pa.table({"ra": ra, "dec": dec, "smooth": smooth.astype(np.float64), "log_votes": log_votes})
+    return pa.table({"ra": ra, "dec": dec, "smooth": smooth.astype(np.float64), "people": people})
 
 
 def surveys(folder: Path, out: Path) -> Iterator[tuple[str, str, Path]]:

@@ -148,6 +148,7 @@ class NeighbourInput:
         seen = np.stack([self._sampled(graph, rows, position, seed or 0, epoch) for graph in self.graphs], 1)
         if self.settings.shown:  # its own label would come back over a neighbour
             seen[seen == rows[:, None, None, None]] = -1
+            seen[..., 1:][seen[..., 0] < 0] = -1
         others, places = np.unique(seen, return_inverse=True)
         none = int(others.size > 0 and others[0] < 0)  # -1, where it occurs, is the least
         nodes = np.concatenate([rows, others[none:]])
