@@ -149,7 +149,10 @@ def test_embeddings_by_key(folder, tmp_path):
         (Neighbours(graphs=NAMES), "views.neighbours: need columns, embeddings or shown labels as features"),
         (replace(NEAR, graphs=()), "views.neighbours.graphs: must name at least one graph, got none"),
         (replace(NEAR, graphs=("flat",)), "has no graph 'flat', only euclidean-k5-published, spherical"),
-        (replace(NEAR, fan_outs=(3, 0)), r"views.neighbours.fan_outs: must both be at least 1, or both 0, got \(3, 0\)"),
+        (
+            replace(NEAR, fan_outs=(3, 0)),
+            r"views.neighbours.fan_outs: must both be at least 1, or both 0, got \(3, 0\)",
+        ),
         (replace(NEAR, columns=("z",)), "views.neighbours.shown: must be no features of the galaxy itself, got 'z'"),
         (replace(NEAR, columns=("age",)), "views.neighbours.columns: must be labels of the survey"),
         (replace(NEAR, shown=("type",)), "views.neighbours.shown: column 'type' must hold numbers"),
