@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo demo-astroclip test check test-cpus soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip demo-galaxy-walker test check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo               simulate a small survey, train on it, evaluate: runs/demo/report.html"
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
+	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html"
 	@echo "make test               all tests"
 	@echo "make check              lint, types and the fast tests: before each commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
@@ -69,6 +70,22 @@ demo-astroclip: install
 	$(BIN)/armillary evaluate $(PAIRS)/astroclip --data $(PAIRS)/survey --out $(PAIRS) \
 	  --compare $(PAIRS)/resnet18 $(PAIRS)/conv_attention $(PAIRS)/photometry
 
+# Stage 1: geometry prompts of galaxies in groups; the same without neighbours, and with shuffled ones.
+WALKER := $(RUNS)/demo-galaxy-walker
+SPACES := euclidean hyperbolic spherical
+shuffled = --views.neighbours.graphs $(SPACES:%=%-k5-inductive-shuffled0)
+demo-galaxy-walker: install
+	$(BIN)/armillary data simulate --spectra --grouped --count 2000 --out $(WALKER)/survey
+	for space in $(SPACES); do \
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive && \
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive --shuffle-seed 0 || exit 1; done
+	rm -rf $(addprefix $(WALKER)/,alone neighbours shuffled)
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name alone --views.neighbours.fan-outs 0 0
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name neighbours
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name shuffled $(shuffled)
+	$(BIN)/armillary evaluate $(WALKER)/alone --data $(WALKER)/survey --out $(WALKER) \
+	  --compare $(WALKER)/neighbours $(WALKER)/shuffled --tasks ablation
+
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
@@ -104,4 +121,4 @@ bench-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
-	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip armillary/_C*.so
+	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip $(RUNS)/demo-galaxy-walker armillary/_C*.so

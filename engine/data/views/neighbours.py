@@ -4,8 +4,8 @@ Training draws them anew in each epoch, keyed by the sample's position; an evalu
 
 Labels of neighbours may be shown where the galaxy's own are to be predicted ("masked label prediction", Shi et al. 2021,
 arXiv:2009.03509): a training set's redshifts or types are known when a new galaxy is looked at. The galaxy's own values are then
-hidden from it, also on the way back over a neighbour. Of a leak-free graph these are labels of the split train only; a
-published graph shows those of the test split too, which is a leak.
+hidden from it, also on the way back over a neighbour. Of a leak-free graph these are labels of the split train only; an
+inductive or a published graph shows those of the test split too, which is a leak.
 
 Shape legend: B samples, U rows seen as their neighbours, S graphs, f1 and f2 neighbours, F features, N rows of the catalogue.
 """
@@ -46,7 +46,7 @@ class Neighbours:
         fan_outs: Neighbours f1 of a galaxy, and f2 of each of these; both 0: the galaxy alone.
     """
 
-    graphs: tuple[str, ...] = ("euclidean-k5-leak-free", "hyperbolic-k5-leak-free", "spherical-k5-leak-free")
+    graphs: tuple[str, ...] = ("euclidean-k5-inductive", "hyperbolic-k5-inductive", "spherical-k5-inductive")
     columns: tuple[str, ...] = ()
     embeddings: Path | None = None
     shown: tuple[str, ...] = ()

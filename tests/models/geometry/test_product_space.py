@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from armillary.models.geometry.manifolds import exp0, mobius_add
+from armillary.models.galaxy_walker.layers import Chart
+from armillary.models.geometry.manifolds import Curvature, exp0, mobius_add
 from armillary.models.geometry.product_space import factor_distance, product_distance
 from armillary.models.geometry.sphere import exp_pole
 
@@ -68,6 +69,22 @@ def test_product_is_the_root_of_squares_and_broadcasts():
     assert got.shape == (5, 4)
     parts = [factor_distance(a[3], b[2], s) for a, b, s in zip(x, y, SPACES, strict=True)]
     assert got[3, 2].item() == pytest.approx(math.hypot(*(p.item() for p in parts)))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_thousand_steps_at_a_high_rate_stay_finite(space):
+    """Points that are to be farther apart than their space or its arithmetic allows, with a learnt curvature."""
+    curvature = Curvature(1.0, 0.01, 2.0)
+    u = tangents(4, 3).float().requires_grad_()
+    optimizer = torch.optim.Adam([u, *curvature.parameters()], lr=0.5)
+    for _ in range(1000):
+        c = curvature()
+        x = Chart(space, c, "reference").exp(u)
+        loss = (factor_distance(x, x.roll(1, 0), space, c, impl="reference") - 50).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert math.isfinite(loss.item()) and bool(u.isfinite().all()) and 0.01 <= curvature().item() <= 2
 
 
 def test_unknown_space():
