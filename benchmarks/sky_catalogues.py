@@ -50,7 +50,7 @@ from armillary.engine.evaluate.ablation.variants import RunResult
 from armillary.engine.evaluate.page.html import header, write_page
 from armillary.models.galaxy_walker.stage1 import Stage1
 
-BATCH, LR = 512, 3e-3
+BATCH, LR = 256, 3e-3
 TYPES = {"E": 0, "S0": 1, "S": 2}
 
 
@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the catalogues")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/sky-catalogues"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
     csv_option(parser, "sky_catalogues")

@@ -114,10 +114,10 @@ class NeighbourInput:
                 raise FileNotFoundError(
                     f"graphs: {survey.folder} has no graph {name!r}, only {have}; make it with `armillary data graph`"
                 )
-            graphs.append(_opened(path, survey.folder, path.stat().st_mtime_ns))
+            graphs.append(_opened(path, survey.folder, _stamp(path, survey.folder)))
         vectors = np.zeros((graphs[0].nodes, 0), np.float32)
         if settings.embeddings is not None:
-            vectors = _vectors(settings.embeddings, survey.folder, settings.embeddings.stat().st_mtime_ns)
+            vectors = _vectors(settings.embeddings, survey.folder, _stamp(settings.embeddings, survey.folder))
         names = settings.standardised
         left_out = np.logical_or.reduce([graph.left_out for graph in graphs])
         return cls(settings, tuple(graphs), Columns.read(survey, names) if names else None, vectors, left_out)
@@ -183,13 +183,18 @@ class NeighbourInput:
         return np.concatenate(parts, 1)
 
 
+def _stamp(path: Path, survey: Path) -> tuple[int, int]:
+    """When a file and the survey's catalogue were written: what was read of them holds as long as that."""
+    return path.stat().st_mtime_ns, (survey / "catalog.parquet").stat().st_mtime_ns
+
+
 @lru_cache(maxsize=8)  # checks, input spec and views of a run all ask for the same
-def _opened(path: Path, survey: Path, _: int) -> SkyGraph:
+def _opened(path: Path, survey: Path, _: tuple[int, int]) -> SkyGraph:
     return SkyGraph.open(path, survey)
 
 
 @lru_cache(maxsize=1)
-def _vectors(path: Path, survey: Path, _: int) -> np.ndarray:
+def _vectors(path: Path, survey: Path, _: tuple[int, int]) -> np.ndarray:
     """[N, V] float32 vectors of a file of embeddings, in the order of the survey's catalogue."""
     keys: Sequence[str] = pq.read_table(survey / "catalog.parquet", columns=["key"])["key"].to_pylist()
     try:
