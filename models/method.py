@@ -16,6 +16,8 @@ from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
+from armillary.models.quantities import Answer, Quantity, Questions
+
 __all__ = ["Batch", "BatchKey", "InputSpec", "Losses", "Method", "MethodConfig", "ParameterGroup", "Readout"]
 
 
@@ -40,6 +42,10 @@ class Batch(TypedDict, total=False):
     global_crops: Tensor  # [G*B, C, S, S] float32, model input; crop-major: all first crops, then all second ones
     local_crops: Tensor  # [L*B, C, s, s] float32, model input; crop-major; absent where L = 0
     crop: Tensor  # [B, C, S, S] float32, model input: the one crop of views of whole objects, and of every evaluation
+    quantities: (
+        Tensor  # [B, e] float32, scaled entries of `InputSpec.quantities` one behind the other, NaN where unknown
+    )
+    quantity_errors: Tensor  # [B, e] float32, their errors, scaled likewise, NaN where the survey states none
     columns: Tensor  # [B, m] float32, columns of the catalogue that are inputs, standardised, NaN where unknown
     targets: Tensor  # [B, n] float32, labels to predict, standardised, NaN where unknown
     image_tokens: Tensor  # [B, T, D] of a frozen image encoder, from a cache: in place of `crop`
@@ -98,6 +104,7 @@ class InputSpec:
         targets: Labels to predict.
         target_mean: Mean of each of them over the training split, in the label's unit.
         target_std: Its standard deviation.
+        quantities: Scalars and vectors that are inputs, answers, or both, with their scaling.
         graphs: Sky graphs S; 0 without neighbours.
         node_features: Features F of a node of them.
         node_mean: Mean of each column among these features over the training split.
@@ -118,6 +125,7 @@ class InputSpec:
     targets: tuple[str, ...] = ()
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    quantities: tuple[Quantity, ...] = ()
     graphs: int = 0
     node_features: int = 0
     node_mean: tuple[float, ...] = ()
@@ -127,6 +135,7 @@ class InputSpec:
     def from_json(cls, described: Mapping[str, Any]) -> InputSpec:
         """Rebuild from `dataclasses.asdict` after a way through JSON, which has no tuples."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
+        fields["quantities"] = tuple(Quantity.from_json(q) for q in described.get("quantities", ()))
         return cls(**fields)
 
 
@@ -236,6 +245,25 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: The batch holds nothing that this method embeds.
         """
+
+    def questions(self) -> Questions | None:
+        """What `answer` can be given and asked; None for a method that answers nothing."""
+        return None
+
+    def answer(self, batch: Batch, given: tuple[str, ...], want: tuple[str, ...], draws: int, seed: int) -> Answer:
+        """Draw what is wanted from the method's distribution, given parts of a batch.
+
+        Args:
+            batch: Model inputs, as for `encode`, with `row`; what is not given is not looked at.
+            given: Names out of `questions().given`.
+            want: Names out of `questions().want`.
+            draws: Draws S a sample.
+            seed: With `row` it keys the draws, so that an answer does not depend on the batch it came in.
+
+        Raises:
+            ValueError: A name is not known, or nothing of what is given is known for a sample.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers no questions")
 
     def readouts(self) -> dict[str, Readout]:
         """What the embeddings of `encode` are, by name; those that a comparison should show, the default one first."""

@@ -51,6 +51,12 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
     Returns:
         Exit code.
     """
+    from armillary.engine.zero.processes import launch_problems, take_slurm_ranks
+
+    launch = take_slurm_ranks(os.environ) or launch_problems()
+    if launch:
+        print(f"{recipe.name}: this run cannot start:", *(f"  {p}" for p in launch), sep="\n", file=sys.stderr)
+        return EXIT_BAD_INPUT
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--preset", choices=sorted(presets), default=None)
     own.add_argument("--restore", type=Path, default=None)
@@ -87,7 +93,7 @@ def run_to_exit_code(
     """
     from armillary.engine.train import trainer
     from armillary.engine.train.loop import NonFinite, Stopped
-    from armillary.engine.weights.checkpoint import CheckpointError
+    from armillary.engine.weights.verify import CheckpointError
 
     me = trainer.ranks()
     loaders = {} if open_loader is None else {"open_loader": open_loader}

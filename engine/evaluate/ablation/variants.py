@@ -17,7 +17,9 @@ from armillary.engine.evaluate.page.run_log import flatten
 
 __all__ = ["MeasureName", "RunResult", "Variant", "earlier_measures", "settings_of", "variants"]
 
-ASIDE = ("name", "seed", "out", "device", "telemetry", "checkpoint", "data.threads", "data.prefetch", "data.reader")
+ASIDE = (
+    "name", "seed", "out", "device", "telemetry", "checkpoint", "train.zero_stage", "data.threads", "data.prefetch", "data.reader",
+)  # fmt: skip
 """Settings that change nothing a run learns but by chance."""
 
 

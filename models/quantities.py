@@ -1,0 +1,182 @@
+r"""Named quantities of a galaxy, scalars and vectors, and how their values become numbers that a network takes.
+
+Each kind of scaling is followed by (t - mean) / std, entry by entry, fitted on the training split:
+
+    linear   t = x
+    log10    t = log10 x
+    asinh    t = arsinh(x / s), s a softening of each component: fluxes that may be negative
+    shape    t = (log10 m, x_1 / m, ..., x_n / m), m the mean of the known components: level and shape apart
+
+A component is unknown where it is NaN, or where its scaling has no value (log10 of a number that is not positive; a vector
+whose mean is not positive under `shape`).
+
+Shape legend: B samples, n components, e entries: n, and n + 1 under `shape`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Answer", "Quantity", "Questions", "Scaling", "ScalingKind"]
+
+ScalingKind = Literal["linear", "log10", "asinh", "shape"]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """From values in a quantity's unit to entries of about unit variance, and back.
+
+    Attributes:
+        kind: See the module's docstring.
+        mean: Of each entry over the training split.
+        std: Its standard deviation.
+        softening: s of each component under `asinh`, in the quantity's unit; else empty.
+    """
+
+    kind: ScalingKind = "linear"
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    softening: tuple[float, ...] = ()
+
+    @classmethod
+    def fitted(cls, kind: ScalingKind, values: Tensor, softening: tuple[float, ...] = ()) -> Scaling:
+        """Fit mean and standard deviation.
+
+        Args:
+            kind: See the module's docstring.
+            values: [B, n] of the training split, in the quantity's unit, NaN where unknown.
+            softening: Of each component, under `asinh`.
+
+        Raises:
+            ValueError: No value is known, or an entry does not vary; it is named by its number.
+        """
+        entries = values.shape[1] + (kind == "shape")
+        raw = replace(cls(kind, softening=softening), mean=(0.0,) * entries, std=(1.0,) * entries)
+        scaled = raw(values.double())
+        if not bool((known := ~scaled.isnan()).any(0).all()):
+            raise ValueError(f"entry {int((~known.any(0)).nonzero()[0])}: has no known value over the training split")
+        mean = scaled.nanmean(0)
+        std = (scaled - mean).square().nanmean(0).sqrt()
+        if bool((std <= 1e-12 * mean.abs()).any()) or bool((std == 0).any()):
+            raise ValueError(f"entry {int(std.argmin())}: is the same over the whole training split")
+        return replace(raw, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+    @property
+    def entries(self) -> int:
+        """e."""
+        return len(self.mean)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Entries [..., e] of values [..., n] in the quantity's unit; NaN where unknown."""
+        if self.kind == "log10":
+            t = values.where(values > 0, math.nan).log10()
+        elif self.kind == "asinh":
+            t = (values / self._like(self.softening, values)).asinh()
+        elif self.kind == "shape":
+            level = self._level(values)
+            t = torch.cat([level.log10(), values / level], dim=-1)
+        else:
+            t = values
+        return (t - self._like(self.mean, values)) / self._like(self.std, values)
+
+    def inverse(self, entries: Tensor) -> Tensor:
+        """Values [..., n] in the quantity's unit of entries [..., e]."""
+        t = entries * self._like(self.std, entries) + self._like(self.mean, entries)
+        if self.kind == "log10":
+            return 10**t
+        if self.kind == "asinh":
+            return t.sinh() * self._like(self.softening, entries)
+        if self.kind == "shape":
+            return t[..., 1:] * 10 ** t[..., :1]
+        return t
+
+    def errors(self, values: Tensor, errors: Tensor) -> Tensor:
+        """Errors [..., e] of the entries, to first order, of errors [..., n] of the values; of a level NaN."""
+        if self.kind == "log10":
+            slope = 1 / (values.where(values > 0, math.nan) * math.log(10))
+        elif self.kind == "asinh":
+            slope = (values.square() + self._like(self.softening, values).square()).rsqrt()
+        elif self.kind == "shape":
+            level = self._level(values)
+            scaled = torch.cat([torch.full_like(level, math.nan), errors / level], dim=-1)
+            return scaled / self._like(self.std, values)
+        else:
+            slope = torch.ones_like(values)
+        return errors * slope / self._like(self.std, values)
+
+    @staticmethod
+    def _level(values: Tensor) -> Tensor:
+        mean = values.nanmean(-1, keepdim=True)
+        return mean.where(mean > 0, math.nan)
+
+    @staticmethod
+    def _like(numbers: tuple[float, ...], values: Tensor) -> Tensor:
+        return torch.tensor(numbers, dtype=values.dtype, device=values.device)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A scalar or a vector that a method is given, or asked for.
+
+    Attributes:
+        name: What recipes and queries call it.
+        unit: Of its components; "" for a pure number.
+        components: Name of each: bands, channels, ages; one for a scalar.
+        axis: What the components are sorted along (wavelengths in angstrom, times); empty where nothing.
+        scaling: Fitted on the training split.
+    """
+
+    name: str
+    unit: str = ""
+    components: tuple[str, ...] = ("value",)
+    axis: tuple[float, ...] = ()
+    scaling: Scaling = Scaling()
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return len(self.components)
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any]) -> Quantity:
+        """Rebuild from `dataclasses.asdict` after a way through JSON, which has no tuples."""
+        scaling: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described["scaling"].items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
+        fields["scaling"] = Scaling(**scaling)
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a method can be asked.
+
+    Attributes:
+        given: Names that may be given: "image", "spectrum", quantities of the inputs.
+        want: What may be asked for, with units and axes.
+    """
+
+    given: tuple[str, ...]
+    want: tuple[Quantity, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Joint draws from a method's distribution of what was asked, given what was given.
+
+    Attributes:
+        draws: [B, S, n] float32 by name, in the quantity's unit. Draw s of one belongs to draw s of the others.
+        median: [B, n] float32 by name, of each component's own distribution; from the draws where it has no closed form.
+    """
+
+    draws: dict[str, Tensor]
+    median: dict[str, Tensor]
+
+    def quantile(self, name: str, probability: float) -> Tensor:
+        """[B, n] of the draws of one quantity."""
+        return self.draws[name].quantile(probability, dim=1)
