@@ -115,14 +115,14 @@ def _earlier(runs: Sequence[RunResult]) -> list[Scored]:
 
 
 def _section(title: str, text: str, found: Sequence[Variant], scored: Sequence[Scored], *, figure: bool) -> Markup:
-    head = ["Variant", "seeds", *(_column(s) for s in scored)]
+    head = ["", "Variant", "seeds", *(_column(s) for s in scored)]
     rows = []
-    for variant in found:
+    for place, variant in enumerate(found, 1):
         label = lines(*(f"{_short(k)} {v}" for k, v in variant.changes)) if variant.changes else "as the first run"
-        cells: list[object] = [label, len(variant.runs)]
+        cells: list[object] = [place, label, len(variant.runs)]
         cells += [_cell(s, variant, found[0]) for s in scored]
         rows.append(Bold(cells) if variant is found[0] else cells)
-    parts = [card(table(head, [("", rows)], classes={0: "left"}))]
+    parts = [card(table(head, [("", rows)], classes={1: "left"}))]
     if figure:
         parts.append(grid(card(_chart(s, found), title=_title(s)) for s in scored))
     return section(title, text, *parts)
