@@ -304,7 +304,7 @@ def graph(
     survey: tyro.conf.Positional[Path],
     *,
     space: Literal["euclidean", "spherical", "hyperbolic", "comoving"] = "spherical",
-    mode: Literal["published", "leak-free"] = "published",
+    mode: Literal["published", "leak-free", "inductive"] = "published",
     k: int = 5,
     linking_length_mpc: float | None = None,
     redshift: str | None = None,
@@ -319,11 +319,12 @@ def graph(
         survey: Folder of the survey; every row must have a position.
         space: Whose distance is compared: euclidean is the plane of RA and Dec, spherical great circles, hyperbolic the
             Poincare ball over that plane. comoving links all rows within a length in three dimensions, and tells redshifts.
-        mode: published is one graph over all rows; in leak-free only rows of the split train may be seen.
+        mode: published is one graph over all rows; in leak-free only rows of the split train may be seen; in inductive
+            rows see rows of their own split.
         k: Neighbours of a row, itself not counted; not for comoving.
         linking_length_mpc: Greatest comoving distance of neighbours.
         redshift: Label with redshifts, for comoving.
-        buffer_arcmin: With leak-free, leave out rows of train this near to a row of another split.
+        buffer_arcmin: Not with published: leave out rows of train this near to a row of another split.
         symmetrise: Add the way back of every edge whose row may be seen.
         shuffle_seed: Shuffle the neighbours within each split by this seed: the control of the graph without it.
         threads: Threads of the search.
@@ -333,7 +334,7 @@ def graph(
     from rich.console import Console
     from rich.table import Table
 
-    from armillary.engine.data.sky_graph.build import build_graph
+    from armillary.engine.data.building.sky_graph import build_graph
     from armillary.engine.data.sky_graph.graph import GraphOptions
 
     options = GraphOptions(
