@@ -91,9 +91,7 @@ class QuantityReader:
         """
         entries, errors = [], []
         for number, (view, quantity, part) in enumerate(zip(self.views, self.quantities, self._readers(), strict=True)):
-            found = part(batch)
-            if view.noise == "redrawn":
-                found = _noisy(found, batch, key, number)
+            found = _with_errors(view, part(batch), batch, key, number)
             entries.append(quantity.scaling(found.values))
             errors.append(quantity.scaling.errors(found.values, found.errors))
         batch["quantities"], batch["quantity_errors"] = torch.cat(entries, dim=1), torch.cat(errors, dim=1)
@@ -111,7 +109,16 @@ class QuantityReader:
         return self._parts
 
 
-def _noisy(found: _Values, batch: Batch, key: BatchKey | None, number: int) -> _Values:
+def _with_errors(view: QuantityView, found: _Values, batch: Batch, key: BatchKey | None, number: int) -> _Values:
+    """Values with their noise, and what is stated of it, which knows the noisy value only."""
+    floor = view.error_floor * found.values.abs()
+    if view.noise == "stored":
+        return _Values(found.values, found.errors.hypot(floor))
+    noisy = _noisy(_Values(found.values, found.errors.hypot(floor)), batch, key, number)
+    return _Values(noisy, found.errors.hypot(view.error_floor * noisy.abs()))
+
+
+def _noisy(found: _Values, batch: Batch, key: BatchKey | None, number: int) -> Tensor:
     """Add noise where an error is stated."""
     if key is None:
         seed, stream = 0, streams(Purpose.MEASUREMENT_NOISE, number, batch["row"].cpu().numpy(), EVALUATION)
@@ -119,7 +126,7 @@ def _noisy(found: _Values, batch: Batch, key: BatchKey | None, number: int) -> _
         seed = key.seed
         stream = streams(Purpose.MEASUREMENT_NOISE, number, batch["position"].cpu().numpy(), key.epoch)
     z = torch.from_numpy(normals(stream, seed, found.values.shape[1])).to(found.values)
-    return _Values(found.values + z * found.errors.nan_to_num(0.0), found.errors)
+    return found.values + z * found.errors.nan_to_num(0.0)
 
 
 def _reader(view: QuantityView, quantity: Quantity, survey: Survey) -> Callable[[Batch], _Values]:
@@ -204,8 +211,7 @@ def _fitted(views: tuple[QuantityView, ...], folder: object, anything_else: bool
     for batch in _first_samples(survey, any(view.vector for view in views)):
         rows.append(batch["row"])
         for number, (view, part) in enumerate(zip(views, readers, strict=True)):
-            read = part(batch)
-            found[number].append(_noisy(read, batch, None, number) if view.noise == "redrawn" else read)
+            found[number].append(_with_errors(view, part(batch), batch, None, number))
     row = torch.cat(rows)
     known = torch.zeros(len(row), dtype=torch.bool)
     quantities = []

@@ -23,6 +23,7 @@ class QuantityView:
         vector: The survey's vector; "" for columns.
         columns: Columns of the catalogue, one a component; without them and without a vector the column called `name`.
         errors: The vector of its errors, or a column for each component; empty where none are stated.
+        error_floor: Fraction of the value that is added to errors in quadrature.
         noise: "stored": values carry their noise. "redrawn": they are without, and noise of the errors is added.
         components: Components to take of the vector, in this order; empty for all, as they come.
         unit: Unit to convert to; "" for the survey's.
@@ -37,6 +38,7 @@ class QuantityView:
     vector: str = ""
     columns: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
+    error_floor: float = 0.0
     noise: Literal["stored", "redrawn"] = "stored"
     components: tuple[str, ...] = ()
     unit: str = ""
@@ -84,6 +86,7 @@ class QuantityView:
         rule("columns", bool(self.vector and self.columns), "must be empty with a vector", self.columns)
         rule("runs", self.runs < 1, "must be at least 1", self.runs)
         rule("softening", not 0 <= self.softening < math.inf, "must be finite and not negative", self.softening)
+        rule("error_floor", not 0 <= self.error_floor < 1, "must be in [0, 1)", self.error_floor)
         rule("noise", self.noise == "redrawn" and not self.errors, "needs errors to be redrawn from", self.noise)
         lacks_softening = self.scaling == "asinh" and not (self.errors or self.softening)
         rule("softening", lacks_softening, "must be given for asinh without errors", self.softening)
@@ -168,9 +171,9 @@ def _parsed(text: str) -> Any:
 
 
 def _numbers(names: tuple[str, ...]) -> tuple[float, ...]:
-    """The names as increasing numbers; empty where they are not."""
-    try:
-        found = tuple(map(float, names))
-    except ValueError:
+    """Numbers that the names are, or begin with if they all go on alike ("4000 angstrom"); empty where they do not."""
+    found = [re.fullmatch(r"([-+]?[\d.]+(?:[eE][-+]?\d+)?)(\s.*)?", name) for name in names]
+    matches = [m for m in found if m is not None]
+    if len(matches) < len(names) or len(names) < 2 or len({m[2] for m in matches}) > 1:
         return ()
-    return found if len(found) > 1 and all(map(math.isfinite, found)) else ()
+    return tuple(float(m[1]) for m in matches)
