@@ -59,7 +59,7 @@ def test_points_stay_finite():
     """PIT values of 0 and 1 only: the truth always lay outside, and draws are as far out as single precision goes."""
     one = RecalibratedDensity(gaussians(torch.zeros(3), 1.0), recalibration(torch.tensor([0.0, 1.0]).repeat(50)))
     draws = one.draw(torch.rand(3, 1000, dtype=torch.float64))
-    assert draws.isfinite().all() and (draws.abs() > 4).double().mean() > 0.9  # one of 20 steps leads from 0 to 1
+    assert draws.isfinite().all() and (draws.abs() > 4).double().mean() > 0.85  # two of 20 steps lead from 0 to 1
 
 
 def test_needs_enough_truths():
