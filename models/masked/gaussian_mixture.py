@@ -23,8 +23,8 @@ from armillary.models.masked.density import Density, whole_precision
 __all__ = ["GaussianMixture"]
 
 LEAST_STD = 1e-3
-BISECTIONS = 60
-"""Halvings of the bracket of a quantile: to the last bit in float32, and to 1e-18 of the bracket in float64."""
+BISECTIONS = 40
+"""Halvings of the bracket of a quantile: to 1e-12 of it."""
 
 
 class GaussianMixture(Density):

@@ -202,7 +202,8 @@ def test_a_head_learns_a_distribution(kind):
         head.density(head(x[:512])).loss(y[:512]).backward()
         optimizer.step()
     d = head.density(head(x[512:]).detach())
-    # The truth scores .2 / sqrt(pi) = .113, one that ignores x some .35. Bins here are .67 wide.
+    # The truth scores .2 / sqrt(pi) = .113, one that ignores x some .35; five seeds: .111 to
+    # .118, widths .38 to .42. Bins here are .67 wide: .134 to .146, .86 to .98.
     assert d.crps(y[512:]).mean() < (0.19 if kind == "binned" else 0.13)
     assert (d.quantile(torch.tensor([0.16, 0.84]).expand(512, 1, 2)).diff(dim=-1).mean() - 0.4).abs() < (
         0.67 if kind == "binned" else 0.1
