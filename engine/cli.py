@@ -40,6 +40,11 @@ COMMANDS = {
     "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
     "data graph": ("armillary.engine.data.cli", "graph", "neighbours on the sky"),
     "data simulate": ("armillary.engine.data.simulate.cli", "simulate", "make a survey of simulated galaxies"),
+    "data simulate-photometry": (
+        "armillary.engine.data.simulate.populations.cli",
+        "simulate_photometry",
+        "the same as photometry and star-formation histories",
+    ),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),

@@ -46,6 +46,9 @@ class Batch(TypedDict, total=False):
         Tensor  # [B, e] float32, scaled entries of `InputSpec.quantities` one behind the other, NaN where unknown
     )
     quantity_errors: Tensor  # [B, e] float32, their errors, scaled likewise, NaN where the survey states none
+    shown_quantities: Tensor  # [B, e] float32, the same with what is hidden as NaN
+    token_rows: Tensor  # [R] int64, tokens of quantities that are computed; its length is known to the host
+    key_rows: Tensor  # [K] int64, which of these are shown, likewise
     columns: Tensor  # [B, m] float32, columns of the catalogue that are inputs, standardised, NaN where unknown
     targets: Tensor  # [B, n] float32, labels to predict, standardised, NaN where unknown
     image_tokens: Tensor  # [B, T, D] of a frozen image encoder, from a cache: in place of `crop`
@@ -135,7 +138,7 @@ class Readout:
     """
 
     title: str
-    modality: Literal["image", "spectrum", "image+spectrum", "columns"]
+    modality: Literal["image", "spectrum", "image+spectrum", "columns", "vectors"]
     aligned: bool = False
     targets: tuple[str, ...] = ()
 

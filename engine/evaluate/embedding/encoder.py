@@ -71,12 +71,15 @@ class Encoder:
             width=survey.width,
             codec=survey.codec,
             spectrum=survey.spectrum,
+            vectors=survey.vectors,
             labels=survey.labels,
             folder=survey.folder,
         )
         view = run.views.eval_view(fitted, device)
         if view.columns is not None:
             view = replace(view, columns=view.columns.scaled(inputs.column_mean, inputs.column_std))
+        if view.quantities is not None:
+            view = replace(view, quantities=view.quantities.scaled(inputs.quantities))
         return cls(method, view, metadata, run)
 
     def pipeline(self, readout: str | None = None) -> Pipeline:
