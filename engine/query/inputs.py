@@ -5,6 +5,7 @@ Shape legend: B rows of a batch, e entries of all quantities.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.files.columns import Catalogue
+from armillary.engine.data.views.quantities import QuantityReader
 from armillary.engine.evaluate.embedding.embed import open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.query.column_map import QuantityColumns, find_columns, some
@@ -24,7 +26,7 @@ from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch
 from armillary.models.quantities import Quantity
 
-__all__ = ["Inputs", "Part", "SurveyInputs", "TableInputs", "known"]
+__all__ = ["Inputs", "Part", "SurveyInputs", "TableInputs", "known", "part_of"]
 
 MODALITIES = ("image", "spectrum")
 IDENTIFIERS = ("key", "id", "object_id", "objectid", "objid", "targetid", "source_id", "galaxy_id", "name")
@@ -32,6 +34,18 @@ IDENTIFIERS = ("key", "id", "object_id", "objectid", "objid", "targetid", "sourc
 
 SCANNED = 1 << 16
 """Rows looked through at a time for one in which something is known."""
+
+
+def part_of(given: str) -> tuple[str, slice]:
+    """Name of a quantity, and which of its components: all, or of `name[first:end]` those from first to before end.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?", given)
+    if match is None:
+        raise ValueError(f"given: must be a name, or NAME[FIRST:END] for some of its components, got {given!r}")
+    return match[1], slice(int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class Inputs(Protocol):
     Attributes:
         identifiers: Name and type of the columns that tell rows apart.
         notes: What was taken from where, in sentences.
-        refused: By quantity, how many values its scaling has no entry for; counted while `parts` is read.
+        refused: By quantity of a table, how many values its scaling has no entry for; counted while `parts` is read.
     """
 
     identifiers: dict[str, pa.DataType]
@@ -73,7 +87,7 @@ class TableInputs:
     Args:
         table: The table.
         quantities: Those of the method's inputs, in their order.
-        given: Names of quantities.
+        given: Names of quantities, or of parts of them: see `part_of`.
         columns: Declared columns: see `column_map.find_columns`.
         units: Units by column.
         keys: Columns that are identifiers; where there are none those of a usual name.
@@ -99,11 +113,12 @@ class TableInputs:
                 f"given: {' and '.join(pictures)} cannot come out of a table; pack a survey with `armillary data build` "
                 "and ask with its folder in place of the table"
             )
-        _check_declared(table, given, columns, units)
-        self.table, self.quantities, self.device = table, tuple(quantities), device
-        self.found = {q.name: find_columns(q, table, columns, units) for q in quantities if q.name in given}
-        names = list(keys) or [next((c for name in IDENTIFIERS for c in table.columns if c.lower() == name), "")]
-        self._keys = [name for name in names if name]
+        names = list(dict.fromkeys(part_of(name)[0] for name in given))
+        _check_declared(table, names, columns, units)
+        self.table, self.quantities, self.device, self._given = table, tuple(quantities), device, tuple(given)
+        self.found = {q.name: find_columns(q, table, columns, units) for q in quantities if q.name in names}
+        usual = next((c for name in IDENTIFIERS for c in table.columns if c.lower() == name), None)
+        self._keys = list(keys) or ([] if usual is None else [usual])
         for name in self._keys:
             if table.column(name, "key").size is not None:
                 raise ValueError(f"key: column {name!r} has several numbers a row, which tell no rows apart")
@@ -130,12 +145,13 @@ class TableInputs:
 
     def absent(self) -> list[str]:
         """What is given and not known in any row, or only as values that its scaling has no entry for."""
-        return [name for name, found in self.found.items() if not self._is_somewhere(found)]
+        return [name for name in self._given if not self._is_somewhere(*part_of(name))]
 
-    def _is_somewhere(self, found: QuantityColumns) -> bool:
+    def _is_somewhere(self, name: str, components: slice) -> bool:
+        found = self.found[name]
         for start in range(0, self.table.count, SCANNED):
-            values, _ = found.read(self.table, start, min(start + SCANNED, self.table.count))
-            if bool((~found.quantity.scaling(torch.from_numpy(values)).isnan()).any()):
+            values = torch.from_numpy(found.read(self.table, start, min(start + SCANNED, self.table.count))[0])
+            if bool((~_usable(found.quantity, values)[:, components].isnan()).any()):
                 return True
         return False
 
@@ -145,10 +161,9 @@ class TableInputs:
             nothing = torch.full((stop - start, quantity.scaling.entries), torch.nan)
             return nothing, nothing
         values, errors = map(torch.from_numpy, self.found[quantity.name].read(self.table, start, stop))
-        t = quantity.scaling(values)
-        lost = ~values.isnan() & quantity.scaling.inverse(t).isnan()
+        lost = ~values.isnan() & _usable(quantity, values).isnan()
         self.refused[quantity.name] += int(lost.sum())
-        return t.float(), quantity.scaling.errors(values, errors).float()
+        return quantity.scaling(values).float(), quantity.scaling.errors(values, errors).float()
 
 
 class SurveyInputs:
@@ -176,7 +191,11 @@ class SurveyInputs:
             if name not in have:
                 raise ValueError(f"split: no samples in {name!r}; the survey has {', '.join(have)}")
         view = Encoder.load(source, survey, device).view
-        self._view = replace(view, image=view.image if "image" in given else None, spectrum="spectrum" in given)
+        quantities = view.quantities
+        if quantities is not None:  # a row with nothing known is an answer of NaN here
+            quantities = QuantityReader(quantities.views, survey, quantities.quantities, anything_else=True)
+        image = view.image if "image" in given else None
+        self._view = replace(view, image=image, spectrum="spectrum" in given, quantities=quantities)
         self._folder, self._splits, self._device = folder, tuple(splits) or have, device
         self._catalogue = Catalogue(folder / "catalog.parquet")
         self._given, self._quantities = tuple(given), source.inputs.quantities
@@ -198,27 +217,33 @@ class SurveyInputs:
         """What is given and not known of any object."""
         left = list(self._given)
         for part in self.parts(256):
-            left = [name for name in left if not bool(known(part.batch, (name,), self._quantities).any())]
+            left = [name for name in left if not bool(known(part.batch, name, self._quantities).any())]
             if not left:
                 break
         return left
 
 
-def known(batch: Batch, given: Sequence[str], quantities: Sequence[Quantity]) -> Tensor:
-    """[B] bool: of which rows anything is known of what is given."""
+def known(batch: Batch, given: str, quantities: Sequence[Quantity]) -> Tensor:
+    """[B] bool: of which rows anything is known of the image, the spectrum, or a quantity or part of it."""
     row = batch["row"]
     found = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     for name, key in (("image", "crop"), ("spectrum", "spectrum")):
-        if name in given and key in batch:
+        if name == given and key in batch:
             there = batch.get(f"has_{name}")
             found |= there if isinstance(there, Tensor) else True
+    wanted, components = part_of(given)
     start = 0
     for quantity in quantities:
         stop = start + quantity.scaling.entries
-        if quantity.name in given and "quantities" in batch:
-            found |= (~batch["quantities"][:, start:stop].isnan()).any(1)
+        if quantity.name == wanted and "quantities" in batch:
+            found |= (~quantity.scaling.inverse(batch["quantities"][:, start:stop])[:, components].isnan()).any(1)
         start = stop
     return found
+
+
+def _usable(quantity: Quantity, values: Tensor) -> Tensor:
+    """Values [B, n] as a method sees them: NaN where the scaling has no entry for them."""
+    return quantity.scaling.inverse(quantity.scaling(values))
 
 
 def _check_declared(

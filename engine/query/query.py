@@ -25,7 +25,7 @@ from armillary.engine.atomic_file import atomic_path
 from armillary.engine.data.sources.files.columns import Catalogue
 from armillary.engine.query.answers_file import QUANTILES, AnswersFile
 from armillary.engine.query.column_map import some
-from armillary.engine.query.inputs import Inputs, Part, SurveyInputs, TableInputs, known
+from armillary.engine.query.inputs import Inputs, Part, SurveyInputs, TableInputs, known, part_of
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.kernels.pixels.philox import check_seed
 from armillary.models.method import Batch, Method
@@ -104,7 +104,8 @@ def query(
         run: A run's folder, or an exported file.
         table: A table (Parquet, CSV, ECSV, VOTable, FITS, HDF5), several with the same columns, or a survey's folder.
         out: File to write, ending in .parquet.
-        given: What is known: "image", "spectrum" (of a survey), quantities.
+        given: What is known: "image", "spectrum" (of a survey), quantities; some components of one as NAME[FIRST:END], where
+            the method takes that.
         want: Quantities.
         draws: Draws S that quantiles are taken from.
         keep_draws: Write the draws as well.
@@ -154,15 +155,14 @@ def query(
         AnswersFile(temporary, inputs.identifiers, given, wanted, draws * keep_draws, about) as file,
     ):
         for part in inputs.parts(rows):
-            there = {name: known(part.batch, (name,), quantities).cpu().numpy() for name in given}
-            answer = _answer(method, part, given, wanted, draws, seed, np.logical_or.reduce(list(there.values())))
-            quantiles = {
-                part_: {q.name: _numpy(answer.quantile(q.name, p)) for q in wanted} for part_, p in QUANTILES.items()
-            }
-            median, drawn = ({n: _numpy(x) for n, x in kind.items()} for kind in (answer.median, answer.draws))
+            there = {name: known(part.batch, name, quantities).cpu().numpy() for name in given}
+            any_known = np.logical_or.reduce(list(there.values()))
+            answer = _answer(method, part, given, wanted, draws, seed, any_known)
+            quantiles = {n: {q.name: answer.quantile(q.name, p).numpy() for q in wanted} for n, p in QUANTILES.items()}
+            median, drawn = ({n: x.numpy() for n, x in kind.items()} for kind in (answer.median, answer.draws))
             file.write(part.identifiers, there, median, quantiles, drawn)
             total += len(part.batch["row"])
-            answered += int(np.logical_or.reduce(list(there.values())).sum())
+            answered += int(any_known.sum())
         refused = {name: count for name, count in inputs.refused.items() if count}
         file.finish({"rows": total, "answered": answered, "refused": refused})
     return Queried(out, total, answered, refused, tuple(inputs.notes))
@@ -198,7 +198,7 @@ def _check_question(asked: Questions, given: Sequence[str], want: Sequence[str])
         if not names:
             raise ValueError(f"{field}: name one or more of {some(have, 40)}")
         for name in names:
-            if name not in have:
+            if (part_of(name)[0] if field == "given" else name) not in have:
                 raise ValueError(f"{field}: {name!r} is nothing that {rule}; there are {some(have, 40)}")
         if len(set(names)) < len(names):
             raise ValueError(f"{field}: {', '.join(names)} names one of them twice")
@@ -245,7 +245,3 @@ def _answer(
                 )
             found[q.name][at], median[q.name][at] = drawn, middle
     return Answer(found, median)
-
-
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.numpy()

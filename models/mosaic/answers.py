@@ -181,5 +181,8 @@ def _draw(said: Said, z: Tensor) -> Tensor:
     loadings, repeats = said.loadings, len(z) // len(said.loadings)
     rank = loadings.shape[-1]
     together = correlated(loadings.repeat_interleave(repeats, 0), z[:, :rank], z[:, rank:])
-    probability = ndtr(together).to(loadings).unflatten(0, (-1, repeats)).transpose(1, 2)  # [B, w, S] or [B S, w, 1]
+    # Within what float32 tells apart from 0 and 1, where quantiles are infinite.
+    probability = (
+        ndtr(together).clamp(1e-7, 1 - 1e-7).to(loadings).unflatten(0, (-1, repeats)).transpose(1, 2)
+    )  # [B, w, S] or [B S, w, 1]
     return said.density.quantile(probability).transpose(1, 2).flatten(0, 1)
