@@ -127,7 +127,9 @@ def query(
     out, device = Path(out), torch.device(device)
     source = run if isinstance(run, TrainedEncoder) else TrainedEncoder.open(run)
     asked = open_questions(source)
-    wanted = _check_question(asked, given, want)
+    given = _checked("given", given, asked.given)
+    answers = {q.name: q for q in asked.want}
+    wanted = [answers[name] for name in _checked("want", want, tuple(answers))]
     _check_numbers(out, draws, batch, seed)
     paths = [Path(table)] if isinstance(table, str | Path) else [Path(p) for p in table]
     if out.resolve() in [p.resolve() for p in paths]:
@@ -190,19 +192,21 @@ def _open(
     return TableInputs(table, source.inputs.quantities, given, columns=columns, units=units, keys=keys, device=device)
 
 
-def _check_question(asked: Questions, given: Sequence[str], want: Sequence[str]) -> list[Quantity]:
-    """The quantities that are wanted."""
-    answers = {q.name: q for q in asked.want}
-    for field, names, have in (("given", given, asked.given), ("want", want, tuple(answers))):
-        rule = "can be given" if field == "given" else "was trained to be answered"
-        if not names:
-            raise ValueError(f"{field}: name one or more of {some(have, 40)}")
-        for name in names:
-            if (part_of(name)[0] if field == "given" else name) not in have:
-                raise ValueError(f"{field}: {name!r} is nothing that {rule}; there are {some(have, 40)}")
-        if len(set(names)) < len(names):
-            raise ValueError(f"{field}: {', '.join(names)} names one of them twice")
-    return [answers[name] for name in want]
+def _checked(field: str, names: Sequence[str], have: Sequence[str]) -> tuple[str, ...]:
+    """Names as the method has them; a dot stands for a line, so that `photometry.lsst` is `photometry_lsst`."""
+    rule = "can be given" if field == "given" else "was trained to be answered"
+    if not names:
+        raise ValueError(f"{field}: name one or more of {some(have, 40)}")
+    found = []
+    for text in names:
+        name, _ = part_of(text) if field == "given" else (text, None)
+        own = next((h for h in (name, name.replace(".", "_")) if h in have), None)
+        if own is None:
+            raise ValueError(f"{field}: {name!r} is nothing that {rule}; there are {some(have, 40)}")
+        found.append(own + text.removeprefix(name))
+    if len(set(found)) < len(found):
+        raise ValueError(f"{field}: {', '.join(names)} names one of them twice")
+    return tuple(found)
 
 
 def _check_numbers(out: Path, draws: int, batch: int, seed: int) -> None:
@@ -217,7 +221,7 @@ def _check_numbers(out: Path, draws: int, batch: int, seed: int) -> None:
 def _answer(
     method: Method,
     part: Part,
-    given: Sequence[str],
+    given: tuple[str, ...],
     wanted: Sequence[Quantity],
     draws: int,
     seed: int,
@@ -231,7 +235,7 @@ def _answer(
         at = torch.from_numpy(chosen)
         some_rows = {n: x[at.to(x.device)] for n, x in part.batch.items() if isinstance(x, Tensor) and len(x) == count}
         batch = Batch(**some_rows) if not chosen.all() else part.batch  # type: ignore[typeddict-item]
-        answer = method.answer(batch, tuple(given), tuple(q.name for q in wanted), draws, seed)
+        answer = method.answer(batch, given, tuple(q.name for q in wanted), draws, seed)
         for q in wanted:
             drawn, middle = answer.draws[q.name].float().cpu(), answer.median[q.name].float().cpu()
             if drawn.shape != (int(at.sum()), draws, q.size) or middle.shape != (int(at.sum()), q.size):

@@ -102,7 +102,8 @@ def draw_answer(
     if not want or draws < 1:
         raise ValueError(f"want, draws: must be a quantity and a draw at least, got {want} and {draws}")
     shown = given_entries(layout, batch, given)
-    errors, size = batch["quantity_errors"], len(shown)
+    # Errors of what is not given are not looked at either.
+    errors, size = batch["quantity_errors"].masked_fill(shown.isnan(), torch.nan), len(shown)
     wanted = [t for name in dict.fromkeys(want) for t in _tokens(layout, name)]
     first = ask(network, shown, errors, wanted)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toy import described_survey, toy_run
 
 from armillary.engine.config.config_json import to_json
+from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.weights.tensors import Entry, write_tensors
 from armillary.engine.weights.trained_encoder import EXPORT_FORMAT
@@ -124,14 +125,20 @@ def sampled(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {q.name: q.scaling.inverse(t).numpy() for q, t in zip(QUANTITIES, entries, strict=True)}
 
 
-def exported(file: Path, config: MethodConfig | None = None, quantities: tuple[Quantity, ...] = QUANTITIES) -> Path:
-    """A file as `armillary export` writes it."""
-    inputs = InputSpec(quantities=quantities)
+def exported(
+    file: Path,
+    config: MethodConfig | None = None,
+    quantities: tuple[Quantity, ...] = QUANTITIES,
+    views: ObjectViews | None = None,
+    survey: Survey | None = None,
+) -> Path:
+    """A file as `armillary export` writes it; of a run on a survey its own views and quantities."""
+    views = views or ObjectViews(columns=("redshift",))
+    inputs = InputSpec(quantities=quantities) if survey is None else views.input_spec(survey)
     config = config or LinearGaussian()
-    run = replace(toy_run(Path("runs"), Path("survey")), method=config, views=ObjectViews(columns=("redshift",)))
-    record = to_json(run)
-    pixels = asdict(described_survey())
-    metadata = {"run": record, "inputs": asdict(inputs), "pixels": pixels, "step": 8}
+    run = replace(toy_run(Path("runs"), Path("survey")), method=config, views=views)
+    pixels = (survey or described_survey()).to_json()
+    metadata = {"run": to_json(run), "inputs": asdict(inputs), "pixels": pixels, "step": 8}
     told = {"format": EXPORT_FORMAT, "commit": "0" * 40} | {name: json.dumps(x) for name, x in metadata.items()}
     tensors = config.build(inputs).state_dict()
     write_tensors(file, [Entry.of(name, x) for name, x in tensors.items()], told)
