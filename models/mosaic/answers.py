@@ -102,7 +102,8 @@ def draw_answer(
     if not want or draws < 1:
         raise ValueError(f"want, draws: must be a quantity and a draw at least, got {want} and {draws}")
     shown = given_entries(layout, batch, given)
-    errors, size = batch["quantity_errors"], len(shown)
+    # Errors of what is not given are not looked at either.
+    errors, size = batch["quantity_errors"].masked_fill(shown.isnan(), torch.nan), len(shown)
     wanted = [t for name in dict.fromkeys(want) for t in _tokens(layout, name)]
     first = ask(network, shown, errors, wanted)
 
@@ -181,5 +182,8 @@ def _draw(said: Said, z: Tensor) -> Tensor:
     loadings, repeats = said.loadings, len(z) // len(said.loadings)
     rank = loadings.shape[-1]
     together = correlated(loadings.repeat_interleave(repeats, 0), z[:, :rank], z[:, rank:])
-    probability = ndtr(together).to(loadings).unflatten(0, (-1, repeats)).transpose(1, 2)  # [B, w, S] or [B S, w, 1]
+    # Within what float32 tells apart from 0 and 1, where quantiles are infinite.
+    probability = (
+        ndtr(together).clamp(1e-7, 1 - 1e-7).to(loadings).unflatten(0, (-1, repeats)).transpose(1, 2)
+    )  # [B, w, S] or [B S, w, 1]
     return said.density.quantile(probability).transpose(1, 2).flatten(0, 1)
