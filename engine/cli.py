@@ -47,6 +47,11 @@ COMMANDS = {
     ),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
+    "calibrate": (
+        "armillary.engine.evaluate.calibrate",
+        "calibrate_command",
+        "correct a run's answers by held-out samples",
+    ),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
     "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
     "query": ("armillary.engine.query.cli", "query", "quantities of galaxies, given others, from a run"),

@@ -253,6 +253,28 @@ class Method(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} answers no questions")
 
+    def answer_pit(self, batch: Batch, given: tuple[str, ...], want: str) -> Tensor:
+        """Cumulative probabilities of true entries by the distributions of `answer`, before any correction.
+
+        Args:
+            batch: As for `answer`.
+            given: As for `answer`.
+            want: One quantity.
+
+        Returns:
+            [B, e] of the quantity's entries, NaN where the truth is unknown or given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers no questions")
+
+    def correct_answers(self, given: tuple[str, ...], corrections: Mapping[str, Tensor]) -> None:
+        """Have later answers corrected by what held-out samples showed.
+
+        Args:
+            given: What is given.
+            corrections: [e, K + 1] by name of a wanted quantity, see `armillary.models.masked.recalibration`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers no questions")
+
     def readouts(self) -> dict[str, Readout]:
         """What the embeddings of `encode` are, by name; those that a comparison should show, the default one first."""
         return {}
