@@ -229,5 +229,10 @@ class Answer:
     median: dict[str, Tensor]
 
     def quantile(self, name: str, probability: float) -> Tensor:
-        """[B, n] of the draws of one quantity."""
-        return self.draws[name].quantile(probability, dim=1)
+        """[B, n] of the draws of one quantity, linear between them; NaN where a draw is."""
+        # Not `Tensor.quantile`, which takes 16 million numbers at most.
+        ordered = self.draws[name].sort(dim=1).values
+        place = probability * (ordered.shape[1] - 1)
+        low = min(int(place), max(ordered.shape[1] - 2, 0))
+        found = torch.lerp(ordered[:, low], ordered[:, min(low + 1, ordered.shape[1] - 1)], place - low)
+        return found.where(~ordered[:, -1].isnan(), math.nan)

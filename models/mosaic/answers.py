@@ -5,6 +5,9 @@ last; each one that is drawn is shown when the next is asked for, so that draws 
 token are drawn together, as its copula says. Medians are those of a token's own distribution
 given what was shown, without the other answers; of quantities with levels they are the medians of the draws.
 
+Where held-out samples showed how often truths fell where, each entry's own distribution is corrected by that: a draw x becomes
+Q(F(x)), with Q the corrected quantile function, which keeps the order of draws and so what belongs together.
+
 Parts of a wanted quantity that are given are handed back as they were given.
 
 Shape legend: B samples, S draws, e entries of all quantities, w of a token, n components of a quantity.
@@ -12,7 +15,7 @@ Shape legend: B samples, S draws, e entries of all quantities, w of a token, n c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +25,7 @@ from torch.special import ndtr
 from armillary.kernels.pixels.philox import Purpose, normals, streams
 from armillary.models.masked.copula import correlated
 from armillary.models.masked.density import Density, whole_precision
+from armillary.models.masked.recalibration import RecalibratedDensity
 from armillary.models.method import Batch
 from armillary.models.mosaic.layout import Layout, Span
 from armillary.models.mosaic.network import Network, computed_rows
@@ -87,9 +91,24 @@ def ask(network: Network, shown: Tensor, errors: Tensor, tokens: Sequence[int]) 
 
 @torch.no_grad()
 def draw_answer(
-    network: Network, batch: Batch, given: tuple[str, ...], want: tuple[str, ...], draws: int, seed: int
+    network: Network,
+    batch: Batch,
+    given: tuple[str, ...],
+    want: tuple[str, ...],
+    draws: int,
+    seed: int,
+    corrections: Mapping[str, Tensor],
 ) -> Answer:
     """See `Method.answer`.
+
+    Args:
+        network: The network.
+        batch: See there.
+        given: See there.
+        want: See there.
+        draws: See there.
+        seed: See there.
+        corrections: See `Method.correct_answers`.
 
     Raises:
         ValueError: A name is not known, fewer than one draw is asked for, or nothing given is known of a sample.
@@ -102,7 +121,8 @@ def draw_answer(
     if not want or draws < 1:
         raise ValueError(f"want, draws: must be a quantity and a draw at least, got {want} and {draws}")
     shown = given_entries(layout, batch, given)
-    errors, size = batch["quantity_errors"], len(shown)
+    # Errors of what is not given are not looked at either.
+    errors, size = batch["quantity_errors"].masked_fill(shown.isnan(), torch.nan), len(shown)
     wanted = [t for name in dict.fromkeys(want) for t in _tokens(layout, name)]
     first = ask(network, shown, errors, wanted)
 
@@ -115,10 +135,21 @@ def draw_answer(
         said = first[token] if number == 0 else ask(network, drawn, stated, [token])[token]
         kept[:, place] = new = _draw(said, _normals(batch["row"], token, seed, said.loadings, draws))
         drawn[:, place] = _with_given(layout, token, new, shown.repeat_interleave(draws, 0)[:, place])
-    return _answer(layout, want, kept.unflatten(0, (size, draws)), shown, first)
+    drawn = kept.unflatten(0, (size, draws))
+    own = {token: said.density for token, said in first.items()}
+    for token, density in own.items():
+        span, place = _span(layout, token), _place(layout, token)
+        if (steps := corrections.get(span.quantity.name)) is not None:
+            run = token - span.tokens.start
+            own[token] = corrected = RecalibratedDensity(density, steps.unflatten(0, (-1, span.width))[run])
+            entries = drawn[..., place].transpose(1, 2).contiguous()
+            drawn[..., place] = corrected.quantile(density.cdf(entries)).transpose(1, 2)
+    return _answer(layout, want, drawn, shown, own)
 
 
-def _answer(layout: Layout, want: tuple[str, ...], entries: Tensor, shown: Tensor, first: dict[int, Said]) -> Answer:
+def _answer(
+    layout: Layout, want: tuple[str, ...], entries: Tensor, shown: Tensor, own: Mapping[int, Density]
+) -> Answer:
     """Values in the quantities' units, of drawn entries [B, S, e]."""
     values, medians = {}, {}
     for name in dict.fromkeys(want):
@@ -130,8 +161,8 @@ def _answer(layout: Layout, want: tuple[str, ...], entries: Tensor, shown: Tenso
         if span.levels:
             median = drawn.median(1).values
         else:
-            own = torch.cat([first[t].density.median() for t in range(span.tokens.start, span.tokens.stop)], dim=1)
-            median = torch.where(given.isnan(), scaling.inverse(own.to(shown)), given)
+            medians_of = torch.cat([own[t].median() for t in range(span.tokens.start, span.tokens.stop)], dim=1)
+            median = torch.where(given.isnan(), scaling.inverse(medians_of.to(shown)), given)
         values[name], medians[name] = drawn.float(), median.float()
     return Answer(values, medians)
 
@@ -181,5 +212,8 @@ def _draw(said: Said, z: Tensor) -> Tensor:
     loadings, repeats = said.loadings, len(z) // len(said.loadings)
     rank = loadings.shape[-1]
     together = correlated(loadings.repeat_interleave(repeats, 0), z[:, :rank], z[:, rank:])
-    probability = ndtr(together).to(loadings).unflatten(0, (-1, repeats)).transpose(1, 2)  # [B, w, S] or [B S, w, 1]
+    # Within what float32 tells apart from 0 and 1, where quantiles are infinite.
+    probability = (
+        ndtr(together).clamp(1e-7, 1 - 1e-7).to(loadings).unflatten(0, (-1, repeats)).transpose(1, 2)
+    )  # [B, w, S] or [B S, w, 1]
     return said.density.quantile(probability).transpose(1, 2).flatten(0, 1)

@@ -14,7 +14,9 @@ def values(size, seed=0):
     colours = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64)
     flux = torch.exp(1 + 0.5 * m + 0.3 * z * colours + 0.1 * noise)
     steps = torch.linspace(1, -1, 6, dtype=torch.float64)
-    history = torch.exp(0.5 * m + 0.5 * early * steps + 0.05 * torch.randn(size, 6, generator=draw, dtype=torch.float64))
+    history = torch.exp(
+        0.5 * m + 0.5 * early * steps + 0.05 * torch.randn(size, 6, generator=draw, dtype=torch.float64)
+    )
     return {"z": 1 + 0.1 * z, "mass": 10 ** (10 + 0.3 * m), "flux": flux, "history": history}
 
 

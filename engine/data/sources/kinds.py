@@ -75,7 +75,9 @@ KINDS = {
         holds=("galaxy_id", "redshift_true"),
     ),
     "mmu": Kind("surveys.mmu:MultimodalUniverse", "Multimodal Universe, HDF5 or Parquet", holds=("object_id",)),
-    "table": Kind("files.tables:TableRows", "a catalogue: Parquet, CSV, FITS or HDF5 table, with a column map"),
+    "table": Kind(
+        "files.tables:TableRows", "a catalogue: Parquet, CSV, ECSV, VOTable, FITS or HDF5, with a column map"
+    ),
     "provabgs": Kind("surveys.provabgs:Provabgs", "PROVABGS stellar masses and star-formation histories"),
     "gz-decals": Kind("surveys.galaxyzoo:GalaxyZooDecals", "Galaxy Zoo DECaLS votes"),
     "gz2": Kind("surveys.galaxyzoo:GalaxyZoo2", "Galaxy Zoo 2 votes"),

@@ -160,6 +160,37 @@ class _Queries(Task):
         return queries(study, encoders, QueryOptions(options.queries, resamples=options.resamples))
 
 
+def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:
+    from armillary.models.mmae.pairs import PairMethod
+
+    if not any(isinstance(m, PairMethod) for m in methods):
+        return "it needs a run that fills in images and spectra (MMAE)"
+    lacking = [m for m in ("image", "spectrum") if m not in survey.modalities]
+    if lacking or "redshift" not in survey.labels:
+        return f"the survey has no {' and no '.join(lacking) or 'label redshift'}"
+    return ""
+
+
+class _Missing(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _no_pairs(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.missing.task import missing
+
+        return missing(study, encoders, options)
+
+
+class _Lines(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _no_pairs(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.lines.task import lines
+
+        return lines(study, encoders, options)
+
+
 def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     missing = [name for name in wanted if name not in survey.labels]
     have = ", ".join(survey.labels) or "none"
@@ -172,6 +203,8 @@ def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
 
 TASKS: dict[str, Task] = {
     "queries": _Queries(),
+    "missing": _Missing(),
+    "lines": _Lines(),
     "baselines": _Baselines(),
     "collapse": _Collapse(),
     "search": _Search(),

