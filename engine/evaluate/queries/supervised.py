@@ -5,7 +5,8 @@ beside those of boosted trees and of a perceptron, trained for the one query, on
 would be shown: values as its views give them, noise included.
 
 Features of a vector are its components as its scaling has them (arsinh of fluxes, logarithms), less their mean, and that
-mean: colours and a level. Unknown ones are NaN for the trees, and 0 with a flag for the perceptron.
+mean: colours and a level. Unknown ones are NaN for the trees, and 0 with a flag for the perceptron. The trees are fitted for the
+median, the perceptron for the mean; their settings were chosen on held-out training galaxies of two redshift catalogues.
 
 Shape legend: N training and M test galaxies, D features, n components of a quantity.
 """
@@ -77,9 +78,14 @@ def _apply(scaling: Scaling, values: np.ndarray) -> np.ndarray:
 def _trees(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.ensemble import HistGradientBoostingRegressor
 
-    early = len(x) >= 100
     model = HistGradientBoostingRegressor(
-        max_iter=400, learning_rate=0.1, early_stopping=early, validation_fraction=0.1, random_state=seed
+        loss="absolute_error",
+        max_iter=600,
+        learning_rate=0.05,
+        early_stopping=len(x) >= 100,
+        validation_fraction=0.1,
+        n_iter_no_change=40,
+        random_state=seed,
     )
     return model.fit(x, y).predict(x_test)
 
