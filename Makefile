@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo demo-astroclip test check test-cpus soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip demo-mosaic test check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo               simulate a small survey, train on it, evaluate: runs/demo/report.html"
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
+	@echo "make demo-mosaic        photometry, masses, histories: any of them from any: runs/demo-mosaic/report.html"
 	@echo "make test               all tests"
 	@echo "make check              lint, types and the fast tests: before each commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
@@ -69,6 +70,15 @@ demo-astroclip: install
 	$(BIN)/armillary evaluate $(PAIRS)/astroclip --data $(PAIRS)/survey --out $(PAIRS) \
 	  --compare $(PAIRS)/resnet18 $(PAIRS)/conv_attention $(PAIRS)/photometry
 
+# One network for every question; its answers are corrected by held-out galaxies before they are judged.
+MOSAIC := $(RUNS)/demo-mosaic
+demo-mosaic: install
+	$(BIN)/armillary data simulate-photometry --count 8000 --validation-fraction 0.1 --out $(MOSAIC)/survey
+	rm -rf $(MOSAIC)/mosaic
+	$(call train,mosaic,smoke,$(MOSAIC)) --name mosaic
+	$(BIN)/armillary calibrate $(MOSAIC)/mosaic
+	$(BIN)/armillary evaluate $(MOSAIC)/mosaic --data $(MOSAIC)/survey --out $(MOSAIC) --tasks queries
+
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
@@ -104,4 +114,4 @@ bench-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
-	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip armillary/_C*.so
+	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip $(RUNS)/demo-mosaic armillary/_C*.so

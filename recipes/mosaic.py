@@ -2,7 +2,7 @@
 
 Source: Xia et al. 2025 (MOSAIC, arXiv:2510.07684). Neither code, nor sizes, nor data of that model are public.
 Data: SuperMock, release 3, of the authors' group (the paper's 205,830 galaxies are an earlier one):
-    armillary data build SUPERMOCK --kind supermock --option resample_sed=true --option every=170 --split key:0.1 \\
+    armillary data build SUPERMOCK --kind supermock --option resample_sed=true --option every=170 --validation-fraction 0.1 \\
         --test-fraction 0.1 --out surveys/supermock
 Hardware: not published. Not run here.
 Expected: redshifts better by 50 % with SPHEREx than with LSST alone, stellar masses by 63 % with the late than with the early
