@@ -47,6 +47,7 @@ class Batch(TypedDict, total=False):
     )
     quantity_errors: Tensor  # [B, e] float32, their errors, scaled likewise, NaN where the survey states none
     shown_quantities: Tensor  # [B, e] float32, the same with what is hidden as NaN
+    asked_tokens: Tensor  # [B, T] bool: True where a token of quantities is to be predicted
     token_rows: Tensor  # [R] int64, tokens of quantities that are computed; its length is known to the host
     key_rows: Tensor  # [K] int64, which of these are shown, likewise
     columns: Tensor  # [B, m] float32, columns of the catalogue that are inputs, standardised, NaN where unknown

@@ -28,7 +28,7 @@ from armillary.models.mosaic.layout import Layout, Span
 
 __all__ = ["Masking"]
 
-WHOLE = 65_535  # number of the draws that belong to no single quantity
+WHOLE, ASKED = 65_535, 65_534  # numbers of the draws that belong to no single quantity
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Masking:
         share: Least and greatest share of the components that is hidden then, below 1.
         questions: What questions give: quantities, or components of them as `name[first:end]`.
         question_share: Probability that a sample is shown what one of them gives.
+        asked: Probability with which a hidden run of a vector is asked for in a step; hidden scalars always are.
     """
 
     block: float = 0.4
@@ -48,6 +49,7 @@ class Masking:
     share: tuple[float, float] = (0.0, 0.9)
     questions: tuple[tuple[str, ...], ...] = ()
     question_share: float = 0.0
+    asked: float = 1.0
 
     def problems(self, layout: Layout) -> list[str]:
         """Every rule that it breaks, as `masking.field: rule, got value`."""
@@ -56,7 +58,7 @@ class Masking:
             found.append(
                 f"masking.share: must stay below 1, as hiding a quantity as a whole is another level, got {self.share}"
             )
-        for name in ("block", "scattered", "question_share"):
+        for name in ("block", "scattered", "question_share", "asked"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"masking.{name}: must be in [0, 1], got {getattr(self, name)}")
         if self.block + self.scattered > 1:
@@ -100,6 +102,16 @@ class Masking:
         for number, span in enumerate(layout.spans):
             hidden[:, span.components] |= (nothing & (last.max(1) >= 0) & (last.argmax(1) == number))[:, None]
         return torch.from_numpy(hidden).to(position.device)
+
+    def asked_of(self, layout: Layout, hidden: Tensor, position: Tensor, key: BatchKey) -> Tensor:
+        """[B, T] bool: tokens to predict, of those [B, T] of which something is hidden."""
+        if self.asked == 1:
+            return hidden
+        u = _draws(ASKED, position.cpu().numpy(), key, layout.tokens)
+        for span in layout.spans:
+            if span.quantity.size == 1:
+                u[:, span.tokens] = 0
+        return hidden & torch.from_numpy(u < self.asked).to(hidden.device)
 
     def _within(self, span: Span, u: NDArray[np.float64]) -> NDArray[np.bool_]:
         """[B, n] of one vector, of uniform draws [B, 5 + n]."""

@@ -34,7 +34,7 @@ from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, 
 from armillary.models.mosaic.answers import draw_answer, given_entries
 from armillary.models.mosaic.layout import Layout
 from armillary.models.mosaic.masking import Masking
-from armillary.models.mosaic.network import MLP_RATIO, Network, computed_rows
+from armillary.models.mosaic.network import Network, computed_rows
 from armillary.models.quantities import Answer, Questions
 from armillary.models.rules import at_least, choices, fractions, refuse
 
@@ -49,6 +49,7 @@ class MOSAIC(MethodConfig):
         dim: Width D.
         depth: Blocks.
         heads: Attention heads; they divide `dim`.
+        mlp_ratio: Hidden width of a block's perceptron, in widths.
         dropout: Dropout.
         scalar_head: Distribution of scalars.
         vector_head: Distribution of each entry of vectors.
@@ -62,6 +63,7 @@ class MOSAIC(MethodConfig):
     dim: int = 256
     depth: int = 6
     heads: int = 8
+    mlp_ratio: int = 4
     dropout: float = 0.0
     scalar_head: HeadConfig = field(default_factory=lambda: HeadConfig("mixture", 4))
     vector_head: HeadConfig = field(default_factory=lambda: HeadConfig("mixture", 1))
@@ -73,7 +75,7 @@ class MOSAIC(MethodConfig):
 
     def problems(self, inputs: InputSpec) -> list[str]:
         """Broken rules, see `MethodConfig`."""
-        found = at_least(1, self, "dim", "depth", "heads") + fractions(self, "dropout") + choices(self)
+        found = at_least(1, self, "dim", "depth", "heads", "mlp_ratio") + fractions(self, "dropout") + choices(self)
         found += at_least(0, self, "rank")
         if self.rank and self.vector_head.kind == "point":
             found.append(f"rank: must be 0 where vectors are points, which do not vary, got {self.rank}")
@@ -121,6 +123,7 @@ class MOSAICMethod(Method):
             config.dim,
             config.depth,
             config.heads,
+            config.mlp_ratio * config.dim,
             config.dropout,
             config.scalar_head,
             config.vector_head,
@@ -129,13 +132,16 @@ class MOSAICMethod(Method):
         )
 
     def prepare(self, batch: Batch, key: BatchKey) -> Batch:
-        """Add `shown_quantities` [B, e], and the rows of tokens that are computed."""
+        """Add `shown_quantities` [B, e], `asked_tokens` [B, T], and the rows of tokens that are computed."""
         entries = self._entries(batch)
         hidden = self.config.masking.hidden(self.layout, self.layout.known(entries), batch["position"], key)
         prepared = batch.copy()
         prepared["shown_quantities"] = shown = self.layout.shown(entries, hidden)
-        tokens = (self.layout.any_of_token(~x.isnan()) for x in (shown, self.layout.scored(entries, shown)))
-        prepared["token_rows"], prepared["key_rows"] = computed_rows(*tokens)
+        wanted = self.layout.any_of_token(~self.layout.scored(entries, shown).isnan())
+        asked = self.config.masking.asked_of(self.layout, wanted, batch["position"], key)
+        prepared["asked_tokens"] = asked
+        rows = computed_rows(self.layout.any_of_token(~shown.isnan()), asked)
+        prepared["token_rows"], prepared["key_rows"] = rows
         return prepared
 
     def training_step(self, batch: Batch, scalars: Mapping[str, float]) -> Losses:
@@ -151,11 +157,10 @@ class MOSAICMethod(Method):
         Raises:
             ValueError: Something is missing from the batch, or does not fit the inputs that the method was built for.
         """
-        for name in ("quantities", "quantity_errors", "shown_quantities", "token_rows", "key_rows"):
+        for name in ("quantities", "quantity_errors", "shown_quantities", "asked_tokens", "token_rows", "key_rows"):
             if name not in batch:
                 raise ValueError(f"{name}: missing from the batch; views give quantities, `prepare` what is hidden")
-        true = self.layout.scored(self._entries(batch), batch["shown_quantities"])
-        asked = self.layout.any_of_token(~true.isnan())
+        true, asked = self.layout.scored(self._entries(batch), batch["shown_quantities"]), batch["asked_tokens"]
         said = self.network(
             batch["shown_quantities"], batch["quantity_errors"], asked, batch["token_rows"], batch["key_rows"]
         )
@@ -163,7 +168,8 @@ class MOSAICMethod(Method):
         terms = {}
         count = len(self.layout.spans)
         for number, span in enumerate(self.layout.spans):
-            density, wanted = self.network.head(number).density(said[1 + number]), span.of(true)
+            density = self.network.head(number).density(said[1 + number])
+            wanted = span.of(true).masked_fill(~asked[:, span.tokens, None], torch.nan)
             loss = density.loss(wanted)
             if (loadings := whole_precision(said[1 + count + number])).shape[-1]:
                 with torch.no_grad():
@@ -226,8 +232,9 @@ class MOSAICMethod(Method):
 
     def flops_per_sample(self) -> float:
         """Matrix-product FLOPs of one training sample, forward and backward, where half of the tokens are shown."""
-        d, rows, keys = self.config.dim, 1 + self.layout.tokens, 1 + self.layout.tokens / 2
-        block = 2 * d * d * ((2 + 2 * MLP_RATIO) * rows + 2 * keys) + 4 * d * rows * keys
+        d, keys = self.config.dim, 1 + self.layout.tokens / 2
+        rows = keys + self.config.masking.asked * self.layout.tokens / 2
+        block = 2 * d * d * ((2 + 2 * self.config.mlp_ratio) * rows + 2 * keys) + 4 * d * rows * keys
         ends = 0.0
         for number, span in enumerate(self.layout.spans):
             tokens, numbers = span.quantity.runs, span.width * self.network.head(number).config.numbers

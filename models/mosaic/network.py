@@ -22,7 +22,6 @@ from armillary.models.mosaic.layout import Layout
 __all__ = ["Network", "Rows", "computed_rows"]
 
 INITIAL_STD = 0.02
-MLP_RATIO = 4
 
 
 class Rows(NamedTuple):
@@ -68,12 +67,12 @@ class _Embedding(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, dim: int, heads: int, dropout: float, backend: Backend) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float, backend: Backend) -> None:
         super().__init__()
         self.heads, self.dropout, self.backend = heads, dropout, backend
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, MLP_RATIO * dim), nn.Linear(MLP_RATIO * dim, dim)
+        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, keys: Tensor, layout: PackedSequences, queries: PackedSequences) -> Tensor:
         """[R, D] of tokens [R, D], of which `keys` [K] are shown."""
@@ -111,6 +110,7 @@ class Network(nn.Module):
         dim: Width D.
         depth: Blocks.
         heads: Attention heads.
+        hidden: Hidden width of a block's perceptron.
         dropout: Of both branches of a block.
         scalar: Distribution of scalars.
         vector: Distribution of each entry of vectors.
@@ -124,6 +124,7 @@ class Network(nn.Module):
         dim: int,
         depth: int,
         heads: int,
+        hidden: int,
         dropout: float,
         scalar: HeadConfig,
         vector: HeadConfig,
@@ -136,7 +137,7 @@ class Network(nn.Module):
         self.own = nn.Parameter(INITIAL_STD * torch.randn(1, dim))
         self.position = nn.Parameter(INITIAL_STD * torch.randn(layout.tokens, dim))
         self.question = nn.Parameter(INITIAL_STD * torch.randn(layout.tokens, dim))
-        self.blocks = nn.ModuleList(_Block(dim, heads, dropout, backend) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(dim, heads, hidden, dropout, backend) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.heads = nn.ModuleList(
             DensityHead(scalar if s.quantity.size == 1 else vector, dim, s.width) for s in layout.spans

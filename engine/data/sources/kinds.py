@@ -69,7 +69,10 @@ KINDS = {
         "surveys.galaxiesml:GalaxiesML", "GalaxiesML: HSC images with redshifts", holds=("specz_redshift", "image")
     ),
     "supermock": Kind(
-        "surveys.supermock:SuperMock", "SuperMock's simulated galaxies", holds=("galaxy_id", "redshift_true")
+        "surveys.supermock.supermock:open_supermock",
+        "SuperMock's simulated galaxies",
+        names=("lightcone_galaxies_skypatch_*.h5", "*_skypatch_*.h5", "supermock_v3_z_*.hdf5"),
+        holds=("galaxy_id", "redshift_true"),
     ),
     "mmu": Kind("surveys.mmu:MultimodalUniverse", "Multimodal Universe, HDF5 or Parquet", holds=("object_id",)),
     "table": Kind(

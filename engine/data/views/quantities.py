@@ -93,7 +93,8 @@ class QuantityReader:
         for number, (view, quantity, part) in enumerate(zip(self.views, self.quantities, self._readers(), strict=True)):
             found = _with_errors(view, part(batch), batch, key, number)
             entries.append(quantity.scaling(found.values))
-            errors.append(quantity.scaling.errors(found.values, found.errors))
+            stated = found.errors if view.noise != "none" else torch.full_like(found.errors, torch.nan)
+            errors.append(quantity.scaling.errors(found.values, stated))
         batch["quantities"], batch["quantity_errors"] = torch.cat(entries, dim=1), torch.cat(errors, dim=1)
         nothing = batch["quantities"].isnan().all(1)
         if not self.anything_else and bool(nothing.any()):
@@ -111,6 +112,8 @@ class QuantityReader:
 
 def _with_errors(view: QuantityView, found: _Values, batch: Batch, key: BatchKey | None, number: int) -> _Values:
     """Values with their noise, and what is stated of it, which knows the noisy value only."""
+    if view.noise == "none":
+        return found
     floor = view.error_floor * found.values.abs()
     if view.noise == "stored":
         return _Values(found.values, found.errors.hypot(floor))

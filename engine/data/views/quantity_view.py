@@ -24,7 +24,8 @@ class QuantityView:
         columns: Columns of the catalogue, one a component; without them and without a vector the column called `name`.
         errors: The vector of its errors, or a column for each component; empty where none are stated.
         error_floor: Fraction of the value that is added to errors in quadrature.
-        noise: "stored": values carry their noise. "redrawn": they are without, and noise of the errors is added.
+        noise: "stored": values carry their noise. "redrawn": they are without, and noise of the errors is added. "none": they
+            are without and stay so, and errors serve as a softening only.
         components: Components to take of the vector, in this order; empty for all, as they come.
         unit: Unit to convert to; "" for the survey's.
         axis: What components are sorted along, where their names are not these numbers.
@@ -39,7 +40,7 @@ class QuantityView:
     columns: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     error_floor: float = 0.0
-    noise: Literal["stored", "redrawn"] = "stored"
+    noise: Literal["stored", "redrawn", "none"] = "stored"
     components: tuple[str, ...] = ()
     unit: str = ""
     axis: tuple[float, ...] = ()

@@ -180,6 +180,17 @@ class _Lines(Task):
         return lines(study, encoders, options)
 
 
+class _Queries(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        able = any(m.questions() is not None for m in methods)
+        return "" if able else "it needs a run that answers questions, such as MOSAIC"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.queries.task import QueryOptions, queries
+
+        return queries(study, encoders, QueryOptions(options.queries, resamples=options.resamples))
+
+
 def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     missing = [name for name in wanted if name not in survey.labels]
     have = ", ".join(survey.labels) or "none"
@@ -193,6 +204,7 @@ def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
 TASKS: dict[str, Task] = {
     "missing": _Missing(),
     "lines": _Lines(),
+    "queries": _Queries(),
     "baselines": _Baselines(),
     "collapse": _Collapse(),
     "search": _Search(),

@@ -34,6 +34,8 @@ class Options:
         flows: Ensemble for posteriors: quick for a laptop, or as the paper or its released code has it.
         qp: Folder for p(z) of the test galaxies as files of the qp library, one a feature set.
         seed: Of every random draw of the tasks.
+        queries: Questions to a run that answers any, as WANT:GIVEN+GIVEN, or WANT:GIVEN,GIVEN+GIVEN for a pair to compare;
+            by default what its quantities allow.
     """
 
     tasks: tuple[str, ...] = ()
@@ -47,6 +49,7 @@ class Options:
     flows: Literal["quick", "paper", "released"] = "quick"
     qp: Path | None = None
     seed: int = 0
+    queries: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values."""

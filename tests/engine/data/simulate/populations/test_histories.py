@@ -43,13 +43,13 @@ def test_the_history_tells_of_the_halo_beyond_mass_and_redshift(drawn):
     young = drawn.mean_age() / drawn.age
     halo = np.log10(drawn.halo_mass)
     left = [y - known @ np.linalg.lstsq(known, y, rcond=None)[0] for y in (halo, young)]
-    assert np.corrcoef(*left)[0, 1] < -0.25  # eight seeds: -0.36 to -0.41
+    assert np.corrcoef(*left)[0, 1] < -0.25  # eight seeds: -.36 to -.40
 
 
 def test_massive_galaxies_are_more_often_quenched(drawn):
     quiet = drawn.recent_share() < 1e-3
     massive = drawn.stellar_mass > 10**10.8
-    assert quiet[massive].mean() > 2 * quiet[~massive].mean()
+    assert quiet[massive].mean() > 2 * quiet[~massive].mean()  # eight seeds: 3.6 to 5.7 times
 
 
 def test_a_limit_that_nothing_reaches_is_refused():
