@@ -31,9 +31,12 @@ class Task(ABC):
 
 
 def _first_reads_images_alone(methods: Sequence[Method]) -> str:
-    about = next(iter(methods[0].readouts().values()), None)
+    readouts = methods[0].readouts().values()
+    about = next(iter(readouts), None)
     if about is None or about.targets:
         return "it judges embeddings, and the first run gives predictions"
+    if any(r.targets for r in readouts):
+        return "it judges embeddings that no label went into, and the first run learns labels"
     sound = about.modality == "image" and not about.aligned
     return "" if sound else "it judges a run on images alone"
 
