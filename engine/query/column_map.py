@@ -2,7 +2,8 @@
 
 By default a quantity is looked for under its own name: one number a row for a scalar; for a vector one column with as many
 numbers, or a column a component called NAME_COMPONENT, NAME.COMPONENT or as the component. Case does not matter, nor
-whether a name has a dot or a line. Errors are in columns of the same names with `_err` behind them.
+whether a name has a dot or a line. Errors are in columns called as those of the values with `_err` behind, or in one of the
+other usual ways (`ERRORS`).
 
 Shape legend: n components of a quantity.
 """
@@ -21,7 +22,9 @@ from armillary.models.quantities import Quantity
 
 __all__ = ["QuantityColumns", "find_columns"]
 
-ERROR = "_err"
+ERRORS = ("{}_err", "{}_error", "{}err", "e_{}", "err_{}")
+"""How columns of errors are called."""
+
 AXES = ("_axis", "_wave", "_wavelength")
 """Endings of a column that states, row by row, what a vector is sorted along."""
 
@@ -82,7 +85,7 @@ def find_columns(
     named = declared.get(quantity.name)
     values = _declared(quantity, table, named, where) if named else _by_name(quantity, table, where)
     _check_size(quantity, table, values, where)
-    errors = tuple(_errors(quantity, table, values, declared.get(quantity.name + ERROR), where))
+    errors = tuple(_errors(quantity, table, values, declared.get(quantity.name + "_err"), where))
     _check_axis(quantity, table, values, declared, where)
     conversions, unstated = [], []
     for column, error in zip(values, errors, strict=True):
@@ -179,11 +182,15 @@ def _errors(
             table.column(column, f"errors of {quantity.name!r}")
         errors: list[str | None] = list(named)
     else:
-        errors = [None if c is None else _like(c + ERROR, table, where) for c in values]
+        errors = [None if c is None else _error_of(c, table, where) for c in values]
         if len(values) == 1 and errors == [None]:
-            errors = [_like(quantity.name + ERROR, table, where)]
+            errors = [_error_of(quantity.name, table, where)]
     _check_size(quantity, table, errors, where)
     return errors
+
+
+def _error_of(name: str, table: Catalogue, where: str) -> str | None:
+    return next((c for form in ERRORS if (c := _like(form.format(name), table, where)) is not None), None)
 
 
 def _check_axis(

@@ -189,7 +189,13 @@ def _open(
     if splits:
         raise ValueError(f"split: is for surveys, but {paths[0]} is not one")
     table = Catalogue(paths[0] if len(paths) == 1 else paths, hdu)
-    return TableInputs(table, source.inputs.quantities, given, columns=columns, units=units, keys=keys, device=device)
+    quantities, views = source.inputs.quantities, getattr(source.run.views, "quantities", ())
+    floors = (
+        {v.name: v.error_floor for v in views if v.errors}
+        if views
+        else dict.fromkeys([q.name for q in quantities], 0.0)
+    )
+    return TableInputs(table, quantities, given, columns=columns, units=units, keys=keys, floors=floors, device=device)
 
 
 def _checked(field: str, names: Sequence[str], have: Sequence[str]) -> tuple[str, ...]:

@@ -45,8 +45,9 @@ THREE = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
         (MAGNITUDES, ("photometry.lsst.u", "photometry.lsst.g", "photometry.lsst.r"), "same", (None,) * 3),
         (MAGNITUDES, ("u", "g", "r", "g_err"), ("u", "g", "r"), (None, "g_err", None)),
         (MAGNITUDES, ("g", "r"), (None, "g", "r"), (None,) * 3),
+        (MAGNITUDES, ("u", "g", "r", "uerr", "e_g", "Err_r"), ("u", "g", "r"), ("uerr", "e_g", "Err_r")),
     ],
-    ids=["case", "exact", "name_component", "dots", "components", "a band is missing"],
+    ids=["case", "exact", "name_component", "dots", "components", "a band is missing", "errors of other names"],
 )
 def test_found_by_name(table, quantity, names, values, errors):
     found = find_columns(quantity, table(**{n: ONE for n in names}), {}, {})
