@@ -42,6 +42,7 @@ class QuantityColumns:
         errors: Likewise; None where no error is stated.
         conversions: From each column's unit to the quantity's.
         unstated: Columns without a unit, taken to be in the quantity's.
+        missing: Numbers that mean "no value" in all of them.
     """
 
     quantity: Quantity
@@ -49,6 +50,7 @@ class QuantityColumns:
     errors: tuple[str | None, ...]
     conversions: tuple[Conversion, ...]
     unstated: tuple[str, ...]
+    missing: tuple[float, ...] = ()
 
     def read(self, table: Catalogue, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Values and errors [rows, n] float64 in the quantity's unit, NaN where unknown; a negative error is unknown."""
@@ -63,11 +65,18 @@ class QuantityColumns:
     def _numbers(self, table: Catalogue, name: str | None, start: int, stop: int) -> np.ndarray:
         if name is None:
             return np.full((stop - start, self.quantity.size if len(self.values) == 1 else 1), np.nan)
-        return table.numbers_between(name, start, stop).reshape(stop - start, -1)
+        numbers = table.numbers_between(name, start, stop).reshape(stop - start, -1)
+        for mark in self.missing:  # as it is, and as a column of float32 has it
+            numbers[(numbers == mark) | (numbers == float(np.float32(mark)))] = np.nan
+        return numbers
 
 
 def find_columns(
-    quantity: Quantity, table: Catalogue, declared: Mapping[str, Sequence[str]], units: Mapping[str, str]
+    quantity: Quantity,
+    table: Catalogue,
+    declared: Mapping[str, Sequence[str]],
+    units: Mapping[str, str],
+    missing: Sequence[float] = (),
 ) -> QuantityColumns:
     """Find a quantity in a table.
 
@@ -76,6 +85,7 @@ def find_columns(
         table: The table.
         declared: Columns by name of a quantity, of its errors (NAME_err) or of its axis (NAME_axis).
         units: Units by column, in place of the file's.
+        missing: Numbers that mean "no value".
 
     Raises:
         ValueError: It is not there; there are too few or too many columns or numbers, or they are in another order; an
@@ -99,7 +109,7 @@ def find_columns(
         theirs = "" if error is None else units.get(error, table.columns[error].unit)
         if theirs and unit and theirs != unit and not (theirs == "mag" and "mag" in unit.lower()):
             raise ValueError(f"{where}: column {error!r} is in {theirs!r}, but the values {column!r} are in {unit!r}")
-    return QuantityColumns(quantity, values, errors, tuple(conversions), tuple(unstated))
+    return QuantityColumns(quantity, values, errors, tuple(conversions), tuple(unstated), tuple(missing))
 
 
 def some(names: Sequence[str], most: int = 12) -> str:

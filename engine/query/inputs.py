@@ -90,6 +90,7 @@ class TableInputs:
         given: Names of quantities, or of parts of them: see `part_of`.
         columns: Declared columns: see `column_map.find_columns`.
         units: Units by column.
+        missing: Numbers that mean "no value".
         keys: Columns that are identifiers; where there are none those of a usual name.
         floors: By quantity, the fraction of a value that training added to its error in quadrature; of a quantity that is not
             named, no error is looked at, as training had none.
@@ -107,6 +108,7 @@ class TableInputs:
         *,
         columns: Mapping[str, Sequence[str]],
         units: Mapping[str, str],
+        missing: Sequence[float],
         keys: Sequence[str],
         floors: Mapping[str, float],
         device: torch.device,
@@ -119,7 +121,7 @@ class TableInputs:
         names = list(dict.fromkeys(part_of(name)[0] for name in given))
         _check_declared(table, names, columns, units)
         self.table, self.quantities, self.device, self._given = table, tuple(quantities), device, tuple(given)
-        self.found = {q.name: find_columns(q, table, columns, units) for q in quantities if q.name in names}
+        self.found = {q.name: find_columns(q, table, columns, units, missing) for q in quantities if q.name in names}
         usual = next((c for name in IDENTIFIERS for c in table.columns if c.lower() == name), None)
         self._keys = list(keys) or ([] if usual is None else [usual])
         for name in self._keys:

@@ -68,6 +68,13 @@ def test_a_missing_band_is_unknown(table):
     assert np.isnan(values[:, 0]).all() and (values[:, 1:] == np.array(ONE)[:, None]).all() and np.isnan(errors).all()
 
 
+def test_numbers_that_mean_no_value(table):
+    cat = table(u=[99.0, 20.0], g=pa.array([-99.9, 21.0], pa.float32()), r=[0.5, 99.5], u_err=[99.0, 0.1])
+    values, errors = find_columns(FLUXES, cat, {}, {}, (99.0, -99.9)).read(cat, 0, 2)
+    np.testing.assert_array_equal(np.isnan(values), [[True, True, False], [False] * 3])
+    assert np.isnan(errors[0, 0]) and errors[1, 0] == 0.1
+
+
 def test_declared_columns_and_converted_units(table):
     cat = table(
         units={"m1": "mag(AB)", "m2": "mag(AB)"}, m1=[20.0, np.nan], m2=[25.0, 31.4], m3=[22.5, 30.0], s=[0.1, 0.1]
