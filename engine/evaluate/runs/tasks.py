@@ -152,17 +152,6 @@ class _Attention(Task):
         return attention(study, encoders)
 
 
-class _Queries(Task):
-    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
-        able = any(m.questions() is not None for m in methods)
-        return "" if able else "it needs a run that answers questions, such as MOSAIC"
-
-    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
-        from armillary.engine.evaluate.queries.task import QueryOptions, queries
-
-        return queries(study, encoders, QueryOptions(options.queries, resamples=options.resamples))
-
-
 def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:
     from armillary.models.mmae.pairs import PairMethod
 
@@ -219,9 +208,6 @@ TASKS: dict[str, Task] = {
     "queries": _Queries(),
     "missing": _Missing(),
     "lines": _Lines(),
-    "missing": _Missing(),
-    "lines": _Lines(),
-    "queries": _Queries(),
     "baselines": _Baselines(),
     "collapse": _Collapse(),
     "search": _Search(),
