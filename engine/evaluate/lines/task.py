@@ -68,7 +68,7 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
     widths, rows = _widths(found, truth, measures)
     tables = {
         title: _residuals(found, truth, known, of, measures, options)
-        for title, of in (("Line fluxes", tuple(("Halpha", "Hbeta"))), ("Line ratios", tuple(RATIOS)))
+        for title, of in (("Line fluxes", ("Halpha", "Hbeta")), ("Line ratios", tuple(RATIOS)))
     }
     narrow = {n: {w: o for (m, s, w), o in found.items() if m == n and s == WAYS[0]} for n in judged}
     best = {n: next(w for w in ("samples", "as decoded") if w in ways) for n, ways in narrow.items()}
@@ -98,7 +98,19 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
             for title, rows_of in tables.items()
         ),
     )
-    return Outcome("lines", tuple(measures), tuple(widths), sections)
+    told = [_told(measures, target, n, f"{WAYS[0]}, {best[n]}") for target in (*LINE_NAMES, *RATIOS) for n in judged]
+    return Outcome("lines", tuple(measures), (*widths, *told), sections)
+
+
+def _told(measures: Sequence[Measure], target: str, name: str, model: str) -> str:
+    """A sentence on what a method tells of a flux or ratio from images alone, beside one number for all."""
+    found = {(m.features, m.model, m.metric): m for m in measures if m.target == target}
+    mine, rank = (found[name, model, metric] for metric in ("log_half_width", "spearman"))
+    guess = found[CONSTANT, "", "log_half_width"].value
+    return (
+        f"{LINE_NAMES.get(target, target)} by {name}, {model}: half of {mine.samples} galaxies within {mine.value:.2f} dex, "
+        f"rank correlation {rank.value:.2f}; {CONSTANT} within {guess:.2f} dex"
+    )
 
 
 def _widths(
