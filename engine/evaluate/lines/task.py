@@ -81,7 +81,7 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
         section(
             "Emission lines",
             f"{len(truth.rows)} test galaxies whose Hα is detected at 5 sigma. Widths: one Gaussian over Hα and [N II] in bins of 30 "
-            "pixels, full width at half maximum, as MMAE's paper measures them. A mean over draws is what a decoder shows that does not "
+            "pixels, full width at half maximum, as MMAE's paper measures them, 706 angstrom at most. A mean over draws is what a decoder shows that does not "
             "know the redshift. The charts show galaxies of which the image alone was shown.",
             card(table(("", "shown", "width (Å)", "over observed"), [("", rows)], classes={1: "left"})),
             stack([card(c) for c in charts]),
@@ -98,19 +98,23 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
             for title, rows_of in tables.items()
         ),
     )
-    told = [_told(measures, target, n, f"{WAYS[0]}, {best[n]}") for target in (*LINE_NAMES, *RATIOS) for n in judged]
+    told = [
+        _told(measures, target, {n: f"{WAYS[0]}, {way}" for n, way in best.items()})
+        for target in (*LINE_NAMES, *RATIOS)
+    ]
     return Outcome("lines", tuple(measures), (*widths, *told), sections)
 
 
-def _told(measures: Sequence[Measure], target: str, name: str, model: str) -> str:
-    """A sentence on what a method tells of a flux or ratio from images alone, beside one number for all."""
+def _told(measures: Sequence[Measure], target: str, models: Mapping[str, str]) -> str:
+    """A sentence on what methods tell of a flux or ratio from images alone, beside one number for all."""
     found = {(m.features, m.model, m.metric): m for m in measures if m.target == target}
-    mine, rank = (found[name, model, metric] for metric in ("log_half_width", "spearman"))
+    said = []
+    for name, model in models.items():
+        mine, rank = (found[name, model, metric] for metric in ("log_half_width", "spearman"))
+        said.append(f"{name} {mine.value:.2f} dex ({mine.samples} galaxies, rank correlation {rank.value:.2f})")
     guess = found[CONSTANT, "", "log_half_width"].value
-    return (
-        f"{LINE_NAMES.get(target, target)} by {name}, {model}: half of {mine.samples} galaxies within {mine.value:.2f} dex, "
-        f"rank correlation {rank.value:.2f}; {CONSTANT} within {guess:.2f} dex"
-    )
+    label = LINE_NAMES.get(target, target)
+    return f"{label} from images alone, half of the galaxies within: {', '.join(said)}; {CONSTANT} {guess:.2f} dex"
 
 
 def _widths(
