@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
+# Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo demo-astroclip demo-mmae test check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
