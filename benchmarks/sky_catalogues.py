@@ -41,8 +41,8 @@ from armillary.engine.data.building.splits import ByHealpix, ByRandom
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.loading.catalog_loader import CatalogLoader, SequentialCatalogLoader
 from armillary.engine.data.sky_graph.graph import GraphOptions, Mode, graph_file
-from armillary.engine.data.sources.files.tables import TableRows
 from armillary.engine.data.sources.match import match_sky
+from armillary.engine.data.sources.tables.rows import TableRows
 from armillary.engine.data.views.neighbours import Neighbours
 from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.evaluate.ablation.task import compare
