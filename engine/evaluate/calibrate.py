@@ -90,7 +90,7 @@ def calibrate(
     if split not in splits or split == source.run.data.split:
         raise ValueError(
             f"split: must be one of {survey.name} ({', '.join(splits)}) that {source.run.name} was not trained on, got "
-            f"{split!r}; `armillary data build --split key:0.1` makes a validation split"
+            f"{split!r}; `armillary data build --validation-fraction 0.1` makes a validation split"
         )
     questions = questions or getattr(getattr(source.run.method, "masking", None), "questions", ())
     if not questions:

@@ -30,6 +30,7 @@ def query(
     keep_draws: bool = False,
     column: Pairs = (),
     unit: Pairs = (),
+    missing: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = (),
     key: Pairs = (),
     hdu: str | None = None,
     split: Pairs = (),
@@ -54,6 +55,7 @@ def query(
         column: NAME=COLUMN, or NAME=COLUMN,COLUMN,... for a vector: columns that are not called as the quantity; NAME_err=
             for its errors (by default COLUMN_err). Repeatable.
         unit: COLUMN=UNIT where the file states none or a wrong one, such as mag_g=mag(AB). Repeatable.
+        missing: Number that means "no value" in the table, such as 99. Repeatable.
         key: Column of the table to write beside the answers, such as an identifier. Repeatable.
         hdu: Number or name of the table in a FITS file, path of the group in an HDF5 file.
         split: Split of a survey; all by default. Repeatable.
@@ -81,6 +83,7 @@ def query(
         keep_draws=keep_draws,
         columns={name: _names(text) for name, text in _pairs("column", column).items()},
         units=_pairs("unit", unit),
+        missing=missing,
         keys=key,
         hdu=int(hdu) if hdu is not None and hdu.isdigit() else hdu,
         splits=split,

@@ -2,7 +2,8 @@
 
 By default a quantity is looked for under its own name: one number a row for a scalar; for a vector one column with as many
 numbers, or a column a component called NAME_COMPONENT, NAME.COMPONENT or as the component. Case does not matter, nor
-whether a name has a dot or a line. Errors are in columns of the same names with `_err` behind them.
+whether a name has a dot or a line. Errors are in columns called as those of the values with `_err` behind, or in one of the
+other usual ways (`ERRORS`).
 
 Shape legend: n components of a quantity.
 """
@@ -21,7 +22,9 @@ from armillary.models.quantities import Quantity
 
 __all__ = ["QuantityColumns", "find_columns"]
 
-ERROR = "_err"
+ERRORS = ("{}_err", "{}_error", "{}err", "e_{}", "err_{}")
+"""How columns of errors are called."""
+
 AXES = ("_axis", "_wave", "_wavelength")
 """Endings of a column that states, row by row, what a vector is sorted along."""
 
@@ -39,6 +42,7 @@ class QuantityColumns:
         errors: Likewise; None where no error is stated.
         conversions: From each column's unit to the quantity's.
         unstated: Columns without a unit, taken to be in the quantity's.
+        missing: Numbers that mean "no value" in all of them.
     """
 
     quantity: Quantity
@@ -46,6 +50,7 @@ class QuantityColumns:
     errors: tuple[str | None, ...]
     conversions: tuple[Conversion, ...]
     unstated: tuple[str, ...]
+    missing: tuple[float, ...] = ()
 
     def read(self, table: Catalogue, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Values and errors [rows, n] float64 in the quantity's unit, NaN where unknown; a negative error is unknown."""
@@ -60,11 +65,18 @@ class QuantityColumns:
     def _numbers(self, table: Catalogue, name: str | None, start: int, stop: int) -> np.ndarray:
         if name is None:
             return np.full((stop - start, self.quantity.size if len(self.values) == 1 else 1), np.nan)
-        return table.numbers_between(name, start, stop).reshape(stop - start, -1)
+        numbers = table.numbers_between(name, start, stop).reshape(stop - start, -1)
+        for mark in self.missing:  # as it is, and as a column of float32 has it
+            numbers[(numbers == mark) | (numbers == float(np.float32(mark)))] = np.nan
+        return numbers
 
 
 def find_columns(
-    quantity: Quantity, table: Catalogue, declared: Mapping[str, Sequence[str]], units: Mapping[str, str]
+    quantity: Quantity,
+    table: Catalogue,
+    declared: Mapping[str, Sequence[str]],
+    units: Mapping[str, str],
+    missing: Sequence[float] = (),
 ) -> QuantityColumns:
     """Find a quantity in a table.
 
@@ -73,6 +85,7 @@ def find_columns(
         table: The table.
         declared: Columns by name of a quantity, of its errors (NAME_err) or of its axis (NAME_axis).
         units: Units by column, in place of the file's.
+        missing: Numbers that mean "no value".
 
     Raises:
         ValueError: It is not there; there are too few or too many columns or numbers, or they are in another order; an
@@ -82,7 +95,7 @@ def find_columns(
     named = declared.get(quantity.name)
     values = _declared(quantity, table, named, where) if named else _by_name(quantity, table, where)
     _check_size(quantity, table, values, where)
-    errors = tuple(_errors(quantity, table, values, declared.get(quantity.name + ERROR), where))
+    errors = tuple(_errors(quantity, table, values, declared.get(quantity.name + "_err"), where))
     _check_axis(quantity, table, values, declared, where)
     conversions, unstated = [], []
     for column, error in zip(values, errors, strict=True):
@@ -96,7 +109,7 @@ def find_columns(
         theirs = "" if error is None else units.get(error, table.columns[error].unit)
         if theirs and unit and theirs != unit and not (theirs == "mag" and "mag" in unit.lower()):
             raise ValueError(f"{where}: column {error!r} is in {theirs!r}, but the values {column!r} are in {unit!r}")
-    return QuantityColumns(quantity, values, errors, tuple(conversions), tuple(unstated))
+    return QuantityColumns(quantity, values, errors, tuple(conversions), tuple(unstated), tuple(missing))
 
 
 def some(names: Sequence[str], most: int = 12) -> str:
@@ -179,11 +192,15 @@ def _errors(
             table.column(column, f"errors of {quantity.name!r}")
         errors: list[str | None] = list(named)
     else:
-        errors = [None if c is None else _like(c + ERROR, table, where) for c in values]
+        errors = [None if c is None else _error_of(c, table, where) for c in values]
         if len(values) == 1 and errors == [None]:
-            errors = [_like(quantity.name + ERROR, table, where)]
+            errors = [_error_of(quantity.name, table, where)]
     _check_size(quantity, table, errors, where)
     return errors
+
+
+def _error_of(name: str, table: Catalogue, where: str) -> str | None:
+    return next((c for form in ERRORS if (c := _like(form.format(name), table, where)) is not None), None)
 
 
 def _check_axis(

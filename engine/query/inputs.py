@@ -90,7 +90,10 @@ class TableInputs:
         given: Names of quantities, or of parts of them: see `part_of`.
         columns: Declared columns: see `column_map.find_columns`.
         units: Units by column.
+        missing: Numbers that mean "no value".
         keys: Columns that are identifiers; where there are none those of a usual name.
+        floors: By quantity, the fraction of a value that training added to its error in quadrature; of a quantity that is not
+            named, no error is looked at, as training had none.
         device: Where the method is.
 
     Raises:
@@ -105,7 +108,9 @@ class TableInputs:
         *,
         columns: Mapping[str, Sequence[str]],
         units: Mapping[str, str],
+        missing: Sequence[float],
         keys: Sequence[str],
+        floors: Mapping[str, float],
         device: torch.device,
     ) -> None:
         if pictures := [name for name in given if name in MODALITIES]:
@@ -116,14 +121,15 @@ class TableInputs:
         names = list(dict.fromkeys(part_of(name)[0] for name in given))
         _check_declared(table, names, columns, units)
         self.table, self.quantities, self.device, self._given = table, tuple(quantities), device, tuple(given)
-        self.found = {q.name: find_columns(q, table, columns, units) for q in quantities if q.name in names}
+        self.found = {q.name: find_columns(q, table, columns, units, missing) for q in quantities if q.name in names}
         usual = next((c for name in IDENTIFIERS for c in table.columns if c.lower() == name), None)
         self._keys = list(keys) or ([] if usual is None else [usual])
         for name in self._keys:
             if table.column(name, "key").size is not None:
                 raise ValueError(f"key: column {name!r} has several numbers a row, which tell no rows apart")
+        self._floors = floors
         self.identifiers = {"row": pa.int64()} | {name: table.identifier_type(name) for name in self._keys}
-        self.notes = [_note(found, units) for found in self.found.values()]
+        self.notes = [_note(found, found.quantity.name in floors) for found in self.found.values()]
         self.refused: Counter[str] = Counter()
 
     def parts(self, size: int) -> Iterator[Part]:
@@ -163,7 +169,8 @@ class TableInputs:
         values, errors = map(torch.from_numpy, self.found[quantity.name].read(self.table, start, stop))
         lost = ~values.isnan() & _usable(quantity, values).isnan()
         self.refused[quantity.name] += int(lost.sum())
-        return quantity.scaling(values).float(), quantity.scaling.errors(values, errors).float()
+        floor = self._floors.get(quantity.name, torch.nan)
+        return quantity.scaling(values).float(), quantity.scaling.errors(values, errors.hypot(floor * values)).float()
 
 
 class SurveyInputs:
@@ -259,12 +266,15 @@ def _check_declared(
         table.column(column, "unit")
 
 
-def _note(found: QuantityColumns, units: Mapping[str, str]) -> str:
+def _note(found: QuantityColumns, with_errors: bool) -> str:
     """Where a quantity was found, in a sentence."""
     there = [c for c in found.values if c is not None]
     text = f"{found.quantity.name}: from {some(there, 6)}"
     lacking = [c for c, v in zip(found.quantity.components, found.values, strict=False) if v is None]
     text += f"; no column for {some(lacking, 6)}, which is unknown" if lacking else ""
     wide = [c for c in found.errors if c is not None]
-    text += f"; errors from {some(wide, 6)}" if wide else ""
+    if wide:
+        text += (
+            f"; errors from {some(wide, 6)}" if with_errors else f"; {some(wide, 6)} not read, trained without errors"
+        )
     return text + (f"; no unit stated, taken as {found.quantity.unit}" if found.unstated else "")

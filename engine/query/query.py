@@ -91,6 +91,7 @@ def query(
     keep_draws: bool = False,
     columns: Mapping[str, Sequence[str]] | None = None,
     units: Mapping[str, str] | None = None,
+    missing: Sequence[float] = (),
     keys: Sequence[str] = (),
     hdu: int | str | None = None,
     splits: Sequence[str] = (),
@@ -112,6 +113,7 @@ def query(
         columns: Columns of a table by name of a quantity, where they are called otherwise; of its errors under NAME_err, of
             its axis under NAME_axis.
         units: Units by column, where the file has none or a wrong one.
+        missing: Numbers that mean "no value" in columns of a table, such as 99.
         keys: Columns of a table that are written beside the answers; by default the one of a usual name.
         hdu: Table of a FITS file, group of an HDF5 file.
         splits: Splits of a survey; all by default.
@@ -134,7 +136,25 @@ def query(
     paths = [Path(table)] if isinstance(table, str | Path) else [Path(p) for p in table]
     if out.resolve() in [p.resolve() for p in paths]:
         raise ValueError(f"out: {out} is the table itself; give another name")
-    inputs = _open(source, paths, given, columns or {}, units or {}, keys, hdu, splits, device)
+    if len(paths) == 1 and (paths[0] / "survey.json").is_file():
+        for field, value in (("column", columns), ("unit", units), ("missing", missing), ("key", keys), ("hdu", hdu)):
+            if value:
+                raise ValueError(f"{field}: is for tables, but {paths[0]} is a survey")
+        inputs: Inputs = SurveyInputs(paths[0], source, given, splits, device)
+    elif splits:
+        raise ValueError(f"split: is for surveys, but {paths[0]} is not one")
+    else:
+        inputs = TableInputs(
+            Catalogue(paths[0] if len(paths) == 1 else paths, hdu),
+            source.inputs.quantities,
+            given,
+            columns=columns or {},
+            units=units or {},
+            missing=missing,
+            keys=keys,
+            floors=_error_floors(source),
+            device=device,
+        )
     quantities = source.inputs.quantities
     if absent := inputs.absent():
         raise ValueError(
@@ -170,26 +190,12 @@ def query(
     return Queried(out, total, answered, refused, tuple(inputs.notes))
 
 
-def _open(
-    source: TrainedEncoder,
-    paths: list[Path],
-    given: Sequence[str],
-    columns: Mapping[str, Sequence[str]],
-    units: Mapping[str, str],
-    keys: Sequence[str],
-    hdu: int | str | None,
-    splits: Sequence[str],
-    device: torch.device,
-) -> Inputs:
-    if len(paths) == 1 and (paths[0] / "survey.json").is_file():
-        for field, value in (("column", columns), ("unit", units), ("key", keys), ("hdu", hdu)):
-            if value:
-                raise ValueError(f"{field}: is for tables, but {paths[0]} is a survey")
-        return SurveyInputs(paths[0], source, given, splits, device)
-    if splits:
-        raise ValueError(f"split: is for surveys, but {paths[0]} is not one")
-    table = Catalogue(paths[0] if len(paths) == 1 else paths, hdu)
-    return TableInputs(table, source.inputs.quantities, given, columns=columns, units=units, keys=keys, device=device)
+def _error_floors(source: TrainedEncoder) -> dict[str, float]:
+    """Of the quantities that were trained with errors, the fraction of the value that was added to them."""
+    views = getattr(source.run.views, "quantities", ())
+    if not views:  # views of another kind, which may have had errors
+        return dict.fromkeys((q.name for q in source.inputs.quantities), 0.0)
+    return {view.name: view.error_floor for view in views if view.errors}
 
 
 def _checked(field: str, names: Sequence[str], have: Sequence[str]) -> tuple[str, ...]:

@@ -77,15 +77,15 @@ class TokenDropMMAE(MethodConfig):
 
     patch_size: int = 8
     stem: Literal["linear", "convolutions"] = "linear"
-    bin_pixels: int = 30
-    token_bins: int = 8
+    bin_pixels: int = 6
+    token_bins: int = 40
     dim: int = 256
     depth: int = 8
     heads: int = 8
     decoder_dim: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 4
-    rest_points: int = 1024
+    rest_points: int = 4096
     rest_hidden: int = 512
     image_mask: tuple[float, float] = (0.0, 0.75)
     spectrum_mask: tuple[float, float] = (0.0, 0.75)

@@ -68,7 +68,7 @@ def train(preset, survey, out, name, *arguments, ranks=2):
         f"--preset {preset} --device cpu --telemetry.no-tensorboard --data.path {survey} --out {out} --name {name}"
     )
     options += " --train.global-batch 16 --train.micro-batch 4 --method.dim 16 --views.image.global-size 16"
-    options += " --method.bin-pixels 10 --views.spectrum-optional --schedule.learning-rate.warmup-steps 1"
+    options += " --method.bin-pixels 10 --method.token-bins 8 --views.spectrum-optional --schedule.learning-rate.warmup-steps 1"
     processes.run(processes.recipe(*options.split(), *arguments, ranks=ranks, name="mmae"))
     return [json.loads(line)["loss"] for line in (Path(out) / name / "metrics.jsonl").read_text().splitlines()]
 

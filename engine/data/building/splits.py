@@ -249,7 +249,7 @@ def _column(rows: Rows, name: str) -> np.ndarray:
 
 
 def parse_split(text: str, test_fraction: float | None, validation_fraction: float | None = None) -> SplitRule:
-    """A rule from its command-line form: `auto`, `key[:VALIDATION_FRACTION]`, `random:SEED`, `sky`, `healpix[:NSIDE]`, `source` or `COLUMN:LOW:HIGH`.
+    """A rule from its command-line form: `auto`, `key`, `random:SEED`, `sky`, `healpix[:NSIDE]`, `source` or `COLUMN:LOW:HIGH`.
 
     Raises:
         ValueError: It is none of these, or a fraction is given with a rule that has none.
@@ -263,11 +263,6 @@ def parse_split(text: str, test_fraction: float | None, validation_fraction: flo
     if text == "sky":
         return BySky(**fraction)
     parts = text.split(":")
-    if parts[0] == "key" and len(parts) == 2:
-        try:
-            return ByKey(**fraction, validation_fraction=float(parts[1]))
-        except ValueError as error:
-            raise ValueError(f"split {text!r}: {error}") from error
     if parts[0] == "random" and len(parts) == 2 and parts[1].isdecimal():
         return ByRandom(**fraction, seed=int(parts[1]))
     if parts[0] == "healpix" and len(parts) <= 2:
@@ -276,7 +271,7 @@ def parse_split(text: str, test_fraction: float | None, validation_fraction: flo
         return ByHealpix(**fraction, **({"nside": int(parts[1])} if len(parts) == 2 else {}))  # type: ignore[arg-type]
     if text != "source" and len(parts) != 3:
         raise ValueError(
-            f"split: must be auto, key[:FRACTION], random:SEED, sky, healpix[:NSIDE], source or COLUMN:LOW:HIGH (such as ra:120:150), got {text!r}"
+            f"split: must be auto, key, random:SEED, sky, healpix[:NSIDE], source or COLUMN:LOW:HIGH (such as ra:120:150), got {text!r}"
         )
     if fraction:
         raise ValueError(f"{next(iter(fraction))}: has no effect with split {text!r}; leave it out")

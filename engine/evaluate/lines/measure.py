@@ -75,18 +75,23 @@ class Decoded:
     stacked: np.ndarray
 
     def line(self, name: str) -> np.ndarray:
-        """[M] medians over draws of a line's flux."""
-        return np.median(self.flux[name], axis=1)
+        """[M] medians over the draws whose line is on the spectrum of its flux; NaN where none is."""
+        return _median(self.flux[name], np.isfinite(self.flux[name]))
 
     def ratio(self, over: str, under: str) -> np.ndarray:
-        """[M] medians over draws of log10 of a ratio, NaN where half of the draws or more have a line that is not positive."""
+        """[M] medians over draws of log10 of a ratio, NaN where either line is not positive in half of them or more."""
         a, b = self.flux[over], self.flux[under]
-        both = (a > 0) & (b > 0)
-        logs = np.where(both, np.log10(np.where(both, a, 1) / np.where(both, b, 1)), np.nan)
-        enough = both.mean(1) > 0.5
-        found = np.full(len(a), np.nan)
-        found[enough] = np.nanmedian(logs[enough], axis=1)
-        return found
+        fitted, both = np.isfinite(a) & np.isfinite(b), (a > 0) & (b > 0)
+        logs = np.log10(np.where(both, a, 1) / np.where(both, b, 1))
+        return _median(logs, both & (2 * both.sum(1) > fitted.sum(1))[:, None])
+
+
+def _median(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """[M] medians of the chosen ones of [M, S]; NaN where none is."""
+    found = np.full(len(values), np.nan)
+    some = chosen.any(1)
+    found[some] = np.nanmedian(np.where(chosen, values, np.nan)[some], axis=1)
+    return found
 
 
 def observed(encoder: Encoder, study: Study, split: str, samples: int, wanted: int) -> Observed:

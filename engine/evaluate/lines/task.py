@@ -17,10 +17,10 @@ import numpy as np
 from markupsafe import Markup
 
 from armillary.engine.evaluate.embedding.encoder import Encoder
-from armillary.engine.evaluate.lines.figures import RATIOS, bpt_chart, profile_chart, ratio_chart
+from armillary.engine.evaluate.lines.figures import RATIOS, profile_chart, ratio_chart
 from armillary.engine.evaluate.lines.measure import Decoded, Observed, decoded, observed
 from armillary.engine.evaluate.missing.grid import Shown
-from armillary.engine.evaluate.page.html import card, grid, number, section, table
+from armillary.engine.evaluate.page.html import card, number, section, stack, table
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 from armillary.models.mmae.pairs import PairMethod
@@ -72,9 +72,10 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
     }
     narrow = {n: {w: o for (m, s, w), o in found.items() if m == n and s == WAYS[0]} for n in judged}
     best = {n: next(w for w in ("samples", "as decoded") if w in ways) for n, ways in narrow.items()}
-    charts = [profile_chart(n, truth, ways) for n, ways in narrow.items()]
-    charts += [ratio_chart(n, truth, narrow[n][best[n]]) for n in judged]
-    charts.append(bpt_chart(truth, {n: narrow[n][best[n]] for n in judged}))
+    charts = [
+        profile_chart(truth, narrow),
+        ratio_chart(truth, {f"{n}, {best[n]}": narrow[n][best[n]] for n in judged}),
+    ]
     unit = study.survey.spectrum.unit if study.survey.spectrum else ""
     sections = (
         section(
@@ -83,7 +84,7 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
             "pixels, full width at half maximum, as MMAE's paper measures them. A mean over draws is what a decoder shows that does not "
             "know the redshift. The charts show galaxies of which the image alone was shown.",
             card(table(("", "shown", "width (Å)", "over observed"), [("", rows)], classes={1: "left"})),
-            grid([card(c) for c in charts]),
+            stack([card(c) for c in charts]),
         ),
         *(
             section(

@@ -21,8 +21,8 @@ HEADS = {
     "nmad": "NMAD",
     "nmad_about_zero": "about 0",
     "bias": "bias",
-    "outliers": "> .15",
-    "catastrophic": "|Δz| > 1",
+    "outliers": "> .15 (%)",
+    "catastrophic": "|Δz| > 1 (%)",
     "rms": "rms",
     "loss": "loss",
 }
@@ -95,10 +95,7 @@ def score_table(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Sco
             [
                 [
                     name,
-                    *(
-                        number(scores[m].value, scores[m].error, "+.4f" if m == "bias" else ".4f", bold=m == "nmad")
-                        for m in METRICS
-                    ),
+                    *(_cell(m, scores[m]) for m in METRICS),
                     number(crps, form=".4f") if np.isfinite(crps) else "",
                 ]
                 for name, scores, crps in group
@@ -107,3 +104,11 @@ def score_table(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Sco
         for title, group in groups
     ]
     return table(("", *(HEADS[m] for m in METRICS), "CRPS"), rows)
+
+
+def _cell(metric: str, score: Score) -> Markup:
+    """Shares in per cent; errors where a table has room for them."""
+    if metric in ("outliers", "catastrophic"):
+        return number(100 * score.value, form=".1f")
+    shown = score.error if metric in ("nmad", "bias") else np.nan
+    return number(score.value, shown, "+.4f" if metric == "bias" else ".4f", bold=metric == "nmad")

@@ -22,10 +22,11 @@ from armillary.models.method import Batch
 __all__ = ["Example", "examples", "panels"]
 
 SHOWN_GALAXIES = 5
-HIDDEN = 0.75
+HIDDEN = (0.5, 0.75)
 DRAWS = 64
 DRAWN = 3  # of the draws are drawn
 POINTS = 320  # of a drawn spectrum
+COLOURS = (SERIES[0], SERIES[1], SERIES[3])
 GREY = (70, 76, 88)  # of hidden patches
 
 
@@ -35,8 +36,8 @@ class Example:
 
     Attributes:
         image: [C, W, W] as the method is shown it.
-        hidden: [W, W] bool: pixels that were hidden.
-        filled: [C, W, W] decoded from the rest of the image.
+        hidden: For each share of `HIDDEN`, [W, W] bool: pixels that were hidden.
+        filled: For each of them, [C, W, W] decoded from the rest of the image.
         spectrum: [L] normalised bins, NaN where none of a bin's pixels has data.
         z: [S] draws of the redshift, given the image.
         draws: [S, L] spectra at these.
@@ -44,8 +45,8 @@ class Example:
     """
 
     image: np.ndarray
-    hidden: np.ndarray
-    filled: np.ndarray
+    hidden: list[np.ndarray]
+    filled: list[np.ndarray]
     spectrum: np.ndarray
     z: np.ndarray
     draws: np.ndarray
@@ -65,29 +66,31 @@ def examples(encoder: Encoder, study: Study) -> tuple[np.ndarray, list[Example]]
     chosen = good[np.linspace(0, len(good) - 1, min(SHOWN_GALAXIES, len(good)) + 2).astype(int)[1:-1]]
     kept = torch.from_numpy(chosen).to(batch["row"].device)
     few = Batch(**{k: v[kept] for k, v in batch.items() if isinstance(v, torch.Tensor)})  # type: ignore[typeddict-item]
-    image_hidden, spectrum_hidden = masks(method, few["row"], Shown(HIDDEN, False), study.seed)
-    filled = method.reconstruct(few, image_hidden, spectrum_hidden).image()
+    drawn = [masks(method, few["row"], Shown(share, False), study.seed) for share in HIDDEN]
+    filled = [method.reconstruct(few, *hidden).image().cpu().numpy() for hidden in drawn]
     answer = method.answer(few, ("image",), ("redshift", "spectrum"), DRAWS, study.seed)
     bins, with_data = (x[:, : method.cut.bins(method.inputs)] for x in method.bins(few, len(kept)))
     size, side = method.cut.patch_size, method.inputs.global_size // method.cut.patch_size
-    pixels = image_hidden.unflatten(1, (side, side)).repeat_interleave(size, 1).repeat_interleave(size, 2)
+    pixels = [
+        patches.unflatten(1, (side, side)).repeat_interleave(size, 1).repeat_interleave(size, 2).cpu().numpy()
+        for patches, _ in drawn
+    ]
     wave = method.cut.wavelengths(method.inputs).numpy()
 
     found = []
     for i, galaxy in enumerate(chosen):
         spectrum = torch.where(with_data[i], bins[i], torch.nan)
         z, draws = answer.draws["redshift"][i, :, 0], answer.draws["spectrum"][i]
-        image, hidden, whole, observed, drawn, spectra = (
-            x.cpu().numpy() for x in (few["crop"][i], pixels[i], filled[i], spectrum, z, draws)
-        )
-        found.append(Example(image, hidden, whole, observed, drawn, spectra, float(true[galaxy])))
+        image, observed, said, spectra = (x.cpu().numpy() for x in (few["crop"][i], spectrum, z, draws))
+        hidden, whole = [p[i] for p in pixels], [f[i] for f in filled]
+        found.append(Example(image, hidden, whole, observed, said, spectra, float(true[galaxy])))
     return wave, found
 
 
 def panels(name: str, wave: np.ndarray, found: list[Example], *, points: bool) -> Markup:
     """The section of one method; `points` says that it has no p(z), so that all draws are alike."""
     text = (
-        f"Images: as the method is shown them, with {HIDDEN:.0%} of the patches hidden, and filled in. Spectra: observed "
+        "Images: as the method is shown them, with half and three quarters of the patches hidden, and filled in. Spectra: observed "
         "(grey), and what the whole image alone foretells. "
     )
     text += (
@@ -102,16 +105,16 @@ def panels(name: str, wave: np.ndarray, found: list[Example], *, points: bool) -
 
 def _strip(one: Example) -> Markup:
     width = one.image.shape[2]
-    # Side by side, so that all three have the same colours.
-    strip = channels_rgb(np.concatenate([one.image, one.image, one.filled], axis=2))
-    middle = strip[:, width : 2 * width]
-    middle[one.hidden[::-1]] = GREY  # rows of a picture run downwards
-    names = ("image", f"{HIDDEN:.0%} hidden", "filled in")
-    pictures = [
-        figure(picture(data_uri(strip[:, i * width : (i + 1) * width], enlarge=3), name), [name])
-        for i, name in enumerate(names)
-    ]
-    return sky(row(pictures, 6))
+    # Side by side, so that all have the same colours.
+    parts = [one.image, *(x for filled in one.filled for x in (one.image, filled))]
+    strip = channels_rgb(np.concatenate(parts, axis=2))
+    pictures = [strip[:, i * width : (i + 1) * width] for i in range(len(parts))]
+    names = ["image"]
+    for i, (share, hidden) in enumerate(zip(HIDDEN, one.hidden, strict=True)):
+        pictures[1 + 2 * i][hidden[::-1]] = GREY  # rows of a picture run upwards
+        names += [f"{share:.0%} hidden", "filled in"]
+    figures = [figure(picture(data_uri(p, enlarge=3), n), [n]) for p, n in zip(pictures, names, strict=True)]
+    return sky(row(figures, len(figures)))
 
 
 def _spectra(wave: np.ndarray, one: Example, points: bool) -> Markup:
@@ -129,7 +132,7 @@ def _spectra(wave: np.ndarray, one: Example, points: bool) -> Markup:
         left.plot(at, binned(one.draws[0]), color=SERIES[0], lw=1.5)
     else:
         for i in range(DRAWN):
-            left.plot(at, binned(one.draws[i]), color=SERIES[i], lw=1.2)
+            left.plot(at, binned(one.draws[i]), color=COLOURS[i], lw=1.2)
         left.plot(at, binned(one.draws.mean(0)), color=INK, lw=1.2, ls=(0, (4, 2)))
     left.set_xlim(at[0], at[-1])
     left.set_xlabel("wavelength (angstrom)")

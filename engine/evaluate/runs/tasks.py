@@ -31,9 +31,12 @@ class Task(ABC):
 
 
 def _first_reads_images_alone(methods: Sequence[Method]) -> str:
-    about = next(iter(methods[0].readouts().values()), None)
+    readouts = methods[0].readouts().values()
+    about = next(iter(readouts), None)
     if about is None or about.targets:
         return "it judges embeddings, and the first run gives predictions"
+    if any(r.targets for r in readouts):
+        return "it judges embeddings that no label went into, and the first run learns labels"
     sound = about.modality == "image" and not about.aligned
     return "" if sound else "it judges a run on images alone"
 
@@ -149,17 +152,6 @@ class _Attention(Task):
         return attention(study, encoders)
 
 
-class _Queries(Task):
-    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
-        able = any(m.questions() is not None for m in methods)
-        return "" if able else "it needs a run that answers questions, such as MOSAIC"
-
-    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
-        from armillary.engine.evaluate.queries.task import QueryOptions, queries
-
-        return queries(study, encoders, QueryOptions(options.queries, resamples=options.resamples))
-
-
 def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:
     from armillary.models.mmae.pairs import PairMethod
 
@@ -189,6 +181,17 @@ class _Lines(Task):
         from armillary.engine.evaluate.lines.task import lines
 
         return lines(study, encoders, options)
+
+
+class _Queries(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        able = any(m.questions() is not None for m in methods)
+        return "" if able else "it needs a run that answers questions, such as MOSAIC"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.queries.task import QueryOptions, queries
+
+        return queries(study, encoders, QueryOptions(options.queries, resamples=options.resamples))
 
 
 def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:

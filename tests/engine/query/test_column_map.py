@@ -45,8 +45,9 @@ THREE = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
         (MAGNITUDES, ("photometry.lsst.u", "photometry.lsst.g", "photometry.lsst.r"), "same", (None,) * 3),
         (MAGNITUDES, ("u", "g", "r", "g_err"), ("u", "g", "r"), (None, "g_err", None)),
         (MAGNITUDES, ("g", "r"), (None, "g", "r"), (None,) * 3),
+        (MAGNITUDES, ("u", "g", "r", "uerr", "e_g", "Err_r"), ("u", "g", "r"), ("uerr", "e_g", "Err_r")),
     ],
-    ids=["case", "exact", "name_component", "dots", "components", "a band is missing"],
+    ids=["case", "exact", "name_component", "dots", "components", "a band is missing", "errors of other names"],
 )
 def test_found_by_name(table, quantity, names, values, errors):
     found = find_columns(quantity, table(**{n: ONE for n in names}), {}, {})
@@ -65,6 +66,13 @@ def test_a_missing_band_is_unknown(table):
     cat = table(g=ONE, r=ONE)
     values, errors = find_columns(FLUXES, cat, {}, {}).read(cat, 0, 2)
     assert np.isnan(values[:, 0]).all() and (values[:, 1:] == np.array(ONE)[:, None]).all() and np.isnan(errors).all()
+
+
+def test_numbers_that_mean_no_value(table):
+    cat = table(u=[99.0, 20.0], g=pa.array([-99.9, 21.0], pa.float32()), r=[0.5, 99.5], u_err=[99.0, 0.1])
+    values, errors = find_columns(FLUXES, cat, {}, {}, (99.0, -99.9)).read(cat, 0, 2)
+    np.testing.assert_array_equal(np.isnan(values), [[True, True, False], [False] * 3])
+    assert np.isnan(errors[0, 0]) and errors[1, 0] == 0.1
 
 
 def test_declared_columns_and_converted_units(table):

@@ -19,7 +19,14 @@ from armillary.models.mosaic.mosaic import MOSAIC
 VIEWS = ObjectViews(
     quantities=(
         QuantityView(name="redshift", scaling="log1p"),
-        QuantityView(name="flux_lsst", vector="photometry", errors=("photometry_err",), scaling="asinh", levels=True),
+        QuantityView(
+            name="flux_lsst",
+            vector="photometry",
+            errors=("photometry_err",),
+            scaling="asinh",
+            levels=True,
+            error_floor=0.05,
+        ),
         QuantityView(name="magnitude", columns=("mag_r",), errors=("err_r",)),
     )
 )

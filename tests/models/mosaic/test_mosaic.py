@@ -22,7 +22,7 @@ STEPS = 150
 
 @pytest.fixture(scope="module")
 def trained():
-    """About 4 seconds of one core: 150 batches of 128."""
+    """150 batches of 128: seconds."""
     torch.manual_seed(0)
     questions = (("flux",), ("flux", "history[0:2]"), ("history",))
     config = replace(SMALL, dim=32, heads=4, masking=Masking(questions=questions, question_share=0.5))
@@ -95,22 +95,22 @@ def test_only_shown_and_asked_tokens_are_computed():
 
 def test_it_learns(trained):
     first, last = (sum(part) / 10 for part in (trained.losses[:10], trained.losses[-10:]))
-    assert last < first - 3  # seeds 0 to 4: 4.2 to 4.9
+    assert last < first - 3  # seeds 0 to 3: 4.1 to 4.8
 
 
 def test_answers_are_better_than_the_prior_and_cover_the_truth(trained):
-    batch, true = toy.batch(INPUTS, 500, unknown=False), toy.values(500)
-    answer = trained.answer(batch, ("flux",), ("z", "mass", "history"), 64, seed=0)
-    assert answer.draws["history"].shape == (500, 64, 6) and answer.median["history"].shape == (500, 6)
+    batch, true = toy.batch(INPUTS, 300, unknown=False), toy.values(300)
+    answer = trained.answer(batch, ("flux",), ("z", "mass", "history"), 32, seed=0)
+    assert answer.draws["history"].shape == (300, 32, 6) and answer.median["history"].shape == (300, 6)
     for name, log in (("z", False), ("mass", True)):
         truth, median = (x.log10() if log else x for x in (true[name], answer.median[name]))
-        assert (truth - median).std() < 0.6 * truth.std(), name  # seeds 0 to 4: .15 to .35
+        assert (truth - median).std() < 0.3 * truth.std(), name  # seeds 0 to 3: .11 to .15
         inside = (answer.quantile(name, 0.16) < true[name]) & (true[name] < answer.quantile(name, 0.84))
-        assert 0.5 < inside.float().mean() < 0.85, name  # .57 to .78
+        assert 0.5 < inside.float().mean() < 0.85, name  # .69 to .76
     # Given the brightness, histories are early or late: their ends are drawn apart, neighbours together.
     drawn = answer.draws["history"].log()
     spread = (drawn - drawn.mean(1, keepdim=True)).flatten(0, 1)
-    assert torch.corrcoef(spread.T)[0, 1] > 0.5  # .8 to .95
+    assert torch.corrcoef(spread.T)[0, 1] > 0.5  # .90 to .93
 
 
 def test_answers_are_keyed_by_row_and_seed(untrained):
@@ -160,13 +160,13 @@ def test_embeddings(untrained):
 def test_corrections_widen_intervals_that_are_too_narrow():
     torch.manual_seed(2)
     method = SMALL.build(INPUTS).eval()
-    batch = toy.batch(INPUTS, 400, unknown=False)
+    batch = toy.batch(INPUTS, 100, unknown=False)
     pit = method.answer_pit(batch, ("flux",), "mass")
-    assert pit.shape == (400, 1) and ((pit > 0) & (pit < 1)).all()
-    before = method.answer(batch, ("flux",), ("mass", "history"), 50, 0)
+    assert pit.shape == (100, 1) and ((pit > 0) & (pit < 1)).all()
+    before = method.answer(batch, ("flux",), ("mass", "history"), 40, 0)
     ends = torch.tensor([[0.0, 0.02, 0.1, 0.5, 0.9, 0.98, 1.0]])  # truths fell in the tails
     method.correct_answers(("flux",), {"mass": ends})
-    after = method.answer(batch, ("flux",), ("mass", "history"), 50, 0)
+    after = method.answer(batch, ("flux",), ("mass", "history"), 40, 0)
 
     def width(answer):
         return (answer.quantile("mass", 0.84).log10() - answer.quantile("mass", 0.16).log10()).mean()
