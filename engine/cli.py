@@ -12,7 +12,7 @@
 A command is a function with typed arguments in the part that does the work; tyro makes options of them. It is imported
 when it is asked for, and imports what it works with when it is run, so that help comes at once and a package that is missing
 takes away one command only. Exit codes: 0 done; 1 done, and the result is bad (a damaged survey, a collapsed encoder); 2 bad
-input.
+input; 4 damaged weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import tyro
 
 import armillary
 from armillary.engine.user_code import Packages, trust
+from armillary.engine.weights.verify import CheckpointError
 
 __all__ = ["COMMANDS", "export", "main"]
 
@@ -90,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"armillary {name}: this installation lacks {error.name}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"armillary {name}: {error}", file=sys.stderr)
+        return 4
     except (ValueError, OSError, RuntimeError) as error:
         print(f"armillary {name}: {error}", file=sys.stderr)
         return 2

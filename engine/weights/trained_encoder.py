@@ -21,6 +21,7 @@ from armillary.engine.weights.checkpoint import latest
 from armillary.engine.weights.public_checkpoints import read_state_dict
 from armillary.engine.weights.resume import open_archive
 from armillary.engine.weights.tensors import Archive
+from armillary.engine.weights.verify import check_seal
 from armillary.engine.zero.partition import persistent_buffers
 from armillary.models.method import InputSpec, Method
 
@@ -59,7 +60,7 @@ class TrainedEncoder:
 
         Raises:
             FileNotFoundError: There is neither.
-            CheckpointError: The checkpoint is damaged.
+            CheckpointError: The checkpoint or the exported file is damaged.
             ValueError: The file is not readable.
         """
         path = Path(path)
@@ -77,6 +78,7 @@ class TrainedEncoder:
             return cls(path, None, {})
         archive = Archive([path])
         written = archive.metadata[0]
+        check_seal(path, written)
         if written.get("format") != EXPORT_FORMAT:
             return cls(path, archive, {})
         try:

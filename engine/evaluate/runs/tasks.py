@@ -31,13 +31,10 @@ class Task(ABC):
 
 
 def _first_reads_images_alone(methods: Sequence[Method]) -> str:
-    readouts = methods[0].readouts().values()
-    about = next(iter(readouts), None)
-    if about is None or about.targets:
+    about = [*methods[0].readouts().values()]
+    if not about or about[0].targets:
         return "it judges embeddings, and the first run gives predictions"
-    if any(r.targets for r in readouts):
-        return "it judges embeddings that no label went into, and the first run learns labels"
-    sound = about.modality == "image" and not about.aligned
+    sound = all(readout.modality == "image" and not readout.aligned for readout in about)
     return "" if sound else "it judges a run on images alone"
 
 
@@ -136,7 +133,7 @@ class _Masking(Task):
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.spectra.task import masking
 
-        return masking(study, encoders)
+        return masking(study, encoders, options.samples)
 
 
 class _Attention(Task):
@@ -149,7 +146,7 @@ class _Attention(Task):
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.spectra.task import attention
 
-        return attention(study, encoders)
+        return attention(study, encoders, options.samples)
 
 
 def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Problem, ball_points, dtype_of
 
 from armillary.kernels.geometry.poincare_distance import poincare_distance, poincare_distance_reference
-from cases.case import Case, Problem, ball_points, dtype_of
 
 
 def cases(tiny: bool) -> list[Case]:

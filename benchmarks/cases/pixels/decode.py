@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from cases.case import Case, Problem
 from cutouts import BANDS, SKY_SIGMA, cutout
 from torch import Tensor
 
 from armillary.engine.data.format import codec
 from armillary.kernels.pixels.decode import decode_bitplane, decode_bitplane_reference
-from cases.case import Case, Problem
 
 DISTINCT = 64  # cutouts that are made; more rows repeat them
 

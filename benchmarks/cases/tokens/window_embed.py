@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Problem, dtype_of, gaussian
 from torch import Tensor
 
 from armillary.kernels.tokens.window_embed import count_windows, window_embed, window_embed_reference
-from cases.case import Case, Problem, dtype_of, gaussian
 
 WINDOW = 20
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Problem, dtype_of, gaussian
 from gpu.table import PLAIN
 from torch import Tensor
 
 from armillary.kernels.geometry.geometry_ffn import geometry_ffn, geometry_ffn_reference, saved_bytes
 from armillary.kernels.mlp.linear_gelu import gelu_linear, linear_gelu
-from cases.case import Case, Problem, dtype_of, gaussian
 
 PREDICTED = {
     (16384, 1024, 4096, "gelu"): {"triton": 3.91, "eager": 5.11, "compiled": 4.18},

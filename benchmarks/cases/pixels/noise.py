@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from cases.case import Case, Problem
 from torch import Tensor
 
 from armillary.kernels.pixels.noise import add_noise_, noise_reference
 from armillary.kernels.pixels.philox import Purpose, streams
-from cases.case import Case, Problem
 
 SEED = 5
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Problem
 from torch import Tensor
 
 from armillary.kernels.pixels.blur import blur_, blur_reference
-from cases.case import Case, Problem
 
 
 def cases(tiny: bool) -> list[Case]:

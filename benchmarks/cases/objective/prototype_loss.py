@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from cases.case import Case, Outputs, Problem, Way, dtype_of
 from torch import Tensor
 
 from armillary.kernels.objective.prototype_loss import Term, prototype_loss, prototype_loss_reference
-from cases.case import Case, Outputs, Problem, Way, dtype_of
 
 TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.05}
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Problem, dtype_of, gaussian
 from torch import Tensor
 
 from armillary.kernels.geometry.geometry_rows import geometry_rows
-from cases.case import Case, Problem, dtype_of, gaussian
 
 
 def cases(tiny: bool) -> list[Case]:

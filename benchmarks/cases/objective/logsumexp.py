@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from cases.case import Case, Problem, dtype_of
 from torch import Tensor
 
 from armillary.models.dinov2.centering import sinkhorn_bias
-from cases.case import Case, Problem, dtype_of
 
 ITERATIONS = 3
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Problem, dtype_of, gaussian
 
 from armillary.kernels.geometry.geometry_combine import geometry_combine, geometry_combine_reference
-from cases.case import Case, Problem, dtype_of, gaussian
 
 
 def cases(tiny: bool) -> list[Case]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from cases.case import Case, Problem, word
+from cases.pixels.decode import padded_blobs
 from cutouts import BANDS, SKY_SIGMA
 from torch import Tensor
 
 from armillary.kernels.pixels.decode_views import decode_views, decode_views_reference
 from armillary.kernels.pixels.stretch import AsinhMatrix, Lupton, StretchNumbers
-from cases.case import Case, Problem, word
-from cases.decode import padded_blobs
 
 STRETCHES: dict[str, StretchNumbers] = {
     "Lupton": Lupton(order=(2, 1, 0), scales=(2.2, 3.4, 6.0), m=0.03, q=20.0),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Problem, dtype_of, gaussian
 from torch import Tensor
 
 from armillary.kernels.geometry.radial_map import radial_map, radial_map_reference
-from cases.case import Case, Problem, dtype_of, gaussian
 
 LENGTHS = {"exp0": 0.7, "log0": 0.7, "project": 1.0, "sphere": 30.0}  # of the rows, about: both sides of each branch
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Problem, dtype_of, gaussian
 
 from armillary.kernels.tokens.residual_norm import residual_norm, residual_norm_reference
 from armillary.models.vit.stochastic_depth import draw_subsets
-from cases.case import Case, Problem, dtype_of, gaussian
 
 VITL = ((192, 145), (768, 26))  # crops and tokens of a crop, of 96 images
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from cases.case import Case, Outputs, Problem, Way, dtype_of, gaussian
 from torch import Tensor
 
 from armillary.kernels.tokens.patch_embed import embed_crops, embed_crops_reference
-from cases.case import Case, Outputs, Problem, Way, dtype_of, gaussian
 
 CHANNELS = 3
 

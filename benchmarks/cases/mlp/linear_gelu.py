@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from cases.case import Case, Problem, dtype_of, gaussian
 from torch import Tensor
 
 from armillary.kernels.mlp.linear_gelu import gelu_linear, linear_gelu
-from cases.case import Case, Problem, dtype_of, gaussian
 
 
 def cases(tiny: bool) -> list[Case]:
