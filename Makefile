@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
+# Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo demo-astroclip demo-galaxy-walker test check test-cpus soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip demo-galaxy-walker test cases check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +17,7 @@ help:
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html"
 	@echo "make test               all tests"
+	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
 	@echo "make check              lint, types and the fast tests: before each commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
@@ -70,7 +73,8 @@ demo-astroclip: install
 	$(BIN)/armillary evaluate $(PAIRS)/astroclip --data $(PAIRS)/survey --out $(PAIRS) \
 	  --compare $(PAIRS)/resnet18 $(PAIRS)/conv_attention $(PAIRS)/photometry
 
-# Stage 1: geometry prompts of galaxies in groups; the same without neighbours, and with shuffled ones.
+# Stage 1: geometry prompts of galaxies in groups; the same without neighbours, and with shuffled ones. Stage 2 on its tokens: a
+# tiny language model is asked about the galaxies.
 WALKER := $(RUNS)/demo-galaxy-walker
 SPACES := euclidean hyperbolic spherical
 shuffled = --views.neighbours.graphs $(SPACES:%=%-k5-leak-free-shuffled0)
@@ -85,11 +89,20 @@ demo-galaxy-walker: install
 	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name shuffled $(shuffled)
 	$(BIN)/armillary evaluate $(WALKER)/alone --data $(WALKER)/survey --out $(WALKER) \
 	  --compare $(WALKER)/neighbours $(WALKER)/shuffled --tasks ablation
+	$(BIN)/armillary embed $(WALKER)/neighbours --data $(WALKER)/survey --readout geometry -o $(WALKER)/geometry.parquet
+	rm -rf $(WALKER)/stage2
+	$(call train,galaxy_walker_stage2,smoke,$(WALKER)) --name stage2 --views.geometry $(WALKER)/geometry.parquet
+	$(BIN)/armillary evaluate $(WALKER)/stage2 --data $(WALKER)/survey --out $(WALKER)/stage2/evaluation \
+	  --tasks properties questions --labels redshift log_mstar
 
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
 	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist
+
+# Part of `make test`, too; here with their table.
+cases: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cases --table
 
 # What a change needs before each commit: three minutes.
 check: install lint

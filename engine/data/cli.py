@@ -26,8 +26,8 @@ def build(
     bands: tuple[str, ...] | None = None,
     pixel_scale_arcsec: float | None = None,
     zero_is_missing: bool | None = None,
-    option: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    cut: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    option: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = (),
+    cut: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = (),
     drop_duplicates_arcsec: float | None = None,
     codec: Literal["bitplane", "float16"] = "bitplane",
     step_fraction: float | None = None,
@@ -71,7 +71,7 @@ def build(
         seed: Keys the shuffle.
         processes: Worker processes.
         dask: Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers do the work instead.
-        on_bad: Stop at an unusable sample, or skip and count it.
+        on_bad: Stop at an unusable file or sample, or skip and count it.
         progress: Show progress bars.
     """
     from rich.console import Console
@@ -79,7 +79,8 @@ def build(
     from armillary.engine.data.building.build import build as build_survey
     from armillary.engine.data.building.splits import parse_split
     from armillary.engine.data.format.summary import summary
-    from armillary.engine.data.sources.kinds import open_source, parse_options
+    from armillary.engine.data.sources.kinds import open_source
+    from armillary.engine.data.sources.options import parse_options
     from armillary.engine.data.sources.selected import Selected
 
     given = {
@@ -90,10 +91,11 @@ def build(
         "pixel_scale_arcsec": pixel_scale_arcsec,
         "zero_is_missing": zero_is_missing,
     }
-    options = {name: value for name, value in given.items() if value is not None} | parse_options(option)
-    opened = open_source(source, kind, **options)
-    if cut or drop_duplicates_arcsec is not None:
-        opened = Selected(opened, cut, drop_duplicates_arcsec=drop_duplicates_arcsec)
+    options = {name: value for name, value in given.items() if value is not None} | parse_options(sum(option, ()))
+    cuts = sum(cut, ())
+    opened = open_source(source, kind, on_bad=on_bad, **options)
+    if cuts or drop_duplicates_arcsec is not None:
+        opened = Selected(opened, cuts, drop_duplicates_arcsec=drop_duplicates_arcsec)
     survey = build_survey(
         opened,
         out,

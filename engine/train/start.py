@@ -11,6 +11,7 @@ non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM o
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -36,7 +37,9 @@ def main(recipe: Run, **presets: Run) -> None:
         recipe: The recipe.
         presets: Variants that `--preset NAME` chooses.
     """
-    sys.exit(start(recipe, presets, sys.argv[1:]))
+    code = start(recipe, presets, sys.argv[1:])
+    gc.freeze()  # what is left goes with the process: to search it for circles would take a second and a half
+    sys.exit(code)
 
 
 def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_loader: Any = None) -> int:

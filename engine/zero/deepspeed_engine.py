@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,20 @@ __all__ = ["Sharded", "StepStatus", "deepspeed_config"]
 
 BUCKET = 50_000_000
 """Elements a gradient bucket holds at most; DeepSpeed allocates it whole."""
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as its engine does for every optimizer, without compiling a function of it.
+
+    Nobody calls this function here, and to compile it loads Inductor: two seconds at each start.
+    """
+    from deepspeed.runtime import compiler
+
+    compiled, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiled
 
 
 def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
@@ -76,7 +91,8 @@ def _see_into_dataclasses() -> None:
     """Let ZeRO-3 find tensors in dataclasses that modules return.
 
     It gathers a module's parameters again for backward through the module's outputs, which it finds in tensors, tuples
-    and dicts only; in anything else it warns, and backward meets empty parameters.
+    and dicts only; in anything else it warns, and backward meets empty parameters. What is a mapping and a dataclass at
+    once (the outputs of transformers) is left to DeepSpeed, since its items have to change with its attributes.
     """
     from deepspeed.runtime.zero import parameter_offload, utils
 
@@ -85,7 +101,7 @@ def _see_into_dataclasses() -> None:
         return
 
     def apply_to_tensors_only(function: Any, value: Any, warning_msg_fn: Any = None) -> Any:
-        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        if not dataclasses.is_dataclass(value) or isinstance(value, type | Mapping):
             return known(function, value, warning_msg_fn)
         seen = copy.copy(value)
         for field in dataclasses.fields(value):
@@ -145,6 +161,7 @@ class Sharded:
         buffers = {name: b.clone() for name, b in method.named_buffers()}
         config = deepspeed_config(run, self.world, sum(p.numel() for g in groups for p in g["params"]))
         logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not its own
+        _import_muon()
         if run.train.zero_stage == 3:
             _see_into_dataclasses()
         method.register_forward_hook(_plain_output)  # before DeepSpeed's own hooks, which see its result

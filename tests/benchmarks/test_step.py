@@ -30,7 +30,7 @@ def benchmarks_on_path(monkeypatch):
 
 
 def subject_of(method: str, folder: Path):
-    from step_methods import CachedCLIP, CLIPSubject, DINOv2Subject, MMAESubject, SpecFormerSubject
+    from step_methods import CachedCLIP, CLIPSubject, DINOv2Subject, GalaxyWalkerSubject, MMAESubject, SpecFormerSubject
 
     if method == "dinov2":
         inputs = InputSpec(channels=3, global_size=8, n_global=2, local_size=4, n_local=1)
@@ -39,12 +39,14 @@ def subject_of(method: str, folder: Path):
         return SpecFormerSubject(SpecFormerPretraining(encoder=SPECFORMER, chunks=3, chunk_tokens=4), SPECTRA)
     if method == "mmae":
         return MMAESubject(MMAE_TINY)
+    if method == "galaxy_walker":
+        return GalaxyWalkerSubject()
     recomputed = CLIPSubject(VIT, SPECFORMER, PAIRS, embedding=16, dropout=0.0)
     return recomputed if method == "recomputed" else CachedCLIP(recomputed, folder / "f", 3, 4, "float32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["dinov2", "specformer", "mmae", "recomputed", "cached"])
+@pytest.mark.parametrize("method", ["dinov2", "specformer", "mmae", "galaxy_walker", "recomputed", "cached"])
 def test_phases_cover_the_step(tmp_path, method, precision):
     from step_training import Training, phase_columns
 
@@ -73,7 +75,7 @@ def test_cached_and_recomputed_steps_compute_the_same(tmp_path):
     assert losses["cached"] == losses["recomputed"]
 
 
-@pytest.mark.parametrize("method", ["dinov2", "specformer", "astroclip", "mmae"])
+@pytest.mark.parametrize("method", ["dinov2", "specformer", "astroclip", "mmae", "galaxy_walker"])
 def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     import step
     import step_methods
@@ -106,5 +108,5 @@ def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
         assert float(rows[0]["gflop_per_pair"]) > float(rows[1]["gflop_per_pair"]) > 0
         assert "mmae all over mmae shown:" in printed
     else:
-        unit = {"dinov2": "image", "specformer": "spectrum"}[method]
+        unit = {"dinov2": "image", "specformer": "spectrum", "galaxy_walker": "galaxy"}[method]
         assert float(rows[0][f"ms_per_{unit}"]) > 0 and f"ms a {unit}" in printed

@@ -80,6 +80,9 @@ def test_a_reader_a_method_and_a_task_of_ones_own(outside, monkeypatch):
     np.testing.assert_array_equal(Embeddings.load(out).vector, Embeddings.load(outside / "again.parquet").vector)
     key = Embeddings.load(out).key[0]
     assert key not in processes.armillary("search", out, "--query", key, *package).splitlines()[-1]
+    of_own = ("--run", runs / "colours", "--kind", kind, "--option", "scale=0.3", *package)
+    said = processes.armillary("search", out, "--query", files / "o07.npz", *of_own, "-k", 1)
+    assert "o07 " in said and "1.0000" in said
 
     codes, said = continued.wait()
     assert codes == [0] and "continuing" in said and "done: 4 steps" in said
