@@ -198,7 +198,8 @@ def _verdict(s: Scored, variant: Variant, first: Variant) -> tuple[str, str, str
     if gap is None:
         text = f"{name}: no seed in common with the first run, so no difference of {s.target}"
         return "note", s.target, text
-    kind = {"better": "yes", "worse": "no"}.get(gap.verdict, "note")
+    # One seed may be chance: it is told, and is no verdict.
+    kind = {"better": "yes", "worse": "no"}.get(gap.verdict, "note") if gap.seeds > 1 else "note"
     return kind, s.target, f"{name}: {_title(s)} {gap.value:+.3f}, {_within(gap)}: {gap.verdict}"
 
 
