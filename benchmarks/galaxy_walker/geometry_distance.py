@@ -1,7 +1,7 @@
 """Which space holds which distances: a plane, the sky and a tree, embedded in 2, 3 and 5 dimensions of E, S and H.
 
-    python benchmarks/galaxy_walker/distances.py                  # 27 cells, three seeds: a few minutes of a core
-    python benchmarks/galaxy_walker/distances.py --steps 100 --seeds 0 --tasks tree --widths 2
+    python benchmarks/galaxy_walker/geometry_distance.py                  # 27 cells, three seeds: a few minutes of a core
+    python benchmarks/galaxy_walker/geometry_distance.py --steps 100 --seeds 0 --tasks tree --widths 2
 
 A perceptron reads attributes of objects and gives a tangent vector of D numbers; the geodesic distances of its points
 (`models/geometry/product_space.py`), times a trained scale, are to equal the true distances of the objects. Three sets of 1,500:
