@@ -16,17 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from armillary.engine.data.format.columns import Columns, column_problems
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.sky_graph.graph import SkyGraph, graph_file
-from armillary.engine.data.sky_graph.sampling import sample_neighbours
 from armillary.models.method import Batch
+
+if TYPE_CHECKING:
+    from armillary.engine.data.sky_graph.graph import SkyGraph
+
+# Graphs and tables are imported where they are read: every recipe imports this module, and most read neither.
 
 __all__ = ["NeighbourInput", "Neighbours"]
 
@@ -105,6 +107,8 @@ class NeighbourInput:
             FileNotFoundError: A graph or the embeddings are not there.
             ValueError: A graph is damaged or of another survey, or a row has no embedding.
         """
+        from armillary.engine.data.sky_graph.graph import graph_file
+
         assert survey.folder is not None, "a survey that was loaded from its folder"
         graphs = []
         for name in settings.graphs:
@@ -165,6 +169,8 @@ class NeighbourInput:
 
     def _sampled(self, graph: SkyGraph, rows: np.ndarray, position: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """[B, f1, 1 + f2] rows: a neighbour, and some of its own."""
+        from armillary.engine.data.sky_graph.sampling import sample_neighbours
+
         first, second = self.settings.fan_outs
         if not first:
             return np.zeros((len(rows), 0, 1), np.int64)
@@ -190,12 +196,17 @@ def _stamp(path: Path, survey: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)  # checks, input spec and views of a run all ask for the same
 def _opened(path: Path, survey: Path, _: tuple[int, int]) -> SkyGraph:
+    from armillary.engine.data.sky_graph.graph import SkyGraph
+
     return SkyGraph.open(path, survey)
 
 
 @lru_cache(maxsize=1)
 def _vectors(path: Path, survey: Path, _: tuple[int, int]) -> np.ndarray:
     """[N, V] float32 vectors of a file of embeddings, in the order of the survey's catalogue."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     keys: Sequence[str] = pq.read_table(survey / "catalog.parquet", columns=["key"])["key"].to_pylist()
     try:
         table = pq.read_table(path, columns=["key", "vector"])
