@@ -8,15 +8,16 @@ RUNS := runs
 # Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo demo-astroclip demo-galaxy-walker-stage2 test check test-cpus soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip demo-galaxy-walker test cases check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo               simulate a small survey, train on it, evaluate: runs/demo/report.html"
 	@echo "make demo DATA=PATH     the same on your own pictures (a folder or zip of JPEG/PNG, labels.csv beside it)"
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
-	@echo "make demo-galaxy-walker-stage2  the tiny language model on what stage 1 left: .../stage2/evaluation/report.html"
+	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html"
 	@echo "make test               all tests"
+	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
 	@echo "make check              lint, types and the fast tests: before each commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
@@ -72,20 +73,36 @@ demo-astroclip: install
 	$(BIN)/armillary evaluate $(PAIRS)/astroclip --data $(PAIRS)/survey --out $(PAIRS) \
 	  --compare $(PAIRS)/resnet18 $(PAIRS)/conv_attention $(PAIRS)/photometry
 
-# Stage 2 on what stage 1 left in its demo, the survey and a run: its tokens of a galaxy's neighbours go into a tiny language model.
-STAGE1 := $(RUNS)/demo-galaxy-walker
-demo-galaxy-walker-stage2: install
-	@test -d $(STAGE1)/neighbours || { echo "Stage 2 starts from stage 1: make demo-galaxy-walker"; exit 1; }
-	$(BIN)/armillary embed $(STAGE1)/neighbours --data $(STAGE1)/survey --readout geometry -o $(STAGE1)/geometry.parquet
-	rm -rf $(STAGE1)/stage2
-	$(call train,galaxy_walker_stage2,smoke,$(STAGE1)) --name stage2 --views.geometry $(STAGE1)/geometry.parquet
-	$(BIN)/armillary evaluate $(STAGE1)/stage2 --data $(STAGE1)/survey --out $(STAGE1)/stage2/evaluation \
+# Stage 1: geometry prompts of galaxies in groups; the same without neighbours, and with shuffled ones. Stage 2 on its tokens: a
+# tiny language model is asked about the galaxies.
+WALKER := $(RUNS)/demo-galaxy-walker
+SPACES := euclidean hyperbolic spherical
+shuffled = --views.neighbours.graphs $(SPACES:%=%-k5-inductive-shuffled0)
+demo-galaxy-walker: install
+	$(BIN)/armillary data simulate --spectra --grouped --count 2000 --out $(WALKER)/survey
+	for space in $(SPACES); do \
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive && \
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive --shuffle-seed 0 || exit 1; done
+	rm -rf $(addprefix $(WALKER)/,alone neighbours shuffled)
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name alone --views.neighbours.fan-outs 0 0
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name neighbours
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name shuffled $(shuffled)
+	$(BIN)/armillary evaluate $(WALKER)/alone --data $(WALKER)/survey --out $(WALKER) \
+	  --compare $(WALKER)/neighbours $(WALKER)/shuffled --tasks ablation
+	$(BIN)/armillary embed $(WALKER)/neighbours --data $(WALKER)/survey --readout geometry -o $(WALKER)/geometry.parquet
+	rm -rf $(WALKER)/stage2
+	$(call train,galaxy_walker_stage2,smoke,$(WALKER)) --name stage2 --views.geometry $(WALKER)/geometry.parquet
+	$(BIN)/armillary evaluate $(WALKER)/stage2 --data $(WALKER)/survey --out $(WALKER)/stage2/evaluation \
 	  --tasks properties questions --labels redshift log_mstar
 
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
 	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist
+
+# Part of `make test`, too; here with their table.
+cases: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cases --table
 
 # What a change needs before each commit: three minutes.
 check: install lint
@@ -117,4 +134,4 @@ bench-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
-	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip armillary/_C*.so
+	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip $(RUNS)/demo-galaxy-walker armillary/_C*.so

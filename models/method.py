@@ -64,6 +64,14 @@ class Batch(TypedDict, total=False):
     answers: Tensor  # [B, Q] int64, number of the right option of each question, -1 where unknown
     image_tokens: Tensor  # [B, T, D] of a frozen image encoder, from a cache: in place of `crop`
     spectrum_tokens: Tensor  # [B, N, D] of a frozen spectrum encoder, likewise in place of `spectrum`
+    node_features: (
+        Tensor  # [B + U, F] float32: of the samples themselves, then of U rows that are seen as their neighbours
+    )
+    node_row: Tensor  # [B + U] int64: their rows of the catalogue
+    neighbours: (
+        Tensor  # [B, S, f1, 1 + f2] int64, for S graphs: a neighbour and its own, as places among the nodes; -1: none
+    )
+    left_out: Tensor  # [B] bool: samples too near to another split to be trained on
 
     mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
     mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
@@ -124,6 +132,10 @@ class InputSpec:
         questions: Questions with options to choose from.
         options: The options of each, joined by "|".
         quantities: Scalars and vectors that are inputs, answers, or both, with their scaling.
+        graphs: Sky graphs S; 0 without neighbours.
+        node_features: Features F of a node of them.
+        node_mean: Mean of each column among these features over the training split.
+        node_std: Its standard deviation.
     """
 
     channels: int = 0
@@ -146,6 +158,10 @@ class InputSpec:
     questions: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     quantities: tuple[Quantity, ...] = ()
+    graphs: int = 0
+    node_features: int = 0
+    node_mean: tuple[float, ...] = ()
+    node_std: tuple[float, ...] = ()
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> InputSpec:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from armillary.engine.data.format.columns import Columns
+from armillary.engine.data.views.neighbours import NeighbourInput
 from armillary.models.method import Batch
 
 __all__ = ["CropInput", "EvalView", "require_all"]
@@ -47,11 +48,13 @@ class EvalView:
         image: Makes `crop` of `image` and `valid`, or of `blobs` and `sizes`; None where images are not read.
         spectrum: Whether spectra are read; they are handed on as they are.
         columns: Inputs from the catalogue; None where there are none.
+        neighbours: Neighbours on the sky, drawn once for each galaxy; None where they are not read.
     """
 
     image: CropInput | None = None
     spectrum: bool = False
     columns: Columns | None = None
+    neighbours: NeighbourInput | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -78,4 +81,4 @@ class EvalView:
             out.pop("spectrum_ivar", None)
         if self.columns is not None:
             out["columns"] = self.columns.of(batch["row"])
-        return out
+        return out if self.neighbours is None else self.neighbours.of_batch(out)

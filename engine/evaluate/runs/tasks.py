@@ -171,7 +171,20 @@ def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     return ""
 
 
+class _Ablation(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        if len(methods) < 2 or len({type(m) for m in methods}) > 1:
+            return "it compares runs of one method that differ in settings; name others with --compare"
+        return ""
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.ablation.task import ablation
+
+        return ablation(study, encoders, resamples=options.resamples)
+
+
 TASKS: dict[str, Task] = {
+    "ablation": _Ablation(),
     "baselines": _Baselines(),
     "collapse": _Collapse(),
     "search": _Search(),
