@@ -30,17 +30,18 @@ def read_vectors(path: Path, survey: Survey) -> Tensor:
     assert survey.folder is not None, "a survey that was loaded from its folder"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no embeddings here; make them with `armillary embed`")
-    return _read(path, survey.folder, path.stat().st_mtime_ns)
+    stamps = (path.stat().st_mtime_ns, (survey.folder / "catalog.parquet").stat().st_mtime_ns)
+    return _read(path, survey.folder, *stamps)
 
 
 @lru_cache(maxsize=4)  # checks, input spec and views of a run all ask for the same
-def _read(path: Path, folder: Path, _: int) -> Tensor:
+def _read(path: Path, folder: Path, *_: int) -> Tensor:
     try:
         table = pq.read_table(path, columns=["key", "vector"])
         column = table["vector"].combine_chunks()
         stored = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of embeddings (key, vector): {error}") from error
+        raise ValueError(f"{path} is not a file of `armillary embed` (key, vector): {error}") from error
     keys = pq.read_table(folder / "catalog.parquet", columns=["key"])["key"]
     place = pc.index_in(keys, value_set=table["key"].combine_chunks()).to_pandas().to_numpy()
     found = torch.full((len(keys), stored.shape[1]), torch.nan)
