@@ -18,6 +18,8 @@ from armillary.models.galaxy_walker.adapter import GeometryAdapter
 from armillary.models.galaxy_walker.stage2 import GalaxyWalker
 from armillary.models.method import Batch, BatchKey, InputSpec, Method
 from armillary.models.mmae.token_drop import TokenDropMMAE
+from armillary.models.mosaic.mosaic import MOSAIC
+from armillary.models.quantities import Quantity, Scaling
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
 from armillary.models.vit.vit import ViT
@@ -31,6 +33,7 @@ __all__ = [
     "DINOv2Subject",
     "GalaxyWalkerSubject",
     "MMAESubject",
+    "MOSAICSubject",
     "SpecFormerSubject",
 ]
 
@@ -65,6 +68,25 @@ HSC_DESI = InputSpec(
     targets=("redshift",),
     target_mean=(0.5,),
     target_std=(0.4,),
+)
+
+
+def _quantity(name: str, size: int = 1, runs: int = 1) -> Quantity:
+    levels = runs * (size > 1)
+    ones = (1.0,) * (size + levels)
+    scaling = Scaling("linear", tuple(0.0 for _ in ones), ones, levels=levels)
+    return Quantity(name, "", tuple(map(str, range(size))), scaling=scaling, runs=runs)
+
+
+SIMULATED = InputSpec(
+    n_global=1,
+    quantities=(
+        *map(_quantity, ("redshift", "stellar_mass", "halo_mass")),
+        _quantity("photometry_lsst", 6),
+        _quantity("photometry_spherex", 102, 6),
+        _quantity("sfh", 36, 6),
+        _quantity("sed", 120, 8),
+    ),
 )
 
 
@@ -171,6 +193,31 @@ class GalaxyWalkerSubject(Subject):
         batch["geometry_vectors"] = torch.randn(size, spec.spaces, spec.geometry_features, generator=g)
         batch["answers"] = torch.randint(0, 3, (size, 1), generator=g)
         return batch
+
+
+class MOSAICSubject(Subject):
+    """Quantities, of which some are hidden."""
+
+    unit = "galaxy"
+    ahead = "masks"
+    forward = ("embed", "blocks", "heads+losses")
+
+    def __init__(self, config: MOSAIC, inputs: InputSpec = SIMULATED) -> None:
+        super().__init__(config, inputs)
+
+    def watch(self, method: Any, clock: Clock) -> None:
+        """Time the embeddings and, up to the last norm, the blocks."""
+        clock.around(method.network.embeddings[-1], "embed", "embed")
+        clock.around(method.network.norm, "blocks", "blocks")
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Random entries and errors."""
+        g, entries = _generator(index), sum(q.scaling.entries for q in self.inputs.quantities)
+        return Batch(
+            position=torch.arange(size),
+            quantities=torch.randn(size, entries, generator=g),
+            quantity_errors=torch.rand(size, entries, generator=g),
+        )
 
 
 class CLIPSubject(Subject):

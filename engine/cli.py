@@ -5,6 +5,7 @@
     armillary evaluate ...                         embed and judge, with a report
     armillary report ...                           the report from embeddings that exist
     armillary search ...                           objects whose embeddings are like that of one
+    armillary query ...                            quantities of galaxies, given others
     armillary export ...                           encoder or whole state out of a run
     armillary version                              also --version
 
@@ -41,10 +42,21 @@ COMMANDS = {
     "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
     "data graph": ("armillary.engine.data.cli", "graph", "neighbours on the sky"),
     "data simulate": ("armillary.engine.data.simulate.cli", "simulate", "make a survey of simulated galaxies"),
+    "data simulate-photometry": (
+        "armillary.engine.data.simulate.populations.cli",
+        "simulate_photometry",
+        "the same as photometry and star-formation histories",
+    ),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
+    "calibrate": (
+        "armillary.engine.evaluate.calibrate",
+        "calibrate_command",
+        "correct a run's answers by held-out samples",
+    ),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
     "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
+    "query": ("armillary.engine.query.cli", "query", "quantities of galaxies, given others, from a run"),
     "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
 }
 """Name: (module, function, one line of help)."""

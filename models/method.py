@@ -57,6 +57,10 @@ class Batch(TypedDict, total=False):
         Tensor  # [B, e] float32, scaled entries of `InputSpec.quantities` one behind the other, NaN where unknown
     )
     quantity_errors: Tensor  # [B, e] float32, their errors, scaled likewise, NaN where the survey states none
+    shown_quantities: Tensor  # [B, e] float32, the same with what is hidden as NaN
+    asked_tokens: Tensor  # [B, T] bool: True where a token of quantities is to be predicted
+    token_rows: Tensor  # [R] int64, tokens of quantities that are computed; its length is known to the host
+    key_rows: Tensor  # [K] int64, which of these are shown, likewise
     columns: Tensor  # [B, m] float32, columns of the catalogue that are inputs, standardised, NaN where unknown
     targets: Tensor  # [B, n] float32, labels to predict, standardised, NaN where unknown
     spectrum_vector: Tensor  # [B, F] float32, embedding of the spectrum made before, NaN where there is none
@@ -183,7 +187,7 @@ class Readout:
     """
 
     title: str
-    modality: Literal["image", "spectrum", "image+spectrum", "columns"]
+    modality: Literal["image", "spectrum", "image+spectrum", "columns", "vectors"]
     aligned: bool = False
     targets: tuple[str, ...] = ()
 
@@ -309,6 +313,28 @@ class Method(nn.Module, ABC):
 
         Raises:
             ValueError: A name is not known, or nothing of what is given is known for a sample.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers no questions")
+
+    def answer_pit(self, batch: Batch, given: tuple[str, ...], want: str) -> Tensor:
+        """Cumulative probabilities of true entries by the distributions of `answer`, before any correction.
+
+        Args:
+            batch: As for `answer`.
+            given: As for `answer`.
+            want: One quantity.
+
+        Returns:
+            [B, e] of the quantity's entries, NaN where the truth is unknown or given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers no questions")
+
+    def correct_answers(self, given: tuple[str, ...], corrections: Mapping[str, Tensor]) -> None:
+        """Have later answers corrected by what held-out samples showed.
+
+        Args:
+            given: What is given.
+            corrections: [e, K + 1] by name of a wanted quantity, see `armillary.models.masked.recalibration`.
         """
         raise NotImplementedError(f"{type(self).__name__} answers no questions")
 

@@ -35,6 +35,7 @@ def build(
     samples_per_shard: int = 2048,
     split: str = "auto",
     test_fraction: float | None = None,
+    validation_fraction: float | None = None,
     seed: int = 0,
     processes: int = 2,
     dask: str | None = None,
@@ -68,6 +69,7 @@ def build(
             split), auto (sky for samples that have a position, key for the others), source (the column split of the
             labels), or COLUMN:LOW:HIGH (that range is the test split, such as ra:120:150).
         test_fraction: Share of the test split, where it is one; 0.1 by default.
+        validation_fraction: Share of the split `validation`, likewise; none by default.
         seed: Keys the shuffle.
         processes: Worker processes.
         dask: Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers do the work instead.
@@ -104,7 +106,7 @@ def build(
         step_fraction=step_fraction,
         sky_sigma=sky_sigma,
         samples_per_shard=samples_per_shard,
-        split=parse_split(split, test_fraction),
+        split=parse_split(split, test_fraction, validation_fraction),
         seed=seed,
         processes=processes,
         dask=dask,

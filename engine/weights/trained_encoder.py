@@ -25,10 +25,21 @@ from armillary.engine.weights.verify import check_seal
 from armillary.engine.zero.partition import persistent_buffers
 from armillary.models.method import InputSpec, Method
 
-__all__ = ["EXPORT", "EXPORT_FORMAT", "RECORDED", "TrainedEncoder", "copy_weights", "encoder_tensors"]
+__all__ = [
+    "CALIBRATION",
+    "EXPORT",
+    "EXPORT_FORMAT",
+    "RECORDED",
+    "TrainedEncoder",
+    "copy_weights",
+    "encoder_tensors",
+]
 
 EXPORT = Path("export", "teacher.safetensors")
 """Where a run leaves its encoder when it ends, below its folder."""
+
+CALIBRATION = "calibration.json"
+"""Where a run keeps the corrections of its answers (`armillary calibrate`), in its folder."""
 
 EXPORT_FORMAT = "armillary-encoder"
 """What an exported file says of itself under "format"."""
@@ -129,7 +140,24 @@ class TrainedEncoder:
         assert self._archive is not None
         tensors = encoder_tensors(method)
         copy_weights(method, _average(self._archive, method) if self.path.is_dir() else self.weights(), self.path)
+        self._correct(method)
         return method.eval().requires_grad_(False), tensors
+
+    def _correct(self, method: Method) -> None:
+        """Take the corrections that lie in the run's folder, if they are of these weights."""
+        path = self.path.parent.parent / CALIBRATION  # above checkpoints/ and export/
+        if not path.is_file():
+            return
+        try:
+            written = json.loads(path.read_text())
+            if written["step"] == self.record["step"]:
+                for question in written["questions"]:
+                    steps = {name: torch.tensor(values) for name, values in question["corrections"].items()}
+                    method.correct_answers(tuple(question["given"]), steps)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not corrections of this run's answers ({error!r}); delete it, or calibrate again"
+            ) from error
 
     def untrained(self) -> Method:
         """The same configuration, freshly initialised with the run's seed; frozen weights from their files.

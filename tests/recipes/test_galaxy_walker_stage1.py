@@ -19,7 +19,7 @@ from armillary.engine.data.building.sky_graph import build_graph
 from armillary.engine.data.building.splits import ByHealpix
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sky_graph.graph import GraphOptions
-from armillary.engine.data.sources.files.tables import TableRows
+from armillary.engine.data.sources.tables.rows import TableRows
 from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.train.checks import problems

@@ -23,6 +23,7 @@ def simulate(
     size: int = 72,
     magnitude_limit: float = 19.5,
     test_fraction: float = 0.2,
+    validation_fraction: float = 0.0,
     codec: Literal["bitplane", "float16"] = "bitplane",
     processes: int = 2,
     samples_per_shard: int = 2048,
@@ -39,6 +40,7 @@ def simulate(
         size: Side of a cutout in pixels of 0.262 arcsec.
         magnitude_limit: Faintest z-band AB magnitude.
         test_fraction: Share of galaxies in the test split.
+        validation_fraction: Share of galaxies in the split `validation`, to choose settings on.
         codec: bitplane (quantised) or float16.
         processes: Processes that draw.
         samples_per_shard: Galaxies of a tar.
@@ -52,7 +54,7 @@ def simulate(
         Exit status 0.
     """
     from armillary.engine.data.building.build import build
-    from armillary.engine.data.building.splits import ByHealpix
+    from armillary.engine.data.building.splits import ByHealpix, ByKey
     from armillary.engine.data.simulate.pairs import SimulatedPairs
     from armillary.engine.data.simulate.survey import SimulatedSurvey
 
@@ -64,11 +66,16 @@ def simulate(
         name=f"simulated-pairs-{seed}" if spectra else f"simulated-{seed}",
         codec=codec,
         samples_per_shard=samples_per_shard,
-        **({"split": ByHealpix(test_fraction, nside=TILES)} if grouped else {"test_fraction": test_fraction}),
+        split=ByHealpix(test_fraction, nside=TILES)
+        if grouped
+        else ByKey(test_fraction, validation_fraction=validation_fraction),
         seed=seed,
         processes=processes,
         progress=progress,
     )
     what = "galaxies with spectra" if spectra else "galaxies"
-    print(f"{out}: {survey.count('train'):,} {what} to train on and {survey.count('test'):,} to test on")
+    counts = [f"{survey.count('train'):,} {what} to train on"]
+    if validation_fraction:
+        counts.append(f"{survey.count('validation'):,} to choose settings on")
+    print(f"{out}: {', '.join(counts)} and {survey.count('test'):,} to test on")
     return 0

@@ -74,12 +74,15 @@ class Encoder:
             width=survey.width,
             codec=survey.codec,
             spectrum=survey.spectrum,
+            vectors=survey.vectors,
             labels=survey.labels,
             folder=survey.folder,
         )
         view = run.views.eval_view(fitted, device)
         if view.columns is not None:
             view = replace(view, columns=view.columns.scaled(inputs.column_mean, inputs.column_std))
+        if view.quantities is not None:
+            view = replace(view, quantities=view.quantities.scaled(inputs.quantities))
         if view.neighbours is not None:
             view = replace(view, neighbours=view.neighbours.scaled(inputs.node_mean, inputs.node_std))
         # RUN/checkpoints/step-N or RUN/export/FILE; a file elsewhere has no run beside it.

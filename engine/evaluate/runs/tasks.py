@@ -161,6 +161,48 @@ class _Questions(Task):
         return questions(study, options, encoders)
 
 
+def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:
+    from armillary.models.mmae.pairs import PairMethod
+
+    if not any(isinstance(m, PairMethod) for m in methods):
+        return "it needs a run that fills in images and spectra (MMAE)"
+    lacking = [m for m in ("image", "spectrum") if m not in survey.modalities]
+    if lacking or "redshift" not in survey.labels:
+        return f"the survey has no {' and no '.join(lacking) or 'label redshift'}"
+    return ""
+
+
+class _Missing(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _no_pairs(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.missing.task import missing
+
+        return missing(study, encoders, options)
+
+
+class _Lines(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _no_pairs(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.lines.task import lines
+
+        return lines(study, encoders, options)
+
+
+class _Queries(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        able = any(m.questions() is not None for m in methods)
+        return "" if able else "it needs a run that answers questions, such as MOSAIC"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.queries.task import QueryOptions, queries
+
+        return queries(study, encoders, QueryOptions(options.queries, resamples=options.resamples))
+
+
 def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     missing = [name for name in wanted if name not in survey.labels]
     have = ", ".join(survey.labels) or "none"
@@ -185,6 +227,9 @@ class _Ablation(Task):
 
 TASKS: dict[str, Task] = {
     "ablation": _Ablation(),
+    "queries": _Queries(),
+    "missing": _Missing(),
+    "lines": _Lines(),
     "baselines": _Baselines(),
     "collapse": _Collapse(),
     "search": _Search(),

@@ -1,6 +1,6 @@
-"""SuperMock: galaxies painted onto the Last Journey simulation, as vectors; there are no images.
+"""SuperMock in the layout of its earlier writer: one file a core, one data set a band. There are no images.
 
-Layout (v3, HDF5, one value or vector a row): `galaxy_id`, `halo_id` (64 bits), `ra_true`, `dec_true` (degrees),
+Layout (HDF5, one value or vector a row): `galaxy_id`, `halo_id` (64 bits), `ra_true`, `dec_true` (degrees),
 `redshift_true`, `stellar_mass`, `halo_mass` (Msun), `is_central`; AB magnitudes, a data set a band: `mag_u_sdss` to
 `mag_Y_sdss` (LSST's six, in spite of the name), `mag_0_spherex` to `mag_101_spherex`, and the same for COSMOS (31), WISE
 (7), the Legacy Surveys (8) and 2MASS (3); `SFH` (n, 117), Msun/yr, at the cosmic ages `time_bins_SFH` (117), Gyr; `SED`
@@ -33,14 +33,14 @@ from armillary.engine.data.sources.files.hdf5 import (
 from armillary.engine.data.sources.files.parts import Part, PartSource, short_names
 from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import Rows
+from armillary.engine.data.sources.surveys.supermock.grids import named, resample_sed, sed_grid
 
-__all__ = ["SuperMock", "resample_sed", "sed_grid"]
+__all__ = ["EarlierSuperMock"]
 
 MAGNITUDE = re.compile(r"mag_(.+)_([A-Za-z0-9]+)")
 NAMES = {"sdss": "lsst"}  # vectors whose name is not the suffix of the columns
 LSST = "ugrizyY"
 EXPECTED = {"lsst": 6, "spherex": 102}
-GRID_MICRON = (0.09, 35.0, 500)  # first, last, points, evenly in the logarithm
 LARGEST_MICRON = 5.0  # a first wavelength beyond it is in angstrom
 AXES = ("time_bins_SFH", "SED_wavelength")  # one value a component, not a row
 BLOCK = 512  # rows whose magnitudes are read together: they are in some 160 data sets
@@ -54,7 +54,7 @@ MEANING = {
 }
 
 
-class SuperMock(PartSource):
+class EarlierSuperMock(PartSource):
     """A `Source` of mock galaxies; the key of a sample is its galaxy_id.
 
     Args:
@@ -171,7 +171,7 @@ class _Layout:
             if "SFH" in file:
                 ages = _axis(place, file, "time_bins_SFH")
                 checked(place, file, "SFH", "f", len(ages), rows=self.count)
-                components = _unique(ages, "Gyr")
+                components = named(ages, "Gyr")
                 records.append(VectorRecord("sfh", components, "Msun/yr", "star-formation rate at cosmic ages"))
             self.wave: np.ndarray | None = None
             if "SED" in file:
@@ -179,7 +179,7 @@ class _Layout:
                 checked(place, file, "SED", "f", len(wave), rows=self.count)
                 self.wave = wave * 1e-4 if wave[0] > LARGEST_MICRON else wave
                 points = sed_grid()[0] if resample else self.wave
-                records.append(VectorRecord("sed", _unique(points, "um"), "Jy", "flux density at wavelengths"))
+                records.append(VectorRecord("sed", named(points, "um"), "Jy", "flux density at wavelengths"))
         if not records:
             raise ValueError(f"{path}: it holds no vectors: there are no columns mag_BAND_SURVEY, SFH or SED")
         self.vectors = tuple(records)
@@ -242,49 +242,5 @@ def _axis(place: str, file: Any, name: str) -> np.ndarray:
     return values
 
 
-def _unique(values: np.ndarray, unit: str) -> tuple[str, ...]:
-    """Names of components: as few digits as keep them apart."""
-    for digits in range(4, 18):
-        names = tuple(f"{v:.{digits}g} {unit}" for v in values.tolist())
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
 def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.float32(np.nan))
-
-
-def sed_grid() -> tuple[np.ndarray, np.ndarray]:
-    """Wavelengths [500] of the grid and edges [501] of its bins, micrometres."""
-    first, last, points = GRID_MICRON
-    step = np.log(last / first) / (points - 1)
-    return first * np.exp(step * np.arange(points)), first * np.exp(step * (np.arange(points + 1) - 0.5))
-
-
-def resample_sed(sed: np.ndarray, wave: np.ndarray) -> np.ndarray:
-    """Means over the bins of `sed_grid`, in the logarithm of wavelength: the light of narrow lines is kept.
-
-    Args:
-        sed: [L]; linear between its points.
-        wave: [L] micrometres, increasing.
-
-    Returns:
-        [500] float32; NaN for bins that reach beyond `wave` or touch a value that is not finite.
-    """
-    edges, x = np.log(sed_grid()[1]), np.log(wave)
-    known = np.isfinite(sed)
-    values = np.where(known, sed, 0).astype(np.float64)
-    means = np.diff(_integral(values, x, edges)) / np.diff(edges)
-    touched = np.diff(_integral((~known).astype(np.float64), x, edges)) > 0
-    outside = (edges[:-1] < x[0]) | (edges[1:] > x[-1])
-    return np.where(touched | outside, np.nan, means).astype(np.float32)
-
-
-def _integral(y: np.ndarray, x: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Integral of a piecewise linear function from x[0] to each of `at`."""
-    whole = np.concatenate([[0], np.cumsum((y[1:] + y[:-1]) / 2 * np.diff(x))])
-    place = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
-    along = np.clip(at, x[0], x[-1]) - x[place]
-    slope = (y[place + 1] - y[place]) / (x[place + 1] - x[place])
-    return whole[place] + y[place] * along + slope * along**2 / 2

@@ -7,7 +7,8 @@ import pytest
 from armillary.engine.data.building.build import build
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import BadSample
-from armillary.engine.data.sources.surveys.supermock import SuperMock, resample_sed, sed_grid
+from armillary.engine.data.sources.surveys.supermock.earlier import EarlierSuperMock
+from armillary.engine.data.sources.surveys.supermock.grids import resample_sed, sed_grid
 
 FIRST_ID = 5600000000000000123  # float64 cannot tell it from its neighbours
 AGES = np.linspace(0.199, 13.80, 117)
@@ -47,7 +48,7 @@ def test_vectors_and_labels(tmp_path):
     data = galaxies(5)
     data["mag_2_spherex"][3] = np.inf
     put(tmp_path / "mock.hdf5", data)
-    source = pickle.loads(pickle.dumps(SuperMock(tmp_path / "mock.hdf5")))
+    source = pickle.loads(pickle.dumps(EarlierSuperMock(tmp_path / "mock.hdf5")))
     records = {record.name: record for record in source.vectors}
     sizes = {"lsst": 6, "spherex": 102, "cosmos": 31, "wise": 7, "sfh": 117, "sed": 700}
     assert {name: record.size for name, record in records.items()} == sizes
@@ -79,7 +80,7 @@ def test_vectors_and_labels(tmp_path):
 def test_build_and_read_back(tmp_path):
     put(tmp_path / "a.h5", galaxies(6))
     put(tmp_path / "b.h5", galaxies(4, 6))
-    source = SuperMock(tmp_path, resample_sed=True, leave_out=("cosmos",))
+    source = EarlierSuperMock(tmp_path, resample_sed=True, leave_out=("cosmos",))
     survey = build(source, tmp_path / "packed", name="mock", progress=False)
     assert survey.modalities == ("vectors",) and survey.count() == 10
     assert [v.name for v in survey.vectors] == ["lsst", "spherex", "wise", "sfh", "sed"]
@@ -98,7 +99,7 @@ def test_rows_beyond_one_block_and_file(tmp_path):
     small = {k: v for k, v in galaxies(2500).items() if k not in ("SED", "SED_wavelength", "SFH", "time_bins_SFH")}
     put(tmp_path / "a.h5", small)
     put(tmp_path / "b.h5", {k: v[:7] if k != "galaxy_id" else v[:7] + 9000 for k, v in small.items()})
-    source = SuperMock(tmp_path)
+    source = EarlierSuperMock(tmp_path)
     for i in (0, 511, 512, 1023, 1024, 2499, 2500, 2506, 5):
         row = i if i < 2500 else i - 2500
         sample = source.read(i)
@@ -128,7 +129,7 @@ def test_sed_in_micrometres(tmp_path):
     data = galaxies(2)
     put(tmp_path / "a.h5", data)
     put(tmp_path / "b.h5", data | {"SED_wavelength": WAVE * 1e-4})
-    one, other = (SuperMock(tmp_path / f"{name}.h5", resample_sed=True) for name in "ab")
+    one, other = (EarlierSuperMock(tmp_path / f"{name}.h5", resample_sed=True) for name in "ab")
     np.testing.assert_array_equal(one.read(1).vectors["sed"], other.read(1).vectors["sed"])
     assert one.vectors == other.vectors and one.vectors[-1].size == 500
     assert np.isfinite(one.read(1).vectors["sed"]).all()
@@ -170,30 +171,30 @@ def reordered(values, row, value):
 def test_wrong_layouts(tmp_path, changes, match):
     put(tmp_path / "a.h5", galaxies(3) | changes)
     with pytest.raises(ValueError, match=rf"a\.h5: {match}"):
-        SuperMock(tmp_path)
+        EarlierSuperMock(tmp_path)
 
 
 def test_wrong_files_and_options(tmp_path):
     put(tmp_path / "a.h5", galaxies(3))
     put(tmp_path / "b.h5", galaxies(3, 3) | {"halo_mass": None})
     with pytest.raises(ValueError, match=r"b\.h5: column 'halo_mass' is missing or differs from that of .*a\.h5"):
-        SuperMock(tmp_path)
+        EarlierSuperMock(tmp_path)
     put(tmp_path / "b.h5", galaxies(3, 3) | {"time_bins_SFH": AGES * 2})
     with pytest.raises(ValueError, match=r"b\.h5: vector 'sfh' is missing or differs"):
-        SuperMock(tmp_path)
+        EarlierSuperMock(tmp_path)
     with pytest.raises(ValueError, match=r"leave_out: no vector 'roman'; there is cosmos, lsst"):
-        SuperMock(tmp_path / "a.h5", leave_out=("roman",))
+        EarlierSuperMock(tmp_path / "a.h5", leave_out=("roman",))
     with h5py.File(tmp_path / "b.h5", "w") as file:
         for name in ("galaxy_id", "ra_true", "dec_true", "redshift_true"):
             file[name] = galaxies(3)[name]
     with pytest.raises(ValueError, match=r"b\.h5: it holds no vectors"):
-        SuperMock(tmp_path / "b.h5")
+        EarlierSuperMock(tmp_path / "b.h5")
     put(tmp_path / "b.h5", {k: v[:0] if len(v) == 3 else v for k, v in galaxies(3).items()})
     with pytest.raises(ValueError, match=r"b\.h5: column 'galaxy_id' has no rows"):
-        SuperMock(tmp_path / "b.h5")
+        EarlierSuperMock(tmp_path / "b.h5")
     (tmp_path / "b.h5").write_bytes((tmp_path / "a.h5").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"b\.h5: not a readable HDF5 file: .*truncated"):
-        SuperMock(tmp_path)
+        EarlierSuperMock(tmp_path)
 
 
 def test_unusable_rows(tmp_path):
@@ -203,7 +204,7 @@ def test_unusable_rows(tmp_path):
         if name.startswith("mag_"):
             values[2] = np.nan
     put(tmp_path / "a.h5", data)
-    source = SuperMock(tmp_path)
+    source = EarlierSuperMock(tmp_path)
     with pytest.raises(BadSample, match=r"a\.h5: row 1: column 'ra': 360\.5 is outside"):
         source.read(1)
     with pytest.raises(BadSample, match=r"a\.h5: row 2: columns cosmos, lsst, spherex, wise: no component is known"):
@@ -211,4 +212,4 @@ def test_unusable_rows(tmp_path):
     data["galaxy_id"][0] = data["galaxy_id"][2]
     put(tmp_path / "b.h5", data)
     with pytest.raises(ValueError, match=f"key '{FIRST_ID + 2}': rows 0 and 2 of the source both have it"):
-        build(SuperMock(tmp_path / "b.h5"), tmp_path / "packed", name="mock", progress=False, on_bad="skip")
+        build(EarlierSuperMock(tmp_path / "b.h5"), tmp_path / "packed", name="mock", progress=False, on_bad="skip")
