@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from armillary.engine.data.format.columns import Columns, column_problems
@@ -194,6 +193,8 @@ def _opened(path: Path, survey: Path, _: tuple[int, int]) -> SkyGraph:
 
 def _vectors(path: Path, survey: Survey) -> np.ndarray:
     """[N, V] float32 vectors of a file of embeddings, which has one for every row of the survey's catalogue."""
+    import pyarrow.parquet as pq  # here, since recipes import this module; it starts threads, and most runs read no vectors
+
     assert survey.folder is not None
     vectors = read_vectors(path, survey).numpy()
     missing = np.flatnonzero(np.isnan(vectors).any(1))

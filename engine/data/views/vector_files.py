@@ -5,9 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -36,6 +33,10 @@ def read_vectors(path: Path, survey: Survey) -> Tensor:
 
 @lru_cache(maxsize=4)  # checks, input spec and views of a run all ask for the same
 def _read(path: Path, folder: Path, *_: int) -> Tensor:
+    import pyarrow as pa  # here, since recipes import this module; it starts threads, and most runs read no vectors
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path, columns=["key", "vector"])
         column = table["vector"].combine_chunks()
