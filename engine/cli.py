@@ -5,13 +5,14 @@
     armillary evaluate ...                         embed and judge, with a report
     armillary report ...                           the report from embeddings that exist
     armillary search ...                           objects whose embeddings are like that of one
+    armillary query ...                            quantities of galaxies, given others
     armillary export ...                           encoder or whole state out of a run
     armillary version                              also --version
 
 A command is a function with typed arguments in the part that does the work; tyro makes options of them. It is imported
 when it is asked for, and imports what it works with when it is run, so that help comes at once and a package that is missing
 takes away one command only. Exit codes: 0 done; 1 done, and the result is bad (a damaged survey, a collapsed encoder); 2 bad
-input.
+input; 4 damaged weights.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tyro
 import armillary
 from armillary.engine.command_line import refuse_repeats, repeatable
 from armillary.engine.user_code import Packages, trust
+from armillary.engine.weights.verify import CheckpointError
 
 __all__ = ["COMMANDS", "export", "main"]
 
@@ -40,10 +42,21 @@ COMMANDS = {
     "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
     "data graph": ("armillary.engine.data.cli", "graph", "neighbours on the sky"),
     "data simulate": ("armillary.engine.data.simulate.cli", "simulate", "make a survey of simulated galaxies"),
+    "data simulate-photometry": (
+        "armillary.engine.data.simulate.populations.cli",
+        "simulate_photometry",
+        "the same as photometry and star-formation histories",
+    ),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
+    "calibrate": (
+        "armillary.engine.evaluate.calibrate",
+        "calibrate_command",
+        "correct a run's answers by held-out samples",
+    ),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
     "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
+    "query": ("armillary.engine.query.cli", "query", "quantities of galaxies, given others, from a run"),
     "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
 }
 """Name: (module, function, one line of help)."""
@@ -80,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"armillary {name}: this installation lacks {error.name}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"armillary {name}: {error}", file=sys.stderr)
+        return 4
     except (ValueError, OSError, RuntimeError) as error:
         print(f"armillary {name}: {error}", file=sys.stderr)
         return 2

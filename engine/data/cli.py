@@ -35,6 +35,7 @@ def build(
     samples_per_shard: int = 2048,
     split: str = "auto",
     test_fraction: float | None = None,
+    validation_fraction: float | None = None,
     seed: int = 0,
     processes: int = 2,
     dask: str | None = None,
@@ -68,6 +69,7 @@ def build(
             split), auto (sky for samples that have a position, key for the others), source (the column split of the
             labels), or COLUMN:LOW:HIGH (that range is the test split, such as ra:120:150).
         test_fraction: Share of the test split, where it is one; 0.1 by default.
+        validation_fraction: Share of the split `validation`, likewise; none by default.
         seed: Keys the shuffle.
         processes: Worker processes.
         dask: Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers do the work instead.
@@ -104,7 +106,7 @@ def build(
         step_fraction=step_fraction,
         sky_sigma=sky_sigma,
         samples_per_shard=samples_per_shard,
-        split=parse_split(split, test_fraction),
+        split=parse_split(split, test_fraction, validation_fraction),
         seed=seed,
         processes=processes,
         dask=dask,
@@ -304,7 +306,7 @@ def graph(
     survey: tyro.conf.Positional[Path],
     *,
     space: Literal["euclidean", "spherical", "hyperbolic", "comoving"] = "spherical",
-    mode: Literal["published", "leak-free"] = "published",
+    mode: Literal["published", "leak-free", "inductive"] = "published",
     k: int = 5,
     linking_length_mpc: float | None = None,
     redshift: str | None = None,
@@ -319,11 +321,12 @@ def graph(
         survey: Folder of the survey; every row must have a position.
         space: Whose distance is compared: euclidean is the plane of RA and Dec, spherical great circles, hyperbolic the
             Poincare ball over that plane. comoving links all rows within a length in three dimensions, and tells redshifts.
-        mode: published is one graph over all rows; in leak-free only rows of the split train may be seen.
+        mode: published is one graph over all rows; in leak-free only rows of the split train may be seen; in inductive
+            rows see rows of their own split.
         k: Neighbours of a row, itself not counted; not for comoving.
         linking_length_mpc: Greatest comoving distance of neighbours.
         redshift: Label with redshifts, for comoving.
-        buffer_arcmin: With leak-free, leave out rows of train this near to a row of another split.
+        buffer_arcmin: Not with published: leave out rows of train this near to a row of another split.
         symmetrise: Add the way back of every edge whose row may be seen.
         shuffle_seed: Shuffle the neighbours within each split by this seed: the control of the graph without it.
         threads: Threads of the search.
@@ -333,7 +336,7 @@ def graph(
     from rich.console import Console
     from rich.table import Table
 
-    from armillary.engine.data.sky_graph.build import build_graph
+    from armillary.engine.data.building.sky_graph import build_graph
     from armillary.engine.data.sky_graph.graph import GraphOptions
 
     options = GraphOptions(

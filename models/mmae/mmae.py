@@ -31,10 +31,10 @@ from torch import Tensor
 
 from armillary.models.masked.masking import batch_coin, token_masks
 from armillary.models.masked.photoz_loss import photoz_loss
-from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
-from armillary.models.mmae.batch_checks import crop_of, refuse_missing, spectrum_of
+from armillary.models.method import Batch, BatchKey, InputSpec, Losses, MethodConfig, ParameterGroup, Readout
+from armillary.models.mmae.batch_checks import crop_of, refuse_missing
 from armillary.models.mmae.network import Encoded, Network
-from armillary.models.mmae.spectrum_bins import normalised_bins
+from armillary.models.mmae.pairs import PairMethod, Seen, Tokenisation, mean_of, wide
 from armillary.models.rules import at_least, fractions, positive, refuse
 
 __all__ = ["MMAE", "MMAEMethod"]
@@ -81,17 +81,10 @@ class MMAE(MethodConfig):
     redshift_weight: float = 1.0
     redshift_scale: float = 0.15
 
-    def patches(self, inputs: InputSpec) -> int:
-        """Patches T of a crop."""
-        return (inputs.global_size // self.patch_size) ** 2
-
-    def bins(self, inputs: InputSpec) -> int:
-        """Bins of a spectrum."""
-        return inputs.pixels // self.bin_pixels
-
-    def tokens(self, inputs: InputSpec) -> int:
-        """Tokens N of a spectrum."""
-        return self.bins(inputs) // self.token_bins
+    @property
+    def cut(self) -> Tokenisation:
+        """Tokens of a pair."""
+        return Tokenisation(self.patch_size, self.bin_pixels, self.token_bins)
 
     def problems(self, inputs: InputSpec) -> list[str]:
         """Broken rules, see `MethodConfig`."""
@@ -114,11 +107,11 @@ class MMAE(MethodConfig):
             return found
         if self.dim % self.heads:
             found.append(f"heads: must divide dim {self.dim}, got {self.heads}")
-        if not self.patches(inputs) or inputs.global_size % self.patch_size:
+        if not self.cut.patches(inputs) or inputs.global_size % self.patch_size:
             found.append(
                 f"views.image.global_size: must be a multiple of patch_size {self.patch_size}, got {inputs.global_size}"
             )
-        if not self.tokens(inputs):
+        if not self.cut.tokens(inputs):
             wanted = self.bin_pixels * self.token_bins
             found.append(f"views.spectrum: must have {wanted} pixels for a token, got {inputs.pixels}")
         return found
@@ -129,19 +122,19 @@ class MMAE(MethodConfig):
         return MMAEMethod(self, inputs)
 
 
-class MMAEMethod(Method):
+class MMAEMethod(PairMethod):
     """The network with its objective; see `MMAE`."""
 
-    takes_missing_spectra = True
+    needs_image = True
 
     def __init__(self, config: MMAE, inputs: InputSpec) -> None:
-        super().__init__()
-        self.config, self.inputs = config, inputs
+        super().__init__(inputs, config.cut)
+        self.config = config
         self.network = Network(
             channels=inputs.channels,
             side=inputs.global_size,
             patch_size=config.patch_size,
-            bins=config.bins(inputs),
+            bins=inputs.pixels // config.bin_pixels,
             token_bins=config.token_bins,
             dim=config.dim,
             depth=config.depth,
@@ -155,8 +148,8 @@ class MMAEMethod(Method):
         config, place = self.config, batch["position"]
         prepared = batch.copy()
         for name, number, tokens, share in (
-            ("image_mask", IMAGE, config.patches(self.inputs), config.image_mask),
-            ("token_mask", SPECTRUM, config.tokens(self.inputs), config.spectrum_mask),
+            ("image_mask", IMAGE, config.cut.patches(self.inputs), config.image_mask),
+            ("token_mask", SPECTRUM, config.cut.tokens(self.inputs), config.spectrum_mask),
         ):
             prepared[name] = token_masks(place, key, tokens, (share, share), modality=number)  # type: ignore[literal-required]
         hidden = torch.full_like(place, batch_coin(key, config.spectrum_drop), dtype=torch.bool)
@@ -179,19 +172,20 @@ class MMAEMethod(Method):
         """
         config = self.config
         refuse_missing(batch, "crop", "spectrum", "targets", "image_mask", "token_mask", "spectrum_hidden")
-        crop, bins = crop_of(batch, self.inputs), self._bins(batch)
+        crop = crop_of(batch, self.inputs)
+        bins = self.bins(batch, len(crop))[0]
         bins = bins.masked_fill(batch["spectrum_hidden"][:, None], 0.0)
         encoded = self._run(crop, bins, batch["image_mask"], batch["token_mask"])
 
-        size, width = config.patch_size, config.tokens(self.inputs) * config.token_bins
+        size, width = config.patch_size, config.cut.tokens(self.inputs) * config.token_bins
         by_patch = batch["image_mask"].unflatten(1, (crop.shape[2] // size, -1))
         scored = by_patch.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, None].expand_as(crop)
-        image = config.image_weight * _masked_mean((_wide(encoded.image) - crop).square(), scored)
+        image = config.image_weight * mean_of((wide(encoded.image) - crop).square(), scored)
         scored = (batch["token_mask"] & ~batch["spectrum_hidden"][:, None]).repeat_interleave(config.token_bins, 1)
-        errors = (_wide(encoded.spectrum[:, :width]) - bins[:, :width]).square()
-        spectrum = config.spectrum_weight * _masked_mean(errors, scored)
+        errors = (wide(encoded.spectrum[:, :width]) - bins[:, :width]).square()
+        spectrum = config.spectrum_weight * mean_of(errors, scored)
         true = batch["targets"][:, 0] * self.inputs.target_std[0] + self.inputs.target_mean[0]
-        redshift = config.redshift_weight * photoz_loss(_wide(encoded.redshift), true, config.redshift_scale)
+        redshift = config.redshift_weight * photoz_loss(wide(encoded.redshift), true, config.redshift_scale)
         terms = {"image": image.detach(), "spectrum": spectrum.detach(), "redshift": redshift.detach()}
         return Losses(image + spectrum + redshift, terms)
 
@@ -200,9 +194,19 @@ class MMAEMethod(Method):
         found: Encoded = self.network(crop.to(dtype), bins.to(dtype), image_hidden, spectrum_hidden)
         return found
 
-    def _bins(self, batch: Batch) -> Tensor:
-        spectrum = spectrum_of(batch, self.inputs)
-        return normalised_bins(spectrum, batch.get("spectrum_ivar"), self.config.bin_pixels)
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, image_hidden: Tensor, spectrum_hidden: Tensor) -> Seen:
+        """See `PairMethod.reconstruct`; one redshift, and one spectrum whatever the redshift."""
+        crop, bins = self.crops(batch, len(image_hidden)), self.bins(batch, len(image_hidden))[0]
+        absent = spectrum_hidden.all(1)
+        encoded = self._run(crop, bins.masked_fill(absent[:, None], 0.0), image_hidden, spectrum_hidden)
+        spectrum = encoded.spectrum[:, None, : self.cut.bins(self.inputs)].float()
+        return Seen(
+            encoded.redshift.float(),
+            None,
+            lambda: encoded.image.float(),
+            lambda z: spectrum.expand(-1, z.shape[1], -1),
+        )
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Tensor]:
@@ -220,12 +224,12 @@ class MMAEMethod(Method):
         if "crop" not in batch:
             raise ValueError("MMAE: embeds images, alone or with spectra, but the batch has no `crop`")
         crop, config = crop_of(batch, self.inputs), self.config
-        shown = torch.zeros(len(crop), config.patches(self.inputs), dtype=torch.bool, device=crop.device)
-        absent = torch.ones(len(crop), config.tokens(self.inputs), dtype=torch.bool, device=crop.device)
-        none = torch.zeros(len(crop), config.bins(self.inputs), device=crop.device)
+        shown = torch.zeros(len(crop), config.cut.patches(self.inputs), dtype=torch.bool, device=crop.device)
+        absent = torch.ones(len(crop), config.cut.tokens(self.inputs), dtype=torch.bool, device=crop.device)
+        none = torch.zeros(len(crop), self.inputs.pixels // config.bin_pixels, device=crop.device)
         seen = {"image": self._run(crop, none, shown, absent)}
         if "spectrum" in batch:
-            seen["both"] = self._run(crop, self._bins(batch), shown, ~absent)
+            seen["both"] = self._run(crop, self.bins(batch, len(crop))[0], shown, ~absent)
         found: dict[str, Tensor] = {}
         for name, encoded in seen.items():
             found |= {name: encoded.fused.float(), f"{name}_redshift": encoded.redshift[:, None].float()}
@@ -257,21 +261,11 @@ class MMAEMethod(Method):
     def flops_per_sample(self) -> float:
         """Matrix-product FLOPs of one training sample, forward and backward, 2 a multiply-add."""
         config, inputs = self.config, self.inputs
-        d, t, n = config.dim, config.patches(inputs), config.tokens(inputs)
-        pixels, bins = inputs.channels * inputs.global_size**2, config.bins(inputs)
+        d, t, n = config.dim, config.cut.patches(inputs), config.cut.tokens(inputs)
+        pixels, bins = inputs.channels * inputs.global_size**2, inputs.pixels // config.bin_pixels
         embedding = 2 * d * (pixels + n * config.token_bins)
         blocks = 24 * d * d * (t + n) * (config.depth + config.fusion_depth)  # projections and MLPs
         attention = 4 * d * (config.depth * (t * t + n * n) + 2 * config.fusion_depth * t * n)
         pooling = 4 * config.heads * d * (t + n) + 8 * d * d
         heads = 2 * (2 * (4 * d * d + 2 * d * d) + d * (pixels + bins) + 2 * d * d + d)
         return 3.0 * (embedding + blocks + attention + pooling + heads)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of the chosen elements; 0, with gradients of 0, where there are none."""
-    return values.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)

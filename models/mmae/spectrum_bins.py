@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["normalised_bins"]
+__all__ = ["normalised_bins", "scatter_of"]
 
 SPIKE = 100.0
 FLAT = 1e-6  # scatter over mean of a constant spectrum, which is all rounding
@@ -32,6 +32,23 @@ def normalised_bins(flux: Tensor, ivar: Tensor | None, pixels: int) -> Tensor:
     Returns:
         [B, L // pixels] float32; 0 throughout for a spectrum without data, or of one value.
     """
+    mean, scatter, seen = _moments(flux, ivar)
+    varies = scatter > FLAT * mean.abs()
+    x = torch.where(seen & varies, (flux - mean) / torch.where(varies, scatter, 1.0), 0.0)
+    ends = x[:, [0, -1]]
+    spikes = ends.abs() > SPIKE
+    if bool(spikes.any()):
+        x[:, [0, -1]] = torch.where(spikes, _median(x, seen), ends)
+    return x.unfold(1, pixels, pixels).mean(2)
+
+
+def scatter_of(flux: Tensor, ivar: Tensor | None) -> Tensor:
+    """s of spectra, [B], in their unit: what a normalised flux is to be multiplied by. Arguments as of `normalised_bins`."""
+    return _moments(flux, ivar)[1][:, 0]
+
+
+def _moments(flux: Tensor, ivar: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """m and s, [B, 1], and which pixels carry data [B, L]."""
     weight = torch.ones_like(flux) if ivar is None else ivar
     seen = (weight > 0) & (flux != 0)
     weight = torch.where(seen, weight, 0.0)
@@ -39,15 +56,7 @@ def normalised_bins(flux: Tensor, ivar: Tensor | None, pixels: int) -> Tensor:
     total = weight.sum(1, keepdim=True)
     total = torch.where(total > 0, total, 1.0)
     mean = (weight * flux).sum(1, keepdim=True) / total
-    centred = flux - mean
-    scatter = ((weight * centred.square()).sum(1, keepdim=True) / total).sqrt()
-    varies = scatter > FLAT * mean.abs()
-    x = torch.where(seen & varies, centred / torch.where(varies, scatter, 1.0), 0.0)
-    ends = x[:, [0, -1]]
-    spikes = ends.abs() > SPIKE
-    if bool(spikes.any()):
-        x[:, [0, -1]] = torch.where(spikes, _median(x, seen), ends)
-    return x.unfold(1, pixels, pixels).mean(2)
+    return mean, ((weight * (flux - mean).square()).sum(1, keepdim=True) / total).sqrt(), seen
 
 
 def _median(x: Tensor, seen: Tensor) -> Tensor:

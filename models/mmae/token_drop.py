@@ -28,23 +28,21 @@ import torch
 from torch import Tensor, nn
 
 from armillary.kernels.launch import Impl
-from armillary.kernels.tokens.attention import Backend, PackedSequences
+from armillary.kernels.tokens.attention import Backend
 from armillary.models.masked.binned_density import BinnedDensity
 from armillary.models.masked.masking import modality_masks, share_problems, token_masks
 from armillary.models.masked.packing import Packing, pack, shown_rows
-from armillary.models.masked.tokenisers import POSITION_STD, to_patches
-from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
-from armillary.models.mmae.batch_checks import crop_of, refuse_missing, spectrum_of
+from armillary.models.masked.tokenisers import to_image, to_patches
+from armillary.models.method import Batch, BatchKey, InputSpec, Losses, MethodConfig, ParameterGroup, Readout
+from armillary.models.mmae.batch_checks import refuse_missing
+from armillary.models.mmae.pairs import PairMethod, Seen, Tokenisation, mean_of, wide
 from armillary.models.mmae.rest_frame import WAVES, RestFrameDecoder
-from armillary.models.mmae.spectrum_bins import normalised_bins
+from armillary.models.mmae.shown_tokens import ImageDecoder, ShownEncoder, Tokens, convolutions, linear
 from armillary.models.rules import at_least, choices, positive, refuse
-from armillary.models.vit.residual_stream import ResidualNorm, Stream
-from armillary.models.vit.vit_block import Block
 
 __all__ = ["TokenDropMMAE", "TokenDropMethod"]
 
 IMAGE, SPECTRUM = 0, 1  # numbers of the modalities' masks
-MLP_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -79,15 +77,15 @@ class TokenDropMMAE(MethodConfig):
 
     patch_size: int = 8
     stem: Literal["linear", "convolutions"] = "linear"
-    bin_pixels: int = 30
-    token_bins: int = 8
+    bin_pixels: int = 6
+    token_bins: int = 40
     dim: int = 256
     depth: int = 8
     heads: int = 8
     decoder_dim: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 4
-    rest_points: int = 1024
+    rest_points: int = 4096
     rest_hidden: int = 512
     image_mask: tuple[float, float] = (0.0, 0.75)
     spectrum_mask: tuple[float, float] = (0.0, 0.75)
@@ -101,13 +99,10 @@ class TokenDropMMAE(MethodConfig):
     attention: Backend = "auto"
     impl: Impl = "auto"
 
-    def patches(self, inputs: InputSpec) -> int:
-        """Patches T of a crop."""
-        return (inputs.global_size // self.patch_size) ** 2
-
-    def tokens(self, inputs: InputSpec) -> int:
-        """Tokens N of a spectrum."""
-        return inputs.pixels // self.bin_pixels // self.token_bins
+    @property
+    def cut(self) -> Tokenisation:
+        """Tokens of a pair."""
+        return Tokenisation(self.patch_size, self.bin_pixels, self.token_bins)
 
     def problems(self, inputs: InputSpec) -> list[str]:
         """Broken rules, see `MethodConfig`."""
@@ -138,11 +133,11 @@ class TokenDropMMAE(MethodConfig):
         for heads, dim in (("heads", "dim"), ("decoder_heads", "decoder_dim")):
             if getattr(self, dim) % getattr(self, heads):
                 found.append(f"{heads}: must divide {dim} {getattr(self, dim)}, got {getattr(self, heads)}")
-        if not self.patches(inputs) or inputs.global_size % self.patch_size:
+        if not self.cut.patches(inputs) or inputs.global_size % self.patch_size:
             found.append(
                 f"views.image.global_size: must be a multiple of patch_size {self.patch_size}, got {inputs.global_size}"
             )
-        if not self.tokens(inputs):
+        if not self.cut.tokens(inputs):
             wanted = self.bin_pixels * self.token_bins
             found.append(f"views.spectrum: must have {wanted} pixels for a token, got {inputs.pixels}")
         return found
@@ -153,98 +148,39 @@ class TokenDropMMAE(MethodConfig):
         return TokenDropMethod(self, inputs)
 
 
-class _Tokens(nn.Module):
-    """Tokens of the chosen rows of one modality, with their positions."""
-
-    def __init__(self, layer: nn.Module, count: int, dim: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.position = nn.Parameter(POSITION_STD * torch.randn(count, dim))
-
-    def forward(self, pieces: Tensor, rows: Tensor) -> Tensor:
-        """[P, D] of rows [P] of pieces [B, N, ...] (sample * N + piece)."""
-        chosen = pieces.flatten(0, 1).index_select(0, rows).to(self.position.dtype)
-        return self.layer(chosen) + self.position.index_select(0, rows % len(self.position))
-
-
-class _Blocks(nn.Module):
-    def __init__(self, depth: int, dim: int, heads: int, attention: Backend, impl: Impl) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, MLP_RATIO * dim, 1.0, attention, "erf", impl) for _ in range(depth)
-        )
-        self.norm = ResidualNorm(dim, impl)
-
-    def forward(self, x: Tensor, layout: PackedSequences) -> Tensor:
-        stream = Stream(x)
-        for block in self.blocks:
-            stream = block(stream, layout, (None, None))
-        return self.norm(stream)[1]
-
-
-class _Encoder(nn.Module):
-    def __init__(self, config: TokenDropMMAE, inputs: InputSpec) -> None:
-        super().__init__()
-        dim, p = config.dim, config.patch_size
-        convolutions = config.stem == "convolutions"
-        width, side = (dim // 2, (p + 1) // 2) if convolutions else (inputs.channels, p)
-        stem: list[nn.Module] = [nn.Flatten(), nn.Linear(width * side**2, dim)]
-        if convolutions:  # within a patch, so that nothing of a hidden one is seen
-            first = nn.Conv2d(inputs.channels, width, 3, padding=1)
-            stem = [first, nn.GELU(), nn.Conv2d(width, width, 3, 2, 1), nn.GELU(), *stem]
-        self.own = nn.Parameter(POSITION_STD * torch.randn(dim))
-        self.image = _Tokens(nn.Sequential(*stem), config.patches(inputs), dim)
-        self.spectrum = _Tokens(nn.Linear(config.token_bins, dim), config.tokens(inputs), dim)
-        self.blocks = _Blocks(config.depth, dim, config.heads, config.attention, config.impl)
-
-    def forward(self, patches: Tensor, runs: Tensor, packing: Packing) -> tuple[Tensor, ...]:
-        """The samples' own tokens [B, D], and the shown ones of images and of spectra."""
-        of_image, of_spectrum = packing.rows
-        tokens = self.image(patches, of_image), self.spectrum(runs, of_spectrum)
-        packed = packing.pack(self.own.expand(packing.layout.sequences, -1), tokens)
-        return packing.unpack(self.blocks(packed, packing.layout))
-
-
-class _ImageDecoder(nn.Module):
-    def __init__(self, config: TokenDropMMAE, inputs: InputSpec) -> None:
-        super().__init__()
-        dim, self.patches = config.decoder_dim, config.patches(inputs)
-        self.projection = nn.Linear(config.dim, dim)
-        self.hidden = nn.Parameter(POSITION_STD * torch.randn(dim))
-        self.position = nn.Parameter(POSITION_STD * torch.randn(1 + self.patches, dim))
-        self.blocks = _Blocks(config.decoder_depth, dim, config.decoder_heads, config.attention, config.impl)
-        self.pixels = nn.Linear(dim, inputs.channels * config.patch_size**2)
-
-    def forward(self, own: Tensor, shown: Tensor, rows: Tensor) -> Tensor:
-        """Pixels [B, T, C p p] of all patches, of own tokens [B, D] and of shown patches [P_i, D] and their rows."""
-        size = len(own) * self.patches
-        hidden = self.hidden.expand(size, -1).index_copy(0, rows, self.projection(shown))
-        tokens = torch.cat([self.projection(own)[:, None], hidden.unflatten(0, (len(own), -1))], dim=1) + self.position
-        layout = PackedSequences.from_runs(((len(own), 1 + self.patches),), own.device)
-        decoded = self.blocks(tokens.flatten(0, 1), layout).unflatten(0, (len(own), -1))
-        return self.pixels(decoded[:, 1:])
-
-
-class TokenDropMethod(Method):
+class TokenDropMethod(PairMethod):
     """Encoder, decoders, p(z) and the objective; see `TokenDropMMAE`."""
 
-    takes_missing_spectra = True
-
     def __init__(self, config: TokenDropMMAE, inputs: InputSpec) -> None:
-        super().__init__()
-        self.config, self.inputs = config, inputs
-        pixel = torch.arange(config.tokens(inputs) * config.token_bins, dtype=torch.float64) + 0.5
-        wave = inputs.wave_start_angstrom + inputs.wave_step_angstrom * (config.bin_pixels * pixel - 0.5)
+        super().__init__(inputs, config.cut)
+        self.config = config
+        dim, p, patches = config.dim, config.patch_size, config.cut.patches(inputs)
+        stem = convolutions if config.stem == "convolutions" else linear
         steps = torch.linspace(0, math.log1p(config.highest_redshift), config.redshift_bins + 1, dtype=torch.float64)
         self.edges = steps.expm1()
-        self.encoder = _Encoder(config, inputs)
-        self.image_decoder = _ImageDecoder(config, inputs)
+        self.encoder = ShownEncoder(
+            Tokens(stem(inputs.channels, p, dim), patches, dim),
+            Tokens(nn.Linear(config.token_bins, dim), config.cut.tokens(inputs), dim),
+            config.depth,
+            dim,
+            config.heads,
+            config.attention,
+            config.impl,
+        )
+        self.image_decoder = ImageDecoder(
+            patches,
+            inputs.channels * p**2,
+            dim,
+            config.decoder_depth,
+            config.decoder_dim,
+            config.decoder_heads,
+            config.attention,
+            config.impl,
+        )
         self.spectrum_decoder = RestFrameDecoder(
-            wave, config.highest_redshift, config.rest_points, config.dim, config.rest_hidden
+            self.cut.wavelengths(inputs), config.highest_redshift, config.rest_points, dim, config.rest_hidden
         )
-        self.redshift_head = nn.Sequential(
-            nn.Linear(config.dim, config.dim), nn.GELU(), nn.Linear(config.dim, config.redshift_bins)
-        )
+        self.redshift_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, config.redshift_bins))
 
     def prepare(self, batch: Batch, key: BatchKey) -> Batch:
         """Add `image_mask` [B, T] and `token_mask` [B, N], True throughout where a modality is hidden or missing.
@@ -256,9 +192,9 @@ class TokenDropMethod(Method):
         if "has_spectrum" in batch:
             known[:, SPECTRUM] = batch["has_spectrum"]
         hidden = modality_masks(place, key, known, (config.image_drop, config.spectrum_drop))
-        image = token_masks(place, key, config.patches(self.inputs), config.image_mask, modality=IMAGE)
+        image = token_masks(place, key, config.cut.patches(self.inputs), config.image_mask, modality=IMAGE)
         spectrum = token_masks(
-            place, key, config.tokens(self.inputs), config.spectrum_mask, modality=SPECTRUM, block=True
+            place, key, config.cut.tokens(self.inputs), config.spectrum_mask, modality=SPECTRUM, block=True
         )
         prepared = batch.copy()
         prepared["image_mask"] = image | hidden[:, IMAGE, None]
@@ -285,62 +221,65 @@ class TokenDropMethod(Method):
         refuse_missing(
             batch, "crop", "spectrum", "targets", "image_mask", "token_mask", "shown_patches", "shown_tokens"
         )
-        patches, (runs, with_data) = self._patches(batch), self._runs(batch)
+        size = len(batch["crop"])
+        patches, (runs, with_data) = self._patches(batch, size), self._runs(batch, size)
         masks = batch["image_mask"], batch["token_mask"]
         packing = pack(masks, (batch["shown_patches"], batch["shown_tokens"]))
         own, of_image, _ = self.encoder(patches, runs, packing)
         decoded = self.image_decoder(own, of_image, packing.rows[IMAGE])
-        errors = (_wide(decoded) - patches.flatten(2)).square()
-        image = config.image_weight * _mean(errors, batch["image_mask"][..., None].expand_as(errors))
+        errors = (wide(decoded) - patches.flatten(2)).square()
+        image = config.image_weight * mean_of(errors, batch["image_mask"][..., None].expand_as(errors))
 
         true = batch["targets"][:, 0] * self.inputs.target_std[0] + self.inputs.target_mean[0]
         known = ~true.isnan()
         density = self._density(own)
         # Not a NaN times 0, whose gradient is a NaN.
         truth = torch.where(known, true, density.median().detach().to(true.dtype))
-        redshift = config.redshift_weight * _mean(density.crps(truth) / (1 + truth), known)
+        redshift = config.redshift_weight * mean_of(density.crps(truth) / (1 + truth), known)
 
         spectra = self.spectrum_decoder(own, truth[:, None])[:, 0].unflatten(1, runs.shape[1:])
         scored = batch["token_mask"][..., None] & with_data
-        spectrum = config.spectrum_weight * _mean((spectra - runs).square(), scored)
+        spectrum = config.spectrum_weight * mean_of((spectra - runs).square(), scored)
         terms = {"image": image.detach(), "spectrum": spectrum.detach(), "redshift": redshift.detach()}
         return Losses(image + spectrum + redshift, terms)
 
     def _density(self, own: Tensor) -> BinnedDensity:
         return BinnedDensity(self.edges, self.redshift_head(own))
 
-    def _patches(self, batch: Batch) -> Tensor:
+    def _patches(self, batch: Batch, samples: int) -> Tensor:
         """[B, T, C, p, p]."""
-        return to_patches(crop_of(batch, self.inputs), self.config.patch_size)
+        return to_patches(self.crops(batch, samples), self.config.patch_size)
 
-    def _runs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _runs(self, batch: Batch, samples: int) -> tuple[Tensor, Tensor]:
         """Bins of each token [B, N, w], and whether any pixel of a bin carries data."""
-        spectrum, config = spectrum_of(batch, self.inputs), self.config
-        ivar = batch.get("spectrum_ivar")
-        bins = normalised_bins(spectrum, ivar, config.bin_pixels)
-        seen = torch.ones_like(spectrum, dtype=torch.bool) if ivar is None else ivar > 0
-        with_data = seen.unfold(1, config.bin_pixels, config.bin_pixels).any(2)
-        size = config.tokens(self.inputs) * config.token_bins
-        return tuple(x[:, :size].unflatten(1, (-1, config.token_bins)) for x in (bins, with_data))
+        bins, seen = self.bins(batch, samples)
+        size, width = self.cut.bins(self.inputs), self.config.token_bins
+        return bins[:, :size].unflatten(1, (-1, width)), seen[:, :size].unflatten(1, (-1, width))
 
-    def _whole(self, batch: Batch, modalities: tuple[str, ...]) -> Tensor:
-        """The samples' own tokens [B, D], shown all of some modalities."""
-        size = len(batch["crop"] if "crop" in batch else batch["spectrum"])
-        device = next(self.parameters()).device
-        config, inputs = self.config, self.inputs
-        t, n, p = config.patches(inputs), config.tokens(inputs), config.patch_size
-        patches = torch.zeros(size, t, inputs.channels, p, p, device=device)
-        runs = torch.zeros(size, n, config.token_bins, device=device)
-        if "image" in modalities:
-            patches = self._patches(batch)
-        if "spectrum" in modalities:
-            runs = self._runs(batch)[0]
-        hidden = [
-            torch.full((size, count), name not in modalities, device=device)
-            for name, count in (("image", t), ("spectrum", n))
-        ]
-        own: Tensor = self.encoder(patches, runs, pack(hidden, [shown_rows(mask) for mask in hidden]))[0]
-        return own
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, image_hidden: Tensor, spectrum_hidden: Tensor) -> Seen:
+        """See `PairMethod.reconstruct`; p(z), and the spectrum at any redshift."""
+        own, of_image, packing = self._embedded(batch, image_hidden, spectrum_hidden)
+        density = self._density(own)
+
+        @torch.no_grad()
+        def image() -> Tensor:
+            decoded = self.image_decoder(own, of_image, packing.rows[IMAGE]).float()
+            p = self.config.patch_size
+            return to_image(decoded.unflatten(2, (self.inputs.channels, p, p)))
+
+        @torch.no_grad()
+        def spectra(z: Tensor) -> Tensor:
+            return self.spectrum_decoder(own, z).float()
+
+        return Seen(density.median().float(), density, image, spectra)
+
+    def _embedded(self, batch: Batch, image_hidden: Tensor, spectrum_hidden: Tensor) -> tuple[Tensor, Tensor, Packing]:
+        """The samples' own tokens [B, D], their shown patches, and where these lie."""
+        masks, size = (image_hidden, spectrum_hidden), len(image_hidden)
+        packing = pack(masks, [shown_rows(mask) for mask in masks])
+        own, of_image, _ = self.encoder(self._patches(batch, size), self._runs(batch, size)[0], packing)
+        return own, of_image, packing
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Tensor]:
@@ -355,41 +294,30 @@ class TokenDropMethod(Method):
         Raises:
             ValueError: There is neither, or something does not fit what the method was built for.
         """
-        found: dict[str, Tensor] = {}
-        for name, modalities in self._queries(batch).items():
-            own = self._whole(batch, modalities)
-            found |= {name: own.float(), f"{name}_redshift": self._density(own).median()[:, None].float()}
-        return found
-
-    @staticmethod
-    def _queries(batch: Batch) -> dict[str, tuple[str, ...]]:
         there = tuple(name for name, key in (("image", "crop"), ("spectrum", "spectrum")) if key in batch)
         if not there:
             raise ValueError(
                 "TokenDropMMAE: embeds images and spectra, but the batch has neither `crop` nor `spectrum`"
             )
-        found: dict[str, tuple[str, ...]] = {name: (name,) for name in there}
-        return found | ({"both": there} if len(there) == 2 else {})
+        queries: dict[str, tuple[str, ...]] = {name: (name,) for name in there}
+        if len(there) == 2:
+            queries["both"] = there
+        size = len(batch["crop"] if "crop" in batch else batch["spectrum"])
+        found: dict[str, Tensor] = {}
+        for name, shown in queries.items():
+            own = self._embedded(batch, *self._hide(size, shown))[0]
+            found |= {name: own.float(), f"{name}_redshift": self._density(own).median()[:, None].float()}
+        return found
 
-    @torch.no_grad()
-    def redshifts(self, batch: Batch) -> BinnedDensity:
-        """p(z) of samples, given all that the batch holds of them; see `encode`."""
-        return self._density(self._whole(batch, list(self._queries(batch).values())[-1]))
-
-    @torch.no_grad()
-    def spectra(self, batch: Batch, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws of redshift and, at each, the spectrum, given all that the batch holds; see `encode`.
-
-        Args:
-            batch: As for `encode`.
-            uniform: [B, S] uniform draws on (0, 1).
-
-        Returns:
-            Redshifts [B, S], and normalised spectra [B, S, N w] in bins, float32.
-        """
-        own = self._whole(batch, list(self._queries(batch).values())[-1])
-        z = self._density(own).quantile(uniform)
-        return z.float(), self.spectrum_decoder(own, z).float()
+    def _hide(self, size: int, shown: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Masks [B, T] and [B, N] that show all of the named modalities and nothing of the others."""
+        device = next(self.parameters()).device
+        counts = self.cut.patches(self.inputs), self.cut.tokens(self.inputs)
+        image, spectrum = (
+            torch.full((size, count), name not in shown, device=device)
+            for name, count in zip(("image", "spectrum"), counts, strict=True)
+        )
+        return image, spectrum
 
     def readouts(self) -> dict[str, Readout]:
         """Embeddings, and redshifts as predictions."""
@@ -416,7 +344,7 @@ class TokenDropMethod(Method):
     def flops_per_sample(self) -> float:
         """Matrix-product FLOPs of one training sample, forward and backward, at the mean number of shown tokens."""
         config, inputs = self.config, self.inputs
-        d, e, t, n = config.dim, config.decoder_dim, config.patches(inputs), config.tokens(inputs)
+        d, e, t, n = config.dim, config.decoder_dim, config.cut.patches(inputs), config.cut.tokens(inputs)
         pixels = inputs.channels * config.patch_size**2
         shown_t = t * (1 - sum(config.image_mask) / 2) * (1 - config.image_drop)
         shown_n = n * (1 - sum(config.spectrum_mask) / 2) * (1 - config.spectrum_drop)
@@ -434,13 +362,3 @@ class TokenDropMethod(Method):
         hidden = config.rest_hidden
         total += 2 * hidden * (d + 1 + 2 * WAVES + hidden + config.rest_points)
         return 3.0 * total
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of the chosen elements; 0, with gradients of 0, where there are none."""
-    return values.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)

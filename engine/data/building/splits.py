@@ -1,11 +1,15 @@
-"""Rules that assign samples to splits. They look at one sample at a time, so that growing a survey moves none of them."""
+"""Rules that assign samples to splits. They look at one sample at a time, so that growing a survey moves none of them.
+
+A share of the samples (or of cells of the sky) is the test split, another share the split `validation`, on which settings are
+chosen; the rest is the split `train`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,10 +35,6 @@ def hash_keys(keys: Sequence[str]) -> np.ndarray:
     return np.frombuffer(raw, dtype="<u8").reshape(-1, 2)
 
 
-def _chosen(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
-
-
 def _splits(test: np.ndarray) -> list[str]:
     return ["test" if t else "train" for t in test]
 
@@ -42,11 +42,23 @@ def _splits(test: np.ndarray) -> list[str]:
 @dataclass(frozen=True)
 class _ByFraction:
     test_fraction: float = 0.1
+    validation_fraction: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the values."""
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction: must be at least 0 and below 1, got {self.test_fraction}")
+        if not 0 <= self.validation_fraction < 1 - self.test_fraction:
+            raise ValueError(
+                f"validation_fraction: must be at least 0 and leave samples to train on beside test_fraction "
+                f"{self.test_fraction}, got {self.validation_fraction}"
+            )
+
+    def _of(self, hashes: np.ndarray) -> list[str]:
+        """Split of each hash [N] uint64; the test split does not depend on how many are for validation."""
+        shares = (self.test_fraction, self.test_fraction + self.validation_fraction)
+        test, either = (hashes < np.uint64(min(int(share * 2.0**64), 2**64 - 1)) for share in shares)
+        return ["test" if t else "validation" if e else "train" for t, e in zip(test, either, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class ByKey(_ByFraction):
 
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row; `hashes` are those of `hash_keys`."""
-        return _splits(_chosen(hashes[:, 0], self.test_fraction))
+        return self._of(hashes[:, 0])
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class ByRandom(_ByFraction):
 
     Attributes:
         test_fraction: Share of the samples.
+        validation_fraction: Likewise of the validation split.
         seed: Of the draw.
     """
 
@@ -71,8 +84,7 @@ class ByRandom(_ByFraction):
 
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row."""
-        drawn = hash_keys([f"random/{self.seed}/{key}" for key in rows.keys])[:, 0]
-        return _splits(_chosen(drawn, self.test_fraction))
+        return self._of(hash_keys([f"random/{self.seed}/{key}" for key in rows.keys])[:, 0])
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class BySky(_ByFraction):
 
     Attributes:
         test_fraction: Share of the cells.
+        validation_fraction: Likewise of the validation split.
         cell_deg: Height and (nearly) width of a cell in degrees.
     """
 
@@ -104,7 +117,7 @@ class BySky(_ByFraction):
         around = np.maximum(1, np.floor(360 * np.cos(np.clip(middle, -np.pi / 2, np.pi / 2)) / self.cell_deg))
         cell = np.floor((ra % 360) / 360 * around)
         names = [f"{int(s)}/{int(c)}" for s, c in zip(strip, cell, strict=True)]
-        return _splits(_chosen(hash_keys(names)[:, 0], self.test_fraction))
+        return self._of(hash_keys(names)[:, 0])
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,7 @@ class ByHealpix(_ByFraction):
 
     Attributes:
         test_fraction: Share of the tiles.
+        validation_fraction: Likewise of the validation split.
         nside: Resolution, a power of two: 8 gives 768 tiles of 53.7 square degrees, 64 gives 49,152 of .84.
     """
 
@@ -138,7 +152,7 @@ class ByHealpix(_ByFraction):
         ra, dec = (np.deg2rad(_column(rows, name)) for name in ("ra", "dec"))
         tiles = HEALPix(self.nside, "nested").lonlat_to_healpix(ra * units.rad, dec * units.rad)
         names = [f"healpix/{self.nside}/{tile}" for tile in tiles.tolist()]
-        return _splits(_chosen(hash_keys(names)[:, 0], self.test_fraction))
+        return self._of(hash_keys(names)[:, 0])
 
 
 @dataclass(frozen=True)
@@ -147,14 +161,16 @@ class BySkyOrKey(_ByFraction):
 
     Attributes:
         test_fraction: Share of the cells, and of the keys.
+        validation_fraction: Likewise of the validation split.
     """
 
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row."""
-        splits = ByKey(self.test_fraction).assign(rows, hashes)
+        shares = {"test_fraction": self.test_fraction, "validation_fraction": self.validation_fraction}
+        splits = ByKey(**shares).assign(rows, hashes)
         ra, dec = (np.asarray(rows.columns[name], np.float64) for name in ("ra", "dec"))
         placed = np.flatnonzero(np.isfinite(ra) & np.isfinite(dec)).tolist()
-        by_sky = BySky(self.test_fraction).assign(rows.take(placed), hashes[placed])
+        by_sky = BySky(**shares).assign(rows.take(placed), hashes[placed])
         for i, split in zip(placed, by_sky, strict=True):
             splits[i] = split
         return splits
@@ -232,13 +248,14 @@ def _column(rows: Rows, name: str) -> np.ndarray:
     return values
 
 
-def parse_split(text: str, test_fraction: float | None) -> SplitRule:
+def parse_split(text: str, test_fraction: float | None, validation_fraction: float | None = None) -> SplitRule:
     """A rule from its command-line form: `auto`, `key`, `random:SEED`, `sky`, `healpix[:NSIDE]`, `source` or `COLUMN:LOW:HIGH`.
 
     Raises:
-        ValueError: It is none of these, or a test fraction is given with a rule that has none.
+        ValueError: It is none of these, or a fraction is given with a rule that has none.
     """
-    fraction = {} if test_fraction is None else {"test_fraction": test_fraction}
+    given = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
+    fraction = {name: value for name, value in given.items() if value is not None}
     if text == "auto":
         return BySkyOrKey(**fraction)
     if text == "key":
@@ -257,7 +274,7 @@ def parse_split(text: str, test_fraction: float | None) -> SplitRule:
             f"split: must be auto, key, random:SEED, sky, healpix[:NSIDE], source or COLUMN:LOW:HIGH (such as ra:120:150), got {text!r}"
         )
     if fraction:
-        raise ValueError(f"test_fraction: has no effect with split {text!r}; leave it out")
+        raise ValueError(f"{next(iter(fraction))}: has no effect with split {text!r}; leave it out")
     if text == "source":
         return BySource()
     try:

@@ -89,6 +89,7 @@ class Preparation:
         cuts: Conditions on the joined objects.
         split: `auto`, `key`, `sky`, `healpix[:NSIDE]`, `source` or `COLUMN:LOW:HIGH`.
         test_fraction: Share of the test split, where the rule has one.
+        validation_fraction: Share of the split `validation`, likewise; none by default.
         codec: "bitplane" or "float16".
         samples_per_shard: Samples of a tar.
         seed: Keys the shuffle.
@@ -100,6 +101,7 @@ class Preparation:
     cuts: tuple[str, ...] = ()
     split: str = "auto"
     test_fraction: float | None = None
+    validation_fraction: float | None = None
     codec: Codec = "bitplane"
     samples_per_shard: int = 2048
     seed: int = 0
@@ -120,7 +122,7 @@ class Preparation:
                 except ValueError as error:
                     found.append(f"{where}: {error}")
         try:
-            parse_split(self.split, self.test_fraction)
+            parse_split(self.split, self.test_fraction, self.validation_fraction)
         except ValueError as error:
             found.append(str(error))
         return found
@@ -174,7 +176,7 @@ def prepare(preparation: Preparation, work: Work) -> Survey:
         name=preparation.name,
         codec=preparation.codec,
         samples_per_shard=preparation.samples_per_shard,
-        split=parse_split(preparation.split, preparation.test_fraction),
+        split=parse_split(preparation.split, preparation.test_fraction, preparation.validation_fraction),
         seed=preparation.seed,
         processes=work.processes,
         dask=work.dask,

@@ -84,10 +84,13 @@ KINDS = {
         "surveys.galaxiesml:GalaxiesML", "GalaxiesML: HSC images with redshifts", holds=("specz_redshift", "image")
     ),
     "supermock": Kind(
-        "surveys.supermock:SuperMock", "SuperMock's simulated galaxies", holds=("galaxy_id", "redshift_true")
+        "surveys.supermock.supermock:open_supermock",
+        "SuperMock's simulated galaxies",
+        names=("lightcone_galaxies_skypatch_*.h5", "*_skypatch_*.h5", "supermock_v3_z_*.hdf5"),
+        holds=("galaxy_id", "redshift_true"),
     ),
     "mmu": Kind("surveys.mmu:MultimodalUniverse", "Multimodal Universe, HDF5 or Parquet", holds=("object_id",)),
-    "table": Kind("tables.rows:TableRows", "a catalogue: Parquet, CSV, FITS or HDF5 table, with a column map"),
+    "table": Kind("tables.rows:TableRows", "a catalogue: Parquet, CSV, ECSV, VOTable, FITS or HDF5, with a column map"),
     "provabgs": Kind("surveys.provabgs:Provabgs", "PROVABGS stellar masses and star-formation histories"),
     "gz-decals": Kind("surveys.galaxyzoo:GalaxyZooDecals", "Galaxy Zoo DECaLS votes"),
     "gz2": Kind("surveys.galaxyzoo:GalaxyZoo2", "Galaxy Zoo 2 votes"),

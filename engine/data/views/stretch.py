@@ -23,7 +23,7 @@ from armillary.kernels.pixels.asinh import asinh_
 from armillary.kernels.pixels.rgb import rgb
 from armillary.kernels.pixels.stretch import Affine, AsinhMatrix, Lupton, StretchNumbers
 
-__all__ = ["AsinhWhiten", "Identity", "Stretch", "StretchFunction", "ToRGB", "ZScore"]
+__all__ = ["AsinhScale", "AsinhWhiten", "Identity", "Stretch", "StretchFunction", "ToRGB", "ZScore"]
 
 StretchFunction = Callable[[Tensor], Tensor]
 """[B, C, H, W] float32 flux -> [B, K, H, W] float32 model input. May overwrite its argument."""
@@ -161,6 +161,44 @@ class AsinhWhiten(_Stretch):
 
 
 @dataclass(frozen=True)
+class AsinhScale(_Stretch):
+    """(asinh(flux / scale) - mean) / std a band, with numbers that are given.
+
+    Attributes:
+        bands: The survey's bands, all of them and in its order: the numbers belong to them.
+        scale: Where the stretch turns from linear to logarithmic, a band, in the flux unit.
+        mean: Of the stretched pixels, a band.
+        std: Likewise.
+    """
+
+    bands: tuple[str, ...] = ()
+    scale: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def problems(self, survey: Survey) -> list[str]:
+        """Every rule this stretch breaks for a survey, as `stretch.field: rule, got value`."""
+        found = []
+        if self.bands != survey.bands:
+            found.append(f"stretch.bands: must be the survey's, in its order, {survey.bands}, got {self.bands}")
+        for name in ("scale", "std"):
+            values = getattr(self, name)
+            if len(values) != len(self.bands) or not all(math.isfinite(v) and v > 0 for v in values):
+                found.append(f"stretch.{name}: must be one positive number a band {self.bands}, got {values}")
+        if len(self.mean) != len(self.bands) or not all(math.isfinite(v) for v in self.mean):
+            found.append(f"stretch.mean: must be one finite number a band {self.bands}, got {self.mean}")
+        return found
+
+    def numbers(self, survey: Survey) -> AsinhMatrix:
+        """The given numbers, bands apart."""
+        scale, mean, std = (np.asarray(v, np.float64) for v in (self.scale, self.mean, self.std))
+        matrix = np.diag(1 / std)
+        return AsinhMatrix(
+            tuple((1 / scale).tolist()), tuple(map(tuple, matrix.tolist())), tuple((-mean / std).tolist())
+        )
+
+
+@dataclass(frozen=True)
 class ZScore(_Stretch):
     """(flux - mean) / std a band.
 
@@ -212,4 +250,4 @@ class Identity(_Stretch):
         return Affine((0.0,) * len(survey.bands), (self.divide_by,) * len(survey.bands))
 
 
-Stretch = ToRGB | AsinhWhiten | ZScore | Identity
+Stretch = ToRGB | AsinhWhiten | AsinhScale | ZScore | Identity

@@ -31,10 +31,10 @@ class Task(ABC):
 
 
 def _first_reads_images_alone(methods: Sequence[Method]) -> str:
-    about = next(iter(methods[0].readouts().values()), None)
-    if about is None or about.targets:
+    about = [*methods[0].readouts().values()]
+    if not about or about[0].targets:
         return "it judges embeddings, and the first run gives predictions"
-    sound = about.modality == "image" and not about.aligned
+    sound = all(readout.modality == "image" and not readout.aligned for readout in about)
     return "" if sound else "it judges a run on images alone"
 
 
@@ -133,7 +133,7 @@ class _Masking(Task):
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.spectra.task import masking
 
-        return masking(study, encoders)
+        return masking(study, encoders, options.samples)
 
 
 class _Attention(Task):
@@ -146,7 +146,61 @@ class _Attention(Task):
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.spectra.task import attention
 
-        return attention(study, encoders)
+        return attention(study, encoders, options.samples)
+
+
+class _Questions(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.engine.evaluate.questions.task import impossible
+
+        return impossible(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.questions.task import questions
+
+        return questions(study, options, encoders)
+
+
+def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:
+    from armillary.models.mmae.pairs import PairMethod
+
+    if not any(isinstance(m, PairMethod) for m in methods):
+        return "it needs a run that fills in images and spectra (MMAE)"
+    lacking = [m for m in ("image", "spectrum") if m not in survey.modalities]
+    if lacking or "redshift" not in survey.labels:
+        return f"the survey has no {' and no '.join(lacking) or 'label redshift'}"
+    return ""
+
+
+class _Missing(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _no_pairs(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.missing.task import missing
+
+        return missing(study, encoders, options)
+
+
+class _Lines(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        return _no_pairs(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.lines.task import lines
+
+        return lines(study, encoders, options)
+
+
+class _Queries(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        able = any(m.questions() is not None for m in methods)
+        return "" if able else "it needs a run that answers questions, such as MOSAIC"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.queries.task import QueryOptions, queries
+
+        return queries(study, encoders, QueryOptions(options.queries, resamples=options.resamples))
 
 
 def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
@@ -159,7 +213,23 @@ def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     return ""
 
 
+class _Ablation(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        if len(methods) < 2 or len({type(m) for m in methods}) > 1:
+            return "it compares runs of one method that differ in settings; name others with --compare"
+        return ""
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.ablation.task import ablation
+
+        return ablation(study, encoders, resamples=options.resamples)
+
+
 TASKS: dict[str, Task] = {
+    "ablation": _Ablation(),
+    "queries": _Queries(),
+    "missing": _Missing(),
+    "lines": _Lines(),
     "baselines": _Baselines(),
     "collapse": _Collapse(),
     "search": _Search(),
@@ -168,6 +238,7 @@ TASKS: dict[str, Task] = {
     "morphology": _Morphology(),
     "masking": _Masking(),
     "attention": _Attention(),
+    "questions": _Questions(),
     "pictures": _Pictures(),
 }
 """In the order of the report."""

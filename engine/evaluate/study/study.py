@@ -26,7 +26,7 @@ from armillary.engine.evaluate.page.run_log import RunLog
 
 __all__ = ["FeatureSet", "Measure", "Modality", "Outcome", "Study"]
 
-Modality = Literal["image", "spectrum", "image+spectrum", "columns"]
+Modality = Literal["image", "spectrum", "image+spectrum", "columns", "vectors"]
 
 
 @dataclass(frozen=True)

@@ -213,12 +213,12 @@ def test_spectra_are_normalised_and_binned_as_published():
     clean = torch.where(ivar > 0, flux, 1.0)
     expected = torch.stack([bins_by_hand(f, i, 10) for f, i in zip(clean, ivar, strict=True)])
     method = build(replace(TINY, bin_pixels=10), replace(INPUTS, pixels=101))
-    got = method._bins(Batch(spectrum=flux, spectrum_ivar=ivar))
+    got = method.bins(Batch(spectrum=flux, spectrum_ivar=ivar), 8)[0]
     assert got.shape == (8, 10) and not got[3].any()
     assert expected[5:, 0].abs().max() < 2 and expected[6, 0] != 0
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6)  # atol: 16 roundings of the largest, 2
-    without = method._bins(Batch(spectrum=clean[5:]))
-    torch.testing.assert_close(without, method._bins(Batch(spectrum=clean[5:], spectrum_ivar=torch.ones(3, 101))))
+    without = method.bins(Batch(spectrum=clean[5:]), 3)[0]
+    torch.testing.assert_close(without, method.bins(Batch(spectrum=clean[5:], spectrum_ivar=torch.ones(3, 101)), 3)[0])
 
 
 def test_the_published_model_has_the_published_numbers():

@@ -285,7 +285,7 @@ class _Positions:
 def open_bricks(
     bricks: Path | str, *, positions: Path | str, size: int, bands: Sequence[str] = ("g", "r", "z"), mask_bits: int = 0
 ) -> BrickCutouts:
-    """Cutouts around the positions of a table in a file (Parquet, CSV, FITS or HDF5 with columns ra and dec).
+    """Cutouts around the positions of a table in a file (Parquet, CSV, ECSV, VOTable, FITS or HDF5 with columns ra and dec).
 
     Args:
         bricks: Folder of brick images.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
 from armillary.engine.data.sources.files.text_tables import EXACT, IDENTIFIER, WHOLE_FLOAT, TextTable
-from armillary.engine.data.sources.tables.columns import Column, Table, Values
+from armillary.engine.data.sources.tables.columns import UNREADABLE, Column, Table, Values
 
 __all__ = ["ArrowTable"]
 
@@ -52,10 +52,33 @@ class ArrowTable(Table):
                 return int(known[0])
         return 0
 
+    def parts(self, name: str, start: int, stop: int) -> Iterator[Values]:
+        """Rows [start, stop) of a column, a piece for each group of rows."""
+        if self._csv:
+            yield from super().parts(name, start, stop)
+            return
+        if self._file is None:
+            self._file = self._open()
+        begin = 0
+        for group in range(self._file.num_row_groups):
+            end = begin + self._file.metadata.row_group(group).num_rows
+            if begin < stop and start < end:
+                number, values = self._group.get(name, (-1, Values(None)))
+                if number != group:
+                    try:
+                        values = self._values(name, self._file.read_row_group(group, columns=[name]).column(0))
+                    except UNREADABLE as error:
+                        raise ValueError(f"{self.path}: column {name!r}: not readable: {error}") from error
+                    self._group[name] = group, values
+                yield Values(values.array[max(start - begin, 0) : stop - begin])
+            begin = end
+
     def _load(self, name: str) -> Values:
         if self._file is None:
             self._file = self._open()
-        chunks = self._file.column(name) if self._csv else self._file.read(columns=[name]).column(0)
+        return self._values(name, self._file.column(name) if self._csv else self._file.read(columns=[name]).column(0))
+
+    def _values(self, name: str, chunks: pa.ChunkedArray) -> Values:
         kind, size = self.columns[name].kind, self.columns[name].size
         if kind == "text":
             return Values(_text(chunks))

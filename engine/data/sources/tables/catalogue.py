@@ -6,7 +6,7 @@ read at all. Only the rows that are asked for become numbers or text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,31 @@ class Catalogue:
         """[n] or [n, size] float64 of some rows, ascending; NaN where there is no number or it is infinite."""
         return np.concatenate([_numbers(v, r, self.columns[name].size) for v, r in self._pieces(name, rows)])
 
+    def numbers_between(self, name: str, start: int, stop: int) -> np.ndarray:
+        """`numbers` of rows [start, stop), for tables that are read from end to end: see `Table.parts`."""
+        size = self.columns[name].size
+        found = [_numbers(v, np.arange(len(v.array)), size) for v in self._parts(name, start, stop)]
+        return np.concatenate(found)
+
+    def identifier_type(self, name: str) -> pa.DataType:
+        """Type of `identifiers`: whole numbers stay what they are, everything else is text."""
+        if self.columns[name].kind != "int":
+            return pa.string()
+        first = next(self._parts(name, 0, 1)).array
+        return (
+            pa.uint64() if str(first.dtype if isinstance(first, np.ndarray) else first.type) == "uint64" else pa.int64()
+        )
+
+    def identifiers(self, name: str, start: int, stop: int) -> pa.Array:
+        """Rows [start, stop) of a column as they are, null where there is no value."""
+        kind, pieces = self.identifier_type(name), []
+        for values in self._parts(name, start, stop):
+            if self.columns[name].kind == "int":
+                pieces.append(_whole(values).cast(kind))
+            else:
+                pieces.append(pa.array([t or None for t in _texts(values, np.arange(len(values.array)))], kind))
+        return pa.concat_arrays(pieces)
+
     def texts(self, name: str, rows: np.ndarray) -> list[str]:
         """Text of some rows, ascending, without blanks around it; "" where there is none."""
         return [t for v, r in self._pieces(name, rows) for t in _texts(v, r)]
@@ -122,6 +147,14 @@ class Catalogue:
     def exact(self, name: str) -> bool:
         """Whether all numbers of an integer column survive float64."""
         return all(_exact(table.values(name)) for table in self._tables)
+
+    def _parts(self, name: str, start: int, stop: int) -> Iterator[Values]:
+        before = 0
+        for table in self._tables:
+            first, last = max(start - before, 0), min(stop - before, table.count)
+            if first < last:
+                yield from table.parts(name, first, last)
+            before += table.count
 
     def _pieces(self, name: str, rows: np.ndarray) -> list[tuple[Values, np.ndarray]]:
         if len(self._tables) == 1 or not len(rows):
@@ -203,6 +236,14 @@ def _numbers(values: Values, rows: np.ndarray, size: int | None) -> np.ndarray:
         out = taken.cast(pa.float64()).to_numpy(zero_copy_only=False).copy()
     out[np.isinf(out)] = np.nan
     return out if size is None else out.reshape(len(rows), size)
+
+
+def _whole(values: Values) -> pa.Array:
+    array = values.array
+    if not isinstance(array, np.ndarray):
+        return array
+    native = array.astype(array.dtype.newbyteorder("="))
+    return pa.array(native, mask=None if values.null is None else native == values.null)
 
 
 def _texts(values: Values, rows: np.ndarray) -> list[str]:

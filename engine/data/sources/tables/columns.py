@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,7 @@ class Table(ABC):
         self.path = path
         self.unread: dict[str, str] = {}
         self._read: dict[str, Values] = {}
+        self._group: dict[str, tuple[int, Values]] = {}
 
     def values(self, name: str) -> Values:
         """A column; read once."""
@@ -65,10 +67,15 @@ class Table(ABC):
                 raise ValueError(f"{self.path}: column {name!r}: not readable: {error}") from error
         return self._read[name]
 
+    def parts(self, name: str, start: int, stop: int) -> Iterator[Values]:
+        """Rows [start, stop) of a column, in pieces. Of a Parquet file no more is kept than one group of rows."""
+        whole = self.values(name)
+        yield Values(whole.array[start:stop], whole.null)
+
     def closed(self) -> Table:
         """The same without what was read."""
         other = object.__new__(type(self))
-        other.__dict__ |= self.__dict__ | {"_read": {}, "_file": None}
+        other.__dict__ |= self.__dict__ | {"_read": {}, "_group": {}, "_file": None}
         return other
 
     def told_unread(self) -> str:

@@ -1,4 +1,4 @@
-"""Rows of a catalogue: labels and vectors by object, from Parquet, CSV, FITS binary tables and HDF5.
+"""Rows of a catalogue: labels and vectors by object, from Parquet, CSV, ECSV, VOTable, FITS and HDF5.
 
     TableRows("dc2.hdf5", key="id", vectors={"photometry": ("mag_u_lsst", "mag_g_lsst")}, labels=("redshift",))
 

@@ -105,6 +105,11 @@ def test_rules_that_do_not_fit(rule, columns, match):
     [
         (lambda: ByKey(1.0), "test_fraction: must be at least 0 and below 1"),
         (lambda: BySky(-0.1), "test_fraction"),
+        (
+            lambda: ByKey(0.3, validation_fraction=0.7),
+            "validation_fraction: must be at least 0 and leave samples to train on",
+        ),
+        (lambda: ByHealpix(validation_fraction=-0.1), "validation_fraction"),
         (lambda: BySky(0.1, cell_deg=0), "cell_deg: must be above 0"),
         (lambda: ByRange("z", 1, 1), "1 is not below 1"),
         (lambda: ByRange("ra", float("nan"), 1), "needs two finite numbers"),
@@ -127,6 +132,20 @@ def test_rules_from_text():
     ]:
         with pytest.raises(ValueError, match=match):
             parse_split(text, fraction)
+    assert parse_split("healpix:8", 0.2, 0.1) == ByHealpix(0.2, 8, validation_fraction=0.1)
+    with pytest.raises(ValueError, match="validation_fraction: has no effect with split 'source'"):
+        parse_split("source", None, 0.1)
+
+
+@pytest.mark.parametrize("rule", [ByKey, ByRandom, BySky, ByHealpix, BySkyOrKey], ids=lambda r: r.__name__)
+def test_a_validation_split_takes_from_the_training_split_alone(rule):
+    rng = np.random.default_rng(0)
+    table = rows([f"k{i}" for i in range(6000)], ra=rng.uniform(0, 360, 6000), dec=rng.uniform(-80, 80, 6000))
+    without, with_it = assign(rule(0.2), table), assign(rule(0.2, validation_fraction=0.15), table)
+    assert [s == "test" for s in without] == [s == "test" for s in with_it]
+    # Cells of the sky are as many as galaxies or more here, so that shares scatter as those of galaxies do: .005.
+    assert with_it.count("validation") / 6000 == pytest.approx(0.15, abs=0.02)
+    assert {s for s, t in zip(with_it, without, strict=True) if t == "train"} == {"train", "validation"}
 
 
 def test_by_sky_or_key_uses_the_position_where_there_is_one():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from armillary.engine.data.format.survey import Statistics, Survey
-from armillary.engine.data.views.stretch import AsinhWhiten, Identity, ToRGB, ZScore
+from armillary.engine.data.views.stretch import AsinhScale, AsinhWhiten, Identity, ToRGB, ZScore
 
 CPU = torch.device("cpu")
 
@@ -86,6 +86,16 @@ def test_whitening_is_symmetric_and_bounded_by_its_ridge():
     assert np.linalg.eigvalsh(matrix) == pytest.approx([3.03**-0.5, 0.03**-0.5, 0.03**-0.5])
 
 
+GIVEN = AsinhScale(bands=("g", "r", "z"), scale=(0.1, 0.2, 0.5), mean=(1.0, 0.0, -1.0), std=(1.0, 2.0, 0.5))
+
+
+def test_asinh_with_given_scales():
+    flux = torch.randn(2, 3, 4, 4)
+    scale, mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (GIVEN.scale, GIVEN.mean, GIVEN.std))
+    torch.testing.assert_close(GIVEN.build(survey(), CPU)(flux.clone()), ((flux / scale).asinh() - mean) / std)
+    assert GIVEN.problems(survey()) == []
+
+
 def test_zscore_of_the_survey_and_of_given_numbers():
     s, flux = survey(), torch.randn(2, 3, 4, 4)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (s.statistics.mean, s.statistics.std))
@@ -112,6 +122,13 @@ def test_identity_and_display_pictures():
         (ToRGB(), {"unit": "count"}, 'made for fluxes in "nanomaggy", got a survey in "count"'),
         (AsinhWhiten(ridge=0.0), {}, "stretch.ridge: must be > 0, got 0.0"),
         (AsinhWhiten(), {"sky": (0.1, 0.0, 0.1)}, "needs the survey's sky noise in every band"),
+        (
+            GIVEN,
+            {"bands": ("g", "z", "r")},
+            "stretch.bands: must be the survey's, in its order, ('g', 'z', 'r'), got ('g', 'r', 'z')",
+        ),
+        (replace(GIVEN, scale=(0.1, 0.2)), {}, "stretch.scale: must be one positive number a band"),
+        (replace(GIVEN, mean=(0.0, float("nan"), 0.0)), {}, "stretch.mean: must be one finite number a band"),
         (ZScore(mean=(1.0,)), {}, "stretch.mean: must be one finite number a band"),
         (ZScore(std=(1.0, 0.0, 1.0)), {}, "stretch.std: must be one positive number a band"),
         (Identity(divide_by=-1.0), {}, "stretch.divide_by: must be > 0, got -1.0"),

@@ -3,12 +3,18 @@ import pickle
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from armillary.engine.data.building.build import build
 from armillary.engine.data.building.splits import BySource
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import BadSample, centre_crop
-from armillary.engine.data.sources.surveys.galaxiesml import GalaxiesML, GalaxiesMLSpectra, bin_spectrum
+from armillary.engine.data.sources.surveys.galaxiesml import (
+    GalaxiesML,
+    GalaxiesMLSpectra,
+    authors_split,
+    bin_spectrum,
+)
 
 FIRST_ID = 36407041002914811  # float64 cannot tell it from its neighbours
 PIXELS = 7783
@@ -114,7 +120,7 @@ def test_spectra_and_their_metadata(tmp_path):
     np.testing.assert_array_equal(sample.spectrum.ivar, data["spectrum/ivar"][2])
     np.testing.assert_array_equal(sample.spectrum.flux, np.where(seen, data["spectrum/flux"][2], 0))
     assert not sample.valid[3].any() and sample.valid[2].all()
-    assert sample.key == "39627640566453262" == sample.labels["targetid"] and sample.split is None
+    assert sample.key == "39627640566453262" == sample.labels["targetid"]
     assert sample.labels["redshift"] == data["DESI_fibermap/DESI_redshift"][2]
     assert sample.labels["morphtype"] == "DEV" and sample.labels["object_id"] == str(FIRST_ID + 2)
     assert sample.labels["g_cmodel_mag"] == data["HSC_metadata/g_cmodel_mag"][2]
@@ -128,6 +134,22 @@ def test_spectra_and_their_metadata(tmp_path):
     np.testing.assert_allclose(back.spectrum.ivar[seen], sample.spectrum.ivar[seen], rtol=0.011)
     sharpest = np.percentile(sample.spectrum.ivar[seen] ** -0.5, 10)
     np.testing.assert_allclose(back.spectrum.flux, sample.spectrum.flux, atol=sharpest / 15)
+
+
+def test_the_split_is_the_authors(tmp_path):
+    """Against what `torch.utils.data.random_split` gives with their seed, and the published numbers."""
+    published = np.bincount(authors_split(134_533))
+    assert published.tolist() == [94_173, 20_179, 20_181]
+    parts = torch.utils.data.random_split(range(40), [28, 6, 6], generator=torch.Generator().manual_seed(0))
+    put(tmp_path / "a.hdf5", spectra(40))
+    source = GalaxiesMLSpectra(tmp_path / "a.hdf5")
+    for name, part in zip(("train", "validation", "test"), parts, strict=True):
+        assert {source.read(i).split for i in part.indices} == {name}
+    assert source.describe(10, 20).splits == source.describe(0, 40).splits[10:20]
+    survey = build(source, tmp_path / "packed", name="s", split=BySource(), progress=False)
+    assert {name: survey.count(name) for name in ("train", "validation", "test")} == {
+        "train": 28, "validation": 6, "test": 6,
+    }  # fmt: skip
 
 
 def test_bins_as_published(tmp_path):

@@ -16,6 +16,7 @@ from armillary.engine.data.format.shards import key_problem
 from armillary.engine.data.sources.joined import Joined, Key, Match
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import BadSample
+from armillary.engine.data.sources.tables.catalogue import Catalogue
 from armillary.engine.data.sources.tables.rows import TableRows
 
 IDS = 39627_000_000_000_001 + np.arange(6)  # above 2^53: the last digits are lost in float64
@@ -38,7 +39,20 @@ OPTIONS = {
     "missing": (-99.0, 99.0),
     "units": {"photometry": "mag", "redshift": "heliocentric redshift"},
 }
-FORMATS = ("a.parquet", "a.csv", "a.csv.gz", "a.fits", "a.fits.gz", "a.hdf5", "records.h5", "compressed.h5")
+FORMATS = (
+    *(
+        "a.parquet",
+        "a.csv",
+        "a.csv.gz",
+        "a.ecsv",
+        "a.vot",
+        "a.fits",
+        "a.fits.gz",
+        "a.hdf5",
+        "records.h5",
+        "compressed.h5",
+    ),
+)
 
 
 def write(path, columns=None, **changes):
@@ -56,8 +70,9 @@ def write(path, columns=None, **changes):
         else:
             with gzip.open(path, "wb") if name.endswith(".gz") else open(path, "wb") as f:
                 pc_csv.write_csv(table, f)
-    elif ".fits" in name:
-        Table(columns).write(path, overwrite=True)
+    elif ".fits" in name or name.endswith((".ecsv", ".vot")):
+        options = {"format": "votable"} if name.endswith(".vot") else {}
+        Table(columns).write(path, overwrite=True, **options)
     elif name.startswith("records"):
         records = Table({k: v.astype("S") if v.dtype.kind == "U" else v for k, v in columns.items()})
         with warnings.catch_warnings(action="ignore"):  # that the name is the default one
@@ -288,6 +303,22 @@ def test_malformed(tmp_path, name, content, options, match):
         content(path)
     with pytest.raises(ValueError, match=match):
         TableRows(path, **options)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_columns_are_read_from_end_to_end(tmp_path, name):
+    """A run of rows at a time, over the borders of files and of groups of rows, and identifiers to the last digit."""
+    table = Catalogue([write(tmp_path / f"{n}{name}", Z=COLUMNS["Z"] + n) for n in range(2)])
+    for start, stop in ((0, 12), (1, 5), (5, 7), (11, 12)):
+        for column in ("Z", "nobs", "mag_g"):
+            np.testing.assert_array_equal(
+                table.numbers_between(column, start, stop), table.numbers(column, np.arange(start, stop))
+            )
+        twice = [*IDS.tolist(), *IDS.tolist()][start:stop]
+        assert table.identifiers("TARGETID", start, stop).to_pylist() == twice
+        texts = [str(t) or None for t in [*COLUMNS["SPECTYPE"], *COLUMNS["SPECTYPE"]][start:stop]]
+        assert table.identifiers("SPECTYPE", start, stop).to_pylist() == texts
+    assert table.identifiers("TARGETID", 0, 3).type == table.identifier_type("TARGETID") == pa.int64()
 
 
 @pytest.mark.parametrize("name", FORMATS)
