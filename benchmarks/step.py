@@ -5,12 +5,15 @@
     python benchmarks/step.py --method specformer --batch 4      # 768 wide, 6 blocks, 7,781 pixels
     python benchmarks/step.py --method astroclip --batch 8       # frozen ViT-S/12 and SpecFormer: run, and read from disk
     python benchmarks/step.py --method mmae --batch 16           # recipes/mmae.py's improved preset: all tokens, and the shown
+    python benchmarks/step.py --method galaxy_walker --batch 16  # stage 2 on the tiny random model; also tokens/s and memory
+    python benchmarks/step.py --method mosaic --batch 128        # recipes/mosaic.py's improved: all hidden tokens asked for, and half
 
 DINOv2: 2 x 144 + 8 x 60 pixel crops, 65,536 prototypes, drop path 0.3. AstroCLIP: one 144 pixel crop and one spectrum a
 pair; `--tokens recomputed` runs the frozen encoders in every step, `cached` reads their tokens from a token cache in a
 temporary folder, checks and converts them, as the phase `read`; both alternate step by step where both are asked for.
 MMAE: one 64 pixel crop and one spectrum a pair; hidden tokens left out, as it trains, against all of them computed, as
 methods do that set hidden ones to 0.
+MOSAIC: 153 numbers and 115 errors a galaxy in 24 tokens; every hidden token asked for, as improved trains, against half of them.
 Random inputs and weights, new ones in each step. Medians and percentiles are over steps after the warm-up. Other work on
 the same cores shows in them, so repeat, and compare within a run; processor time, of all threads, suffers less from it.
 """
@@ -18,18 +21,30 @@ the same cores shows in them, so repeat, and compare within a run; processor tim
 from __future__ import annotations
 
 import argparse
+import resource
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from common import append_rows, csv_option, device_name, summary
-from step_methods import MODELS, CachedCLIP, CLIPSubject, DINOv2Subject, MMAESubject, SpecFormerSubject
+from step_methods import (
+    MODELS,
+    CachedCLIP,
+    CLIPSubject,
+    DINOv2Subject,
+    GalaxyWalkerSubject,
+    MMAESubject,
+    MOSAICSubject,
+    SpecFormerSubject,
+)
 from step_training import Subject, Training, phase_columns
 
 from armillary.models.dinov2.dino_head import Head
 from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.mmae.token_drop import TokenDropMMAE
+from armillary.models.mosaic.masking import Masking
+from armillary.models.mosaic.mosaic import MOSAIC
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
 
@@ -41,9 +56,14 @@ def subjects(args: argparse.Namespace, folder: Path) -> dict[str, Subject]:
         return {args.model: DINOv2Subject(config)}
     if args.method == "specformer":
         return {"specformer": SpecFormerSubject(SpecFormerPretraining())}
+    if args.method == "galaxy_walker":
+        return {"galaxy_walker": GalaxyWalkerSubject()}
     if args.method == "mmae":
         whole = TokenDropMMAE(image_mask=(0.0, 0.0), spectrum_mask=(0.0, 0.0), image_drop=0.0, spectrum_drop=0.0)
         return {"mmae all": MMAESubject(whole), "mmae shown": MMAESubject(TokenDropMMAE())}
+    if args.method == "mosaic":
+        half = MOSAIC(masking=Masking(asked=0.5))
+        return {"mosaic all": MOSAICSubject(MOSAIC()), "mosaic half": MOSAICSubject(half)}
     recomputed = CLIPSubject(MODELS[args.model], SpecFormer())
     cached = CachedCLIP(
         recomputed, folder, args.warmup + args.repeats, args.batch, args.tokens_dtype, threads=args.threads
@@ -56,7 +76,7 @@ def columns(args: argparse.Namespace, name: str, subject: Subject) -> dict[str, 
     """Columns of a row that say what was timed."""
     if args.method == "dinov2":
         return {"model": name, "centering": args.centering, "prototypes": args.prototypes}
-    if args.method == "specformer":
+    if args.method in ("specformer", "galaxy_walker"):
         return {"model": name}
     model, tokens = name.split()
     if isinstance(subject, CachedCLIP):
@@ -65,10 +85,20 @@ def columns(args: argparse.Namespace, name: str, subject: Subject) -> dict[str, 
     return {"model": model, "tokens": tokens}
 
 
+def token_columns(training: Training, batch: int, ms: float) -> dict[str, object]:
+    """Tokens of a galaxy's prompt, tokens a second, and the greatest memory of this process so far."""
+    prepared = training.prepared(0)
+    tokens = prepared["input_ids"].shape[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    print(f"galaxy_walker: {tokens} tokens a galaxy, {1e3 * tokens / ms:.0f} tokens/s, {peak:.2f} GiB at most")
+    return {"tokens": tokens, "tokens_per_s": 1e3 * tokens / ms, "peak_gib": peak}
+
+
 def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=("dinov2", "specformer", "astroclip", "mmae"), default="dinov2")
+    methods = ("dinov2", "specformer", "astroclip", "mmae", "mosaic", "galaxy_walker")
+    parser.add_argument("--method", choices=methods, default="dinov2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", choices=MODELS, default="vits", help="image encoder")
     parser.add_argument("--batch", type=int, default=8)
@@ -117,6 +147,8 @@ def measure(args: argparse.Namespace, precision: str, device: torch.device, fold
             f"gflop_per_{unit}": trainings[name].method.flops_per_sample() / 1e9,
             **phase_columns(steps[name], args.batch, subject),
         }
+        if isinstance(subject, GalaxyWalkerSubject):
+            row |= token_columns(trainings[name], args.batch, float(row["ms_per_galaxy"]))  # type: ignore[arg-type]
         if device.type == "cpu":
             row[f"processor_ms_per_{unit}"] = summary(processor[name]).median
         rows.append(row)
@@ -126,7 +158,7 @@ def measure(args: argparse.Namespace, precision: str, device: torch.device, fold
         print(f"{name} {precision}: {row[total]:.0f} ms a {unit} {spread}{busy}")
         print("  " + ", ".join(f"{phase} {row[f'{phase}_ms']:.1f}" for phase in subject.phases))
     if len(rows) == 2:
-        ratios = [rows[0][c] / rows[1][c] for c in ("ms_per_pair", "processor_ms_per_pair") if c in rows[0]]
+        ratios = [rows[0][c] / rows[1][c] for c in rows[0] if c in (f"ms_per_{unit}", f"processor_ms_per_{unit}")]
         print(f"  {' over '.join(timed)}: {', in processor time '.join(f'{r:.2f}' for r in ratios)}")
     append_rows(args.csv, rows)
 

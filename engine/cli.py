@@ -5,6 +5,7 @@
     armillary evaluate ...                         embed and judge, with a report
     armillary report ...                           the report from embeddings that exist
     armillary search ...                           objects whose embeddings are like that of one
+    armillary query ...                            quantities of galaxies, given others
     armillary export ...                           encoder or whole state out of a run
     armillary version                              also --version
 
@@ -25,6 +26,7 @@ from typing import Annotated, Literal
 import tyro
 
 import armillary
+from armillary.engine.command_line import refuse_repeats, repeatable
 from armillary.engine.user_code import Packages, trust
 from armillary.engine.weights.verify import CheckpointError
 
@@ -40,10 +42,21 @@ COMMANDS = {
     "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
     "data graph": ("armillary.engine.data.cli", "graph", "neighbours on the sky"),
     "data simulate": ("armillary.engine.data.simulate.cli", "simulate", "make a survey of simulated galaxies"),
+    "data simulate-photometry": (
+        "armillary.engine.data.simulate.populations.cli",
+        "simulate_photometry",
+        "the same as photometry and star-formation histories",
+    ),
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
+    "calibrate": (
+        "armillary.engine.evaluate.calibrate",
+        "calibrate_command",
+        "correct a run's answers by held-out samples",
+    ),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
     "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
+    "query": ("armillary.engine.query.cli", "query", "quantities of galaxies, given others, from a run"),
     "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
 }
 """Name: (module, function, one line of help)."""
@@ -73,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         command = getattr(importlib.import_module(module), function)
+        refuse_repeats(words, repeatable(command))
         return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)
     except SystemExit as left:  # tyro has said why
         return int(left.code or 0)

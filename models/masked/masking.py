@@ -61,7 +61,7 @@ def token_masks(
     return torch.from_numpy((place >= 0) & (place < hidden)).to(position.device)
 
 
-def modality_masks(position: Tensor, key: BatchKey, known: Tensor, probability: Sequence[float]) -> Tensor:
+def modality_masks(position: Tensor, key: BatchKey, known: Tensor, probability: Sequence[float] | None) -> Tensor:
     """Hide whole modalities, each with its own probability, but never all that is known of a sample.
 
     Where the draws would hide everything, one of the known modalities is shown, each with the same chance. So with
@@ -71,7 +71,7 @@ def modality_masks(position: Tensor, key: BatchKey, known: Tensor, probability: 
         position: [B] int64, places in the epoch's global order.
         key: Seed and epoch.
         known: [B, M] bool: True where the sample has the modality.
-        probability: M probabilities.
+        probability: M probabilities; None: one for all modalities, uniform on (0, 1) and drawn for each sample.
 
     Returns:
         [B, M] bool on the device of `position`: True where a modality is hidden, or not known.
@@ -79,16 +79,17 @@ def modality_masks(position: Tensor, key: BatchKey, known: Tensor, probability: 
     Raises:
         ValueError: Nothing is known of a sample, or there are not M probabilities in [0, 1].
     """
-    if len(probability) != known.shape[1] or not all(0 <= p <= 1 for p in probability):
-        raise ValueError(f"modality_masks: must be given {known.shape[1]} probabilities in [0, 1], got {probability}")
+    modalities = known.shape[1]
+    if probability is not None and (len(probability) != modalities or not all(0 <= p <= 1 for p in probability)):
+        raise ValueError(f"modality_masks: must be given {modalities} probabilities in [0, 1], got {probability}")
     there = known.cpu().numpy()
     if not there.any(1).all():
         at = int(position[int(np.flatnonzero(~there.any(1))[0])])
         raise ValueError(f"modality_masks: the sample at position {at} has no known modality to show")
     stream = streams(Purpose.MODALITY_MASK, 0, position.cpu().numpy(), key.epoch)
-    u = uniforms(stream, key.seed, 2 * known.shape[1])
-    hidden = (u[:, : known.shape[1]] < np.asarray(probability)) | ~there
-    kept = np.where(there, u[:, known.shape[1] :], -1.0).argmax(1)
+    u = uniforms(stream, key.seed, 2 * modalities + 1)
+    hidden = (u[:, :modalities] < (u[:, -1:] if probability is None else np.asarray(probability))) | ~there
+    kept = np.where(there, u[:, modalities : 2 * modalities], -1.0).argmax(1)
     hidden[np.arange(len(hidden)), kept] &= ~hidden.all(1)
     return torch.from_numpy(hidden).to(position.device)
 

@@ -12,6 +12,7 @@ from armillary.models.dinov2.dino_head import Head
 from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import InputSpec
 from armillary.models.mmae.token_drop import TokenDropMMAE
+from armillary.models.mosaic.mosaic import MOSAIC
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
 from armillary.models.vit.vit import ViT
@@ -30,7 +31,15 @@ def benchmarks_on_path(monkeypatch):
 
 
 def subject_of(method: str, folder: Path):
-    from step_methods import CachedCLIP, CLIPSubject, DINOv2Subject, MMAESubject, SpecFormerSubject
+    from step_methods import (
+        CachedCLIP,
+        CLIPSubject,
+        DINOv2Subject,
+        GalaxyWalkerSubject,
+        MMAESubject,
+        MOSAICSubject,
+        SpecFormerSubject,
+    )
 
     if method == "dinov2":
         inputs = InputSpec(channels=3, global_size=8, n_global=2, local_size=4, n_local=1)
@@ -39,12 +48,16 @@ def subject_of(method: str, folder: Path):
         return SpecFormerSubject(SpecFormerPretraining(encoder=SPECFORMER, chunks=3, chunk_tokens=4), SPECTRA)
     if method == "mmae":
         return MMAESubject(MMAE_TINY)
+    if method == "galaxy_walker":
+        return GalaxyWalkerSubject()
+    if method == "mosaic":
+        return MOSAICSubject(MOSAIC(dim=16, depth=1, heads=2))
     recomputed = CLIPSubject(VIT, SPECFORMER, PAIRS, embedding=16, dropout=0.0)
     return recomputed if method == "recomputed" else CachedCLIP(recomputed, folder / "f", 3, 4, "float32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["dinov2", "specformer", "mmae", "recomputed", "cached"])
+@pytest.mark.parametrize("method", ["dinov2", "specformer", "mmae", "mosaic", "galaxy_walker", "recomputed", "cached"])
 def test_phases_cover_the_step(tmp_path, method, precision):
     from step_training import Training, phase_columns
 
@@ -73,7 +86,7 @@ def test_cached_and_recomputed_steps_compute_the_same(tmp_path):
     assert losses["cached"] == losses["recomputed"]
 
 
-@pytest.mark.parametrize("method", ["dinov2", "specformer", "astroclip", "mmae"])
+@pytest.mark.parametrize("method", ["dinov2", "specformer", "astroclip", "mmae", "mosaic", "galaxy_walker"])
 def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     import step
     import step_methods
@@ -83,6 +96,7 @@ def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     monkeypatch.setattr(step, "SpecFormerSubject", tiny["specformer"])
     monkeypatch.setattr(step, "SpecFormer", lambda: SPECFORMER)
     monkeypatch.setattr(step, "TokenDropMMAE", lambda **given: replace(MMAE_TINY, **given))
+    monkeypatch.setattr(step, "MOSAIC", lambda **given: MOSAIC(dim=16, depth=1, heads=2, **given))
     monkeypatch.setattr(step, "MODELS", {"vits": VIT})
     monkeypatch.setattr(step_methods, "PAIRS", PAIRS)
     monkeypatch.setattr(step_methods, "AstroCLIP", lambda **given: AstroCLIP(**given, embedding=16))
@@ -95,7 +109,7 @@ def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     step.main()
     with open(table, newline="") as f:
         rows = list(csv.DictReader(f))
-    assert [row["benchmark"] for row in rows] == [f"{method} step"] * (2 if method in ("astroclip", "mmae") else 1)
+    assert [row["benchmark"] for row in rows] == [f"{method} step"] * (1 if method in ("dinov2", "specformer") else 2)
     printed = capsys.readouterr().out
     if method == "astroclip":
         assert [row["tokens"] for row in rows] == ["recomputed", "cached float16"]
@@ -105,6 +119,10 @@ def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
         assert [row["tokens"] for row in rows] == ["all", "shown"]
         assert float(rows[0]["gflop_per_pair"]) > float(rows[1]["gflop_per_pair"]) > 0
         assert "mmae all over mmae shown:" in printed
+    elif method == "mosaic":
+        assert [row["tokens"] for row in rows] == ["all", "half"]
+        assert float(rows[0]["gflop_per_galaxy"]) > float(rows[1]["gflop_per_galaxy"]) > 0
+        assert "mosaic all over mosaic half:" in printed
     else:
-        unit = {"dinov2": "image", "specformer": "spectrum"}[method]
+        unit = {"dinov2": "image", "specformer": "spectrum", "galaxy_walker": "galaxy"}[method]
         assert float(rows[0][f"ms_per_{unit}"]) > 0 and f"ms a {unit}" in printed

@@ -10,7 +10,7 @@ import torch
 from armillary.models.method import InputSpec
 from armillary.models.quantities import Answer, Quantity, Scaling, ScalingKind
 
-KINDS: tuple[ScalingKind, ...] = ("linear", "log10", "asinh", "shape")
+KINDS: tuple[ScalingKind, ...] = ("linear", "log10", "log1p", "asinh", "shape")
 
 
 def some_values(seed: int = 0) -> torch.Tensor:
@@ -46,6 +46,32 @@ def test_errors_are_first_order(kind: ScalingKind) -> None:
     else:
         assert bool(errors[:, 0].isnan().all())
         torch.testing.assert_close(errors[:, place], step[:, 2] / values.mean(1) / scaling.std[place])
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_levels_of_runs_go_back_and_tell_nothing_of_other_runs(kind: ScalingKind) -> None:
+    values = torch.cat([some_values(2), some_values(3)[:, :1]], dim=1)
+    scaling = Scaling.fitted(kind, values, (0.5,) * 6 if kind == "asinh" else (), levels=2)
+    entries = scaling(values)
+    assert entries.shape == (64, scaling.entries) == (64, 8)
+    assert (entries.square().mean(0) - 1).abs().max() < 1e-9
+    torch.testing.assert_close(scaling.inverse(entries), values, rtol=1e-6, atol=1e-6)
+    runs = entries.view(64, 2, 4)
+    assert (runs[..., 1:] * torch.tensor(scaling.std, dtype=torch.float64).view(2, 4)[:, 1:]).sum(
+        -1
+    ).abs().max() < 1e-9  # around the level
+    other = values.clone()
+    other[:, 3:] = math.nan
+    torch.testing.assert_close(scaling(other).view(64, 2, 4)[:, 0], runs[:, 0])
+    assert scaling(other).view(64, 2, 4)[:, 1].isnan().all()
+    errors = scaling.errors(values, torch.full_like(values, 1e-3)).view(64, 2, 4)
+    assert errors[..., 0].isnan().all() and (errors[..., 1:] > 0).all()
+
+
+@pytest.mark.parametrize("levels", [4, 6, -1], ids=["not equal", "of one", "negative"])
+def test_runs_of_levels_are_equal(levels: int) -> None:
+    with pytest.raises(ValueError, match="must be equal runs of two or more"):
+        Scaling.fitted("linear", some_values().repeat(1, 2)[:, :6], levels=levels)
 
 
 def test_what_has_no_value_is_unknown() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from armillary.engine.data.format.survey import Survey
 
-__all__ = ["Columns", "column_problems", "numbers"]
+__all__ = ["Columns", "column_problems", "known_columns", "numbers"]
 
 
 def numbers(column: Any) -> np.ndarray | None:
@@ -88,21 +88,17 @@ class Columns:
     @lru_cache(maxsize=4)  # checks, input spec and views of a run all ask for the same
     def _read(cls, path: Path, names: tuple[str, ...], split: str, *_: int) -> Columns:
         import pyarrow.compute as pc  # here, since recipes import this module and most read no columns
-        import pyarrow.parquet as pq
 
-        table: Any = pq.read_table(path, columns=["split", *dict.fromkeys(names)])
+        from armillary.engine.data.format.catalog import read_catalog
+
+        table: Any = read_catalog(path.parent, ["split", *dict.fromkeys(names)])
         chosen = pc.equal(table["split"], split).to_numpy()
         if not chosen.any():
             chosen[:] = True
-        values = np.empty((len(table), len(names)))
+        values = _raw(table, names)
         for place, name in enumerate(names):
-            found = numbers(table[name])
-            if found is None:
-                raise ValueError(f"column {name!r} must hold numbers, got {table[name].type}")
-            values[:, place] = found
             if not np.isfinite(values[chosen, place]).any():
                 raise ValueError(f"column {name!r} is unknown for all {chosen.sum()} samples of split {split!r}")
-        values[~np.isfinite(values)] = np.nan
         mean, std = np.nanmean(values[chosen], 0), np.nanstd(values[chosen], 0)
         scaled = (values - mean) / np.where(std > 0, std, 1.0)
         return cls(names, tuple(mean.tolist()), tuple(std.tolist()), torch.from_numpy(scaled.astype(np.float32)))
@@ -118,3 +114,40 @@ class Columns:
     def of(self, row: Tensor) -> Tensor:
         """[B, n] float32 of catalogue rows [B], on their device."""
         return self.values[row.cpu()].to(row.device)
+
+
+def known_columns(survey: Survey, names: tuple[str, ...], size: int) -> np.ndarray:
+    """Columns of the catalogue as they are.
+
+    Args:
+        survey: Loaded from its folder.
+        names: Columns of numbers; those that the survey does not have are unknown throughout.
+        size: Columns of the result, where there are no names.
+
+    Returns:
+        [N, n] float64, NaN where unknown.
+
+    Raises:
+        ValueError: A column is text.
+    """
+    import pyarrow.parquet as pq
+
+    assert survey.folder is not None, "a survey that was loaded from its folder"
+    there = tuple(dict.fromkeys(n for n in names if n in survey.labels))
+    table: Any = pq.read_table(survey.folder / "catalog.parquet", columns=["split", *there])
+    values = np.full((len(table), len(names) or size), np.nan)
+    for place, name in enumerate(names):
+        if name in there:
+            values[:, place] = _raw(table, (name,))[:, 0]
+    return values
+
+
+def _raw(table: Any, names: tuple[str, ...]) -> np.ndarray:
+    """[N, n] float64 values of a table's columns, NaN where they are not finite."""
+    values = np.empty((len(table), len(names)))
+    for place, name in enumerate(names):
+        found = numbers(table[name])
+        if found is None:
+            raise ValueError(f"column {name!r} must hold numbers, got {table[name].type}")
+        values[:, place] = np.where(np.isfinite(found), found, np.nan)
+    return values

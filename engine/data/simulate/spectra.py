@@ -41,6 +41,7 @@ __all__ = [
     "emission_fluxes",
     "fibre_share",
     "resolution",
+    "strong_lines",
 ]
 
 FIBRE_ARCSEC = 1.5  # diameter
@@ -190,11 +191,9 @@ def emission_fluxes(stars: Stars, fibre: np.ndarray, burst: float = 1.0) -> dict
     area = 4 * math.pi * luminosity_distance_cm(stars.redshift) ** 2
     gas = stars.ebv[:, None] / 0.44
     h_alpha = stars.mass * stars.ssfr * burst * KROUPA / KENNICUTT / area * fibre / 1e-17  # [2]
-    oxygen = np.clip(8.69 + 0.6 * stars.metallicity, 7.9, 8.72)  # 12 + log O/H of the gas, on the scale of N2
-    n2 = (oxygen - 8.90) / 0.57
-    o3 = (8.73 - oxygen) / 0.32 + n2
+    by_h_alpha, by_h_beta = strong_lines(stars.metallicity)
     h_beta = h_alpha / BALMER["H alpha"]
-    nitrogen, oxygen3 = h_alpha * 10**n2, h_beta * 10**o3
+    nitrogen, oxygen3 = h_alpha * by_h_alpha, h_beta * by_h_beta
     intrinsic = {name: h_beta * ratio for name, ratio in BALMER.items()}
     intrinsic |= {"[O II] 3726": 1.2 * h_alpha / 2.35, "[O II] 3729": 1.2 * h_alpha * 1.35 / 2.35}
     intrinsic |= {"[O III] 5007": oxygen3, "[O III] 4959": oxygen3 / 2.98}
@@ -203,6 +202,16 @@ def emission_fluxes(stars: Stars, fibre: np.ndarray, burst: float = 1.0) -> dict
     intrinsic |= {"[S II] 6716": 0.17 * h_alpha, "[S II] 6731": 0.12 * h_alpha}
     dimming = 10 ** (-0.4 * attenuation(_LINES, gas))  # [2, lines]
     return {name: float((intrinsic[name] * dimming[:, i]).sum()) for i, name in enumerate(EMISSION)}
+
+
+def strong_lines(metallicity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[N II] 6583 by H alpha, and [O III] 5007 by H beta, of gas whose stars have this log10 of solar metallicity.
+
+    N2 and O3N2 of Pettini & Pagel (2004), their equations 1 and 3.
+    """
+    oxygen = np.clip(8.69 + 0.6 * metallicity, 7.9, 8.72)  # 12 + log O/H of the gas, on the scale of N2
+    n2 = (oxygen - 8.90) / 0.57
+    return 10**n2, 10 ** ((8.73 - oxygen) / 0.32 + n2)
 
 
 class SpectrumModel:

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from armillary.engine.atomic_file import atomic_path
 from armillary.engine.evaluate.posterior.calibration import pit_on_grid
 from armillary.engine.evaluate.posterior.flows import FlowEnsemble
+from armillary.engine.evaluate.posterior.qp_files import write_qp
 
 __all__ = ["RedshiftPDF", "export_qp", "redshift_grid", "redshift_pdf"]
 
@@ -172,14 +171,11 @@ def redshift_pdf(ensemble: FlowEnsemble, context: np.ndarray, z: np.ndarray) -> 
 
 
 def export_qp(path: Path | str, pdf: RedshiftPDF, ancillary: Mapping[str, np.ndarray] | None = None) -> Path:
-    """Write distributions as HDF5 that `qp.read` opens.
-
-    Layout (qp-prob 1.1, tables_io): meta/pdf_name [1] bytes "interp", meta/pdf_version [1] int64 0, meta/xvals [1, G],
-    data/yvals [M, G], ancil/<name> [M]: point estimates zmode, zmean, zmedian and odds, and what is given.
+    """Write distributions as HDF5 that `qp.read` opens, as its "interp": one grid for all, in `z`.
 
     Args:
         path: File to write, its name ending in .hdf5, by which qp knows the format; replaced at once.
-        pdf: The distributions.
+        pdf: The distributions; point estimates zmode, zmean, zmedian and odds are written beside them.
         ancillary: Columns [M] of numbers or text, such as keys and true redshifts.
 
     Returns:
@@ -188,25 +184,9 @@ def export_qp(path: Path | str, pdf: RedshiftPDF, ancillary: Mapping[str, np.nda
     Raises:
         ValueError: The suffix is another, or a column is not of M values or has the name of a point estimate.
     """
-    path = Path(path)
-    if path.suffix != ".hdf5":
-        raise ValueError(f"path: must end in .hdf5 for qp to read it, got {path.name}")
     columns = {"zmode": pdf.mode, "zmean": pdf.mean, "zmedian": pdf.median, "odds": pdf.odds()}
     for name, values in (ancillary or {}).items():
         if name in columns:
             raise ValueError(f"ancillary {name!r}: is one of the point estimates; give it another name")
-        if np.shape(values) != (len(pdf),):
-            raise ValueError(
-                f"ancillary {name!r}: must be one value a galaxy ({len(pdf)}), got shape {np.shape(values)}"
-            )
-        columns[name] = np.asarray(values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file["meta/pdf_name"] = np.array([b"interp"])
-        file["meta/pdf_version"] = np.array([0], np.int64)
-        file["meta/xvals"] = pdf.z[None]
-        file["data/yvals"] = pdf.density
-        for name, values in columns.items():
-            text = values.dtype.kind in "OU"
-            file[f"ancil/{name}"] = np.array([str(v).encode() for v in values]) if text else values
-    return path
+        columns[name] = values
+    return write_qp(path, "interp", {"xvals": pdf.z[None]}, {"yvals": pdf.density}, columns)

@@ -149,6 +149,18 @@ class _Attention(Task):
         return attention(study, encoders, options.samples)
 
 
+class _Questions(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.engine.evaluate.questions.task import impossible
+
+        return impossible(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.questions.task import questions
+
+        return questions(study, options, encoders)
+
+
 def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:
     from armillary.models.mmae.pairs import PairMethod
 
@@ -180,6 +192,17 @@ class _Lines(Task):
         return lines(study, encoders, options)
 
 
+class _Queries(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        able = any(m.questions() is not None for m in methods)
+        return "" if able else "it needs a run that answers questions, such as MOSAIC"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.queries.task import QueryOptions, queries
+
+        return queries(study, encoders, QueryOptions(options.queries, resamples=options.resamples))
+
+
 def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     missing = [name for name in wanted if name not in survey.labels]
     have = ", ".join(survey.labels) or "none"
@@ -190,7 +213,21 @@ def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     return ""
 
 
+class _Ablation(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        if len(methods) < 2 or len({type(m) for m in methods}) > 1:
+            return "it compares runs of one method that differ in settings; name others with --compare"
+        return ""
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.ablation.task import ablation
+
+        return ablation(study, encoders, resamples=options.resamples)
+
+
 TASKS: dict[str, Task] = {
+    "ablation": _Ablation(),
+    "queries": _Queries(),
     "missing": _Missing(),
     "lines": _Lines(),
     "baselines": _Baselines(),
@@ -201,6 +238,7 @@ TASKS: dict[str, Task] = {
     "morphology": _Morphology(),
     "masking": _Masking(),
     "attention": _Attention(),
+    "questions": _Questions(),
     "pictures": _Pictures(),
 }
 """In the order of the report."""

@@ -21,8 +21,9 @@ class Options:
     """What to evaluate and how.
 
     Attributes:
-        tasks: Of missing, lines, baselines, collapse, search, properties, posterior, morphology, masking, attention, pictures
-            (see docs/studies.md) and those that --package brings; all that the survey and the encoders allow if empty.
+        tasks: Of queries, missing, lines, baselines, collapse, search, properties, posterior, morphology, masking, attention,
+            questions, pictures, ablation (see docs/studies.md) and those that --package brings; all that the survey and the
+            encoders allow if empty.
         labels: Labels to predict; by default redshift, mass, metallicity, age and star formation, where the survey has them.
             Tasks that predict one label take the first, by default the redshift, by whichever usual name it goes.
         redshift: Divide the baselines' residuals by 1 + label; by default for labels with a redshift's name.
@@ -34,6 +35,8 @@ class Options:
         flows: Ensemble for posteriors: quick for a laptop, or as the paper or its released code has it.
         qp: Folder for p(z) of the test galaxies as files of the qp library, one a feature set.
         seed: Of every random draw of the tasks.
+        queries: Questions to a run that answers any, as WANT:GIVEN+GIVEN, or WANT:GIVEN,GIVEN+GIVEN for a pair to compare;
+            by default what its quantities allow.
     """
 
     tasks: tuple[str, ...] = ()
@@ -47,6 +50,7 @@ class Options:
     flows: Literal["quick", "paper", "released"] = "quick"
     qp: Path | None = None
     seed: int = 0
+    queries: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values."""

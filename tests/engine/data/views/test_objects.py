@@ -153,14 +153,20 @@ def test_whether_anything_is_random(change, augmented):
 @pytest.mark.parametrize(
     ("views", "message"),
     [
-        (ObjectViews(), "need an image, a spectrum or columns"),
+        (ObjectViews(), "need an image, a spectrum, quantities, columns or neighbours"),
         (ObjectViews(image=replace(CROP, n_global=2)), "views.image.n_global: must be 1, one crop an object, got 2"),
         (ObjectViews(image=replace(CROP, n_local=2, local_size=8)), "views.image.n_local: must be 0"),
         (ObjectViews(image=replace(CROP, global_size=99)), "views.image.global_size: must be in 1 .. 20"),
         (ObjectViews(columns=("mass",)), r"views.columns: must be labels of the survey \(z\), got 'mass'"),
         (ObjectViews(spectrum=True, targets=("age",)), "views.targets: must be labels"),
-        (ObjectViews(spectrum=True, spectrum_optional=True), "views.spectrum_optional: must be off without an image"),
-        (ObjectViews(image=CROP, spectrum_optional=True), "views.spectrum_optional: must be off without an image"),
+        (
+            ObjectViews(spectrum=True, spectrum_optional=True),
+            "views.spectrum_optional: must be off unless there is a spectrum and something",
+        ),
+        (
+            ObjectViews(image=CROP, spectrum_optional=True),
+            "views.spectrum_optional: must be off unless there is a spectrum and something",
+        ),
     ],
     ids=["nothing", "two crops", "local crops", "too large", "no such column", "no such target", "alone", "optional"],
 )

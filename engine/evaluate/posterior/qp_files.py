@@ -1,0 +1,120 @@
+"""Distributions as files of qp (qp-prob, the LSST DESC's package of distributions): `qp.read` opens them as ensembles.
+
+Layout (qp-prob 1.1, tables_io): meta/pdf_name [1] bytes, meta/pdf_version [1] int64 0, what all distributions share under
+meta/, arrays with a row a galaxy under data/, further columns under ancil/.
+
+Shape legend: M galaxies, G points of a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from armillary.engine.atomic_file import atomic_path
+from armillary.models.masked.density import Density
+from armillary.models.quantities import Quantity
+
+__all__ = ["export_density", "write_qp"]
+
+DEEP = 1e-4
+"""Probability beyond either end of a grid."""
+
+
+def write_qp(
+    path: Path | str,
+    form: str,
+    shared: Mapping[str, np.ndarray],
+    rows: Mapping[str, np.ndarray],
+    columns: Mapping[str, np.ndarray],
+) -> Path:
+    """Write a file.
+
+    Args:
+        path: File to write, its name ending in .hdf5, by which qp knows the format; replaced at once.
+        form: qp's name of the parameterisation.
+        shared: Arrays that all distributions share.
+        rows: Arrays [M, ...].
+        columns: Numbers or text [M].
+
+    Raises:
+        ValueError: The suffix is another, or a column is not of M values.
+    """
+    path = Path(path)
+    if path.suffix != ".hdf5":
+        raise ValueError(f"path: must end in .hdf5 for qp to read it, got {path.name}")
+    count = len(next(iter(rows.values())))
+    for name, values in columns.items():
+        if np.shape(values) != (count,):
+            raise ValueError(f"ancillary {name!r}: must be one value a galaxy ({count}), got shape {np.shape(values)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file["meta/pdf_name"] = np.array([form.encode()])
+        file["meta/pdf_version"] = np.array([0], np.int64)
+        for name, values in shared.items():
+            file[f"meta/{name}"] = values
+        for name, values in rows.items():
+            file[f"data/{name}"] = values
+        for name, given in columns.items():
+            values = np.asarray(given)
+            text = values.dtype.kind in "OU"
+            file[f"ancil/{name}"] = np.array([str(v).encode() for v in values]) if text else values
+    return path
+
+
+@torch.no_grad()
+def export_density(
+    path: Path | str,
+    density: Density,
+    quantity: Quantity | None = None,
+    ancillary: Mapping[str, np.ndarray] | None = None,
+    *,
+    points: int = 400,
+) -> Path:
+    """Write any kind of predicted distribution of a scalar.
+
+    Each galaxy gets a grid of its own (qp's "interp_irregular"): half of the points at quantiles of equal steps, which follow
+    narrow peaks, half at equal distances, which follow what lies between them.
+
+    Args:
+        path: File to write, ending in .hdf5.
+        density: Distributions [M], or [M, 1], of the scaled entry of the quantity.
+        quantity: A scalar, whose scaling is undone; None: the distributions are in the unit that the file shall have.
+        ancillary: Columns [M], such as keys and true values; `zmedian` is added for redshifts, else `median`.
+        points: G.
+
+    Raises:
+        ValueError: The quantity is a vector, a distribution has no width (a point), or a column does not fit.
+    """
+    if quantity is not None and quantity.scaling.entries != 1:
+        raise ValueError(
+            f"quantity {quantity.name!r}: has {quantity.scaling.entries} entries, a file of qp holds scalars"
+        )
+    median = density.median()
+    count = median.shape[0]
+    if median.numel() != count:
+        raise ValueError(f"density: must be [M] or [M, 1] distributions, got {tuple(median.shape)}")
+    each = median.shape + (points // 2,)
+    levels = torch.linspace(DEEP, 1 - DEEP, points // 2, dtype=torch.float64, device=median.device)
+    peaks = density.quantile(levels.expand(each)).double()
+    low, high = peaks[..., :1], peaks[..., -1:]
+    even = low + (high - low) * torch.linspace(0, 1, points - points // 2, dtype=torch.float64, device=median.device)
+    grid = torch.cat([peaks, even], dim=-1).sort(-1).values
+    # No point twice: densities are differences over distances.
+    grid = grid + (high - low) * 1e-6 * torch.arange(points, dtype=torch.float64, device=median.device)
+    below = density.cdf(grid).double()
+    name = "median"
+    if quantity is not None:
+        grid, median = (quantity.scaling.inverse(t[..., None].double())[..., 0] for t in (grid, median))
+        name = "zmedian" if quantity.name == "redshift" else name
+    x, steps = (t.reshape(count, points).cpu().numpy() for t in (grid, below))
+    if not (np.diff(x) > 0).all():
+        raise ValueError("density: has no width; a point cannot be written as a distribution")
+    # qp sums a density times the step before it: so its cumulative probability is exact at every point.
+    y = np.diff(steps, prepend=steps[:, :1]) / np.diff(x, prepend=x[:, :1] - 1) / (steps[:, -1:] - steps[:, :1])
+    columns = {name: median.reshape(count).cpu().numpy(), **(ancillary or {})}
+    return write_qp(path, "interp_irregular", {}, {"xvals": x, "yvals": y}, columns)
