@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["atomic_open", "atomic_path", "sync_folder", "write_bytes", "write_json", "write_text"]
+__all__ = ["atomic_open", "atomic_path", "require_writable", "sync_folder", "write_bytes", "write_json", "write_text"]
 
 HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
 LEFTOVER = re.compile(rf"\..*\.{HOST}-(\d+)\.tmp")
@@ -53,6 +53,23 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """A file to write bytes to; it gets its name when the block ends well. See `atomic_path`."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
+
+
+def require_writable(path: Path) -> None:
+    """Make sure, before hours of work, that a file of this name can be written; its folder is made if need be.
+
+    Raises:
+        OSError: It cannot; the message names the file and what is in the way.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: must be a file, got a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be written: {error}") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:

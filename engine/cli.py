@@ -12,7 +12,7 @@
 A command is a function with typed arguments in the part that does the work; tyro makes options of them. It is imported
 when it is asked for, and imports what it works with when it is run, so that help comes at once and a package that is missing
 takes away one command only. Exit codes: 0 done; 1 done, and the result is bad (a damaged survey, a collapsed encoder); 2 bad
-input.
+input; 4 damaged weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import Annotated, Literal
 import tyro
 
 import armillary
+from armillary.engine.command_line import refuse_repeats, repeatable
 from armillary.engine.user_code import Packages, trust
+from armillary.engine.weights.verify import CheckpointError
 
 __all__ = ["COMMANDS", "export", "main"]
 
@@ -84,12 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         command = getattr(importlib.import_module(module), function)
+        refuse_repeats(words, repeatable(command))
         return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)
     except SystemExit as left:  # tyro has said why
         return int(left.code or 0)
     except ModuleNotFoundError as error:
         print(f"armillary {name}: this installation lacks {error.name}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"armillary {name}: {error}", file=sys.stderr)
+        return 4
     except (ValueError, OSError, RuntimeError) as error:
         print(f"armillary {name}: {error}", file=sys.stderr)
         return 2

@@ -5,10 +5,14 @@
     reference   plain PyTorch: runs anywhere, in any float dtype, and is the oracle of the tests
     triton      the Triton kernels: a CUDA device, or a CPU under Triton's interpreter (TRITON_INTERPRET=1, for tests)
     auto        triton on a CUDA device, reference elsewhere and for float64
+
+One operation can be taken out: ARMILLARY_IMPL="linear_gelu=reference,residual_norm=reference" in the environment overrides `impl`
+of these alone, so that one bad kernel costs one kernel.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +23,31 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["IMPLS", "Impl", "Launch", "check_tensor", "refuse", "settings", "untraced", "use_triton"]
+__all__ = [
+    "IMPLS",
+    "OPERATIONS",
+    "Impl",
+    "Launch",
+    "check_tensor",
+    "overrides",
+    "refuse",
+    "settings",
+    "untraced",
+    "use_triton",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 Impl = Literal["auto", "reference", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
+
+OPERATIONS = (
+    "adamw_ema_", "column_logsumexp_", "decode_views", "down_gradient", "embed_crops", "gelu_linear", "geometry_combine",
+    "geometry_ffn", "geometry_rows", "linear_gelu", "mobius_add", "poincare_distance", "prototype_rows_", "radial_map",
+    "residual_add", "residual_norm", "row_logsumexp", "sinkhorn_bias", "up_projection", "window_embed",
+)  # fmt: skip
+"""All that choose between PyTorch and Triton, by the names of their errors."""
 
 INTERPRETER = 0  # the key of a launch table for Triton's interpreter: small blocks, so that small inputs have borders
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,6 +101,7 @@ def use_triton(operation: str, impl: str, x: Tensor) -> bool:
     """
     if impl not in IMPLS:
         refuse(operation, "impl", f"must be one of {', '.join(IMPLS)}", repr(impl))
+    impl = overrides().get(operation, impl)
     if impl != "triton":
         return impl == "auto" and x.is_cuda and x.dtype in FLOATS
     if x.dtype not in FLOATS:
@@ -86,6 +109,24 @@ def use_triton(operation: str, impl: str, x: Tensor) -> bool:
     if not x.is_cuda and not triton.knobs.runtime.interpret:
         refuse(operation, "impl", f'must be "reference" or "auto" for a tensor on {x.device}', repr(impl))
     return True
+
+
+@cache
+def overrides() -> dict[str, str]:
+    """Implementations by operation, out of ARMILLARY_IMPL.
+
+    Raises:
+        ValueError: It does not say operation=impl, or names an operation or implementation that there is not.
+    """
+    found: dict[str, str] = {}
+    for part in filter(None, os.environ.get("ARMILLARY_IMPL", "").split(",")):
+        operation, _, impl = (word.strip() for word in part.partition("="))
+        if operation not in OPERATIONS:
+            raise ValueError(f"ARMILLARY_IMPL: must name operations out of {', '.join(OPERATIONS)}, got {operation!r}")
+        if impl not in IMPLS:
+            raise ValueError(f"ARMILLARY_IMPL: {operation} must be one of {', '.join(IMPLS)}, got {impl!r}")
+        found[operation] = impl
+    return found
 
 
 def settings(table: Mapping[int, Launch], x: Tensor) -> Launch:

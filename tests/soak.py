@@ -59,7 +59,7 @@ def leave(folder: Path, stage: int, runs: int) -> bool:
 def launch(folder: Path, name: str, stage: int, **environment: str) -> list[fork_server.Rank]:
     """Start two ranks."""
     arguments = ["--name", name, "--train.zero-stage", str(stage), "--train.steps", str(STEPS)]
-    arguments += ["--checkpoint.every-steps", str(EVERY), "--checkpoint.verify"]
+    arguments += ["--checkpoint.every-steps", str(EVERY)]
     return fork_server.start(SCRIPT, arguments, **places(folder), STEP_SECONDS="0.03", **environment)
 
 

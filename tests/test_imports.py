@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ CLOSED_TO = {
 MOST_FILES = 12
 
 
+@cache
 def modules():
     """Every module of the project: dotted name below `armillary` -> file relative to the root."""
     found = {}
@@ -31,44 +33,44 @@ def modules():
     return found
 
 
-MODULES = modules()
+def import_names(statements):
+    """Names that statements import, at any depth, except for type checkers alone."""
+    for node in statements:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            for part in ("body", "orelse", "handlers", "finalbody", "cases"):
+                if isinstance(inner := getattr(node, part, None), list):  # not the body of a lambda
+                    yield from import_names(inner)
 
 
 def imported(path):
-    """Modules that a file imports anywhere, except for type checkers alone."""
-    tree = ast.parse((ROOT / path).read_text())
-    skipped = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            skipped |= {id(inner) for inner in ast.walk(node)}
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name.startswith("armillary."):
-                inner = name.removeprefix("armillary.")
-                while inner and inner not in MODULES:
-                    inner = inner.rpartition(".")[0]
-                if inner:
-                    yield inner
+    """Modules that a file imports anywhere."""
+    for name in import_names(ast.parse((ROOT / path).read_text()).body):
+        if name.startswith("armillary."):
+            inner = name.removeprefix("armillary.")
+            while inner and inner not in modules():
+                inner = inner.rpartition(".")[0]
+            if inner:
+                yield inner
 
 
-EDGES = {name: set(imported(path)) - {name} for name, path in MODULES.items()}
+@cache
+def edges():
+    """Module -> the modules that it imports."""
+    return {name: set(imported(path)) - {name} for name, path in modules().items()}
 
 
-def circles(edges):
+def circles(graph):
     """Strongly connected components of more than one node (Tarjan)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):
         index[node] = low[node] = len(index)
         stack.append(node)
-        for other in sorted(edges[node]):
+        for other in sorted(graph[node]):
             if other not in index:
                 visit(other)
                 low[node] = min(low[node], low[other])
@@ -80,7 +82,7 @@ def circles(edges):
                 found.append(sorted(stack[start:]))
             del stack[start:]
 
-    for node in sorted(edges):
+    for node in sorted(graph):
         if node not in index:
             visit(node)
     return found
@@ -88,30 +90,30 @@ def circles(edges):
 
 def folder(module):
     """The room of a module: its folder, or itself where it stands at the top of a floor, above or below all rooms."""
-    path = MODULES[module]
+    path = modules()[module]
     return (path if len(path.parts) == 2 else path.parent).as_posix()
 
 
 def test_the_search_for_circles_finds_one():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
-    assert len(MODULES) > 200 and sum(map(len, EDGES.values())) > 500  # the imports are read at all
+    assert len(modules()) > 200 and sum(map(len, edges().values())) > 500  # the imports are read at all
 
 
 def test_no_files_import_each_other_in_a_circle():
-    assert circles(EDGES) == []
+    assert circles(edges()) == []
 
 
 def test_no_folders_import_each_other_in_a_circle():
-    edges = defaultdict(set)
-    for module, others in EDGES.items():
-        edges[folder(module)] |= {folder(other) for other in others} - {folder(module)}
-    assert circles(edges) == []
+    folders = defaultdict(set)
+    for module, others in edges().items():
+        folders[folder(module)] |= {folder(other) for other in others} - {folder(module)}
+    assert circles(folders) == []
 
 
 def test_imports_point_one_way():
     wrong = [
         f"{module} imports {other}"
-        for module, others in EDGES.items()
+        for module, others in edges().items()
         for other in others
         if FLOORS.index(other.partition(".")[0]) > FLOORS.index(module.partition(".")[0])
     ]
@@ -122,7 +124,7 @@ def test_imports_point_one_way():
 def test_wings_do_not_reach_into_the_trainer(inner):
     wrong = [
         f"{module} imports {other}"
-        for module, others in EDGES.items()
+        for module, others in edges().items()
         for other in others
         if f"{folder(module)}/".startswith(f"{inner}/")
         and any(f"{folder(other)}/".startswith(f"{closed}/") for closed in CLOSED_TO[inner])
@@ -132,7 +134,7 @@ def test_wings_do_not_reach_into_the_trainer(inner):
 
 def test_no_room_is_too_full():
     counts = defaultdict(int)
-    for path in MODULES.values():
+    for path in [*modules().values(), *(path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob("*.py"))]:
         counts[path.parent.as_posix()] += path.name != "__init__.py"
     assert {name: count for name, count in counts.items() if count > MOST_FILES} == {}
 

@@ -24,17 +24,26 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of the sources so that the checkout stays as it is."""
+    """The wheel, built from a copy of the sources so that the checkout stays as it is.
+
+    The extension is compiled anew only where that of the checkout, which the same setup.py has compiled, is missing or
+    older than its sources.
+    """
     copy = tmp_path_factory.mktemp("sources")
     leave = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     for name in SOURCES:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=leave)
     for name in FILES:
         shutil.copy(ROOT / name, copy / name)
+    compiled = ROOT / "armillary" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if compiled.exists():
+        built = copy / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "armillary"
+        built.mkdir(parents=True)
+        shutil.copy2(compiled, built)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--wheel-dir", copy / "dist", copy], check=True)
-    (built,) = (copy / "dist").glob("*.whl")
-    return built
+    (wheel,) = (copy / "dist").glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,18 @@ def python(wheel, tmp_path_factory):
     executable = place / "bin" / "python"
     paths = {"base": str(place), "platbase": str(place)}
     site = Path(sysconfig.get_path("purelib", vars=paths))
-    pip = [sys.executable, "-m", "pip", "--python", executable, "install", "--quiet", "--no-deps", "--no-index"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        executable,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+    ]
     subprocess.run([*pip, wheel], check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
     # Only now, or pip would take an installation there for this one. A plain path: the .pth files in there, such as that of an editable installation, are not followed.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -85,8 +105,8 @@ def test_the_version_is_written_once(python, tmp_path):
 def test_a_recipe_trains_in_an_empty_folder(python, tmp_path):
     module = start(python, tmp_path, "-c", "import armillary; print(armillary.__file__)")
     assert str(ROOT) not in module
-    simulate = ("-m", "armillary.engine.cli", "data", "simulate", "--count", 90, "--size", 32, "--no-progress")
-    start(python, tmp_path, *simulate, "--out", "survey")
+    simulate = ("-m", "armillary.engine.cli", "data", "simulate", "--out", "survey")
+    start(python, tmp_path, *simulate, "--count", 90, "--size", 32, "--processes", 1, "--no-progress")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

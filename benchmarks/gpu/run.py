@@ -101,7 +101,9 @@ class Run:
 
     def test(self, operations: Sequence[str]) -> set[str]:
         """Run the gpu-marked tests of operations, a process for each file; returns the operations whose tests pass."""
-        files = list(dict.fromkeys(file for name in operations for file in OPERATIONS[name] if (ROOT / file).exists()))
+        files = list(
+            dict.fromkeys(file for name in operations for file in OPERATIONS[name].tests if (ROOT / file).exists())
+        )
         if self.smoke:  # all are skipped without a GPU: one file shows that they are found and run
             files = files[:1]
         with ThreadPoolExecutor(TESTS_AT_ONCE) as pool:
@@ -111,7 +113,7 @@ class Run:
                 print(text)
         sound = set(operations)
         for name in operations:
-            for file in OPERATIONS[name]:
+            for file in OPERATIONS[name].tests:
                 passed, text = results.get(file, (True, ""))
                 if text:
                     last = " ".join(text.split("\n")[-2:]).strip()[-200:]

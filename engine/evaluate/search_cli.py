@@ -28,6 +28,8 @@ def search(
     query_embeddings: Path | None = None,
     run: Path | None = None,
     readout: str | None = None,
+    kind: str = "auto",
+    option: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     data: Path | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     index: Literal["exact", "ivfpq", "auto"] = "auto",
@@ -44,6 +46,9 @@ def search(
         query_embeddings: Look the key up in this file instead: another modality of the same aligned encoder.
         run: The run that made the embeddings, to embed a query that is a file.
         readout: Which of the run's embeddings to make of the file; by default the one that fits.
+        kind: What a query that is a file holds, of those of `armillary data kinds`; by default seen from its name. module:class,
+            or file.py:class, for a reader of your own.
+        option: Option of the kind's reader, NAME=VALUE; may be repeated.
         data: The survey, for redshifts and pictures of the answers.
         out: Also write the answers: a .parquet, or an .html page with pictures (needs --data).
         index: Compare with every vector, or with codes of those in the nearest lists (IVF-PQ); auto is exact up to 4 GiB.
@@ -54,6 +59,7 @@ def search(
     import numpy as np
 
     from armillary.engine.data.format.survey import Survey
+    from armillary.engine.data.sources.options import parse_options
     from armillary.engine.evaluate.cli import choose_device
     from armillary.engine.evaluate.search.answers import answer_table, catalogue_rows, print_answers, write_answers
     from armillary.engine.evaluate.search.index import Index
@@ -62,12 +68,15 @@ def search(
     trust(*package)
     path = Path(query)
     from_file = path.is_file()
-    _check(query, from_file, embeddings, query_embeddings, run, readout, data, out, save_index)
+    for_files = run is not None or readout is not None or kind != "auto" or bool(option)
+    _check(query, from_file, for_files, embeddings, query_embeddings, run, data, out, save_index)
     survey = None if data is None else Survey.load(data)
     found = Index.load(embeddings) if embeddings.is_dir() else _build(embeddings, index, save_index)
     if from_file:
         assert run is not None
-        one = query_from_file(found, path, run, readout, choose_device(device))
+        one = query_from_file(
+            found, path, run, readout, choose_device(device), kind=kind, options=parse_options(option)
+        )
     elif query_embeddings is not None:
         one = query_by_key(found, query, (query_embeddings,))
     else:
@@ -87,10 +96,10 @@ def search(
 def _check(
     query: str,
     from_file: bool,
+    for_files: bool,
     embeddings: Path,
     query_embeddings: Path | None,
     run: Path | None,
-    readout: str | None,
     data: Path | None,
     out: Path | None,
     save_index: Path | None,
@@ -100,8 +109,8 @@ def _check(
         raise ValueError(f"run: the file {query} has to be embedded; give the run that made {embeddings}")
     if from_file and query_embeddings is not None:
         raise ValueError(f"query_embeddings: are for a query by key, but {query} is a file")
-    if not from_file and (run is not None or readout is not None):
-        raise ValueError(f"query: there is no file {query!r}, and a key needs neither --run nor --readout")
+    if not from_file and for_files:
+        raise ValueError(f"query: there is no file {query!r}, and a key takes no --run, --readout, --kind or --option")
     if save_index is not None and (embeddings.is_dir() or save_index.exists()):
         problem = f"{embeddings} is an index already" if embeddings.is_dir() else f"{save_index} exists already"
         raise ValueError(f"save_index: {problem}")

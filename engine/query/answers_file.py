@@ -25,7 +25,7 @@ from armillary.models.quantities import Quantity
 __all__ = ["METADATA", "AnswersFile"]
 
 METADATA = b"armillary"
-GROUP_BYTES = 64 << 20
+GROUP_BYTES = 16 << 20
 """Bytes that are collected before a group of rows is written."""
 
 QUANTILES = {"p16": 0.16, "p84": 0.84}

@@ -16,6 +16,7 @@ from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.token_cache.identity import encoder_prefixes
 from armillary.engine.zero.optim import build_groups
+from armillary.kernels.launch import overrides
 from armillary.models.method import Method
 
 __all__ = ["checkpoint_bytes", "method_problems", "problems", "space_problems"]
@@ -35,7 +36,7 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
     found = type_problems(run)
     if found:  # the rules below need the right types
         return found
-    found += _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
+    found += _overrides() + _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
     found += [f"schedule.{p}" for p in run.schedule.problems()] + _token_cache(run)
     try:
         survey = Survey.load(run.data.path)
@@ -49,12 +50,36 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
         found.append(
             f"train.global_batch: must be at most the {count} samples of the split, got {run.train.global_batch}"
         )
+    found += _shards(survey, run.data.split)
     for name in ("problems", "build", "input_spec"):
         if not callable(getattr(run.views, name, None)):
             return [*found, f"views: must be an object with a method `{name}`, got {type(run.views).__name__}"]
     views = _in_section("views", run.views.problems(survey))
     method = [] if views else _in_section("method", run.method.problems(run.views.input_spec(survey)))
     return found + views + method
+
+
+def _shards(survey: Survey, split: str) -> list[str]:
+    """Whether the split's shards are there, as long as they were."""
+    assert survey.folder is not None, "a survey that was loaded from its folder"
+    bad = []
+    for shard in survey.shards:
+        path = survey.folder / shard.name
+        there = path.stat().st_size if path.is_file() else None
+        if shard.split == split and there != shard.bytes:
+            bad.append(f"{shard.name} " + ("is missing" if there is None else f"has {there} of {shard.bytes} bytes"))
+    if not bad:
+        return []
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return [f"data.path: must have all shards of split {split!r} whole, but {bad[0]}{more}; see `armillary data check`"]
+
+
+def _overrides() -> list[str]:
+    try:
+        overrides()
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _in_section(name: str, rules: list[str]) -> list[str]:
@@ -93,9 +118,11 @@ def _numbers(run: Run, world: int) -> list[str]:
     at_least("train.micro_batch", run.train.micro_batch, 1)
     at_least("train.max_bad_steps", run.train.max_bad_steps, 1)
     at_least("checkpoint.every_steps", run.checkpoint.every_steps, 1)
+    above_zero("train.timeout_minutes", run.train.timeout_minutes)
     above_zero("checkpoint.every_minutes", run.checkpoint.every_minutes)
     at_least("checkpoint.keep", run.checkpoint.keep, 1)
     at_least("telemetry.every_steps", run.telemetry.every_steps, 1)
+    at_least("telemetry.monitor_steps", run.telemetry.monitor_steps, 1)
     together = run.train.micro_batch * world
     if run.train.micro_batch >= 1 and run.train.global_batch >= 1:
         rule("train.global_batch", run.train.global_batch, run.train.global_batch % together == 0,
@@ -117,7 +144,9 @@ def _device(run: Run, world: int, has_smoke: bool) -> list[str]:
     if local > here:
         return [f"device: must have a GPU for each of the {local} ranks on this machine, got {here}"]
     if run.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return [f'train.precision: must be "fp32" on this GPU, which has no bf16, got {run.train.precision!r}']
+        return [
+            f'train.precision: must be "fp32" or "tf32" on this GPU, which has no bf16, got {run.train.precision!r}'
+        ]
     return []
 
 
@@ -207,11 +236,14 @@ def method_problems(run: Run, method: Method) -> list[str]:
 
 
 def checkpoint_bytes(method: Method) -> int:
-    """Size of one checkpoint, all ranks together: fp32 weight, two moments and the average."""
+    """Size of one checkpoint, all ranks together: fp32 weight, two moments and the average; without what lies in files of its own."""
     students = {id(s) for s, _ in method.teacher_pairs()}
     teachers = {id(t) for _, t in method.teacher_pairs()}
+    base = method.base()
     total = 0
-    for p in method.parameters():
+    for name, p in method.named_parameters():
+        if base is not None and name in base.names:
+            continue
         if p.requires_grad:
             total += p.numel() * (16 if id(p) in students else 12)
         elif id(p) not in teachers:

@@ -7,6 +7,7 @@ acts, or leaves everything as it was where a number is not finite; the teacher f
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,11 +50,15 @@ class BatchSource(Protocol):
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT instead of dying of them; a SIGINT after either interrupts at once."""
+    """Remembers SIGTERM and SIGINT instead of dying of them; a SIGINT after either interrupts at once.
+
+    Python hears signals in its main thread only; a training in another thread leaves them to that one.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._kept = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        hears = threading.current_thread() is threading.main_thread()
+        self._kept = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT) if hears}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
@@ -140,8 +145,10 @@ class Loop:
             self.meter.flush(self.loader.wait_seconds)
             raise NonFinite(
                 f"{bad} steps in a row had a non-finite loss or gradient (train.max_bad_steps = {limit}), the last one "
-                f"step {self.progress.step}; nothing of them was applied, checkpoints are from before. Lower optim.lr, "
-                "lengthen the warm-up or look at the samples of these steps"
+                f"step {self.progress.step}; nothing of them was applied, checkpoints are from before. To go on from there "
+                f"with another optim.lr or warm-up, which make it another run: `armillary export {self.run.folder} --format "
+                "portable -o FILE`, then start the recipe under another --name with --restore FILE and the changes. Or look "
+                "at the samples of these steps"
             )
 
     def save(self) -> None:

@@ -11,6 +11,7 @@ non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM o
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -36,7 +37,9 @@ def main(recipe: Run, **presets: Run) -> None:
         recipe: The recipe.
         presets: Variants that `--preset NAME` chooses.
     """
-    sys.exit(start(recipe, presets, sys.argv[1:]))
+    code = start(recipe, presets, sys.argv[1:])
+    gc.freeze()  # what is left goes with the process: to search it for circles would take a second and a half
+    sys.exit(code)
 
 
 def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_loader: Any = None) -> int:
@@ -51,6 +54,12 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
     Returns:
         Exit code.
     """
+    from armillary.engine.zero.processes import launch_problems, take_slurm_ranks
+
+    launch = take_slurm_ranks(os.environ) or launch_problems()
+    if launch:
+        print(f"{recipe.name}: this run cannot start:", *(f"  {p}" for p in launch), sep="\n", file=sys.stderr)
+        return EXIT_BAD_INPUT
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--preset", choices=sorted(presets), default=None)
     own.add_argument("--restore", type=Path, default=None)
@@ -87,7 +96,7 @@ def run_to_exit_code(
     """
     from armillary.engine.train import trainer
     from armillary.engine.train.loop import NonFinite, Stopped
-    from armillary.engine.weights.checkpoint import CheckpointError
+    from armillary.engine.weights.verify import CheckpointError
 
     me = trainer.ranks()
     loaders = {} if open_loader is None else {"open_loader": open_loader}

@@ -1,7 +1,8 @@
 """What a run says while it goes: progress bar or lines, metrics.jsonl, TensorBoard.
 
 metrics.jsonl gets one line a step. Its values stay on the device until a line is due on the screen (or a checkpoint),
-and are only then reduced over ranks, so that a step costs no synchronisation for the log's sake.
+and are only then reduced over ranks, so that a step costs no synchronisation for the log's sake. Nothing here ends a run: lines
+that a full disk refuses wait for the next ones, and a screen that is gone is not written to.
 Throughput, MFU, data wait and memory belong to the interval that the step is in.
 """
 
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +27,27 @@ from torch import Tensor
 
 from armillary.engine.atomic_file import write_text
 from armillary.engine.config.run import Run
+from armillary.kernels.launch import overrides
 from armillary.models.method import Losses, Method
 
-__all__ = ["PEAK_TFLOPS", "Meter", "measure_gemm", "peak_flops"]
+__all__ = ["PEAK_TFLOPS", "LineFile", "Meter", "measure_gemm", "peak_flops"]
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.4,
     "GH200": 989.4,
     "L40S": 362.1,
+    "L40": 181.0,
     "L4": 121.0,
     "A100": 311.9,
     "A40": 149.7,
     "A10": 125.0,
     "RTX 4090": 165.2,
 }
-"""Dense bf16 tensor-core rates of the makers' data sheets, TFLOP/s; the first name found in the device's counts."""
+"""Dense bf16 tensor-core rates of the makers' data sheets, TFLOP/s; the first name that is a word of the device's counts."""
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -71,7 +77,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for key, tflops in PEAK_TFLOPS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b", name):  # an L40 is no L4, a GB200 no B200
                 return tflops * 1e12, f"{name} dense bf16, {tflops:g} TFLOP/s"
     rate = measure_gemm(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     return rate, f"measured {precision} GEMM rate, {rate / 1e12:.3g} TFLOP/s a rank"
@@ -89,6 +95,34 @@ def _keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_text(path, "".join(line + "\n" for line in kept))
+
+
+class LineFile:
+    """A file that lines are appended to; what cannot be written stays in memory and goes first the next time."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab", buffering=0)
+        self._waiting = b""
+
+    def append(self, line: str) -> OSError | None:
+        """Write a line, and what waits.
+
+        Returns:
+            Why something waits; None where nothing does.
+        """
+        self._waiting += line.encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        """Try once more, and close."""
+        with suppress(OSError):
+            self._file.write(self._waiting)
+        self._file.close()
 
 
 class Meter:
@@ -113,12 +147,14 @@ class Meter:
         self._known: list[dict[str, float | int]] = []
         self._began = time.perf_counter()
         self._timed = 0
+        self._measured = first_step
         self._waited = 0.0
         self._bar: Progress | None = None
         self._board: Any = None
         if self.speaks:
             _keep_until(run.folder / "metrics.jsonl", first_step)
-            self._lines = open(run.folder / "metrics.jsonl", "a", buffering=1)
+            self._lines = LineFile(run.folder / "metrics.jsonl")
+            self._refused = False
             if run.telemetry.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -141,18 +177,19 @@ class Meter:
             self.run.train,
             sum(getattr(p, "ds_numel", p.numel()) for p in self.method.parameters() if p.requires_grad),
         )
-        self.console.print(
+        self.say(
             f"{self.run.name}: step {first_step} of {train.steps}, {self.world} x {self.device.type}, "
             f"ZeRO-{train.zero_stage}, {train.precision}, batch {train.global_batch} = {self.world} ranks x "
             f"{self.run.accumulation(self.world)} x {train.micro_batch}, {trained / 1e6:.3g}M trained parameters, "
             f"{self.method.flops_per_sample() / 1e9:.3g} GFLOP a sample; MFU is of {self.peak_name}; "
-            f"writing to {self.run.folder}",
-            highlight=False,
+            f"writing to {self.run.folder}" + "".join(f"; {name} by {impl}" for name, impl in overrides().items())
         )
 
     def say(self, text: str, loud: bool = False) -> None:
         """Print a line, on rank 0."""
-        if self.speaks:
+        if not self.speaks:
+            return
+        with suppress(OSError, SystemExit):  # rich leaves where its pipe or terminal is gone
             self.console.print(text, style="bold red" if loud else None, markup=False, highlight=False)
 
     def add(self, losses: Losses) -> None:
@@ -203,7 +240,7 @@ class Meter:
             "data_wait": wait / seconds,
             "peak_gib": peak,
         }
-        measures = self.method.monitor()
+        measures = self._measures(int(self._known[-1]["step"]))
         for i, known in enumerate(self._known):
             line = {**known, **{n: v for n, v in zip(names, values[i], strict=True) if v is not None}}
             line |= {"loss_max": highest[i], **interval}
@@ -216,6 +253,14 @@ class Meter:
             self.say(f"WARNING: {warning}", loud=True)
         self._rows, self._known = [], []
         self._began, self._waited, self._timed = now, waited, 0
+
+    def _measures(self, step: int) -> dict[str, float]:
+        """Health measures, as often as they are worth: on a GPU they make the host wait for the device."""
+        every = self.run.telemetry.monitor_steps or (100 if self.device.type == "cuda" else 1)
+        if step // every == self._measured // every and step != self.run.train.steps:
+            return {}
+        self._measured = step
+        return self.method.monitor()
 
     def _reduce(self) -> tuple[list[str], list[list[float | None]], list[float]]:
         """Means over ranks of what was collected.
@@ -259,11 +304,18 @@ class Meter:
         if not self.speaks:
             return
         plain = {k: v if math.isfinite(v) else None for k, v in line.items()}
-        self._lines.write(json.dumps(plain) + "\n")
+        refused = self._lines.append(json.dumps(plain))
+        if refused is not None and not self._refused:
+            self.say(f"WARNING: metrics.jsonl cannot be written: {refused}; its lines wait in memory", loud=True)
+        self._refused = refused is not None
         if self._board is not None:
-            for name, value in line.items():
-                if name != "step" and math.isfinite(value):
-                    self._board.add_scalar(name, value, int(line["step"]))
+            try:
+                for name, value in line.items():
+                    if name != "step" and math.isfinite(value):
+                        self._board.add_scalar(name, value, int(line["step"]))
+            except OSError as error:
+                self.say(f"WARNING: TensorBoard's file cannot be written: {error}; it ends here", loud=True)
+                self._board = None
 
     def _show(self, line: Mapping[str, float | int]) -> None:
         norms = " ".join(f"{k.partition('/')[2]} {v:.3g}" for k, v in line.items() if k.startswith("grad_norm/"))
@@ -280,8 +332,10 @@ class Meter:
     def close(self) -> None:
         """Close files and bar."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError, SystemExit):
+                self._bar.stop()
         if self.speaks:
             self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()

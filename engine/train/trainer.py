@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,21 @@ from armillary.engine.config.provenance import facts
 from armillary.engine.config.randomness import seed_everything
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.exclusive import InUse, exclusive
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
+from armillary.engine.train.memory import free_bytes, memory_of
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.user_code import trust
 from armillary.engine.weights import portable, resume
-from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest
+from armillary.engine.weights.checkpoint import Progress, latest
 from armillary.engine.weights.export import export_encoder
 from armillary.engine.weights.init_weights import init_encoder, init_method
 from armillary.engine.weights.trained_encoder import EXPORT, TrainedEncoder
-from armillary.engine.zero.deepspeed_engine import Ranks, Sharded, ranks, start_processes
+from armillary.engine.weights.verify import CheckpointError
+from armillary.engine.zero.deepspeed_engine import Sharded
+from armillary.engine.zero.processes import Ranks, end_processes, ranks, start_processes
 from armillary.models.method import Method
 
 __all__ = ["BadInput", "open_loader", "train"]
@@ -91,51 +95,110 @@ def train(
         CheckpointError: A checkpoint could not be written or read.
     """
     me = ranks()
+    run = _anywhere(run)
     survey = Survey.load(run.data.path)
     inputs = run.views.input_spec(survey)
     seed_everything(run.seed)
     method = run.method.build(inputs)
     known = facts(survey) | {"inputs": asdict(inputs)}
-    newest = _startable(run, method, known, me.world)
+    if (base := method.base()) is not None:
+        known["base"] = base.sha256
+    newest = _startable(run, method, known, me.world, restore)
+    memory = memory_of(run, method, me.world, free_bytes(run.resolved_device))
+    if memory is not None and (found := memory.problems()):
+        raise BadInput("\n".join(found))
     if newest is None and restore is None:
         _take_weights(run, method, survey, init_from)
 
     with ExitStack() as leaving:
-        stop = StopRequest()
+        device = start_processes(run.resolved_device, run.train.timeout_minutes, run.train.precision == "tf32")
+        stop = StopRequest()  # not before: a signal to a process that waits for the others ends it
         leaving.callback(stop.forget)
-        device = start_processes(run.resolved_device)
-        sharded = Sharded(run, method, device)
-        progress, note, set_random = _begin(run, sharded, newest, restore)
-        if run.data.token_cache is not None:
-            _fill_token_cache(run, sharded, survey, me, stop)
-        loader = open_loader(run, method, survey, device, me)
-        leaving.callback(loader.close)
-        if progress.loader:
-            loader.load_state_dict(progress.loader)
-        if me.rank == 0:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            run.save(run.folder / "run.json", **known, world=me.world)
-        dist.barrier()
-        meter = Meter(run, method, device, progress.step)
-        leaving.callback(meter.close)
-        for line in note:
-            meter.say(line)
-        loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
-        set_random()
+        sharded: Sharded | None = None
         try:
+            _own(run.folder, newest, me, leaving)
+            resume.agree(newest, me.rank, run.checkpoint.verify)
+            _materialise(run, method, device, me)
+            sharded = Sharded(run, method, device)
+            progress, note, set_random = _begin(run, sharded, newest, restore)
+            if run.data.token_cache is not None:
+                _fill_token_cache(run, sharded, survey, me, stop)
+            loader = open_loader(run, method, survey, device, me)
+            leaving.callback(loader.close)
+            if progress.loader:
+                loader.load_state_dict(progress.loader)
+            if me.rank == 0:
+                with _or_checkpoint_error("run.json"):
+                    run.save(run.folder / "run.json", **known, world=me.world)
+            dist.barrier()
+            meter = Meter(run, method, device, progress.step)
+            leaving.callback(meter.close)
+            for line in (*([] if memory is None else [memory.line()]), *note):
+                meter.say(line)
+            loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
+            set_random()
             loop.go()
             loop.save()
             if me.rank == 0:
-                export_encoder(TrainedEncoder.open(run.folder), run.folder / EXPORT)
+                with _or_checkpoint_error(
+                    f"{EXPORT}, which `armillary export {run.folder}` makes from the checkpoint,"
+                ):
+                    export_encoder(TrainedEncoder.open(run.folder), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
-        except (Stopped, NonFinite, CheckpointError):  # all ranks are here
-            sharded.destroy()
+        except (BadInput, Stopped, NonFinite, CheckpointError):  # all ranks are here
+            (sharded.destroy if sharded is not None else end_processes)()
             raise
         sharded.destroy()
     return run.folder
 
 
-def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> Path | None:
+def _materialise(run: Run, method: Method, device: torch.device, me: Ranks) -> None:
+    """Give frozen weights storage: rank 0 reads their files, and DeepSpeed sends every parameter of rank 0 to the others.
+
+    Under ZeRO-3 they lie on the host until DeepSpeed has cut them.
+    """
+    place = torch.device("cpu") if run.train.zero_stage == 3 else device
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    method.materialise(place, dtype, read=me.rank == 0)
+
+
+def _anywhere(run: Run) -> Run:
+    """The run with paths that mean the same wherever its record is read."""
+    cache = run.data.token_cache
+    data = replace(run.data, path=run.data.path.absolute(), token_cache=None if cache is None else cache.absolute())
+    return replace(run, data=data)
+
+
+def _own(folder: Path, newest: Path | None, me: Ranks, leaving: ExitStack) -> None:
+    """Make the run's folder and own it until the end; all ranks together.
+
+    Raises:
+        BadInput: On all ranks: another process is at work there, or was a moment ago, or it cannot be written.
+    """
+    said: list[str | None] = [None]
+    if me.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            leaving.enter_context(exclusive(folder))
+            if latest(folder / "checkpoints") != newest:
+                said = [f"out: {folder}: another job wrote there while this one started; start again"]
+        except (InUse, OSError) as error:
+            said = [f"out: {error}"]
+    dist.broadcast_object_list(said)
+    if said[0] is not None:
+        raise BadInput(said[0])
+
+
+@contextmanager
+def _or_checkpoint_error(what: str) -> Iterator[None]:
+    """A full or broken disk has its own exit code."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what} could not be written: {error}") from error
+
+
+def _startable(run: Run, method: Method, known: dict[str, Any], world: int, restore: Path | None = None) -> Path | None:
     """Last checks before processes are started; the checkpoint to continue from."""
     record = to_json(run)
     try:
@@ -146,12 +209,34 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int) -> P
     found = method_problems(run, method)
     newest = latest(run.folder / "checkpoints")
     if newest is not None:
-        state = resume.open_archive(newest)[1]
+        state = resume.open_archive(newest, hashed=["state.json"])[1]
         found += resume.same_run_problems(state, run, world, known, newest)
+    elif restore is not None:
+        found += _restorable(run, known, restore)
     found = found or space_problems(run, method)
     if found:
         raise BadInput("\n".join(found))
     return newest
+
+
+def _restorable(run: Run, known: dict[str, Any], restore: Path) -> list[str]:
+    """Why a portable export cannot be continued by this run: its position in the data would have no meaning."""
+    try:
+        state = portable.open_portable(restore)[1]
+        batch = int(state["run"]["train"]["global_batch"])
+    except (CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
+        return [f"--restore: {error}"]
+    found = []
+    if batch != run.train.global_batch:
+        found.append(
+            f"train.global_batch: must be {batch}, as in {restore}, got {run.train.global_batch}; to begin anew with its "
+            "weights alone, use --init-from"
+        )
+    if state.get("survey") != known["survey"]:
+        found.append(
+            f"data.path: must be the survey that {restore} was trained on, got one with other shards: {run.data.path}"
+        )
+    return found
 
 
 def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | None) -> None:
@@ -163,9 +248,11 @@ def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | No
             raise BadInput(f"method.{modality}_from: {error}") from error
     if init_from is not None:
         try:
-            init_method(method, TrainedEncoder.open(init_from))
+            left_out = init_method(method, TrainedEncoder.open(init_from))
         except (ValueError, OSError) as error:
             raise BadInput(f"--init-from: {error}") from error
+        for line in left_out if ranks().rank == 0 else []:
+            print(f"--init-from {init_from}: {line}", flush=True)
 
 
 def _fill_token_cache(run: Run, sharded: Sharded, survey: Survey, me: Ranks, stop: StopRequest) -> None:
@@ -180,7 +267,6 @@ def _fill_token_cache(run: Run, sharded: Sharded, survey: Survey, me: Ranks, sto
             run, sharded.method, survey, sharded.device, rank=me.rank, world=me.world, stop=lambda: stop.asked, say=say
         )
     except (TokenCacheError, Interrupted) as error:  # all ranks are here
-        sharded.destroy()
         if isinstance(error, Interrupted):
             say("stopped by a signal while filling data.token_cache; the same command continues")
             raise Stopped from error
@@ -197,7 +283,7 @@ def _begin(
     """
     rank = sharded.rank
     if newest is not None:
-        progress = resume.load(newest, sharded.layout, run.checkpoint.verify)
+        progress = resume.load(newest, sharded.layout)
         note = [f"continuing {newest}"]
         if restore is not None:
             note.append(f"--restore {restore} is not read again: the run has checkpoints of its own")

@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,12 @@ from armillary.engine.config.config_json import to_json
 from armillary.engine.config.randomness import random_states
 from armillary.engine.config.run import Run
 from armillary.engine.weights.tensors import Entry, write_tensors
+from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.partition import ZeroPartition, persistent_buffers
 
-__all__ = ["FORMAT", "CheckpointError", "Progress", "latest", "save"]
+__all__ = ["FORMAT", "Progress", "latest", "save", "shard_name"]
 
 FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or the one found cannot be continued from."""
 
 
 @dataclass
@@ -63,6 +61,11 @@ class Progress:
     bad_in_a_row: int = 0
     applied: int = 0
     loader: dict[str, Any] = field(default_factory=dict)
+
+
+def shard_name(rank: int) -> str:
+    """Name of the file that holds what a rank owns."""
+    return f"shard-{rank:05d}.safetensors"
 
 
 def _write_text(path: Path, text: str) -> tuple[int, str]:
@@ -116,7 +119,7 @@ def save(folder: Path, layout: ZeroPartition, progress: Progress, run: Run, fact
             temporary.mkdir()
 
     def write() -> tuple[int, str]:
-        return _write_shard(temporary / f"shard-{rank:05d}.safetensors", layout)
+        return _write_shard(temporary / shard_name(rank), layout)
 
     def finish() -> None:
         if rank == 0:
@@ -165,7 +168,7 @@ def _finish(
     facts: dict[str, Any],
 ) -> None:
     state = {"format": FORMAT, "progress": asdict(progress), "run": to_json(run), **facts}
-    files = {f"shard-{i:05d}.safetensors": record for i, record in enumerate(shards)}
+    files = {shard_name(i): record for i, record in enumerate(shards)}
     files["state.json"] = _write_text(temporary / "state.json", json.dumps(state))
     manifest = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
     _write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -187,8 +190,12 @@ def _retain(folder: Path, keep: int) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names in RUN/checkpoints; None where there is none."""
-    pointer = folder / "latest"
-    if not pointer.is_file():
-        return None
-    return folder / pointer.read_text().strip()
+    """The checkpoint that `latest` names in RUN/checkpoints, or the newest one where it is lost; None if there is none.
+
+    A folder step-* has its name only when it is complete.
+    """
+    with suppress(OSError, UnicodeDecodeError):
+        named = folder / (folder / "latest").read_text().strip()
+        if named.is_dir() and named.parent == folder and named != folder:
+            return named
+    return max((p for p in folder.glob("step-*") if p.is_dir()), default=None)

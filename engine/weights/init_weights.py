@@ -5,34 +5,42 @@ They come from runs of armillary, with a check that the encoder will be shown wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from armillary.engine.data.format.survey import Survey, WaveGrid
 from armillary.engine.weights.trained_encoder import TrainedEncoder, copy_weights, encoder_tensors
 from armillary.models.method import Method
-from armillary.models.vit.state_names import from_public
+from armillary.models.vit.state_names import HEADS, from_public
 
 __all__ = ["init_encoder", "init_method", "input_mismatch"]
 
 
-def init_method(method: Method, source: TrainedEncoder) -> None:
+def init_method(method: Method, source: TrainedEncoder) -> list[str]:
     """Start a method from a trained encoder: teachers and the students that follow them take its weights.
+
+    Heads in a published training file are taken, too, where the method has the same ones.
 
     Args:
         method: Freshly built.
         source: An encoder of a run, all of which is taken; or published weights, those of the whole method or of the encoder
             of its one modality.
 
+    Returns:
+        What was left out of the file, one line each.
+
     Raises:
         ValueError: It does not fit the method; every name is listed.
     """
     stored, encoders, prefix = source.weights(), method.encoders(), ""
+    published = stored
     if source.is_published:
-        if set(stored) & set(encoder_tensors(method)):
+        training_file = all(name.startswith(("student.", "teacher.")) for name in stored)
+        if set(stored) & set(encoder_tensors(method)) and not training_file:
             image = encoders.get("image")
             part = {k for k in stored if image is not None and k.startswith(image)}
             if image is not None and part:
@@ -49,6 +57,30 @@ def init_method(method: Method, source: TrainedEncoder) -> None:
                 f"({have}) it is for is not clear"
             )
     copy_weights(method, stored, source.path, prefix)
+    return _take_heads(method, published, prefix) if source.is_published else []
+
+
+def _take_heads(method: Method, stored: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """Give the method the heads of a published training file; what does not fit is said."""
+    heads = {}
+    for name, value in stored.items():
+        while name.startswith(("module.", "teacher.")):
+            name = name.partition(".")[2]
+        if name.startswith(HEADS):
+            heads[name] = value
+    if not heads:
+        return []
+    own, network = dict(method.named_parameters()), prefix.removesuffix("backbone.")
+    if any(network + k not in own or own[network + k].shape != v.shape for k, v in heads.items()):
+        return [
+            f"the {len(heads)} tensors of heads in the file are left out, because the method's heads have other shapes"
+        ]
+    with torch.no_grad():
+        for name, value in heads.items():
+            own[network + name].copy_(value)
+        for student, teacher in method.teacher_pairs():
+            student.copy_(teacher)
+    return []
 
 
 def init_encoder(method: Method, modality: str, source: TrainedEncoder, views: Any, survey: Survey) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from armillary.engine.atomic_file import atomic_path
 from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.run import Run
-from armillary.engine.weights.checkpoint import CheckpointError, Progress, latest
+from armillary.engine.weights.checkpoint import Progress, latest
 from armillary.engine.weights.resume import open_archive, restore_layout
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
+from armillary.engine.weights.verify import CheckpointError, check_seal
 from armillary.engine.zero.partition import ZeroPartition
 
 __all__ = ["changes", "export_portable", "find_checkpoint", "open_portable", "restore"]
@@ -38,23 +39,22 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = latest(path / "checkpoints") or latest(path)
     if found is None:
-        raise CheckpointError(f"{path}: no checkpoint here (checkpoints/latest is missing)")
+        raise CheckpointError(f"{path}: no checkpoint here (no folder checkpoints/step-*)")
     return found
 
 
-def export_portable(checkpoint: Path, file: Path, verify: bool = True) -> None:
+def export_portable(checkpoint: Path, file: Path) -> None:
     """Merge a checkpoint's shards into one file.
 
     Args:
         checkpoint: The checkpoint's own folder.
         file: File to write; it appears when it is complete.
-        verify: Check the hashes of the shards first.
 
     Raises:
         CheckpointError: The checkpoint is damaged.
         OSError: The file cannot be written.
     """
-    archive, state = open_archive(checkpoint, verify)
+    archive, state = open_archive(checkpoint)
     entries = [
         Entry(key, archive.shape(key), _dtype(archive, key), _reader(archive, key))
         for key in archive.pieces
@@ -62,7 +62,7 @@ def export_portable(checkpoint: Path, file: Path, verify: bool = True) -> None:
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary:
-        write_tensors(temporary, entries, {"state": json.dumps(state), "format": "armillary-portable"})
+        write_tensors(temporary, entries, {"state": json.dumps(state), "format": "armillary-portable"}, seal=True)
 
 
 def _dtype(archive: Archive, key: str) -> torch.dtype:
@@ -86,9 +86,11 @@ def open_portable(path: Path) -> tuple[Archive, dict[str, Any]]:
         return open_archive(find_checkpoint(path))
     try:
         archive = Archive([path])
-        return archive, json.loads(archive.metadata[0]["state"])
+        state = json.loads(archive.metadata[0]["state"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not a portable export: {error}") from error
+    check_seal(path, archive.metadata[0])
+    return archive, state
 
 
 def restore(path: Path, layout: ZeroPartition) -> tuple[Progress, dict[str, Any]]:

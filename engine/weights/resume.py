@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.randomness import set_random_states
 from armillary.engine.config.run import Run
-from armillary.engine.weights.checkpoint import FORMAT, CheckpointError, Progress
+from armillary.engine.weights.checkpoint import FORMAT, Progress, shard_name
 from armillary.engine.weights.tensors import Archive
+from armillary.engine.weights.verify import CheckpointError, check_files
 from armillary.engine.zero.partition import ZeroPartition, persistent_buffers
 
-__all__ = ["MAY_CHANGE", "load", "load_random", "open_archive", "restore_layout", "same_run_problems"]
+__all__ = ["MAY_CHANGE", "agree", "load", "load_random", "open_archive", "restore_layout", "same_run_problems"]
 
 MAY_CHANGE = (
     "name",
     "out",
-    "device",
     "telemetry",
     "checkpoint",
     "data.path",
@@ -29,20 +30,19 @@ MAY_CHANGE = (
     "data.threads",
     "data.prefetch",
     "data.token_cache",
-    "data.token_cache_dtype",
     "train.steps",
-    "train.compile",
     "train.max_bad_steps",
+    "train.timeout_minutes",
 )
-"""Fields of a run that may differ from the checkpoint's; everything else would make it another run."""
+"""Fields of a run that may differ from the checkpoint's; everything else would change bits and make it another run."""
 
 
-def open_archive(folder: Path, verify: bool = False) -> tuple[Archive, dict[str, Any]]:
+def open_archive(folder: Path, hashed: Sequence[str] | None = None) -> tuple[Archive, dict[str, Any]]:
     """Open a checkpoint after checking its files.
 
     Args:
         folder: The checkpoint's own folder.
-        verify: Compare hashes too, not only sizes.
+        hashed: Files whose hashes are compared, beside the sizes of all; None: every one.
 
     Returns:
         (its tensors, its state.json)
@@ -50,23 +50,44 @@ def open_archive(folder: Path, verify: bool = False) -> tuple[Archive, dict[str,
     Raises:
         CheckpointError: It is incomplete or damaged.
     """
+    check_files(folder, hashed)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a complete checkpoint: {error}") from error
-    for name, record in manifest.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != record["bytes"]:
-            raise CheckpointError(f"{path}: {record['bytes']} bytes expected, got {size}; the checkpoint is damaged")
-        if verify:
-            with open(path, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != record["sha256"]:
-                    raise CheckpointError(f"{path}: SHA-256 differs from the manifest; the checkpoint is damaged")
-    state = json.loads((folder / "state.json").read_text())
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{folder}: checkpoint format {state['format']}, this program reads {FORMAT}")
-    return Archive(sorted(folder.glob("shard-*.safetensors"))), state
+        state = json.loads((folder / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: checkpoint format {state['format']}, this program reads {FORMAT}")
+        return Archive(sorted(folder.glob("shard-*.safetensors"))), state
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: must be a checkpoint, got one that cannot be read: {error}") from error
+
+
+def agree(folder: Path | None, rank: int, verify: bool) -> None:
+    """Make sure that all ranks continue the same checkpoint, and that each one's own part is as it was written.
+
+    Args:
+        folder: The checkpoint that this rank found; None: it found none.
+        rank: This rank.
+        verify: Compare hashes.
+
+    Raises:
+        CheckpointError: On all ranks, with what each one found.
+    """
+    found, error = "none", None
+    if folder is not None:
+        found = folder.name
+        try:
+            check_files(folder, ["state.json", shard_name(rank)] if verify else ["state.json"])
+        except (CheckpointError, OSError) as caught:
+            error = str(caught)
+    gathered: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
+    dist.all_gather_object(gathered, (found, error))
+    if errors := [text for _, text in gathered if text is not None]:
+        raise CheckpointError(errors[0])
+    if len({name for name, _ in gathered}) > 1:
+        said = "; ".join(f"rank {i} {name}" for i, (name, _) in enumerate(gathered))
+        raise CheckpointError(
+            f"all ranks must find the same newest checkpoint, got {said}. `out` must be one folder that all machines share; "
+            "where its cache lags behind, start again"
+        )
 
 
 def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[str, Any], folder: Path) -> list[str]:
@@ -76,7 +97,7 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
         state: The checkpoint's state.json.
         run: The run.
         world: Number of ranks.
-        facts: The run's facts, of which the survey's fingerprint matters.
+        facts: The run's facts, of which the survey's fingerprint and the hashes of frozen weights matter.
         folder: The checkpoint's folder, for the messages.
     """
     changed = {
@@ -84,15 +105,22 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
         for name, values in differences(state["run"], to_json(run)).items()
         if not any(name == free or name.startswith(free + ".") for free in MAY_CHANGE)
     }
+    if "cpu" not in changed.get("device", ("cpu",)):  # "auto" is a GPU, too
+        del changed["device"]
     stage = changed.pop("train.zero_stage", None)
-    found = [
-        f"{name}: must be {old!r}, as in {folder}, got {new!r}; give another recipe another --name"
-        for name, (old, new) in changed.items()
-    ]
+    found = [f"{name}: must be {old!r}, as in {folder}, got {new!r}" for name, (old, new) in changed.items()]
+    if found:
+        found.append(
+            "name: must be another one for another run. To go on from this one's state with these changes, "
+            f"`armillary export {run.folder} --format portable -o FILE` and add --restore FILE"
+        )
     if state["survey"] != facts["survey"]:
         found.append(
             f"data.path: must be the survey that {folder} was trained on, got one with other shards: {run.data.path}"
         )
+    if state.get("base") != facts.get("base"):
+        found.append(f"method.base: must be the files that {folder} was trained on; their hashes differ")
+    found += _input_problems(state, facts, folder)
     if found or (stage is None and state["world"] == world):
         return found
     was = state["run"]["train"]["zero_stage"]
@@ -101,6 +129,24 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
         f"ZeRO-{run.train.zero_stage}. To continue it so, export it with `armillary export {run.folder} "
         "--format portable -o FILE` and start the recipe under another --name with --restore FILE"
     ]
+
+
+def _input_problems(state: dict[str, Any], facts: dict[str, Any], folder: Path) -> list[str]:
+    """Labels and statistics that are others than the checkpoint's: the method would be shown other numbers."""
+    found = []
+    for name, title in (("inputs", "inputs"), ("pixels", "pixel statistics")):
+        was, now = state.get(name) or {}, json.loads(json.dumps(facts.get(name) or {}))
+        for field in sorted(key for key in was.keys() & now.keys() if was[key] != now[key]):
+            found.append(
+                f"data.path: must give the {title} that {folder} was trained on, got another {field}: "
+                f"{_short(now[field])}, was {_short(was[field])}; start a new run under another --name"
+            )
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 120 else text[:117] + "..."
 
 
 def restore_layout(archive: Archive, layout: ZeroPartition) -> None:
@@ -141,13 +187,12 @@ def restore_layout(archive: Archive, layout: ZeroPartition) -> None:
     layout.refresh_teacher()
 
 
-def load(folder: Path, layout: ZeroPartition, verify: bool = False) -> Progress:
-    """Continue from a checkpoint of the same ranks: weights, optimizer and buffers. See also `load_random`.
+def load(folder: Path, layout: ZeroPartition) -> Progress:
+    """Continue from a checkpoint of the same ranks that was checked: weights, optimizer, buffers. See also `load_random`.
 
     Args:
         folder: The checkpoint's own folder.
         layout: This rank's shards.
-        verify: Check hashes.
 
     Returns:
         The counters it was saved with.
@@ -155,7 +200,7 @@ def load(folder: Path, layout: ZeroPartition, verify: bool = False) -> Progress:
     Raises:
         CheckpointError: It is damaged or holds other parameters.
     """
-    archive, state = open_archive(folder, verify)
+    archive, state = open_archive(folder, hashed=())
     restore_layout(archive, layout)
     own = _own_shard(folder, layout.rank)
     with torch.no_grad():
@@ -174,4 +219,4 @@ def load_random(folder: Path, rank: int) -> None:
 
 
 def _own_shard(folder: Path, rank: int) -> Archive:
-    return Archive([folder / f"shard-{rank:05d}.safetensors"])
+    return Archive([folder / shard_name(rank)])

@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from armillary.engine.weights.verify import SEAL, UNSEALED
+
 __all__ = ["Archive", "Entry", "Piece", "state_digest", "write_tensors"]
 
 DTYPES = {
@@ -58,22 +60,25 @@ class Entry:
         return cls(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> tuple[int, str]:
+def write_tensors(
+    path: Path, entries: Iterable[Entry], metadata: Mapping[str, str], *, seal: bool = False
+) -> tuple[int, str]:
     """Write a safetensors file and sync it to disk.
 
     Args:
         path: File to write.
         entries: Tensors, in the order of the file.
         metadata: Text by key.
+        seal: Add this hash to the metadata, so that the file can be checked by itself (see `verify`).
 
     Returns:
-        (bytes, SHA-256 as hex digits) of the file.
+        (bytes of the file, SHA-256 as hex digits, without the seal).
 
     Raises:
         OSError: It could not be written; the disk is full, say.
     """
     entries = list(entries)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": dict(metadata) | ({SEAL: UNSEALED} if seal else {})}
     end = 0
     for entry in entries:
         begin, end = end, end + math.prod(entry.shape) * entry.dtype.itemsize
@@ -96,9 +101,13 @@ def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, s
             data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             f.write(data)
             digest.update(data)
+        size = f.tell()
+        if seal:
+            key = f'"{SEAL}": "'.encode()
+            f.seek(8 + text.index(key) + len(key))
+            f.write(digest.hexdigest().encode())
         f.flush()
         os.fsync(f.fileno())
-        size = f.tell()
     return size, digest.hexdigest()
 
 

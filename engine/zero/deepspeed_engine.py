@@ -10,12 +10,8 @@ import dataclasses
 import gc
 import importlib
 import logging
-import os
-import socket
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,61 +21,27 @@ from torch import Tensor, nn
 from armillary.engine.config.run import Run
 from armillary.engine.zero.optim import AdamW, build_groups, squared_norms
 from armillary.engine.zero.partition import ZeroPartition, build_layout
+from armillary.engine.zero.processes import end_processes
 from armillary.models.method import Batch, Losses, Method
 
-__all__ = ["Ranks", "Sharded", "StepStatus", "ranks", "start_processes"]
+__all__ = ["Sharded", "StepStatus", "deepspeed_config"]
 
 BUCKET = 50_000_000
 """Elements a gradient bucket holds at most; DeepSpeed allocates it whole."""
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among its peers: global rank, rank in this machine, number of processes."""
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as its engine does for every optimizer, without compiling a function of it.
 
-    rank: int
-    local_rank: int
-    world: int
-
-
-def ranks() -> Ranks:
-    """Read the launcher's environment; a process that nobody launched is the only one."""
-    get = os.environ.get
-    return Ranks(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), int(get("WORLD_SIZE", "1")))
-
-
-def start_processes(device: str) -> torch.device:
-    """Choose DeepSpeed's accelerator, join the process group and return this process's device.
-
-    Args:
-        device: "cuda" or "cpu".
+    Nobody calls this function here, and to compile it loads Inductor: two seconds at each start.
     """
-    me = ranks()
-    os.environ["DS_ACCELERATOR"] = device
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
+    from deepspeed.runtime import compiler
 
-    logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that newer versions of torch have replaced.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Compiling this operator for the CPU backend takes 40 seconds; gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device == "cuda":
-        torch.cuda.set_device(me.local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    # Its functions' default arguments are the process group of the moment of import, which they would keep alive.
-    importlib.import_module("torch.distributed.nn.functional")
-    backend = "nccl" if device == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=timedelta(minutes=30), verbose=False)
-    return torch.device("cuda", me.local_rank) if device == "cuda" else torch.device("cpu")
+    compiled, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiled
 
 
 def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
@@ -94,13 +56,15 @@ def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
         "contiguous_gradients": True,
-        "overlap_comm": run.resolved_device == "cuda",
+        "overlap_comm": run.resolved_device == "cuda" and world > 1,  # alone it only waits for the device
         "reduce_bucket_size": min(BUCKET, max(trained, 2)),
         "allgather_bucket_size": BUCKET,
     }
     if train.zero_stage == 3:
         # Small parameters are cut like all others, or a teacher's could not be refreshed by a local copy.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": min(BUCKET, max(trained, 2))}
+    else:
+        zero["compute_grad_norm"] = False  # `agree` has the norms
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": run.accumulation(world),
@@ -111,7 +75,7 @@ def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
         "steps_per_print": 1_000_000_000,
     }
     if train.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # `agree` looks
         # Under stage 1 this would choose another optimizer of DeepSpeed's, which dies of a NaN; `checks` keeps stage 1
         # with bf16 to one micro-batch a step, where nothing is accumulated.
         config["data_types"] = {"grad_accum_dtype": "bf16" if train.zero_stage == 1 else "fp32"}
@@ -127,7 +91,8 @@ def _see_into_dataclasses() -> None:
     """Let ZeRO-3 find tensors in dataclasses that modules return.
 
     It gathers a module's parameters again for backward through the module's outputs, which it finds in tensors, tuples
-    and dicts only; in anything else it warns, and backward meets empty parameters.
+    and dicts only; in anything else it warns, and backward meets empty parameters. What is a mapping and a dataclass at
+    once (the outputs of transformers) is left to DeepSpeed, since its items have to change with its attributes.
     """
     from deepspeed.runtime.zero import parameter_offload, utils
 
@@ -136,7 +101,7 @@ def _see_into_dataclasses() -> None:
         return
 
     def apply_to_tensors_only(function: Any, value: Any, warning_msg_fn: Any = None) -> Any:
-        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        if not dataclasses.is_dataclass(value) or isinstance(value, type | Mapping):
             return known(function, value, warning_msg_fn)
         seen = copy.copy(value)
         for field in dataclasses.fields(value):
@@ -196,6 +161,7 @@ class Sharded:
         buffers = {name: b.clone() for name, b in method.named_buffers()}
         config = deepspeed_config(run, self.world, sum(p.numel() for g in groups for p in g["params"]))
         logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not its own
+        _import_muon()
         if run.train.zero_stage == 3:
             _see_into_dataclasses()
         method.register_forward_hook(_plain_output)  # before DeepSpeed's own hooks, which see its result
@@ -266,8 +232,6 @@ class Sharded:
         the middle of a destructor, which aborts the process. DeepSpeed's objects are never freed under ZeRO-3, so
         they are made to let go of their groups.
         """
-        import deepspeed.comm
-
         dist.barrier()
         self.engine.destroy()
         own = [x for x in gc.get_objects() if str(type(x).__module__).startswith("deepspeed.")]
@@ -277,5 +241,4 @@ class Sharded:
                     setattr(holder, name, None)
                 elif isinstance(value, list) and any(isinstance(item, dist.ProcessGroup) for item in value):
                     value.clear()
-        deepspeed.comm.destroy_process_group()
-        gc.collect()
+        end_processes()

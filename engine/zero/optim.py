@@ -9,6 +9,7 @@ AdamW: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2. Average: Tarvainen 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -125,6 +126,10 @@ class AdamW(torch.optim.Optimizer):
         self.clip_groups = list(dict.fromkeys(g["clip_group"] for g in self.param_groups))
         self.norms: dict[str, float] = {}
         self.skip = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch does it, but for a wrapper around its method that loads torch's compiler: two seconds at each start."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def set_step(self, step: int, scalars: Mapping[str, float]) -> None:
         """Set the rates of every group for a step.

@@ -53,12 +53,15 @@ class _LinearGelu(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor]:
         z, a = _up(x, weight, bias, activation, save_z=True)
         ctx.mark_non_differentiable(a)
+        ctx.set_materialize_grads(False)  # or backward would make zeros of a's size, which nobody reads
         ctx.save_for_backward(x, weight)
         return z, a
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dz: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dz is None:
+            return None, None, None, None
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         return (

@@ -8,6 +8,7 @@ Shape legend: B samples, G global and L local crops a sample, T patches of a glo
 D width, V prototypes. Crops are crop-major: all first crops, then all second ones.
 
 Source: Oquab et al. 2023 (arXiv:2304.07193); weights, factors and schedules of the released code.
+One factor differs: without local crops the class-token loss is the mean over its 2 pairs, where the released code divides by 3.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class SpecFormerMethod(Method):
         ivar = batch.get("spectrum_ivar")
         if ivar is None:
             return spectrum, torch.ones_like(spectrum, dtype=torch.bool)
-        return fill_missing(spectrum, ivar), ivar > 0
+        return fill_missing(spectrum, ivar, self.encoder.shape.missing), ivar > 0
 
     def _features(self, spectrum: Tensor) -> Tensor:
         """What the head predicts, [B, N, 2 + W] float32."""

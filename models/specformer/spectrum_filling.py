@@ -44,7 +44,7 @@ def fill_hidden(encoder: SpectrumTransformer, spectrum: Tensor, ivar: Tensor | N
         mask: [B, N] bool: True where a token is hidden.
     """
     if ivar is not None:
-        spectrum = fill_missing(spectrum, ivar)
+        spectrum = fill_missing(spectrum, ivar, encoder.shape.missing)
     windows = encoder.head(encoder(spectrum, mask=mask)).float()[:, 1:, 2:]
     length = spectrum.shape[1]
     predicted = _fold(windows * mask[:, 1:, None], encoder.shape, length)

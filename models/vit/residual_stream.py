@@ -84,4 +84,4 @@ def materialise(stream: Stream, impl: Impl) -> Stream:
 
 def _fused(impl: Impl, x: Tensor) -> bool:
     """Whether the kernel runs; torch.compile fuses these steps itself, unless the kernel is asked for."""
-    return use_triton("ResidualNorm", impl, x) and not (impl == "auto" and torch.compiler.is_compiling())
+    return use_triton("residual_norm", impl, x) and not (impl == "auto" and torch.compiler.is_compiling())

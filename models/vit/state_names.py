@@ -16,11 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["from_public", "to_public"]
+__all__ = ["HEADS", "from_public", "to_public"]
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.*)", re.DOTALL)
 _CHUNKED = re.compile(r"blocks\.(\d+)\.(\d+)\.(.*)", re.DOTALL)
-_HEADS = ("dino_head.", "ibot_head.")
+HEADS = ("dino_head.", "ibot_head.")
+"""How names of heads begin, in training files."""
 
 
 def to_public(state: Mapping[str, Tensor], chunks: int = 0) -> dict[str, Tensor]:
@@ -54,7 +55,7 @@ def to_public(state: Mapping[str, Tensor], chunks: int = 0) -> dict[str, Tensor]
 def from_public(state: Mapping[str, Any], expected_shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Rename a published state dict for a `VisionTransformer`, and check that it fits.
 
-    Accepts every packaging of the module's docstring. Heads are left out; nothing else is dropped.
+    Accepts every packaging of the module's docstring. Heads are left out, and of a file of student and teacher the student; nothing else.
 
     Args:
         state: Backbone state dict, or a training file's content.
@@ -69,13 +70,15 @@ def from_public(state: Mapping[str, Any], expected_shapes: Mapping[str, Sequence
     """
     if isinstance(state.get("teacher"), Mapping):
         state = state["teacher"]
+    if any(name.startswith("teacher.") for name in state):
+        state = {name: value for name, value in state.items() if not name.startswith("student.")}
     found: dict[str, Tensor] = {}
     unexpected, twice = [], []
     for original, value in state.items():
         name = original
         while name.startswith(("module.", "backbone.", "teacher.")):
             name = name.partition(".")[2]
-        if name.startswith(_HEADS):
+        if name.startswith(HEADS):
             continue
         if match := _CHUNKED.fullmatch(name):
             name = f"blocks.{match[2]}.{match[3]}"

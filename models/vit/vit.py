@@ -32,10 +32,6 @@ from armillary.models.vit.vit_block import Block, Drop, select_tokens
 
 __all__ = ["Tokens", "ViT", "VisionTransformer"]
 
-# Added to the number of patches before the scale factor of the position embedding is formed. DINOv2 was trained so,
-# and its released weights expect it: the result differs from an interpolation to the exact size.
-POSITION_OFFSET = 0.1
-
 
 @dataclass(frozen=True)
 class ViT:
@@ -52,6 +48,9 @@ class ViT:
         registers: Register tokens R.
         layer_scale: Initial gain of every residual branch.
         drop_path: Fraction of the samples that skip a residual branch in training (the student's).
+        position_offset: How positions are interpolated to another size: by (h + offset) / side, as most of the public
+            backbones are; 0 sets the size itself, as those with registers (`*_reg4`) do. Weights do not tell it.
+        antialias: Whether that interpolation smooths; as those with registers do.
         gelu: Form of the MLP's GELU: "erf" (exact, as DINOv2) or "tanh" (cheaper on a GPU, within 5e-4 of it).
     """
 
@@ -66,6 +65,8 @@ class ViT:
     layer_scale: float = 1e-5
     drop_path: float = 0.3
     gelu: Literal["erf", "tanh"] = "erf"
+    position_offset: float = 0.1
+    antialias: bool = False
 
     @property
     def hidden(self) -> int:
@@ -83,6 +84,8 @@ class ViT:
             found.append(f"heads: must divide dim {self.dim}, got {self.heads}")
         if self.hidden < 1:
             found.append(f"mlp_ratio: must give a hidden width of at least 1, got {self.mlp_ratio}")
+        if not 0 <= self.position_offset < 1:
+            found.append(f"position_offset: must be in [0, 1), got {self.position_offset}")
         return found + at_least(0, self, "registers") + fractions(self, "drop_path") + choices(self)
 
     def patches(self, side: int) -> int:
@@ -162,6 +165,7 @@ class VisionTransformer(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = ResidualNorm(dim, impl)
+        self._interpolations: dict[tuple[object, ...], Tensor] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -272,10 +276,24 @@ class VisionTransformer(nn.Module):
         if (h, w) == (side, side):
             return self.pos_embed
         position = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
-        grid = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        scale = ((h + POSITION_OFFSET) / side, (w + POSITION_OFFSET) / side)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
-        return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+        return torch.cat([position[:, :1], self._interpolation(h, w, position) @ position[:, 1:]], dim=1)
+
+    @untraced
+    def _interpolation(self, h: int, w: int, like: Tensor) -> Tensor:
+        """[h*w, side*side] weights of a bicubic interpolation to an h x w grid, with the device and dtype of `like`.
+
+        A matrix product has a backward pass without atomic sums, so that a run resumed on a GPU keeps its bits.
+        """
+        key = (h, w, like.device, like.dtype)
+        if key not in self._interpolations:
+            side, offset = self.config.image_size // self.config.patch_size, self.config.position_offset
+            basis = torch.eye(side * side, dtype=torch.float64).unflatten(1, (1, side, side))
+            how: dict[str, Any] = {"size": (h, w)}
+            if offset:
+                how = {"scale_factor": ((h + offset) / side, (w + offset) / side)}
+            seen = F.interpolate(basis, mode="bicubic", antialias=self.config.antialias, **how)
+            self._interpolations[key] = seen.flatten(1).T.contiguous().to(like)
+        return self._interpolations[key]
 
     @untraced
     def _plan(self, runs: Runs, device: torch.device) -> tuple[PackedSequences, list[Drop]]:

@@ -1,9 +1,14 @@
-"""What is kept from torch's compiler, and that nothing imports it."""
+"""What is kept from torch's compiler, and that nothing imports it; operations that are taken out by name."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from armillary.kernels.launch import OPERATIONS, overrides, use_triton
 
 MODELS = ("dinov2.dinov2", "specformer.specformer_pretraining", "astroclip.astroclip", "supervised.regression")
 IMPORT = """
@@ -54,3 +59,55 @@ assert len(traced(lambda f: f)) == 1
 def test_the_compiler_is_neither_imported_nor_let_in(arguments):
     done = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def chosen(function):
+    """Names under which a function asks `use_triton`."""
+    texts = {
+        target.id: node.value.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for call in ast.walk(function):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "use_triton":
+            first = call.args[0]
+            yield first.value if isinstance(first, ast.Constant) else texts[first.id]
+
+
+def test_every_operation_can_be_named():
+    root = Path(__file__).parents[2]
+    sources = [ast.parse(p.read_text()) for room in ("kernels", "models") for p in (root / room).rglob("*.py")]
+    functions = [f for source in sources for f in ast.walk(source) if isinstance(f, ast.FunctionDef)]
+    assert sorted({name for f in functions for name in chosen(f)}) == sorted(OPERATIONS)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def set_to(text):
+        monkeypatch.setenv("ARMILLARY_IMPL", text)
+        overrides.cache_clear()
+
+    yield set_to
+    overrides.cache_clear()
+
+
+def test_one_operation_is_taken_out(environment):
+    x = torch.zeros(2)
+    environment("residual_norm=reference, linear_gelu=auto")
+    assert not use_triton("residual_norm", "triton", x) and not use_triton("linear_gelu", "triton", x)
+    assert use_triton("residual_add", "triton", x)  # under the interpreter
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("norm=reference", "must name operations out of adamw_ema_, .*, got 'norm'"),
+        ("residual_norm", "residual_norm must be one of auto, reference, triton, got ''"),
+    ],
+)
+def test_overrides_that_mean_nothing_are_refused(environment, text, message):
+    environment(text)
+    with pytest.raises(ValueError, match=message):
+        overrides()

@@ -1,16 +1,14 @@
 """The supervised recipe: presets are the published ones, train in real processes, resume and export exactly."""
 
 import json
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import processes
 import pyarrow.parquet as pq
 import pytest
 import torch
-from processes import recipe, run
+from processes import cut_after, losses, metrics, recipe, run, tensor_files
 from safetensors.torch import load_file
 
 from armillary.engine.config.config_json import from_json, to_json
@@ -73,24 +71,10 @@ def survey(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def presets():
-    return processes.presets("supervised")
-
-
 def supervised(*arguments, ranks=2):
     """Command line of the recipe."""
     options = "--device", "cpu", "--telemetry.no-tensorboard", *map(str, arguments)
     return recipe(*options, ranks=ranks, name="supervised")
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def shards(folder: Path, step: int) -> dict[str, bytes]:
-    """Contents of a checkpoint's tensor files; they hold weights, moments, buffers and random states."""
-    return {p.name: p.read_bytes() for p in (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")}
 
 
 def test_presets_are_the_published_ones(presets):
@@ -146,14 +130,11 @@ def test_resnet_resumes_to_the_same_bits_and_exports_rank_0s_statistics(survey, 
     run(supervised(*options, "--name", "whole"))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert len(losses(whole)) == 6 and all(map(np.isfinite, losses(whole)))
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert all(sum(line[n] for n in LABELS) == pytest.approx(line["loss"], rel=1e-5) for line in lines)
+    assert all(sum(line[n] for n in LABELS) == pytest.approx(line["loss"], rel=1e-5) for line in metrics(whole))
 
-    shutil.copytree(whole, cut)  # as if it had died after step 3
-    shutil.rmtree(cut / "checkpoints" / "step-00000006")
-    (cut / "checkpoints" / "latest").write_text("step-00000003")
+    cut_after(whole, 3, cut)
     assert "continuing" in run(supervised(*options, "--name", "cut"))
-    assert shards(cut, 6) == shards(whole, 6) != {}
+    assert tensor_files(cut, 6) == tensor_files(whole, 6) != {}
     assert losses(cut) == losses(whole)
 
     own = [load_file(whole / "checkpoints" / "step-00000006" / f"shard-0000{r}.safetensors") for r in (0, 1)]

@@ -4,7 +4,7 @@
 
 A rank gets a session, an environment, arguments and an output file of its own, runs a script as `__main__`, and leaves as
 any Python process does, with the whole interpreter finalised. Triton reads TRITON_INTERPRET while it is imported, so there
-is a server for each value; armillary is imported by the rank. A server ends with the process that started it.
+is a server for each value. A server ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "torch._dynamo", "torch.utils.tensorboard", "torch.profiler", "deepspeed", "deepspeed.ops",
-        "deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
-        "scipy.stats", "safetensors.torch", "tyro.constructors", "rich.progress", "cloudpickle", "setuptools", "webdataset",
-        "nvidia.dali.plugin.pytorch")  # fmt: skip
+        "deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "scipy.stats", "safetensors.torch", "tyro.constructors",
+        "rich.progress", "cloudpickle", "setuptools", "webdataset", "nvidia.dali.plugin.pytorch",
+        "armillary.engine.train.trainer", "armillary.engine.data.loading.loader", "armillary.engine.data.views.multi_crop",
+        "armillary.engine.data.views.objects", "armillary.models.astroclip.astroclip")  # fmt: skip
 
 
 class Rank:
@@ -213,8 +214,7 @@ if __name__ == "__main__":
         with contextlib.suppress(ModuleNotFoundError):  # DALI is not everywhere
             importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads, and what they had locked"
-    gc.freeze()  # a rank's collections need not copy these pages
+    gc.freeze()  # no rank's collections, nor that at its end, search and so copy these pages: half of a short run's time
     found = _serve(sys.argv[1])
     if found is not None:
-        gc.unfreeze()
         _become(found)

@@ -1,15 +1,16 @@
-"""Runs commands and recipes as a user does: the `armillary` command, and recipes with or without the deepspeed launcher.
+"""Runs commands and recipes as a user does: the `armillary` command, and recipes as Slurm or torchrun would start them.
 
-Without the launcher, ranks are forked with the slow imports behind them, each with its own RANK, as Slurm or torchrun would
-set it. That leaves out the launcher's two processes, which import all of deepspeed before the first rank starts.
+Ranks are forked with the slow imports behind them, each with its own RANK. The deepspeed launcher, whose two processes import
+all of deepspeed before the first rank starts, is left to the tests of the trainer and of the wheel.
 """
 
 import contextlib
 import importlib
 import io
+import json
 import os
+import shutil
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,22 +29,13 @@ class Command:
     script: Path
     arguments: list[str]
     ranks: int
-    launcher: bool
 
 
 class Job:
     """A command under way; each of its processes has a session of its own."""
 
     def __init__(self, command: Command):
-        if not command.launcher:
-            self.processes: list = fork_server.start(
-                command.script, command.arguments, command.ranks, TRITON_INTERPRET="0"
-            )
-            return
-        (environment,) = fork_server.environments(0, {"TRITON_INTERPRET": "0"})
-        options = ["--num_accelerators", str(command.ranks), "--master_port", environment["MASTER_PORT"]]
-        line = [sys.executable, "-m", "deepspeed.launcher.runner", *options, str(command.script), *command.arguments]
-        self.processes = [fork_server.popen(line, environment)]
+        self.processes = fork_server.start(command.script, command.arguments, command.ranks)
 
     def wait(self):
         """Wait for the end of all; returns their exit codes and what they said."""
@@ -60,15 +52,40 @@ def armillary(*arguments, code=0):
     return said.getvalue()
 
 
-def recipe(*arguments, ranks=2, name="dinov2_vitl", launcher=False):
+def recipe(*arguments, ranks=2, name="dinov2_vitl"):
     """A recipe on so many ranks."""
-    return Command(ROOT / "recipes" / f"{name}.py", [*map(str, arguments)], ranks, launcher)
+    return Command(ROOT / "recipes" / f"{name}.py", [*map(str, arguments)], ranks)
 
 
 def presets(name):
     """The recipe and its presets: name of the constant -> Run."""
     module = importlib.import_module(f"armillary.recipes.{name}")
     return {constant: value for constant, value in vars(module).items() if isinstance(value, Run)}
+
+
+def metrics(folder):
+    """Lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """Loss of every step of a run."""
+    return [line["loss"] for line in metrics(folder)]
+
+
+def tensor_files(folder, step):
+    """Contents of a checkpoint's tensor files: weights, moments, averages, buffers and random states of all ranks."""
+    checkpoint = Path(folder) / "checkpoints" / f"step-{step:08d}"
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+
+
+def cut_after(folder, step, copy):
+    """Copy a run as if it had died after a checkpoint that was not its last."""
+    shutil.copytree(folder, copy)
+    for later in (copy / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    (copy / "checkpoints" / "latest").write_text(f"step-{step:08d}")
 
 
 def start(command):

@@ -191,9 +191,10 @@ def described_survey(count: int = 1000) -> Survey:
 
 
 def toy_survey(folder: Path, count: int = 1000) -> Path:
-    """survey.json alone: what checks and records need."""
+    """survey.json, and a shard of the length that it states: what checks and records need."""
     folder.mkdir(parents=True, exist_ok=True)
     described_survey(count).save(folder)
+    (folder / "train-000000.tar").write_bytes(b"x")
     return folder
 
 

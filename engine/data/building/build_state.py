@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from armillary.engine.data.building.packing import BUILD_FOLDER, Settings
 from armillary.engine.data.building.shard_assignment import ShardAssignment
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.source import Source, inputs, spectrum_of, vectors_of
+from armillary.engine.exclusive import exclusive
 
 __all__ = ["Journal", "clear_leftovers", "finished", "identify", "load_journal", "locked"]
 
@@ -95,13 +95,19 @@ def load_journal(folder: Path, identity: dict[str, Any]) -> Journal | None:
     path = folder / BUILD_FOLDER / "plan.json"
     if not path.exists():
         return None
-    raw = json.loads(path.read_text())
-    if raw["identity"] != identity:
+    try:
+        raw = json.loads(path.read_text())
+        found = Journal(raw["identity"], Settings.from_json(raw["settings"]), raw["started"], raw["command"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileExistsError(
-            f"{folder}: holds an unfinished build of something else ({_difference(raw['identity'], identity)}); "
+            f"{path}: the plan of an unfinished build is damaged ({error}); delete {path.parent} and the shards"
+        ) from error
+    if found.identity != identity:
+        raise FileExistsError(
+            f"{folder}: holds an unfinished build of something else ({_difference(found.identity, identity)}); "
             f"repeat its options, choose another folder, or delete {folder / BUILD_FOLDER} and the shards"
         )
-    return Journal(identity, Settings.from_json(raw["settings"]), raw["started"], raw["command"])
+    return found
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -112,30 +118,29 @@ def clear_leftovers(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, hold its lock, and clear half-written files of a killed build.
+    """Make the folder, own it, and clear half-written files of a killed build.
 
-    A lock belongs to its process, so a killed build leaves none behind. A folder that was made for nothing is removed.
+    A folder that was made for nothing is removed.
 
     Raises:
         NotADirectoryError: There is a file in the way.
-        RuntimeError: Another build holds the lock.
+        InUse: Another process owns it.
     """
     made = not folder.exists()
     try:
-        (folder / BUILD_FOLDER).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(f"{folder}: not a folder; choose another one for the survey") from error
-    with open(folder / BUILD_FOLDER / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"{folder}: another build is running in this folder; wait for it") from error
-        try:
-            clear_leftovers(folder)
-            yield
-        finally:
-            unplanned = not (folder / BUILD_FOLDER / "plan.json").exists()
-            if unplanned and (folder / BUILD_FOLDER).exists():
-                shutil.rmtree(folder / BUILD_FOLDER)
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
+    try:
+        with exclusive(folder):
+            (folder / BUILD_FOLDER).mkdir(exist_ok=True)
+            try:
+                clear_leftovers(folder)
+                yield
+            finally:
+                unplanned = not (folder / BUILD_FOLDER / "plan.json").exists()
+                if unplanned and (folder / BUILD_FOLDER).exists():
+                    shutil.rmtree(folder / BUILD_FOLDER)
+    finally:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()

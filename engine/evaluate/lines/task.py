@@ -68,7 +68,7 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
     widths, rows = _widths(found, truth, measures)
     tables = {
         title: _residuals(found, truth, known, of, measures, options)
-        for title, of in (("Line fluxes", tuple(("Halpha", "Hbeta"))), ("Line ratios", tuple(RATIOS)))
+        for title, of in (("Line fluxes", ("Halpha", "Hbeta")), ("Line ratios", tuple(RATIOS)))
     }
     narrow = {n: {w: o for (m, s, w), o in found.items() if m == n and s == WAYS[0]} for n in judged}
     best = {n: next(w for w in ("samples", "as decoded") if w in ways) for n, ways in narrow.items()}
@@ -81,7 +81,7 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
         section(
             "Emission lines",
             f"{len(truth.rows)} test galaxies whose Hα is detected at 5 sigma. Widths: one Gaussian over Hα and [N II] in bins of 30 "
-            "pixels, full width at half maximum, as MMAE's paper measures them. A mean over draws is what a decoder shows that does not "
+            "pixels, full width at half maximum, as MMAE's paper measures them, 706 angstrom at most. A mean over draws is what a decoder shows that does not "
             "know the redshift. The charts show galaxies of which the image alone was shown.",
             card(table(("", "shown", "width (Å)", "over observed"), [("", rows)], classes={1: "left"})),
             stack([card(c) for c in charts]),
@@ -98,7 +98,23 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
             for title, rows_of in tables.items()
         ),
     )
-    return Outcome("lines", tuple(measures), tuple(widths), sections)
+    told = [
+        _told(measures, target, {n: f"{WAYS[0]}, {way}" for n, way in best.items()})
+        for target in (*LINE_NAMES, *RATIOS)
+    ]
+    return Outcome("lines", tuple(measures), (*widths, *told), sections)
+
+
+def _told(measures: Sequence[Measure], target: str, models: Mapping[str, str]) -> str:
+    """A sentence on what methods tell of a flux or ratio from images alone, beside one number for all."""
+    found = {(m.features, m.model, m.metric): m for m in measures if m.target == target}
+    said = []
+    for name, model in models.items():
+        mine, rank = (found[name, model, metric] for metric in ("log_half_width", "spearman"))
+        said.append(f"{name} {mine.value:.2f} dex ({mine.samples} galaxies, rank correlation {rank.value:.2f})")
+    guess = found[CONSTANT, "", "log_half_width"].value
+    label = LINE_NAMES.get(target, target)
+    return f"{label} from images alone, half of the galaxies within: {', '.join(said)}; {CONSTANT} {guess:.2f} dex"
 
 
 def _widths(

@@ -37,7 +37,7 @@ class Example:
     Attributes:
         image: [C, W, W] as the method is shown it.
         hidden: For each share of `HIDDEN`, [W, W] bool: pixels that were hidden.
-        filled: For each of them, [C, W, W] decoded from the rest of the image.
+        filled: For each of them, [C, W, W] the image with these pixels decoded from the others.
         spectrum: [L] normalised bins, NaN where none of a bin's pixels has data.
         z: [S] draws of the redshift, given the image.
         draws: [S, L] spectra at these.
@@ -82,7 +82,8 @@ def examples(encoder: Encoder, study: Study) -> tuple[np.ndarray, list[Example]]
         spectrum = torch.where(with_data[i], bins[i], torch.nan)
         z, draws = answer.draws["redshift"][i, :, 0], answer.draws["spectrum"][i]
         image, observed, said, spectra = (x.cpu().numpy() for x in (few["crop"][i], spectrum, z, draws))
-        hidden, whole = [p[i] for p in pixels], [f[i] for f in filled]
+        hidden = [p[i] for p in pixels]
+        whole = [np.where(h, f[i], image) for h, f in zip(hidden, filled, strict=True)]
         found.append(Example(image, hidden, whole, observed, said, spectra, float(true[galaxy])))
     return wave, found
 

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.missing.figures import calibration_chart, masking_chart, redshift_chart, score_table
 from armillary.engine.evaluate.missing.grid import Redshifts, Shown, predict
 from armillary.engine.evaluate.missing.panels import examples, panels
 from armillary.engine.evaluate.missing.scores import METRICS, Score, difference_of_nmad, redshift_bins, redshift_scores
-from armillary.engine.evaluate.page.html import card, grid, headline, section
+from armillary.engine.evaluate.page.html import card, grid, headline, section, table
 from armillary.engine.evaluate.posterior.calibration import uniformity
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
@@ -111,6 +112,7 @@ def missing(study: Study, encoders: Sequence[Encoder], options: Options) -> Outc
             "galaxies. Levels: networks that were trained on the redshift alone. A dashed line has the whole spectrum besides.",
             card(masking_chart(whole, beside)),
             grid([card(c) for c in charts]),
+            card(_effort(encoders), title="What they were trained with"),
         ),
         section(
             "Every measure",
@@ -126,6 +128,18 @@ def missing(study: Study, encoders: Sequence[Encoder], options: Options) -> Outc
         sections.append(panels(name, wave, shown_galaxies, points=not found[name].pit))
     lines = tuple(text for _, _, text in verdict)
     return Outcome("missing", tuple(measures), lines, tuple(sections), head, tuple(verdict))
+
+
+def _effort(encoders: Sequence[Encoder]) -> Markup:
+    """A table of the effort that went into each run: a network that was trained for longer may win for that."""
+    rows = []
+    for one in encoders:
+        seen, flops = one.run.train.steps * one.run.train.global_batch, one.method.flops_per_sample()
+        parameters = sum(p.numel() for p in one.method.parameters())
+        rows.append(
+            (one.run.name, f"{parameters:,}", f"{one.run.train.steps:,}", f"{seen:,}", f"{seen * flops / 1e12:.1f}")
+        )
+    return table(("", "parameters", "steps", "galaxies shown", "TFLOP"), [("", rows)])
 
 
 def _rivals(study: Study, judged: set[str]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from armillary.engine.atomic_file import require_writable
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.loading.loader import SequentialLoader
 from armillary.engine.evaluate.baselines.embed import embed_features
@@ -24,6 +25,7 @@ from armillary.engine.evaluate.runs.report import save_measures, write_report
 from armillary.engine.evaluate.runs.tasks import TASKS
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.evaluate.study.study import FeatureSet, Outcome, Study
+from armillary.engine.exclusive import exclusive
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch, Method, Readout
 
@@ -66,15 +68,34 @@ def evaluate_study(
     Raises:
         FileNotFoundError: There is no such run or survey.
         ValueError: A run does not suit the survey, or a task cannot be done; said before anything is embedded.
+        OSError: The results cannot be written; said before anything is embedded.
+        InUse: Another process writes there.
     """
     survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
+    if absent := [str(run) for run in runs if not Path(run).exists()]:
+        raise FileNotFoundError(f"{absent[0]}: no such run or file")
+    require_writable(out / "report.html")
+    with exclusive(out):
+        return _evaluate(runs, survey_dir, out, options, where, batch, readout)
+
+
+def _evaluate(
+    runs: Sequence[Path],
+    survey_dir: Path,
+    out: Path,
+    options: Options,
+    where: torch.device,
+    batch: int,
+    readout: str | None,
+) -> list[Outcome]:
     survey = Survey.load(survey_dir)
     sources = [TrainedEncoder.open(run) for run in runs]
     encoders = [Encoder.load(source, survey, where) for source in sources]
     logbooks = {e.run.name: RunLog.read(run) for e, run in zip(encoders, runs, strict=True)}
     wanted = _wanted(encoders, survey, readout)
     reasons = _impossible(options, survey, [e.method for e in encoders])
-    out.mkdir(parents=True, exist_ok=True)
+    if options.tasks == ("ablation",):  # which reads predictions alone
+        wanted = [w for w in wanted if w.about.targets] or wanted
     sets = _embed(wanted, survey_dir, out, options, where, batch)
     features: dict[str, Embeddings] = {}
     if reasons.get("baselines") == "":

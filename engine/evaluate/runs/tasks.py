@@ -31,13 +31,10 @@ class Task(ABC):
 
 
 def _first_reads_images_alone(methods: Sequence[Method]) -> str:
-    readouts = methods[0].readouts().values()
-    about = next(iter(readouts), None)
-    if about is None or about.targets:
+    about = [*methods[0].readouts().values()]
+    if not about or about[0].targets:
         return "it judges embeddings, and the first run gives predictions"
-    if any(r.targets for r in readouts):
-        return "it judges embeddings that no label went into, and the first run learns labels"
-    sound = about.modality == "image" and not about.aligned
+    sound = all(readout.modality == "image" and not readout.aligned for readout in about)
     return "" if sound else "it judges a run on images alone"
 
 
@@ -136,7 +133,7 @@ class _Masking(Task):
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.spectra.task import masking
 
-        return masking(study, encoders)
+        return masking(study, encoders, options.samples)
 
 
 class _Attention(Task):
@@ -149,7 +146,19 @@ class _Attention(Task):
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
         from armillary.engine.evaluate.spectra.task import attention
 
-        return attention(study, encoders)
+        return attention(study, encoders, options.samples)
+
+
+class _Questions(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.engine.evaluate.questions.task import impossible
+
+        return impossible(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.questions.task import questions
+
+        return questions(study, options, encoders)
 
 
 def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:
@@ -204,7 +213,20 @@ def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     return ""
 
 
+class _Ablation(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        if len(methods) < 2 or len({type(m) for m in methods}) > 1:
+            return "it compares runs of one method that differ in settings; name others with --compare"
+        return ""
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.ablation.task import ablation
+
+        return ablation(study, encoders, resamples=options.resamples)
+
+
 TASKS: dict[str, Task] = {
+    "ablation": _Ablation(),
     "queries": _Queries(),
     "missing": _Missing(),
     "lines": _Lines(),
@@ -216,6 +238,7 @@ TASKS: dict[str, Task] = {
     "morphology": _Morphology(),
     "masking": _Masking(),
     "attention": _Attention(),
+    "questions": _Questions(),
     "pictures": _Pictures(),
 }
 """In the order of the report."""

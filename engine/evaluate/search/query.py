@@ -6,8 +6,10 @@ Shape legend: D embedding dimensions, C bands, H x W pixels.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +71,16 @@ def query_by_key(index: Index, key: str, files: tuple[Path, ...] = ()) -> Query:
     raise ValueError(f"key {key!r}: has no embedding in {', '.join(map(str, files))}")
 
 
-def query_from_file(index: Index, path: Path, run: Path, readout: str | None, device: torch.device) -> Query:
+def query_from_file(
+    index: Index,
+    path: Path,
+    run: Path,
+    readout: str | None,
+    device: torch.device,
+    *,
+    kind: str = "auto",
+    options: Mapping[str, Any] | None = None,
+) -> Query:
     """Embed a file with one object by the run whose embeddings are indexed.
 
     Args:
@@ -78,6 +89,8 @@ def query_from_file(index: Index, path: Path, run: Path, readout: str | None, de
         run: The run's folder.
         readout: Which of its embeddings; by default the indexed one, or else the file's modality's own.
         device: Where to run.
+        kind: What the file holds, as of `open_source`.
+        options: Of the kind's reader.
 
     Raises:
         FileNotFoundError: There is no such file or run.
@@ -87,7 +100,7 @@ def query_from_file(index: Index, path: Path, run: Path, readout: str | None, de
     trained = TrainedEncoder.open(run)
     if columns := trained.inputs.columns:
         raise ValueError(f"run: {run} reads the catalogue's {', '.join(columns)}, which a file does not have")
-    sample, source = _read_one(path)
+    sample, source = _read_one(path, kind, options or {})
     size = (0, 0) if sample.image is None else sample.image.shape[1:]
     survey = replace(
         trained.pixels,
@@ -121,7 +134,7 @@ def query_from_file(index: Index, path: Path, run: Path, readout: str | None, de
     return Query(path.name, named[chosen], None, sample, survey)
 
 
-def _read_one(path: Path) -> tuple[Sample, Source]:
+def _read_one(path: Path, kind: str, options: Mapping[str, Any]) -> tuple[Sample, Source]:
     """The one object of a file, by the reader for its kind."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -129,7 +142,7 @@ def _read_one(path: Path) -> tuple[Sample, Source]:
         # Alone in a folder: some readers take folders only, and labels that lie beside the file are for others.
         (Path(place) / path.name).symlink_to(path.resolve())
         try:
-            source = open_source(Path(place))
+            source = open_source(Path(place), kind, **options)
             if len(source) == 1:
                 return source.read(0), source
         except ValueError as error:

@@ -40,19 +40,20 @@ def spectrum_encoder(method: Method) -> SpectrumTransformer | None:
     return found if isinstance(found, SpectrumTransformer) else None
 
 
-def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
+def masking(study: Study, encoders: Sequence[Encoder], samples: int = SCORED) -> Outcome:
     """Hide parts of test spectra and let the first encoder that was trained so fill them in.
 
     Args:
         study: The survey.
         encoders: Of runs; one has a masked spectrum encoder.
+        samples: Test objects to look at, the first ones; 256 at most.
 
     Returns:
         Mean squared error over hidden pixels, in units of a spectrum's variance, of the encoder, of the spectrum's mean, of
         a straight line over the gap and of the noise alone; and pictures.
     """
     encoder, network = next((e, n) for e in encoders if (n := spectrum_encoder(e.method)) is not None)
-    batch = _spectra(study, encoder)
+    batch = _spectra(study, encoder, samples)
     spectrum, ivar = batch["spectrum"], batch["spectrum_ivar"]
     tokens = network.shape.tokens(spectrum.shape[1])
     width = max(1, min(round(HIDDEN_SHARE * tokens), tokens // CHUNKS - 1))
@@ -81,12 +82,12 @@ def masking(study: Study, encoders: Sequence[Encoder]) -> Outcome:
     return Outcome("masking", measures, (line,), (section,))
 
 
-def attention(study: Study, encoders: Sequence[Encoder]) -> Outcome:
-    """Draw what the query of the alignment's spectrum head attends to."""
+def attention(study: Study, encoders: Sequence[Encoder], samples: int = SCORED) -> Outcome:
+    """Draw what the query of the alignment's spectrum head attends to; arguments as for `masking`."""
     encoder = next(e for e in encoders if isinstance(e.method, AstroCLIPMethod))
     method = encoder.method
     assert isinstance(method, AstroCLIPMethod) and study.survey.spectrum is not None
-    batch = _spectra(study, encoder)
+    batch = _spectra(study, encoder, samples)
     shown, z = _examples(study, batch)
     flux, ivar = batch["spectrum"][shown], batch["spectrum_ivar"][shown]
     weights = method.attention(Batch(spectrum=flux, spectrum_ivar=ivar))["spectrum"]
@@ -104,21 +105,20 @@ def attention(study: Study, encoders: Sequence[Encoder]) -> Outcome:
     return Outcome("attention", (), (), (section,))
 
 
-def _spectra(study: Study, encoder: Encoder) -> Batch:
-    """The first test objects that have a spectrum, as one batch on the encoder's device."""
+def _spectra(study: Study, encoder: Encoder, samples: int) -> Batch:
+    """Those of the first test objects that have a spectrum, as one batch on the encoder's device."""
     device = next(encoder.method.parameters()).device
-    row, spectrum, ivar = (
-        x.to(device) for x in _read(study.folder, study.test_split, survey_fingerprint(study.survey))
-    )
+    found = _read(study.folder, study.test_split, survey_fingerprint(study.survey), min(samples, SCORED))
+    row, spectrum, ivar = (x.to(device) for x in found)
     return Batch(row=row, spectrum=spectrum, spectrum_ivar=ivar)
 
 
 @lru_cache(maxsize=1)  # both tasks show the same spectra
-def _read(folder: Path, split: str, _: str) -> tuple[Tensor, Tensor, Tensor]:
-    batch = next(iter(SequentialLoader(folder, split=split, batch=SCORED, device="cpu", modalities=("spectrum",))))
+def _read(folder: Path, split: str, _: str, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch = next(iter(SequentialLoader(folder, split=split, batch=samples, device="cpu", modalities=("spectrum",))))
     has = batch.get("has_spectrum", torch.ones_like(batch["row"], dtype=torch.bool))
     if not bool(has.any()):
-        raise ValueError(f"spectra: none of the first {SCORED} objects of split {split!r} has one")
+        raise ValueError(f"spectra: none of the first {samples} objects of split {split!r} has one")
     return batch["row"][has], batch["spectrum"][has], batch["spectrum_ivar"][has]
 
 

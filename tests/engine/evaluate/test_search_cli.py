@@ -213,7 +213,9 @@ def test_pictures_are_embedded_too(make_survey, encoder, tmp_path, capsys):
     [
         (["--query", "nobody"], "key 'nobody': none of the 60 here"),
         (["--query", "pair-001", "-k", "60"], "k: must lie between 1 and the 59 vectors of this index besides the query"),
-        (["--query", "pair-001", "--run", "r"], "there is no file 'pair-001', and a key needs neither --run nor --readout"),
+        (["--query", "pair-001", "--run", "r"], "there is no file 'pair-001', and a key takes no --run"),
+        (["--query", "pair-001", "--kind", "fits"], "there is no file 'pair-001', and a key takes no --run"),
+        (["--query", "pair-001", "--option", "a=1"], "there is no file 'pair-001', and a key takes no --run"),
         (["--query", "FITS"], "has to be embedded; give the run that made"),
         (["--query", "FITS", "--run", "r", "--query-embeddings", "x"], "query_embeddings: are for a query by key"),
         (["--query", "FITS", "--run", "r", "--readout", "cls"], "readout: 'cls' is none of this encoder's embeddings"),
@@ -226,9 +228,9 @@ def test_pictures_are_embedded_too(make_survey, encoder, tmp_path, capsys):
         (["--query", "pair-001", "--data", "OTHER"], "survey 'blobs' has no object"),
     ],
     ids=[
-        "unknown_key", "k_too_large", "run_without_file", "file_without_run", "file_and_embeddings", "unknown_readout",
-        "page_without_survey", "other_format", "no_such_embeddings", "key_in_neither", "too_few_for_codes", "index_in_the_way",
-        "another_survey",
+        "unknown_key", "k_too_large", "run_without_file", "kind_without_file", "option_without_file", "file_without_run",
+        "file_and_embeddings", "unknown_readout", "page_without_survey", "other_format", "no_such_embeddings",
+        "key_in_neither", "too_few_for_codes", "index_in_the_way", "another_survey",
     ],
 )  # fmt: skip
 def test_bad_arguments(words, message, files, fits_dir, survey_dir, tmp_path, capsys):

@@ -1,19 +1,25 @@
 """Questions about the objects of a packed survey, to MOSAIC and to MMAE without training: the same as about a table."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mixed import Mixed
 from plain_vectors import PlainVectors
 from toy_answers import exported
 
 from armillary.engine import cli
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.data.views.quantity_view import QuantityView
+from armillary.engine.data.views.stretch import ZScore
 from armillary.engine.query.query import query
 from armillary.models.masked.heads import HeadConfig
+from armillary.models.mmae.token_drop import TokenDropMMAE
 from armillary.models.mosaic.mosaic import MOSAIC
 
 VIEWS = ObjectViews(
@@ -137,3 +143,45 @@ def test_a_survey_without_what_is_given(run, tmp_path):
     build(Other(12), tmp_path / "other", name="other", processes=1, progress=False)
     with pytest.raises(ValueError, match="nothing is known of redshift in any row of"):
         query(run, tmp_path / "other", tmp_path / "a.parquet", given=["redshift", "flux_lsst"], want=["magnitude"])
+
+
+class Pairs(Mixed):
+    """Samples of which one in five lacks its image, and another one its spectrum."""
+
+    labels = {"redshift": "true"}
+
+    def read(self, index):
+        sample = super().read(index)
+        return replace(sample, labels={"redshift": index / 100})
+
+
+def test_images_and_spectra_are_given_where_they_are(tmp_path):
+    """Of a method that takes both, each object answers from what it has; without either there is no answer."""
+    build(Pairs(20, with_vectors=False), tmp_path / "pairs", name="pairs", processes=1, progress=False)
+    survey = Survey.load(tmp_path / "pairs")
+    crop = MultiCrop(global_size=16, n_global=1, placement="centre", stretch=ZScore())
+    views = ObjectViews(image=crop, spectrum=True, targets=("redshift",))
+    config = TokenDropMMAE(
+        patch_size=8, bin_pixels=10, token_bins=5, dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2,
+        rest_points=60, rest_hidden=16, highest_redshift=1.2, redshift_bins=24,
+    )  # fmt: skip
+    run = exported(tmp_path / "mmae.safetensors", config, views=views, survey=survey)
+    found = {}
+    for given in (("image",), ("spectrum",), ("image", "spectrum")):
+        out = tmp_path / "a.parquet"
+        query(
+            run, tmp_path / "pairs", out, given=given, want=["redshift", "spectrum"], draws=4, keep_draws=True, batch=6
+        )
+        table = pq.read_table(out)
+        found[given] = table["redshift_median"].to_numpy()
+        lacking = np.array([int(key[1:]) % 5 for key in table["key"].to_pylist()])
+        flags = {"image": lacking != 1, "spectrum": lacking != 2}
+        answered = np.logical_or.reduce([flags[name] for name in given])
+        assert np.isnan(found[given]).tolist() == (~answered).tolist()
+        assert np.isnan(np.array(table["spectrum_draws"].to_pylist())).all((1, 2)).tolist() == (~answered).tolist()
+        assert table[f"known_{given[0]}"].to_pylist() == flags[given[0]].tolist()
+    both = found["image", "spectrum"]
+    np.testing.assert_allclose(both[lacking == 1], found["spectrum",][lacking == 1], rtol=1e-4)
+    np.testing.assert_allclose(both[lacking == 2], found["image",][lacking == 2], rtol=1e-4)
+    with pytest.raises(ValueError, match="image and spectrum cannot come out of a table"):
+        query(run, tmp_path / "a.parquet", tmp_path / "b.parquet", given=["image", "spectrum"], want=["redshift"])

@@ -16,7 +16,7 @@ from armillary.engine.token_cache import training as cache_training
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, fill_token_cache
 from armillary.engine.train.checks import method_problems, problems
 from armillary.engine.train.trainer import open_loader
-from armillary.engine.zero.deepspeed_engine import Ranks
+from armillary.engine.zero.processes import Ranks
 from armillary.models.astroclip.astroclip import AstroCLIP
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.vit.vit import ViT

@@ -142,6 +142,14 @@ def test_missing_survey(run, tmp_path):
     assert len(found) == 1 and "data.path: must be a packed survey" in found[0] and "armillary data build" in found[0]
 
 
+@pytest.mark.parametrize(("damage", "said"), [("unlink", "is missing"), ("grow", "has 4 of 1 bytes")])
+def test_shards_that_are_not_whole_are_found_before_the_start(run, damage, said):
+    shard = run.data.path / "train-000000.tar"
+    shard.unlink() if damage == "unlink" else shard.write_bytes(b"grow")
+    (found,) = problems(run, 1)
+    assert found.startswith("data.path: must have all shards of split 'train' whole, but train-000000.tar " + said)
+
+
 def test_too_few_samples(run, tmp_path):
     few = replace(run, data=Data(toy.toy_survey(tmp_path / "few", count=5)))
     assert problems(few, 1) == ["train.global_batch: must be at most the 5 samples of the split, got 8"]

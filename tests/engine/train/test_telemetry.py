@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from armillary.engine.config.run import Telemetry
-from armillary.engine.train.telemetry import Meter, measure_gemm, peak_flops
+from armillary.engine.train import telemetry
+from armillary.engine.train.telemetry import LineFile, Meter, measure_gemm, peak_flops
 from armillary.models.method import InputSpec, Losses
 
 CPU = torch.device("cpu")
@@ -55,6 +56,69 @@ def test_one_line_a_step_with_means_over_micro_batches(run, meter, screen):
     assert first["mfu"] > 0 and first["peak_gib"] > 0
     text = screen.file.getvalue()
     assert "step 2/8  loss 5.0000" in text and "step 1/8" not in text and "measured fp32 GEMM rate" in text
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [2, 4, 6, 7]), (4, [4, 7]), (100, [7])])
+def test_health_is_measured_as_often_as_asked_and_at_the_end(run, method, screen, one_process, every, steps):
+    run.folder.mkdir(parents=True)
+    asked = Telemetry(every_steps=2, tensorboard=False, monitor_steps=every)
+    meter = Meter(replace(run, telemetry=asked, train=replace(run.train, steps=7)), method, CPU, 0, screen)
+    for number in range(1, 8):
+        step(meter, number, 1.0)
+    meter.close()
+    assert [line["step"] for line in lines(run) if "monitor/center" in line] == steps
+
+
+class FullDisk:
+    """An unbuffered file on a disk that takes `room` bytes more."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = self.file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self):
+        self.file.close()
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path):
+    lines = LineFile(tmp_path / "lines")
+    disk = lines._file = FullDisk(lines._file, room=5)
+    assert lines.append("abc") is None
+    assert "No space" in str(lines.append("defg"))
+    assert "No space" in str(lines.append("hi"))
+    disk.room = 100
+    assert lines.append("j") is None
+    lines.close()
+    assert (tmp_path / "lines").read_text() == "abc\ndefg\nhi\nj\n"
+
+
+def test_a_full_disk_is_told_once_and_ends_nothing(run, meter, screen):
+    disk = meter._lines._file = FullDisk(meter._lines._file, room=0)
+    for number in range(1, 5):
+        step(meter, number, 1.0)
+    assert screen.file.getvalue().count("metrics.jsonl cannot be written: [Errno 28]") == 1
+    disk.room = 1 << 20
+    step(meter, 5, 1.0)
+    step(meter, 6, 1.0)
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError])
+def test_a_screen_that_is_gone_ends_nothing(run, meter, error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error(5, "gone")
+
+    meter.console = Console(file=Gone())
+    step(meter, 1, 1.0)
+    step(meter, 2, 1.0)
+    assert [line["step"] for line in lines(run)] == [1, 2]
 
 
 def test_non_finite_numbers_are_null(run, meter):
@@ -109,6 +173,26 @@ def test_bar_and_tensorboard(run, method, one_process):
     meter.close()
     assert "loss 1.5000" in terminal.file.getvalue() and "1/8" in terminal.file.getvalue()
     assert list((run.folder / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA A100-SXM4-80GB", 311.9),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA RTX A4000", 7.0),
+        ("NVIDIA A10G", 7.0),
+        ("NVIDIA GB200", 7.0),
+    ],
+)
+def test_a_peak_is_of_that_very_gpu_or_measured(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(telemetry, "measure_gemm", lambda *_: 7e12)
+    assert peak_flops(torch.device("cuda"), "bf16")[0] == tflops * 1e12
 
 
 def test_peak_is_named():

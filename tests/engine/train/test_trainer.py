@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,8 +17,11 @@ from armillary.engine.train import start, trainer
 from armillary.engine.train.loop import Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.trainer import BadInput
 from armillary.engine.weights import checkpoint
-from armillary.engine.weights.checkpoint import CheckpointError, Progress
-from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config, ranks
+from armillary.engine.weights.checkpoint import Progress
+from armillary.engine.weights.portable import export_portable
+from armillary.engine.weights.verify import CheckpointError
+from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config
+from armillary.engine.zero.processes import launch_problems, ranks, take_slurm_ranks
 from armillary.models.method import InputSpec
 
 INPUTS = InputSpec(channels=10, global_size=1)
@@ -62,6 +66,23 @@ def test_a_checkpoint_of_another_recipe_is_refused_before_processes_start(run, o
         trainer._startable(replace(run, optim=replace(run.optim, lr=1.0)), method, known, 1)
     with pytest.raises(BadInput, match="1 ranks under ZeRO-2"):
         trainer._startable(run, method, known, 2)
+
+
+def test_an_export_that_cannot_be_continued_is_refused_before_processes_start(run, one_process, tmp_path):
+    known = facts(toy.Survey.load(run.data.path)) | {"inputs": FACTS["inputs"]}
+    saved = checkpoint.save(run.folder / "checkpoints", scrambled(run), progress(), run, known | {"world": 1})
+    file, method = tmp_path / "portable.safetensors", run.method.build(INPUTS)
+    export_portable(saved, file)
+    fresh = replace(run, name="fresh")
+    assert trainer._startable(fresh, method, known, 1, file) is None
+    larger = replace(fresh, train=replace(run.train, global_batch=2 * run.train.global_batch))
+    with pytest.raises(BadInput, match=r"train.global_batch: must be 8, as in .*got 16.*--init-from"):
+        trainer._startable(larger, method, known, 1, file)
+    with pytest.raises(BadInput, match="data.path: must be the survey that"):
+        trainer._startable(fresh, method, known | {"survey": "other"}, 1, file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(BadInput, match="--restore: .*portable.safetensors"):
+        trainer._startable(fresh, method, known, 1, file)
 
 
 def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):
@@ -125,6 +146,71 @@ def test_ranks_are_read_from_the_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert (ranks().rank, ranks().local_rank, ranks().world) == (5, 1, 8)
+
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_STEP_NODELIST": "gpu[07-09],cpu1",
+    "SLURM_JOB_ID": "41",
+    "SLURM_STEP_ID": "3",
+}
+
+
+def test_tasks_of_a_slurm_step_are_ranks(monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no scontrol
+    environment = dict(SLURM)
+    assert take_slurm_ranks(environment) == []
+    wanted = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "gpu07"}
+    assert wanted.items() <= environment.items()
+    assert environment["MASTER_PORT"] == str(20_000 + 41_003 % 40_000)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": ""}],
+    ids=["another launcher", "one task", "no step"],
+)
+def test_other_launchers_are_not_disturbed(other):
+    environment = SLURM | other
+    before = dict(environment)
+    assert take_slurm_ranks(environment) == [] and environment == before
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"])
+def test_a_step_that_slurm_does_not_describe_is_refused(name, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    environment = {k: v for k, v in SLURM.items() if k != name}
+    (found,) = take_slurm_ranks(environment)
+    assert found.startswith("SLURM_STEP_N") and "RANK" not in environment
+
+
+def test_a_master_that_nobody_knows_is_refused_before_the_group_waits(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "2345"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert launch_problems() == []
+    monkeypatch.setenv("MASTER_ADDR", "no-such-machine.invalid")
+    assert launch_problems()[0].startswith("MASTER_ADDR: must be a machine that ")
+    monkeypatch.setenv("RANK", "first")
+    assert launch_problems() == ["RANK: must be a whole number, got 'first'"]
+
+
+def test_a_training_in_a_thread_leaves_signals_alone():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        stop = StopRequest()
+        found.append(stop.asked)
+        stop.forget()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_deepspeed_config(run):

@@ -145,7 +145,7 @@ def test_full_disk_is_a_clean_error(site, reference):
     assert ended.code == 4, ended.output
     assert "No space left" in ended.output and "step-00000004 is intact" in ended.output
     assert "Traceback" not in ended.output
-    open_archive(site.checkpoint("full", 4), verify=True)
+    open_archive(site.checkpoint("full", 4))
     assert sorted(p.name for p in (site.runs / "full" / "checkpoints").iterdir()) == ["latest", "step-00000004"]
 
 
@@ -175,10 +175,14 @@ def test_bf16_alone_without_a_launcher(site, stage, micro):
     name = f"alone{stage}"
     half = ("--name", name, "--train.precision", "bf16", "--train.zero-stage", str(stage), "--telemetry.tensorboard")
     half += ("--train.micro-batch", str(micro))
-    assert site.go(*half, "--train.steps", "4", world=0, fresh=stage == 1).code == 0
+    fresh = {"fresh": True, "PYTHONPROFILEIMPORTTIME": "1"} if stage == 1 else {}
+    first = site.go(*half, "--train.steps", "4", world=0, **fresh)
+    assert first.code == 0, first.output
+    # torch's compiler takes four seconds at each start, for a run that compiles nothing.
+    assert ("import time:" in first.output) == (stage == 1) and "torch._dynamo" not in first.output
     ended = site.go(*half, world=0)
     assert ended.code == 0 and "continuing" in ended.output, ended.output
-    archive, _ = open_archive(site.checkpoint(name, 8), verify=True)
+    archive, _ = open_archive(site.checkpoint(name, 8))
     kinds = {k: archive.read(k, 0, 1).dtype for k in archive.pieces if not k.startswith("rng/")}
     assert set(kinds.values()) == {torch.float32}
     assert archive.whole("buffer/center").abs().sum() > 0

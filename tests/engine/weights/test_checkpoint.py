@@ -1,5 +1,6 @@
 """Checkpoints and portable exports: exactness, atomicity, refusals; and the files they are made of."""
 
+import hashlib
 import json
 import random
 from dataclasses import asdict, replace
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from armillary.engine.config.config_json import to_json
 from armillary.engine.weights import checkpoint, portable, resume
-from armillary.engine.weights.checkpoint import CheckpointError, Progress
+from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
+from armillary.engine.weights.verify import CheckpointError, check_files, check_seal
 from armillary.engine.zero.partition import persistent_buffers
 
 
@@ -58,7 +60,7 @@ def test_everything_comes_back(run, saved):
     draws = torch.rand(4), np.random.rand(4), random.random()  # noqa: NPY002
     other = scrambled(run, seed=2)
     assert not same(everything(other), everything(layout))
-    got = resume.load(path, other, verify=True)
+    got = resume.load(path, other)
     assert same(everything(other), everything(layout)) and got == progress()
     assert other.applied_steps == 2
     resume.load_random(path, 0)
@@ -94,7 +96,7 @@ def test_a_complete_one_that_latest_never_named_is_replaced(run, folder, saved):
     (folder / "step-00000004").mkdir()
     (folder / "step-00000004" / "junk").write_text("")
     checkpoint.save(folder, saved[1], progress(4), run, FACTS)
-    resume.open_archive(folder / "step-00000004", verify=True)
+    resume.open_archive(folder / "step-00000004")
     assert not (folder / "step-00000004" / "junk").exists()
 
 
@@ -113,7 +115,7 @@ def test_a_failed_write_leaves_the_former_one(run, folder, saved, monkeypatch, a
     with pytest.raises(CheckpointError, match="rank 0: .*No space left on device.*step-00000003 is intact"):
         checkpoint.save(folder, saved[1], progress(4), run, FACTS)
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000003"]
-    resume.open_archive(saved[0], verify=True)
+    resume.open_archive(saved[0])
 
 
 def test_the_first_failed_write_says_so(run, folder, one_process, monkeypatch):
@@ -126,31 +128,74 @@ def test_there_is_no_latest_in_an_empty_folder(tmp_path):
     assert checkpoint.latest(tmp_path) is None
 
 
-def damage_size(path):
-    with open(path / "shard-00000.safetensors", "ab") as f:
+def grow(path):
+    with open(path, "ab") as f:
         f.write(b"x")
 
 
-def damage_bytes(path):
-    with open(path / "shard-00000.safetensors", "r+b") as f:
-        f.seek(-5, 2)
-        f.write(b"\xff\xff")
+def flip(path, place=-5):
+    """Turn one bit round."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x40
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
-    ("damage", "verify", "message"),
+    ("damage", "message"),
     [
-        (damage_size, False, "bytes expected, got"),
-        (damage_bytes, True, "SHA-256 differs"),
-        (lambda p: (p / "state.json").unlink(), False, "expected, got None"),
-        (lambda p: (p / "manifest.json").unlink(), False, "not a complete checkpoint"),
-        (lambda p: (p / "manifest.json").write_text("{"), False, "not a complete checkpoint"),
+        (lambda p: grow(p / "shard-00000.safetensors"), "must have .* bytes, got"),
+        (lambda p: flip(p / "shard-00000.safetensors"), "SHA-256 differs"),
+        (lambda p: flip(p / "shard-00000.safetensors", 3), "SHA-256 differs"),
+        (lambda p: flip(p / "state.json", 0), "SHA-256 differs"),
+        (lambda p: (p / "state.json").unlink(), "is missing"),
+        (lambda p: (p / "shard-00000.safetensors").unlink(), "is missing"),
+        (lambda p: (p / "manifest.json").unlink(), "must list the checkpoint's files"),
+        (lambda p: (p / "manifest.json").write_text("{"), "must list the checkpoint's files"),
+        (lambda p: (p / "manifest.json").write_text("{}"), "must list state.json, got nothing"),
+        (lambda p: (p / "manifest.json").write_text('{"state.json": 3}'), "must list the checkpoint's files"),
+        (lambda p: flip(p / "manifest.json", 40), "damaged"),
     ],
 )
-def test_damage_is_found(saved, damage, verify, message):
-    damage(saved[0])
-    with pytest.raises(CheckpointError, match=message):
-        resume.open_archive(saved[0], verify)
+def test_damage_is_found_and_the_newest_whole_one_named(run, folder, saved, damage, message):
+    for step in (4, 5):
+        checkpoint.save(folder, saved[1], progress(step), run, FACTS)
+    damage(folder / "step-00000005")
+    with pytest.raises(
+        CheckpointError, match=f"{message}.*the newest whole one is step-00000004: delete .*step-00000005"
+    ):
+        resume.open_archive(checkpoint.latest(folder))
+    flip(folder / "step-00000004" / "state.json")
+    with pytest.raises(CheckpointError, match="no other checkpoint of this run is whole"):
+        resume.open_archive(folder / "step-00000005")
+
+
+def test_a_rank_reads_the_hashes_of_its_own_file(run, folder, one_process):
+    path = write_world(run, folder, 2)
+    flip(path / "shard-00001.safetensors")
+    resume.agree(path, 0, verify=True)
+    resume.agree(path, 1, verify=False)
+    with pytest.raises(CheckpointError, match=r"shard-00001.safetensors: its SHA-256 differs"):
+        resume.agree(path, 1, verify=True)
+
+
+def test_ranks_that_found_different_checkpoints_stop(folder, saved, monkeypatch):
+    def gather(into, own):
+        into[:] = [own, ("none", None)]
+
+    monkeypatch.setattr(resume.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(resume.dist, "all_gather_object", gather)
+    with pytest.raises(CheckpointError, match="rank 0 step-00000003; rank 1 none"):
+        resume.agree(saved[0], 0, verify=True)
+
+
+@pytest.mark.parametrize("text", [None, "", "step-00000009", "../step-00000005", "\0", "."])
+def test_a_lost_pointer_costs_nothing(run, folder, saved, text):
+    checkpoint.save(folder, saved[1], progress(12), run, FACTS)
+    (folder / "latest").unlink()
+    if text is not None:
+        (folder / "latest").write_text(text)
+    assert checkpoint.latest(folder) == folder / "step-00000012"
+    check_files(folder / "step-00000012")
 
 
 def test_another_format_is_refused(saved):
@@ -158,7 +203,7 @@ def test_another_format_is_refused(saved):
     text = json.dumps(state)
     (saved[0] / "state.json").write_text(text)
     manifest = json.loads((saved[0] / "manifest.json").read_text())
-    manifest["state.json"]["bytes"] = len(text)
+    manifest["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     (saved[0] / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="checkpoint format 99"):
         resume.open_archive(saved[0])
@@ -189,15 +234,50 @@ def test_the_same_run_may_continue(run, folder):
     )
     assert resume.same_run_problems(state_of(run), run, 2, FACTS, folder) == []
     assert resume.same_run_problems(state_of(run), longer, 2, FACTS, folder) == []
+    on_gpus = state_of(replace(run, device="auto"))
+    assert resume.same_run_problems(on_gpus, replace(run, device="cuda"), 2, FACTS, folder) == []
+    assert resume.same_run_problems(on_gpus, replace(run, device="cpu"), 2, FACTS, folder)[0].startswith("device:")
 
 
 def test_another_run_is_refused_field_by_field(run, folder):
     other = replace(run, optim=replace(run.optim, lr=9.0), seed=6, train=replace(run.train, zero_stage=3))
     found = resume.same_run_problems(state_of(run), other, 2, FACTS, folder)
-    assert [p.split(":")[0] for p in found] == ["optim.lr", "seed"]
+    assert [p.split(":")[0] for p in found] == ["optim.lr", "seed", "name"]
     assert "0.02, as in" in found[0] and "got 9.0" in found[0]
     (found,) = resume.same_run_problems(state_of(run), run, 2, FACTS | {"survey": "0"}, folder)
     assert found.startswith("data.path: must be the survey that")
+
+
+def test_other_labels_or_statistics_are_refused(run, folder):
+    inputs = {"targets": ["redshift"], "target_mean": [0.1]}
+    state = state_of(run) | {"inputs": inputs, "pixels": {"sky_sigma": [1.0, 2.0]}}
+    same = FACTS | {"inputs": {"targets": ("redshift",), "target_mean": (0.1,)}, "pixels": {"sky_sigma": [1.0, 2.0]}}
+    assert resume.same_run_problems(state, run, 2, same, folder) == []
+    moved = same | {"inputs": inputs | {"target_mean": (0.2,)}, "pixels": {"sky_sigma": [1.0, 3.0]}}
+    labels, pixels = resume.same_run_problems(state, run, 2, moved, folder)
+    assert "the inputs that" in labels and "another target_mean: [0.2], was [0.1]" in labels
+    assert "the pixel statistics that" in pixels and "another sky_sigma: [1.0, 3.0], was [1.0, 2.0]" in pixels
+
+
+@pytest.mark.parametrize("place", [-3, 40])
+def test_an_export_whose_data_differ_is_refused(run, folder, tmp_path, place):
+    file = tmp_path / "portable.safetensors"
+    portable.export_portable(write_world(run, folder, 2), file)
+    portable.open_portable(file)
+    flip(file, place)
+    with pytest.raises(CheckpointError, match="portable.safetensors"):
+        portable.open_portable(file)
+
+
+def test_a_seal_does_not_cover_itself(tmp_path):
+    entries = [Entry.of("a", torch.arange(5.0)), Entry.of("b", torch.ones(2, 2))]
+    write_tensors(tmp_path / "x.safetensors", entries, {"note": 'a seal looks so: "sha256": "'}, seal=True)
+    archive = Archive([tmp_path / "x.safetensors"])
+    check_seal(tmp_path / "x.safetensors", archive.metadata[0])
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["b"], torch.ones(2, 2))
+    flip(tmp_path / "x.safetensors", -1)
+    with pytest.raises(CheckpointError, match="differs from what was written"):
+        check_seal(tmp_path / "x.safetensors", archive.metadata[0])
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 2), (2, 3), (4, 1)])

@@ -1,5 +1,6 @@
 """Encoders out of checkpoints and files, and into methods."""
 
+import shutil
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from armillary.engine.weights.export import export_dinov2, export_encoder
 from armillary.engine.weights.init_weights import init_encoder, init_method, input_mismatch
 from armillary.engine.weights.tensors import Archive
 from armillary.engine.weights.trained_encoder import EXPORT, TrainedEncoder
+from armillary.engine.weights.verify import SEAL
 from armillary.models.method import InputSpec, ParameterGroup
 
 trust("toy", __name__)
@@ -62,6 +64,11 @@ class Vit(toy.Toy):
 
 def opened(path):
     return TrainedEncoder.open(path)
+
+
+def unsealed(file):
+    """The metadata of an open export without its seal, for a file of other tensors."""
+    return {name: text for name, text in file.metadata().items() if name != SEAL}
 
 
 def save(run):
@@ -135,7 +142,7 @@ def test_the_untrained_twin_is_drawn_from_the_seed(run, saved):
 
 def test_without_checkpoints_the_export_is_taken(run, saved):
     export_encoder(opened(run.folder), run.folder / EXPORT)
-    (run.folder / "checkpoints" / "latest").unlink()
+    shutil.rmtree(run.folder / "checkpoints")
     assert opened(run.folder).path == run.folder / EXPORT and opened(run.folder).run.name == run.name
 
 
@@ -160,7 +167,7 @@ def test_files_that_are_no_encoder(run, saved, tmp_path, monkeypatch):
             _ = TrainedEncoder.open(tmp_path / "b.safetensors").method
     tensors = load_file(tmp_path / "b.safetensors")
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
-        metadata = file.metadata()
+        metadata = unsealed(file)
     for name, change, message in (
         ("c", {"center": None}, "center: not in the file"),
         ("d", {"center": torch.zeros(8)}, r"center: \(8,\) in the file, \(7,\) in the method"),
@@ -201,7 +208,31 @@ def test_dinov2_names_go_out_and_come_in(vit_run, tmp_path, chunks, suffix):
             network.backbone.named_parameters(), expected.teacher.backbone.parameters(), strict=True
         ):
             assert torch.equal(p, q), name
+    with_heads = chunks > 0 and suffix == ".pth"
+    assert torch.equal(fresh.teacher.dino_head.weight, expected.teacher.dino_head.weight if with_heads else head)
+    assert torch.equal(fresh.student.dino_head.weight, fresh.teacher.dino_head.weight) or not with_heads
+
+
+def test_heads_of_other_shapes_are_left_out_and_said(vit_run, tmp_path):
+    export_dinov2(opened(vit_run.folder), tmp_path / "t.pth", 2)
+    content = torch.load(tmp_path / "t.pth", weights_only=True)["teacher"]
+    content["dino_head.weight"] = torch.zeros(5, 2)
+    torch.save({"teacher": content}, tmp_path / "t.pth")
+    fresh = VitConfig().build(INPUTS)
+    head = fresh.teacher.dino_head.weight.clone()
+    (said,) = init_method(fresh, opened(tmp_path / "t.pth"))
+    assert "2 tensors of heads in the file are left out" in said
     assert torch.equal(fresh.teacher.dino_head.weight, head)
+
+
+def test_of_student_and_teacher_in_one_file_the_teacher_is_taken(vit_run, tmp_path):
+    backbone = opened(vit_run.folder).part("image")
+    both = {f"teacher.backbone.{k}": v for k, v in backbone.items()}
+    both |= {f"student.backbone.{k}": v + 1 for k, v in backbone.items()}
+    torch.save({"model": both}, tmp_path / "both.pth")
+    fresh = VitConfig().build(INPUTS)
+    init_method(fresh, opened(tmp_path / "both.pth"))
+    assert all(torch.equal(p, backbone[k]) for k, p in fresh.teacher.backbone.named_parameters())
 
 
 def test_dinov2_names_need_a_backbone(run, vit_run, tmp_path):
@@ -248,7 +279,7 @@ def test_init_takes_an_encoder_of_our_own_with_a_teacher(vit_run, tmp_path):
     with safe_open(tmp_path / "new.safetensors", "pt") as file:
         assert not [name for name in file.keys() if name.startswith("student")]
         older = {name: x.clone() for name, x in source.method.state_dict().items()}
-        save_file(older, tmp_path / "older.safetensors", file.metadata())
+        save_file(older, tmp_path / "older.safetensors", unsealed(file))
     for path in (vit_run.folder, tmp_path / "new.safetensors", tmp_path / "older.safetensors"):
         fresh = VitConfig().build(INPUTS)
         init_method(fresh, opened(path))

@@ -1,5 +1,6 @@
 """A spectrum encoder under the names of AstroCLIP's SpecFormer, out of a run and into one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,16 @@ def test_names_go_out_and_come_in(trained, tmp_path):
 def test_checkpoint_is_laid_out_as_lightning_writes_it(trained, tmp_path):
     export_specformer(Held(trained), tmp_path / "specformer.ckpt")
     content = torch.load(tmp_path / "specformer.ckpt", weights_only=True)
-    assert list(content) == ["state_dict"]
+    assert content["hyper_parameters"] == {
+        "input_dim": SHAPE.window + 2,
+        "embed_dim": SHAPE.dim,
+        "num_layers": SHAPE.depth,
+        "num_heads": SHAPE.heads,
+        "max_len": SHAPE.positions,
+        "slice_section_length": SHAPE.window,
+        "slice_overlap": SHAPE.window - SHAPE.step,
+        "dropout": 0.0,
+    }
     SpectrumTransformer(SHAPE).load_state_dict(content["state_dict"])
 
 
@@ -85,6 +95,9 @@ def test_refusals(trained, tmp_path):
         ValueError, match=r"encoder.blocks.1.*not in the method.*data_embed.weight: \(16, 8\) in the file"
     ):
         init_method(other, TrainedEncoder.open(tmp_path / "x.safetensors"))
+    wide = SpecFormerPretraining(replace(SHAPE, mlp_ratio=2.0), 2, 4).build(INPUTS)
+    with pytest.raises(ValueError, match="mlp_ratio must be 4 in a file of SpecFormer.*got 2.0"):
+        export_specformer(Held(wide), tmp_path / "x.ckpt")
     toy_method = toy.ToyConfig().build(InputSpec(channels=10, global_size=1))
     with pytest.raises(ValueError, match="Toy has no spectrum encoder"):
         export_specformer(Held(toy_method), tmp_path / "y.safetensors")

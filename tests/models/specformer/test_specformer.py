@@ -1,6 +1,7 @@
 """The spectrum encoder against its formulas in float64, and against the facts of the released code."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -206,6 +207,15 @@ def test_pixels_without_data_become_the_mean_of_the_others():
     torch.testing.assert_close(model(dirty, ivar), model(filled))
     assert torch.equal(model(x, torch.full_like(x, 3.0)), model(x))  # bit for bit where every pixel carries data
     assert torch.equal(model(dirty, ivar), model(dirty, ivar * 100))  # ivar says where data are, no more
+
+
+def test_published_weights_see_zeros_where_a_pixel_carries_no_data():
+    x, ivar = spectra(4), (torch.rand(4, PIXELS) > 0.3).float()
+    dirty = x.masked_fill(ivar == 0, torch.nan)
+    model = stirred()
+    model.shape = replace(model.shape, missing="zero")
+    assert torch.equal(model(dirty, ivar), model(torch.where(ivar > 0, x, 0.0)))
+    assert replace(model.shape, missing="gap").problems() == ["missing: must be one of mean, zero, got 'gap'"]
 
 
 @pytest.mark.parametrize("left", [0, 1, 2], ids=["no pixel", "one pixel", "two pixels"])

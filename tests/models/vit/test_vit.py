@@ -44,7 +44,8 @@ def plain(model, image, mask=None):
     pos, side = s["pos_embed"], c.image_size // c.patch_size
     if (h, w) != (side, side):
         grid = pos[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+        how = {"scale_factor": ((h + 0.1) / side, (w + 0.1) / side)} if c.position_offset else {"size": (h, w)}
+        grid = F.interpolate(grid, mode="bicubic", antialias=c.antialias, **how)
         assert grid.shape[2:] == (h, w)
         pos = torch.cat([pos[:, :1], grid.permute(0, 2, 3, 1).reshape(1, h * w, -1)], 1)
     x = torch.cat([s["cls_token"].expand(len(x), -1, -1), x], 1) + pos
@@ -66,10 +67,14 @@ def plain(model, image, mask=None):
     return x[:, 0], x[:, 1 + c.registers :]
 
 
-@pytest.mark.parametrize("registers", [0, 3])
-@pytest.mark.parametrize("channels", [1, 3, 7])
-def test_packed_groups_equal_separate_crops(registers, channels):
-    model = build(replace(TINY, registers=registers, channels=channels))
+@pytest.mark.parametrize(
+    ("registers", "channels", "positions"),
+    [(0, 1, (0.1, False)), (3, 3, (0.1, False)), (0, 7, (0.0, False)), (3, 3, (0.0, True))],  # the last: public *_reg4
+)
+def test_packed_groups_equal_separate_crops(registers, channels, positions):
+    offset, antialias = positions
+    config = replace(TINY, registers=registers, channels=channels, position_offset=offset, antialias=antialias)
+    model = build(config)
     groups = crops((2, 24), (3, 12), (1, (8, 16)), channels=channels)
     mask = torch.rand(2, 36) < 0.4
     tokens = model(groups, mask=mask)

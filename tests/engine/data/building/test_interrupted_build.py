@@ -1,6 +1,5 @@
 """Builds that stop: killed, out of room, beside another; they continue to the same bytes."""
 
-import fcntl
 import os
 import resource
 import signal
@@ -17,6 +16,7 @@ from armillary.engine.data.building import packing
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.check import check_survey
 from armillary.engine.data.sources.surveys.images import Pictures
+from armillary.engine.exclusive import LOCK, InUse, exclusive
 
 
 class Stop(Exception):
@@ -74,12 +74,13 @@ def test_an_interrupted_build_of_something_else_is_refused(tmp_path, monkeypatch
 
 
 def test_two_builds_in_one_folder(tmp_path):
-    (tmp_path / ".build").mkdir()
-    with open(tmp_path / ".build" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another build is running in this folder"):
-            run(Sky(), tmp_path)
+    with (
+        exclusive(tmp_path),
+        pytest.raises(InUse, match=rf"in use by .*\(process {os.getpid()} on .*; wait for it or choose"),
+    ):
+        run(Sky(), tmp_path)
     run(Sky(), tmp_path)
+    assert not (tmp_path / LOCK).exists()
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_tasks_say_when_they_cannot_be_done(study, encoders):
     for name in ("missing", "lines"):
         assert TASKS[name].impossible(study.survey, methods, OPTIONS) == ""
         assert "needs a run that fills in" in TASKS[name].impossible(study.survey, [], OPTIONS)
-    assert "learns labels" in TASKS["baselines"].impossible(study.survey, methods, OPTIONS)
+    assert "a run on images alone" in TASKS["baselines"].impossible(study.survey, methods, OPTIONS)
 
 
 def test_observed_lines_are_the_true_ones(study, encoders):

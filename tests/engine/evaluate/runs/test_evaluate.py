@@ -188,7 +188,8 @@ def test_predictions_are_not_judged_as_embeddings(survey_dir, task):
     survey = Survey.load(survey_dir)
     assert "gives predictions" in tasks_module.TASKS[task].impossible(survey, [Colours("prediction")], Options())
     assert "images alone" in tasks_module.TASKS[task].impossible(survey, [Colours("spectrum")], Options())
-    assert tasks_module.TASKS[task].impossible(survey, [Colours("light")], Options()) == ""
+    assert "images alone" in tasks_module.TASKS[task].impossible(survey, [Colours("light", "spectrum")], Options())
+    assert tasks_module.TASKS[task].impossible(survey, [Colours("light", "prediction")], Options()) == ""
 
 
 class Foreign(Colours):

@@ -1,0 +1,101 @@
+"""Is a file what was written? Hashes of checkpoints' files and seals of single files, compared when they are read.
+
+A seal is the SHA-256 of a safetensors file as it is with dashes in the seal's own place, a text in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal", "sha256_of"]
+
+SEAL = "sha256"
+"""Name of the seal in a file's metadata."""
+
+UNSEALED = "-" * 64
+"""What stands in its place while the file is hashed."""
+
+
+class CheckpointError(RuntimeError):
+    """Weights or a run's state could not be written, or what was found cannot be used."""
+
+
+def sha256_of(path: Path, seal: str = "") -> str:
+    """Hex digits of a file's hash; of a file that stays as it is only once a process.
+
+    Args:
+        path: The file.
+        seal: The hash is taken with this seal left out.
+    """
+    stamp = path.stat()
+    return _sha256(path, seal, stamp.st_size, stamp.st_mtime_ns, stamp.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _sha256(path: Path, seal: str, *_: int) -> str:
+    with open(path, "rb") as file:
+        if not seal:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little")).replace(seal.encode(), UNSEALED.encode(), 1)
+        digest = hashlib.sha256(start + header)
+        while block := file.read(1 << 22):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def check_files(folder: Path, hashed: Sequence[str] | None = None) -> None:
+    """Compare a checkpoint's files with its manifest.
+
+    Args:
+        folder: The checkpoint's own folder.
+        hashed: Files whose hashes are compared as well as their sizes; None: all of them.
+
+    Raises:
+        CheckpointError: One is missing or differs. The newest other checkpoint that is whole is named.
+    """
+    found = _damage(folder, hashed)
+    if found is None:
+        return
+    others = sorted((p for p in folder.parent.glob("step-*") if p != folder), reverse=True)
+    whole = next((p for p in others if _damage(p, None) is None), None)
+    advice = "no other checkpoint of this run is whole"
+    if whole is not None:
+        advice = f"the newest whole one is {whole.name}: delete {folder} to go on from there"
+    raise CheckpointError(f"{found}; the checkpoint is damaged; {advice}")
+
+
+def _damage(folder: Path, hashed: Sequence[str] | None) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing is."""
+    listed = folder / "manifest.json"
+    try:
+        manifest: Mapping[str, Any] = json.loads(listed.read_text())
+        records = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{listed}: must list the checkpoint's files with sizes and hashes, got {error!r}"
+    if "state.json" not in records:
+        return f"{listed}: must list state.json, got {', '.join(records) or 'nothing'}"
+    for name, (size, digest) in records.items():
+        path = folder / name
+        there = path.stat().st_size if path.is_file() else None
+        if there != size:
+            return f"{path}: must have {size} bytes, " + ("is missing" if there is None else f"got {there}")
+        if (hashed is None or name in hashed) and sha256_of(path) != digest:
+            return f"{path}: its SHA-256 differs from the manifest's"
+    return None
+
+
+def check_seal(path: Path, metadata: Mapping[str, str]) -> None:
+    """Compare a safetensors file with the seal in its metadata, where it has one.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    seal = metadata.get(SEAL)
+    if seal is not None and sha256_of(path, seal) != seal:
+        raise CheckpointError(f"{path}: differs from what was written; the file is damaged: export it again")

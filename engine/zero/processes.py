@@ -1,0 +1,174 @@
+"""The processes of a run: who they are, as the launcher says, and the group that they form.
+
+Launchers: deepspeed, torchrun, MPI wrappers, which all set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; and
+srun alone, whose own variables are read where those are not set. A process that nobody launched is the only one.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import re
+import socket
+import subprocess
+import warnings
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+__all__ = ["Ranks", "end_processes", "launch_problems", "ranks", "start_processes", "take_slurm_ranks"]
+
+PORTS = 20_000, 60_000
+"""Range of the ports that a Slurm step derives from its number."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers: global rank, rank in this machine, number of processes."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+
+def ranks() -> Ranks:
+    """Read the launcher's environment; a process that nobody launched is the only one."""
+    get = os.environ.get
+    return Ranks(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), int(get("WORLD_SIZE", "1")))
+
+
+def take_slurm_ranks(environment: MutableMapping[str, str]) -> list[str]:
+    """Where a step of several Slurm tasks has no other launcher, each task is a rank: say so in the usual variables.
+
+    A batch script itself is no step, so that a launcher which it starts is not disturbed.
+
+    Args:
+        environment: `os.environ`; changed.
+
+    Returns:
+        `variable: rule, got value`, one a broken rule; empty where nothing is wrong.
+    """
+    get = environment.get
+    if "RANK" in environment or not get("SLURM_STEP_NUM_TASKS", "1").isdigit():
+        return []
+    world = int(get("SLURM_STEP_NUM_TASKS", "1"))
+    if world < 2:
+        return []
+    try:
+        hosts = get("SLURM_STEP_NODELIST", "")
+        numbers = {
+            "RANK": environment["SLURM_PROCID"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(
+                _tasks_per_node(get("SLURM_STEP_TASKS_PER_NODE", ""))[int(get("SLURM_NODEID", "0"))]
+            ),
+        }
+    except (KeyError, IndexError, ValueError) as error:
+        return [f"SLURM_STEP_NUM_TASKS: {world} tasks must be described by Slurm's variables, got none for {error}"]
+    step = 1000 * int(get("SLURM_JOB_ID", "0")) + int(get("SLURM_STEP_ID", "0"))
+    low, high = PORTS
+    numbers["MASTER_PORT"] = get("MASTER_PORT", str(low + step % (high - low)))
+    if "MASTER_ADDR" not in environment:
+        first = _first_host(hosts)
+        if first is None:
+            return [f"SLURM_STEP_NODELIST: must name the machines, got {hosts!r}; set MASTER_ADDR to that of rank 0"]
+        numbers["MASTER_ADDR"] = first
+    environment.update(numbers)
+    return []
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE {text!r}")
+        found += [int(match[1])] * int(match[2] or 1)
+    return found
+
+
+def _first_host(hosts: str) -> str | None:
+    """The first machine of a list like "gpu[07-09,12],cpu1"; scontrol knows the syntax best."""
+    try:
+        said = subprocess.run(
+            ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.split()
+        return said[0] if said else None
+    except (OSError, subprocess.SubprocessError):
+        match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", hosts)
+        return match[1] + (match[2] or "") if match else None
+
+
+def launch_problems() -> list[str]:
+    """What the launcher's environment has that no process group can be made of, as `variable: rule, got value`."""
+    get, found = os.environ.get, []
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not get(name, "0").isdigit():
+            found.append(f"{name}: must be a whole number, got {get(name)!r}")
+    if found or get("WORLD_SIZE", "1") == "1":
+        return found
+    address = get("MASTER_ADDR", "")
+    try:  # a group waits half an hour for a name that nobody knows
+        socket.getaddrinfo(address, int(get("MASTER_PORT", "0")), type=socket.SOCK_STREAM)
+    except OSError as error:
+        found.append(f"MASTER_ADDR: must be a machine that {socket.gethostname()} knows, got {address!r} ({error})")
+    return found
+
+
+def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.device:
+    """Choose DeepSpeed's accelerator, join the process group and return this process's device.
+
+    Args:
+        device: "cuda" or "cpu".
+        tf32: Whether a GPU may round the factors of float32 products to 10 bits.
+        minutes: How long ranks wait for each other before the run ends.
+    """
+    me = ranks()
+    os.environ["DS_ACCELERATOR"] = device
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer versions of torch have replaced.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Compiling this operator for the CPU backend takes 40 seconds; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device == "cuda":
+        # The number of masked patches changes every step; fixed segments would be cut to pieces.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(_gpu(me))
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+    if "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    # Its functions' default arguments are the process group of the moment of import, which they would keep alive.
+    importlib.import_module("torch.distributed.nn.functional")
+    backend = "nccl" if device == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=timedelta(minutes=minutes), verbose=False)
+    return torch.device("cuda", _gpu(me)) if device == "cuda" else torch.device("cpu")
+
+
+def end_processes() -> None:
+    """Leave the process group, with its threads; all ranks together."""
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()
+    gc.collect()
+
+
+def _gpu(me: Ranks) -> int:
+    """This rank's GPU: the one with its number, or the only one where the launcher shows each rank its own."""
+    return 0 if torch.cuda.device_count() == 1 else me.local_rank
