@@ -113,12 +113,12 @@ class TableInputs:
         floors: Mapping[str, float],
         device: torch.device,
     ) -> None:
-        if pictures := [name for name in given if name in MODALITIES]:
+        names = list(dict.fromkeys(part_of(name)[0] for name in given))
+        if pictures := [name for name in names if name not in {q.name for q in quantities}]:
             raise ValueError(
                 f"given: {' and '.join(pictures)} cannot come out of a table; pack a survey with `armillary data build` "
                 "and ask with its folder in place of the table"
             )
-        names = list(dict.fromkeys(part_of(name)[0] for name in given))
         _check_declared(table, names, columns, units)
         self.table, self.quantities, self.device, self._given = table, tuple(quantities), device, tuple(given)
         self.found = {q.name: find_columns(q, table, columns, units, missing) for q in quantities if q.name in names}
