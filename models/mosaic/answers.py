@@ -2,8 +2,8 @@
 
 Asked tokens are drawn one after the other, in the order in which quantities are named and from the first run of each to the
 last; each one that is drawn is shown when the next is asked for, so that draws of all of them belong together. Entries of one
-token are drawn together, as its copula says. Medians are those of a token's own distribution
-given what was shown, without the other answers; of quantities with levels they are the medians of the draws.
+token are drawn together, as its copula says. Medians are those of a token's own distribution given what was shown, without the
+other answers; of quantities with levels they are the medians of the draws.
 
 Where held-out samples showed how often truths fell where, each entry's own distribution is corrected by that: a draw x becomes
 Q(F(x)), with Q the corrected quantile function, which keeps the order of draws and so what belongs together.
@@ -99,16 +99,7 @@ def draw_answer(
     seed: int,
     corrections: Mapping[str, Tensor],
 ) -> Answer:
-    """See `Method.answer`.
-
-    Args:
-        network: The network.
-        batch: See there.
-        given: See there.
-        want: See there.
-        draws: See there.
-        seed: See there.
-        corrections: See `Method.correct_answers`.
+    """See `Method.answer`, and `Method.correct_answers` on corrections.
 
     Raises:
         ValueError: A name is not known, fewer than one draw is asked for, or nothing given is known of a sample.
@@ -213,7 +204,6 @@ def _draw(said: Said, z: Tensor) -> Tensor:
     rank = loadings.shape[-1]
     together = correlated(loadings.repeat_interleave(repeats, 0), z[:, :rank], z[:, rank:])
     # Within what float32 tells apart from 0 and 1, where quantiles are infinite.
-    probability = (
-        ndtr(together).clamp(1e-7, 1 - 1e-7).to(loadings).unflatten(0, (-1, repeats)).transpose(1, 2)
-    )  # [B, w, S] or [B S, w, 1]
+    probability = ndtr(together).clamp(1e-7, 1 - 1e-7).to(loadings)
+    probability = probability.unflatten(0, (-1, repeats)).transpose(1, 2)  # [B, w, S], or [B S, w, 1]
     return said.density.quantile(probability).transpose(1, 2).flatten(0, 1)

@@ -194,16 +194,16 @@ class MOSAICMethod(Method):
             batch: `quantities` and `quantity_errors` [B, e].
 
         Returns:
-            "quantities" [B, D] float32.
+            "quantities" [B, D] float32; where nothing of it is known, what is said of nothing.
 
         Raises:
             ValueError: There are no quantities, or other ones than the method was built for.
         """
         if "quantities" not in batch:
             raise ValueError("MOSAIC: embeds quantities, but the batch has none")
-        self._entries(batch)
         names = self.config.embed or [s.quantity.name for s in self.layout.spans if s.quantity.size > 1]
-        entries = given_entries(self.layout, batch, names)
+        chosen = self.layout.chosen(names).to(batch["quantities"].device)
+        entries = self.layout.shown(self._entries(batch), ~chosen.expand(len(batch["quantities"]), -1))
         asked = torch.zeros(len(entries), self.layout.tokens, dtype=torch.bool, device=entries.device)
         rows = computed_rows(self.layout.any_of_token(~entries.isnan()), asked)
         return {"quantities": self.network(entries, batch["quantity_errors"], asked, *rows)[0].float()}

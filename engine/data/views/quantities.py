@@ -214,13 +214,20 @@ def _fitted(views: tuple[QuantityView, ...], folder: object, anything_else: bool
     for batch in _first_samples(survey, any(view.vector for view in views)):
         rows.append(batch["row"])
         for number, (view, part) in enumerate(zip(views, readers, strict=True)):
-            found[number].append(_with_errors(view, part(batch), batch, None, number))
+            read = part(batch)
+            bad = (~read.values.isnan() & (read.errors < 0)).any(1)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"quantity {view.name!r}: errors must not be negative, but are in row {int(batch['row'][bad][0])}; NaN "
+                    "stands for unknown"
+                )
+            found[number].append(_with_errors(view, read, batch, None, number))
     row = torch.cat(rows)
     known = torch.zeros(len(row), dtype=torch.bool)
     quantities = []
     for view, quantity, parts in zip(views, described, found, strict=True):
         values, errors = (torch.cat(column) for column in zip(*parts, strict=True))
-        scaling = _scaling(view, quantity, values, errors, row)
+        scaling = _scaling(view, quantity, values, errors)
         known |= ~scaling(values).isnan().all(1)
         quantities.append(replace(quantity, scaling=scaling))
     if not anything_else and not bool(known.all()):
@@ -231,7 +238,7 @@ def _fitted(views: tuple[QuantityView, ...], folder: object, anything_else: bool
     return tuple(quantities)
 
 
-def _scaling(view: QuantityView, quantity: Quantity, values: Tensor, errors: Tensor, row: Tensor) -> Scaling:
+def _scaling(view: QuantityView, quantity: Quantity, values: Tensor, errors: Tensor) -> Scaling:
     where, size = f"quantity {view.name!r}", len(values)
     if not bool((there := ~values.isnan()).any()):
         raise ValueError(
@@ -241,10 +248,6 @@ def _scaling(view: QuantityView, quantity: Quantity, values: Tensor, errors: Ten
     if bool(absent.any()):
         lacking = _some(tuple(c for c, a in zip(quantity.components, absent.tolist(), strict=True) if a))
         raise ValueError(f"{where}: {lacking} unknown for all {size} samples of the training split")
-    bad = there & (errors < 0)
-    if bool(bad.any()):
-        at = int(row[bad.any(1)][0])
-        raise ValueError(f"{where}: errors must not be negative, but are in row {at}; NaN stands for unknown")
     softening: tuple[float, ...] = ()
     if view.scaling == "asinh":
         typical = 2 * errors.double().where(there, torch.nan).nanmedian(0).values

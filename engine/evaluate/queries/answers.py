@@ -15,11 +15,12 @@ from torch import Tensor
 
 from armillary.engine.evaluate.embedding.embed import first_samples, open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder
-from armillary.engine.evaluate.queries.question import Query, parts_of
+from armillary.engine.evaluate.queries.question import PIXELS, Query, parts_of
+from armillary.engine.evaluate.study.study import Study
 from armillary.models.method import Batch
 from armillary.models.quantities import Quantity
 
-__all__ = ["Answered", "Sizes", "Values", "answer_all", "joint_draws", "read_values"]
+__all__ = ["Answered", "Sizes", "Values", "answer_all", "joint_draws", "judged_names", "read_values"]
 
 BATCH = 512
 
@@ -75,12 +76,20 @@ class Answered:
     draws: np.ndarray
 
 
-def read_values(encoder: Encoder, folder: Path, split: str, samples: int) -> Values:
+def judged_names(encoder: Encoder, study: Study) -> set[str]:
+    """What answers can be held against: quantities of the run's views, and labels of the survey that are numbers."""
+    asked = encoder.method.questions()
+    assert asked is not None, "a method that answers questions"
+    viewed = {q.name for q in _viewed(encoder)}
+    return viewed | {q.name for q in asked.want if q.size == 1 and q.name in study.survey.labels}
+
+
+def read_values(encoder: Encoder, study: Study, split: str, samples: int) -> Values:
     """The quantities of the first galaxies of a split; the stored order is random."""
-    quantities = _quantities(encoder)
+    quantities = _viewed(encoder)
     rows: list[np.ndarray] = []
     found: dict[str, list[np.ndarray]] = {q.name: [] for q in quantities}
-    for batch in _batches(encoder, folder, split, samples):
+    for batch in _batches(encoder, study.folder, split, samples):
         rows.append(batch["row"].cpu().numpy())
         for quantity, values in zip(quantities, _values(batch, quantities), strict=True):
             found[quantity.name].append(values.double().cpu().numpy())
@@ -88,27 +97,33 @@ def read_values(encoder: Encoder, folder: Path, split: str, samples: int) -> Val
 
 
 def answer_all(
-    encoder: Encoder, folder: Path, split: str, queries: Sequence[Query], sizes: Sizes, seed: int
+    encoder: Encoder, study: Study, queries: Sequence[Query], sizes: Sizes, seed: int
 ) -> tuple[list[Answered], dict[Query, str]]:
-    """Answer queries of the first galaxies of a split.
+    """Answer queries of the first galaxies of the test split.
 
     Returns:
         The answers in the order of the queries, and why a query has none.
     """
-    quantities = {q.name: q for q in _quantities(encoder)}
+    asked = encoder.method.questions()
+    assert asked is not None, "a method that answers questions"
+    viewed = _viewed(encoder)
+    wanted = {q.name: q for q in asked.want}
+    labels = {name: study.label(name) for name in judged_names(encoder, study) - {q.name for q in viewed}}
     parts: dict[Query, list[tuple[np.ndarray, ...]]] = {query: [] for query in queries}
     refused: dict[Query, str] = {}
-    left = {query: sizes.samples if quantities[query.want].size == 1 else sizes.vector_samples for query in queries}
-    for batch in _batches(encoder, folder, split, max(left.values(), default=0)):
-        values = dict(zip(quantities, _values(batch, list(quantities.values())), strict=True))
+    left = {query: sizes.samples if wanted[query.want].size == 1 else sizes.vector_samples for query in queries}
+    for batch in _batches(encoder, study.folder, study.test_split, max(left.values(), default=0)):
+        values = dict(zip((q.name for q in viewed), _values(batch, viewed), strict=True))
+        for name, label in labels.items():
+            values[name] = torch.from_numpy(label[batch["row"].cpu().numpy()])[:, None].to(batch["row"].device)
         for query in queries:
             if query in refused or left[query] <= 0:
                 continue
-            chosen = _answerable(query, values, list(quantities.values()))[: left[query]]
+            chosen = _answerable(query, batch, values, viewed)[: left[query]]
             left[query] -= len(chosen)
             if not len(chosen):
                 continue
-            draws = sizes.draws if quantities[query.want].size == 1 else sizes.vector_draws
+            draws = sizes.draws if wanted[query.want].size == 1 else sizes.vector_draws
             try:
                 answer = encoder.method.answer(_take(batch, chosen), query.given, (query.want,), draws, seed)
             except ValueError as error:
@@ -125,22 +140,21 @@ def answer_all(
             refused[query] = "no galaxy has something of what is given and of what is wanted"
             continue
         whole = [np.concatenate(p) for p in zip(*pieces_of, strict=True)]
-        found.append(Answered(query, quantities[query.want], whole[0].astype(np.int64), *whole[1:]))
+        found.append(Answered(query, wanted[query.want], whole[0].astype(np.int64), *whole[1:]))
     return found, refused
 
 
 def joint_draws(
     encoder: Encoder,
-    folder: Path,
-    split: str,
+    study: Study,
     rows: Sequence[int],
     given: tuple[str, ...],
     want: tuple[str, ...],
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """[M, S] joint draws of numbers for some rows of a split, by name."""
+    """[M, S] joint draws of numbers for some rows of the test split, by name."""
     kept = []
-    for batch in _batches(encoder, folder, split, 1 << 60):
+    for batch in _batches(encoder, study.folder, study.test_split, 1 << 60):
         chosen = torch.isin(batch["row"], torch.tensor(list(rows), device=batch["row"].device)).nonzero()[:, 0]
         if len(chosen):
             kept.append((batch["row"][chosen], encoder.method.answer(_take(batch, chosen), given, want, 400, seed)))
@@ -151,10 +165,9 @@ def joint_draws(
     return {name: np.concatenate([a.draws[name][..., 0].cpu().numpy() for _, a in kept])[place] for name in want}
 
 
-def _quantities(encoder: Encoder) -> tuple[Quantity, ...]:
-    asked = encoder.method.questions()
-    assert asked is not None and encoder.view.quantities is not None, "a method that answers, and views of quantities"
-    return encoder.view.quantities.quantities
+def _viewed(encoder: Encoder) -> tuple[Quantity, ...]:
+    """Quantities of the run's views."""
+    return encoder.view.quantities.quantities if encoder.view.quantities is not None else ()
 
 
 def _batches(encoder: Encoder, folder: Path, split: str, samples: int) -> Iterator[Batch]:
@@ -174,12 +187,13 @@ def _values(batch: Batch, quantities: Sequence[Quantity]) -> list[Tensor]:
     return found
 
 
-def _answerable(query: Query, values: Mapping[str, Tensor], quantities: Sequence[Quantity]) -> Tensor:
+def _answerable(query: Query, batch: Batch, values: Mapping[str, Tensor], quantities: Sequence[Quantity]) -> Tensor:
     """Places of samples of which something of each side is known."""
-    known = torch.zeros_like(values[query.want][:, 0], dtype=torch.bool)
+    known = torch.zeros_like(batch["row"], dtype=torch.bool)
     for given in query.given:
-        if given in ("image", "spectrum"):
-            known[:] = True
+        if given in PIXELS:
+            there = batch.get(f"has_{given}")
+            known |= there if isinstance(there, Tensor) else torch.ones_like(known)
             continue
         quantity, part = parts_of(given, quantities)
         known |= ~values[quantity.name][:, part].isnan().all(1)

@@ -12,15 +12,27 @@ where `name[a:b]` are components a to before b of a vector.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from armillary.models.quantities import Quantity, Questions
 
-__all__ = ["SPLITS", "Comparison", "Query", "default_comparisons", "default_queries", "parse_questions", "parts_of"]
+__all__ = [
+    "PIXELS",
+    "SPLITS",
+    "Comparison",
+    "Query",
+    "default_comparisons",
+    "default_queries",
+    "parse_questions",
+    "parts_of",
+]
 
 SPLITS = (0.25, 0.50, 0.75, 0.89)
 """Shares of cosmic time at which a history is cut into early and late."""
+
+PIXELS = ("image", "spectrum")
+"""Given things that are no quantities."""
 
 PART = re.compile(r"([A-Za-z]\w*)(?:\[(\d*):(\d*)\])?")
 
@@ -104,12 +116,15 @@ def parse_questions(texts: Sequence[str], asked: Questions) -> tuple[list[Query]
     return list(dict.fromkeys(queries)), comparisons
 
 
-def default_queries(asked: Questions) -> list[Query]:
-    """Every number from each vector that is not itself, and from all of them; every vector from each other one."""
-    vectors = [q.name for q in asked.want if q.size > 1 and q.name in asked.given]
+def default_queries(asked: Questions, judged: Collection[str]) -> list[Query]:
+    """Every number that can be judged from each vector, image or spectrum, and from all of them; every vector from each other one."""
+    sizes = {q.name: q.size for q in asked.want}
+    sources = [name for name in asked.given if name in PIXELS or sizes.get(name, 1) > 1]
     queries = []
     for quantity in asked.want:
-        others = tuple(name for name in vectors if name != quantity.name)
+        if quantity.name not in judged:
+            continue
+        others = tuple(name for name in sources if name != quantity.name)
         queries += [Query(quantity.name, (name,)) for name in others]
         if quantity.size == 1 and len(others) > 1:
             queries.append(Query(quantity.name, others))

@@ -85,9 +85,7 @@ def _joint(study: Study, encoder: Encoder, redshifts: Sequence[Answered]) -> Mar
     order = np.argsort(answered.truth[:, 0])
     rows = answered.row[order[[int(p * (len(order) - 1)) for p in (0.15, 0.5, 0.85)]]]
     z = answered.quantity
-    drawn = joint_draws(
-        encoder, study.folder, study.test_split, rows.tolist(), answered.query.given, (z.name, mass.name), study.seed
-    )
+    drawn = joint_draws(encoder, study, rows.tolist(), answered.query.given, (z.name, mass.name), study.seed)
     truth_z = answered.truth[[int(np.flatnonzero(answered.row == r)[0]) for r in rows], 0]
     truth_m = study.label(mass.name, rows) if mass.name in study.survey.labels else np.full(len(rows), np.nan)
     log = mass.scaling.kind == "log10"

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from armillary.engine.config.run import Run
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.page.html import section
-from armillary.engine.evaluate.queries.answers import Answered, Sizes, answer_all, read_values
+from armillary.engine.evaluate.queries.answers import Answered, Sizes, answer_all, judged_names, read_values
 from armillary.engine.evaluate.queries.question import (
     Comparison,
     Query,
@@ -93,14 +93,15 @@ def queries(study: Study, encoders: Sequence[Encoder], options: QueryOptions | N
         name = encoder.run.name
         asked = encoder.method.questions()
         assert asked is not None
+        judgeable = judged_names(encoder, study)
         if options.asked:
             wanted, comparisons = parse_questions(options.asked, asked)
+            if strange := [q for q in wanted if q.want not in judgeable]:
+                raise ValueError(f"query {strange[0]}: the survey does not hold the truth of {strange[0].want}")
         else:
-            wanted, comparisons = default_queries(asked), default_comparisons(asked)
+            wanted, comparisons = default_queries(asked, judgeable), default_comparisons(asked)
         both = [q for c in comparisons for q in (c.first, c.second)]
-        answered, refused = answer_all(
-            encoder, study.folder, study.test_split, list(dict.fromkeys([*wanted, *both])), options.sizes, study.seed
-        )
+        answered, refused = answer_all(encoder, study, list(dict.fromkeys([*wanted, *both])), options.sizes, study.seed)
         found = {a.query: a for a in answered}
         mine = [_judge(name, a, calibration(a, study.seed)) for a in answered]
         measures += [m for one in mine for m in _measures(one)]
@@ -174,11 +175,10 @@ def _compare(
     options: QueryOptions,
 ) -> tuple[list[Compared], list[str]]:
     """Gains of the run and of supervised models, on the galaxies that have both answers."""
-    folder, name = study.folder, encoder.run.name
-    view = encoder.view.quantities
-    assert view is not None
-    train = read_values(encoder, folder, study.train_split, options.train_samples)
-    test = read_values(encoder, folder, study.test_split, options.sizes.samples)
+    name = encoder.run.name
+    quantities = encoder.view.quantities.quantities if encoder.view.quantities is not None else ()
+    train = read_values(encoder, study, study.train_split, options.train_samples)
+    test = read_values(encoder, study, study.test_split, options.sizes.samples)
     fitted: dict[tuple[str, Query], np.ndarray] = {}
     made: list[Compared] = []
     lines: list[str] = []
@@ -188,10 +188,12 @@ def _compare(
         rows = np.intersect1d(answers[0].row, answers[1].row)
         quantity = answers[0].quantity
         errors = {"answers": [_at(a.row, _residuals(a), rows) for a in answers]}
-        for bar in BARS:
+        names = {q.name for q in quantities}
+        columns = {quantity.name, *(given.partition("[")[0] for q in sides for given in q.given)} <= names
+        for bar in BARS if columns else ():  # of images and spectra there are supervised runs to compare with
             for query in sides:
                 if (bar, query) not in fitted:
-                    fitted[bar, query] = supervised_medians(bar, query, train, test, view.quantities, study.seed)
+                    fitted[bar, query] = supervised_medians(bar, query, train, test, quantities, study.seed)
             errors[bar] = [
                 _at(test.row, query_residuals(quantity, test.of[quantity.name][:, 0], fitted[bar, q]), rows)
                 for q in sides
@@ -219,10 +221,11 @@ def _say(name: str, comparison: Comparison, gains: dict[str, tuple[Gain, ...]], 
     own = gains["answers"]
     parts = []
     for i, metric in enumerate(METRICS):
-        bars = ", ".join(f"{bar} {gains[bar][i].value:+.0%}" for bar in BARS)
-        parts.append(f"{metric} {own[i].value:+.0%} [{own[i].low:+.0%}, {own[i].high:+.0%}] ({bars})")
+        bars = ", ".join(f"{bar} {of[i].value:+.0%}" for bar, of in gains.items() if bar != "answers")
+        beside = f" ({bars})" if bars else ""
+        parts.append(f"{metric} {own[i].value:+.0%} [{own[i].low:+.0%}, {own[i].high:+.0%}]{beside}")
     lines = [f"{name}, {noise}: {comparison.title}: gain in {'; in '.join(parts)}"]
-    best = min(gains[bar][0].first for bar in BARS)
+    best = min((of[0].first for bar, of in gains.items() if bar != "answers"), default=np.inf)
     if own[0].first > UNDERTRAINED * best:
         lines.append(
             f"{name}: {comparison.first}: its {own[0].metric} is {own[0].first / best:.2f} times that of the best supervised "

@@ -155,6 +155,10 @@ def test_embeddings(untrained):
     changed["quantities"] = batch["quantities"].clone()
     changed["quantities"][:, :2] += 1  # z and mass, of which embeddings are not made
     torch.testing.assert_close(untrained.encode(changed)["quantities"], found)
+    changed["quantities"][4:6, 2:] = torch.nan
+    nothing = untrained.encode(changed)["quantities"]
+    torch.testing.assert_close(nothing[4], nothing[5])
+    torch.testing.assert_close(nothing[:4], found[:4])
 
 
 def test_corrections_widen_intervals_that_are_too_narrow():

@@ -73,7 +73,7 @@ def test_entries_go_back_to_what_the_survey_holds(folder, survey):
         np.testing.assert_allclose(flux.scaling.inverse(entries[1:6]), sample.vectors["photometry"], rtol=1e-4)
         np.testing.assert_allclose(z.scaling.inverse(entries[:1]), sample.labels["redshift"], rtol=1e-4)
         assert mags.scaling.inverse(entries[6:])[1] == pytest.approx(sample.labels["mag_r"], rel=1e-5, nan_ok=True)
-        assert errors[7] * mags.scaling.std[1] == pytest.approx(0.02, rel=1e-4) and errors[:2].isnan().all()
+        assert errors[6] * mags.scaling.std[0] == pytest.approx(0.01, rel=1e-4) and errors[:2].isnan().all()
     assert found["quantities"].isnan().any() and found["quantities"][:, [0, 6, 7]].nanmean(0).abs().max() < 1e-4
 
 

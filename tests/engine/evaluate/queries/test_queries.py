@@ -1,12 +1,16 @@
 """Questions to a method that answers exactly: errors, coverage, gains and the page are what theory says."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from gaussian_toy import COVARIANCE, PLACES, gaussian_encoder, gaussian_study, gaussian_survey
+import torch
+from gaussian_toy import COVARIANCE, PLACES, VIEWS, gaussian_encoder, gaussian_study, gaussian_survey
 
 from armillary.engine.evaluate.page.html import page
 from armillary.engine.evaluate.queries import task
-from armillary.engine.evaluate.queries.answers import Sizes, answer_all, read_values
+from armillary.engine.evaluate.queries.answers import Sizes, answer_all, judged_names, read_values
 from armillary.engine.evaluate.queries.question import (
     Query,
     default_comparisons,
@@ -17,7 +21,7 @@ from armillary.engine.evaluate.queries.question import (
 from armillary.engine.evaluate.queries.scoring import calibration, gain, nmad, query_residuals, rms
 from armillary.engine.evaluate.queries.supervised import BARS, supervised_medians
 from armillary.engine.evaluate.queries.task import QueryOptions, queries
-from armillary.models.quantities import Quantity, Scaling
+from armillary.models.quantities import Answer, Quantity, Questions, Scaling
 
 FEW = Sizes(samples=800, draws=60, vector_samples=120, vector_draws=40)
 
@@ -37,7 +41,7 @@ def spread(want, *given):
 
 def test_every_number_and_vector_is_asked_from_the_others(folder):
     asked = gaussian_encoder(folder).method.questions()
-    made = default_queries(asked)
+    made = default_queries(asked, judged_names(gaussian_encoder(folder), gaussian_study(folder)))
     assert len(made) == len(set(made)) == 2 * (3 + 1) + 3 * 2
     assert Query("redshift", ("photometry_lsst", "photometry_spherex", "sfh")) in made
     comparisons = default_comparisons(asked)
@@ -76,7 +80,7 @@ def test_exact_answers_are_calibrated_and_narrow_ones_are_not(folder):
         (1.0, 0.64, 0.72),
         (0.5, 0.30, 0.46),
     ):  # eight seeds: .665-.694, .370-.395; by theory .68, .38
-        answered, refused = answer_all(gaussian_encoder(folder, width), folder, "test", wanted, FEW, 0)
+        answered, refused = answer_all(gaussian_encoder(folder, width), gaussian_study(folder), wanted, FEW, 0)
         assert not refused and [len(a.row) for a in answered] == [len(answered[0].row), 120]
         for one in answered:
             found = calibration(one, 0)
@@ -86,8 +90,8 @@ def test_exact_answers_are_calibrated_and_narrow_ones_are_not(folder):
 
 def test_errors_are_those_of_theory_and_what_is_unknown_is_left_out(folder):
     query = Query("redshift", ("photometry_lsst[0:1]",))
-    (answered,), _ = answer_all(gaussian_encoder(folder), folder, "test", [query], FEW, 0)
-    values = read_values(gaussian_encoder(folder), folder, "test", 800)
+    (answered,), _ = answer_all(gaussian_encoder(folder), gaussian_study(folder), [query], FEW, 0)
+    values = read_values(gaussian_encoder(folder), gaussian_study(folder), "test", 800)
     unknown = np.isnan(values.of["photometry_lsst"][:, 0])
     assert unknown.any() and len(answered.row) == (~unknown).sum()
     expected = spread("redshift", np.arange(2, 3))
@@ -99,7 +103,7 @@ def test_errors_are_those_of_theory_and_what_is_unknown_is_left_out(folder):
 @pytest.mark.parametrize("name", BARS)
 def test_supervised_models_come_near_the_exact_answer(folder, name):
     encoder = gaussian_encoder(folder)
-    train, test = (read_values(encoder, folder, split, 2000) for split in ("train", "test"))
+    train, test = (read_values(encoder, gaussian_study(folder), split, 2000) for split in ("train", "test"))
     query = Query("stellar_mass", ("photometry_lsst", "sfh[0:4]"))
     predicted = supervised_medians(name, query, train, test, encoder.view.quantities.quantities, 0)
     error = rms(predicted - test.of["stellar_mass"][:, 0])
@@ -185,3 +189,22 @@ def test_runs_that_answer_nothing_are_refused(folder):
     encoder.method.questions = lambda: None
     with pytest.raises(ValueError, match="no run answers questions"):
         queries(gaussian_study(folder), [encoder])
+
+
+def test_what_the_views_do_not_read_is_held_against_the_label(folder):
+    encoder, study = gaussian_encoder(folder), gaussian_study(folder)
+    fewer = replace(VIEWS, quantities=VIEWS.quantities[1:]).eval_view(study.survey, "cpu")
+    blind = SimpleNamespace(
+        questions=lambda: Questions(("image", "sfh"), (Quantity("redshift"), Quantity("unknown"))),
+        answer=lambda batch, given, want, draws, seed: Answer(
+            {"redshift": torch.full((len(batch["row"]), draws, 1), 10.0)},
+            {"redshift": torch.full((len(batch["row"]), 1), 10.0)},
+        ),
+        parameters=encoder.method.parameters,
+    )
+    other = replace(encoder, method=blind, view=fewer)
+    assert judged_names(other, study) == {"redshift", "stellar_mass", "photometry_lsst", "photometry_spherex", "sfh"}
+    (answered,), _ = answer_all(other, study, [Query("redshift", ("image",))], Sizes(50, 10), 0)
+    np.testing.assert_array_equal(answered.truth[:, 0], study.label("redshift", answered.row))
+    with pytest.raises(ValueError, match="does not hold the truth of unknown"):
+        queries(study, [other], QueryOptions(("unknown:image",)))
