@@ -8,7 +8,7 @@ RUNS := runs
 # Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo demo-astroclip demo-mmae demo-mosaic test check test-cpus soak lint format bench bench-gpu clean
+.PHONY: install demo demo-astroclip demo-mmae demo-mosaic demo-galaxy-walker test cases check test-cpus soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,7 +17,9 @@ help:
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make demo-mosaic        photometry, masses, histories: any of them from any: runs/demo-mosaic/report.html"
 	@echo "make demo-mmae          fill in images and spectra, and say redshifts: runs/demo-mmae/report.html (SEED=1: another seed)"
+	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html"
 	@echo "make test               all tests"
+	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
 	@echo "make check              lint, types and the fast tests: before each commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
@@ -95,10 +97,36 @@ demo-mmae: install
 	$(BIN)/armillary evaluate $(MMAE)/improved --data $(MMAE)/survey --out $(MMAE) --tasks missing lines \
 	  --compare $(MMAE)/published $(MMAE)/cnn $(MMAE)/photometry
 
+# Stage 1: geometry prompts of galaxies in groups; the same without neighbours, and with shuffled ones. Stage 2 on its tokens: a
+# tiny language model is asked about the galaxies.
+WALKER := $(RUNS)/demo-galaxy-walker
+SPACES := euclidean hyperbolic spherical
+shuffled = --views.neighbours.graphs $(SPACES:%=%-k5-inductive-shuffled0)
+demo-galaxy-walker: install
+	$(BIN)/armillary data simulate --spectra --grouped --count 2000 --out $(WALKER)/survey
+	for space in $(SPACES); do \
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive && \
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive --shuffle-seed 0 || exit 1; done
+	rm -rf $(addprefix $(WALKER)/,alone neighbours shuffled)
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name alone --views.neighbours.fan-outs 0 0
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name neighbours
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name shuffled $(shuffled)
+	$(BIN)/armillary evaluate $(WALKER)/alone --data $(WALKER)/survey --out $(WALKER) \
+	  --compare $(WALKER)/neighbours $(WALKER)/shuffled --tasks ablation
+	$(BIN)/armillary embed $(WALKER)/neighbours --data $(WALKER)/survey --readout geometry -o $(WALKER)/geometry.parquet
+	rm -rf $(WALKER)/stage2
+	$(call train,galaxy_walker_stage2,smoke,$(WALKER)) --name stage2 --views.geometry $(WALKER)/geometry.parquet
+	$(BIN)/armillary evaluate $(WALKER)/stage2 --data $(WALKER)/survey --out $(WALKER)/stage2/evaluation \
+	  --tasks properties questions --labels redshift log_mstar
+
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
 	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist
+
+# Part of `make test`, too; here with their table.
+cases: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cases --table
 
 # What a change needs before each commit: three minutes.
 check: install lint
@@ -130,4 +158,4 @@ bench-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
-	rm -rf build $(RUNS)/demo $(RUNS)/demo-astroclip $(RUNS)/demo-mmae $(RUNS)/demo-mosaic armillary/_C*.so
+	rm -rf build $(RUNS)/demo $(addprefix $(RUNS)/demo-,astroclip mmae mosaic galaxy-walker) armillary/_C*.so

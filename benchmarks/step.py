@@ -5,6 +5,7 @@
     python benchmarks/step.py --method specformer --batch 4      # 768 wide, 6 blocks, 7,781 pixels
     python benchmarks/step.py --method astroclip --batch 8       # frozen ViT-S/12 and SpecFormer: run, and read from disk
     python benchmarks/step.py --method mmae --batch 16           # recipes/mmae.py's improved preset: all tokens, and the shown
+    python benchmarks/step.py --method galaxy_walker --batch 16  # stage 2 on the tiny random model; also tokens/s and memory
     python benchmarks/step.py --method mosaic --batch 128        # recipes/mosaic.py's improved: all hidden tokens asked for, and half
 
 DINOv2: 2 x 144 + 8 x 60 pixel crops, 65,536 prototypes, drop path 0.3. AstroCLIP: one 144 pixel crop and one spectrum a
@@ -20,13 +21,23 @@ the same cores shows in them, so repeat, and compare within a run; processor tim
 from __future__ import annotations
 
 import argparse
+import resource
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from common import append_rows, csv_option, device_name, summary
-from step_methods import MODELS, CachedCLIP, CLIPSubject, DINOv2Subject, MMAESubject, MOSAICSubject, SpecFormerSubject
+from step_methods import (
+    MODELS,
+    CachedCLIP,
+    CLIPSubject,
+    DINOv2Subject,
+    GalaxyWalkerSubject,
+    MMAESubject,
+    MOSAICSubject,
+    SpecFormerSubject,
+)
 from step_training import Subject, Training, phase_columns
 
 from armillary.models.dinov2.dino_head import Head
@@ -45,6 +56,8 @@ def subjects(args: argparse.Namespace, folder: Path) -> dict[str, Subject]:
         return {args.model: DINOv2Subject(config)}
     if args.method == "specformer":
         return {"specformer": SpecFormerSubject(SpecFormerPretraining())}
+    if args.method == "galaxy_walker":
+        return {"galaxy_walker": GalaxyWalkerSubject()}
     if args.method == "mmae":
         whole = TokenDropMMAE(image_mask=(0.0, 0.0), spectrum_mask=(0.0, 0.0), image_drop=0.0, spectrum_drop=0.0)
         return {"mmae all": MMAESubject(whole), "mmae shown": MMAESubject(TokenDropMMAE())}
@@ -63,7 +76,7 @@ def columns(args: argparse.Namespace, name: str, subject: Subject) -> dict[str, 
     """Columns of a row that say what was timed."""
     if args.method == "dinov2":
         return {"model": name, "centering": args.centering, "prototypes": args.prototypes}
-    if args.method == "specformer":
+    if args.method in ("specformer", "galaxy_walker"):
         return {"model": name}
     model, tokens = name.split()
     if isinstance(subject, CachedCLIP):
@@ -72,10 +85,20 @@ def columns(args: argparse.Namespace, name: str, subject: Subject) -> dict[str, 
     return {"model": model, "tokens": tokens}
 
 
+def token_columns(training: Training, batch: int, ms: float) -> dict[str, object]:
+    """Tokens of a galaxy's prompt, tokens a second, and the greatest memory of this process so far."""
+    prepared = training.prepared(0)
+    tokens = prepared["input_ids"].shape[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    print(f"galaxy_walker: {tokens} tokens a galaxy, {1e3 * tokens / ms:.0f} tokens/s, {peak:.2f} GiB at most")
+    return {"tokens": tokens, "tokens_per_s": 1e3 * tokens / ms, "peak_gib": peak}
+
+
 def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=("dinov2", "specformer", "astroclip", "mmae", "mosaic"), default="dinov2")
+    methods = ("dinov2", "specformer", "astroclip", "mmae", "mosaic", "galaxy_walker")
+    parser.add_argument("--method", choices=methods, default="dinov2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", choices=MODELS, default="vits", help="image encoder")
     parser.add_argument("--batch", type=int, default=8)
@@ -124,6 +147,8 @@ def measure(args: argparse.Namespace, precision: str, device: torch.device, fold
             f"gflop_per_{unit}": trainings[name].method.flops_per_sample() / 1e9,
             **phase_columns(steps[name], args.batch, subject),
         }
+        if isinstance(subject, GalaxyWalkerSubject):
+            row |= token_columns(trainings[name], args.batch, float(row["ms_per_galaxy"]))  # type: ignore[arg-type]
         if device.type == "cpu":
             row[f"processor_ms_per_{unit}"] = summary(processor[name]).median
         rows.append(row)

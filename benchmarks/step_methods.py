@@ -14,6 +14,8 @@ from armillary.engine.token_cache.cache import CachedTokens, TokenCache, TokenLa
 from armillary.engine.token_cache.fill import TokenCacheFill
 from armillary.models.astroclip.astroclip import AstroCLIP
 from armillary.models.dinov2.dinov2 import DINOv2
+from armillary.models.galaxy_walker.adapter import GeometryAdapter
+from armillary.models.galaxy_walker.stage2 import GalaxyWalker
 from armillary.models.method import Batch, BatchKey, InputSpec, Method
 from armillary.models.mmae.token_drop import TokenDropMMAE
 from armillary.models.mosaic.mosaic import MOSAIC
@@ -29,6 +31,7 @@ __all__ = [
     "CachedCLIP",
     "CLIPSubject",
     "DINOv2Subject",
+    "GalaxyWalkerSubject",
     "MMAESubject",
     "MOSAICSubject",
     "SpecFormerSubject",
@@ -42,6 +45,19 @@ MODELS = {
 CROPS = InputSpec(channels=3, global_size=144, n_global=2, local_size=60, n_local=8)
 SPECTRA = InputSpec(pixels=7781)
 PAIRS = InputSpec(channels=3, global_size=144, n_global=1, pixels=7781)
+CONVERSATIONS = InputSpec(
+    channels=3,
+    global_size=144,
+    n_global=1,
+    targets=("redshift", "log_mstar"),
+    target_mean=(0.1, 10.0),
+    target_std=(0.05, 0.5),
+    spectrum_features=1024,
+    geometry_features=256,
+    spaces=3,
+    questions=("bar",),
+    options=("strong|weak|no",),
+)
 HSC_DESI = InputSpec(
     channels=5,
     global_size=64,
@@ -151,6 +167,31 @@ class MMAESubject(Subject):
         batch = Batch(position=torch.arange(size), targets=torch.rand(size, 1, generator=g))
         batch["crop"] = torch.randn(size, spec.channels, spec.global_size, spec.global_size, generator=g)
         _spectra(batch, size, spec.pixels, g)
+        return batch
+
+
+class GalaxyWalkerSubject(Subject):
+    """Stage 2 on the tiny random model, whose tokens are bytes."""
+
+    unit = "galaxy"
+    ahead = "prompts"
+    forward = ("tokens", "model", "heads+losses")
+
+    def __init__(self, inputs: InputSpec = CONVERSATIONS) -> None:
+        super().__init__(GalaxyWalker(adapter=GeometryAdapter(every=2), image_side=112), inputs)
+
+    def watch(self, method: Any, clock: Clock) -> None:
+        """Time the model, image encoder and all."""
+        clock.around(method.reader.vlm.model, "tokens", "model")
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Random galaxies; each is asked for a property or for its bar."""
+        spec, g = self.inputs, _generator(index)
+        batch = Batch(position=torch.arange(size), targets=torch.randn(size, len(spec.targets), generator=g))
+        batch["crop"] = torch.rand(size, spec.channels, spec.global_size, spec.global_size, generator=g)
+        batch["spectrum_vector"] = torch.randn(size, spec.spectrum_features, generator=g)
+        batch["geometry_vectors"] = torch.randn(size, spec.spaces, spec.geometry_features, generator=g)
+        batch["answers"] = torch.randint(0, 3, (size, 1), generator=g)
         return batch
 
 

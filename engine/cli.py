@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 import tyro
 
 import armillary
+from armillary.engine.command_line import refuse_repeats, repeatable
 from armillary.engine.user_code import Packages, trust
 from armillary.engine.weights.verify import CheckpointError
 
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         command = getattr(importlib.import_module(module), function)
+        refuse_repeats(words, repeatable(command))
         return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)
     except SystemExit as left:  # tyro has said why
         return int(left.code or 0)

@@ -14,11 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from armillary.models.quantities import Answer, Quantity, Questions
 
-__all__ = ["Batch", "BatchKey", "InputSpec", "Losses", "Method", "MethodConfig", "ParameterGroup", "Readout"]
+__all__ = [
+    "BaseWeights",
+    "Batch",
+    "BatchKey",
+    "InputSpec",
+    "Losses",
+    "Method",
+    "MethodConfig",
+    "ParameterGroup",
+    "Readout",
+]
 
 
 class Batch(TypedDict, total=False):
@@ -52,8 +63,19 @@ class Batch(TypedDict, total=False):
     key_rows: Tensor  # [K] int64, which of these are shown, likewise
     columns: Tensor  # [B, m] float32, columns of the catalogue that are inputs, standardised, NaN where unknown
     targets: Tensor  # [B, n] float32, labels to predict, standardised, NaN where unknown
+    spectrum_vector: Tensor  # [B, F] float32, embedding of the spectrum made before, NaN where there is none
+    geometry_vectors: Tensor  # [B, S, F] float32, embeddings of the neighbourhood in S spaces, NaN where there are none
+    answers: Tensor  # [B, Q] int64, number of the right option of each question, -1 where unknown
     image_tokens: Tensor  # [B, T, D] of a frozen image encoder, from a cache: in place of `crop`
     spectrum_tokens: Tensor  # [B, N, D] of a frozen spectrum encoder, likewise in place of `spectrum`
+    node_features: (
+        Tensor  # [B + U, F] float32: of the samples themselves, then of U rows that are seen as their neighbours
+    )
+    node_row: Tensor  # [B + U] int64: their rows of the catalogue
+    neighbours: (
+        Tensor  # [B, S, f1, 1 + f2] int64, for S graphs: a neighbour and its own, as places among the nodes; -1: none
+    )
+    left_out: Tensor  # [B] bool: samples too near to another split to be trained on
 
     mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
     mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
@@ -62,6 +84,14 @@ class Batch(TypedDict, total=False):
     shown_patches: Tensor  # [P] int64, ascending: the others as sample * T + patch; its length is known to the host
     shown_tokens: Tensor  # [P] int64, ascending: tokens of spectra that are not hidden, likewise
     spectrum_hidden: Tensor  # [B] bool: True where the whole spectrum is hidden, or the sample has none
+    input_ids: Tensor  # [B, L] int64, a prompt with its answer, filled up on the right
+    position_ids: Tensor  # [3, B, L] int64, time, row and column of its tokens
+    answer_start: Tensor  # [B] int64, place of the answer's first token
+    answer_index: (
+        Tensor  # [A] int64, ascending: tokens of answers as sample * L + place; its length is known to the host
+    )
+    slots: Tensor  # [B, K] int64, place of each modality's token in the prompt, -1 where it has none
+    asked: Tensor  # [B] int64, number of the target that is asked for, -1 where it is a question with options, or none
 
 
 @dataclass(frozen=True)
@@ -100,7 +130,16 @@ class InputSpec:
         targets: Labels to predict.
         target_mean: Mean of each of them over the training split, in the label's unit.
         target_std: Its standard deviation.
+        spectrum_features: Width of the spectrum's embedding; 0 where there is none.
+        geometry_features: Width of the neighbourhood's embeddings.
+        spaces: Number S of them.
+        questions: Questions with options to choose from.
+        options: The options of each, joined by "|".
         quantities: Scalars and vectors that are inputs, answers, or both, with their scaling.
+        graphs: Sky graphs S; 0 without neighbours.
+        node_features: Features F of a node of them.
+        node_mean: Mean of each column among these features over the training split.
+        node_std: Its standard deviation.
     """
 
     channels: int = 0
@@ -117,7 +156,16 @@ class InputSpec:
     targets: tuple[str, ...] = ()
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    spectrum_features: int = 0
+    geometry_features: int = 0
+    spaces: int = 0
+    questions: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     quantities: tuple[Quantity, ...] = ()
+    graphs: int = 0
+    node_features: int = 0
+    node_mean: tuple[float, ...] = ()
+    node_std: tuple[float, ...] = ()
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> InputSpec:
@@ -175,6 +223,21 @@ class ParameterGroup:
     weight_decay_scale: float = 1.0
     clip_group: str = "all"
     freeze: bool = False
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Frozen parameters that lie in files of their own, and so in no checkpoint and no export.
+
+    Attributes:
+        folder: Where the files are.
+        sha256: Their hashes by name.
+        names: The parameters that come from them, by their name in the method.
+    """
+
+    folder: Path
+    sha256: dict[str, str]
+    names: frozenset[str]
 
 
 class Method(nn.Module, ABC):
@@ -300,6 +363,34 @@ class Method(nn.Module, ABC):
         The engine fills them before the first step; where a checkpoint is continued they are not read again.
         """
         return {}
+
+    def base(self) -> BaseWeights | None:
+        """Frozen parameters that come from files of their own; None where there are none.
+
+        They are built on the meta device, without storage. The engine calls `materialise` before the first step.
+        """
+        return None
+
+    def materialise(self, device: torch.device, dtype: torch.dtype, read: bool) -> None:
+        """Give the parameters of `base` storage.
+
+        Args:
+            device: Where they shall lie.
+            dtype: Their type.
+            read: Whether to fill them from the files; where several ranks train, one reads and the others receive.
+
+        Raises:
+            ValueError: The files do not fit.
+        """
+
+    def activation_bytes(self, micro_batch: int, itemsize: int) -> int | None:
+        """Estimate of what a micro-batch keeps for its backward, in bytes; None where nobody has counted.
+
+        Args:
+            micro_batch: Samples.
+            itemsize: Bytes of a number in the working precision.
+        """
+        return None
 
     def monitor(self) -> dict[str, float]:
         """Health measures since the last call, for the log (collapse measures of self-distillation)."""

@@ -105,8 +105,8 @@ def test_the_version_is_written_once(python, tmp_path):
 def test_a_recipe_trains_in_an_empty_folder(python, tmp_path):
     module = start(python, tmp_path, "-c", "import armillary; print(armillary.__file__)")
     assert str(ROOT) not in module
-    simulate = ("-m", "armillary.engine.cli", "data", "simulate", "--count", 90, "--size", 32, "--no-progress")
-    start(python, tmp_path, *simulate, "--out", "survey")
+    simulate = ("-m", "armillary.engine.cli", "data", "simulate", "--out", "survey")
+    start(python, tmp_path, *simulate, "--count", 90, "--size", 32, "--processes", 1, "--no-progress")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -26,8 +26,8 @@ def build(
     bands: tuple[str, ...] | None = None,
     pixel_scale_arcsec: float | None = None,
     zero_is_missing: bool | None = None,
-    option: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    cut: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    option: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = (),
+    cut: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = (),
     drop_duplicates_arcsec: float | None = None,
     codec: Literal["bitplane", "float16"] = "bitplane",
     step_fraction: float | None = None,
@@ -73,7 +73,7 @@ def build(
         seed: Keys the shuffle.
         processes: Worker processes.
         dask: Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers do the work instead.
-        on_bad: Stop at an unusable sample, or skip and count it.
+        on_bad: Stop at an unusable file or sample, or skip and count it.
         progress: Show progress bars.
     """
     from rich.console import Console
@@ -81,7 +81,8 @@ def build(
     from armillary.engine.data.building.build import build as build_survey
     from armillary.engine.data.building.splits import parse_split
     from armillary.engine.data.format.summary import summary
-    from armillary.engine.data.sources.kinds import open_source, parse_options
+    from armillary.engine.data.sources.kinds import open_source
+    from armillary.engine.data.sources.options import parse_options
     from armillary.engine.data.sources.selected import Selected
 
     given = {
@@ -92,10 +93,11 @@ def build(
         "pixel_scale_arcsec": pixel_scale_arcsec,
         "zero_is_missing": zero_is_missing,
     }
-    options = {name: value for name, value in given.items() if value is not None} | parse_options(option)
-    opened = open_source(source, kind, **options)
-    if cut or drop_duplicates_arcsec is not None:
-        opened = Selected(opened, cut, drop_duplicates_arcsec=drop_duplicates_arcsec)
+    options = {name: value for name, value in given.items() if value is not None} | parse_options(sum(option, ()))
+    cuts = sum(cut, ())
+    opened = open_source(source, kind, on_bad=on_bad, **options)
+    if cuts or drop_duplicates_arcsec is not None:
+        opened = Selected(opened, cuts, drop_duplicates_arcsec=drop_duplicates_arcsec)
     survey = build_survey(
         opened,
         out,
@@ -304,7 +306,7 @@ def graph(
     survey: tyro.conf.Positional[Path],
     *,
     space: Literal["euclidean", "spherical", "hyperbolic", "comoving"] = "spherical",
-    mode: Literal["published", "leak-free"] = "published",
+    mode: Literal["published", "leak-free", "inductive"] = "published",
     k: int = 5,
     linking_length_mpc: float | None = None,
     redshift: str | None = None,
@@ -319,11 +321,12 @@ def graph(
         survey: Folder of the survey; every row must have a position.
         space: Whose distance is compared: euclidean is the plane of RA and Dec, spherical great circles, hyperbolic the
             Poincare ball over that plane. comoving links all rows within a length in three dimensions, and tells redshifts.
-        mode: published is one graph over all rows; in leak-free only rows of the split train may be seen.
+        mode: published is one graph over all rows; in leak-free only rows of the split train may be seen; in inductive
+            rows see rows of their own split.
         k: Neighbours of a row, itself not counted; not for comoving.
         linking_length_mpc: Greatest comoving distance of neighbours.
         redshift: Label with redshifts, for comoving.
-        buffer_arcmin: With leak-free, leave out rows of train this near to a row of another split.
+        buffer_arcmin: Not with published: leave out rows of train this near to a row of another split.
         symmetrise: Add the way back of every edge whose row may be seen.
         shuffle_seed: Shuffle the neighbours within each split by this seed: the control of the graph without it.
         threads: Threads of the search.
@@ -333,7 +336,7 @@ def graph(
     from rich.console import Console
     from rich.table import Table
 
-    from armillary.engine.data.sky_graph.build import build_graph
+    from armillary.engine.data.building.sky_graph import build_graph
     from armillary.engine.data.sky_graph.graph import GraphOptions
 
     options = GraphOptions(

@@ -107,9 +107,9 @@ def evaluate(
 ) -> int:
     """Embed a survey, judge what a run learnt, write report.html.
 
-    By default every task that the survey and the runs allow: missing (redshifts while parts are hidden), lines, baselines
-    (untrained twin, pixels), collapse, search, properties, posterior, morphology, masking, attention, pictures; what cannot
-    be done is left out and said. The exit status is 1 where the encoder has collapsed.
+    By default every task that the survey and the runs allow: queries, missing (redshifts while parts are hidden), lines,
+    baselines (untrained twin, pixels), collapse, search, properties, posterior, morphology, masking, attention, questions,
+    pictures, ablation; what cannot be done is left out and said. The exit status is 1 where the encoder has collapsed.
 
     Args:
         run: Folder of the run.

@@ -59,7 +59,7 @@ def search(
     import numpy as np
 
     from armillary.engine.data.format.survey import Survey
-    from armillary.engine.data.sources.kinds import parse_options
+    from armillary.engine.data.sources.options import parse_options
     from armillary.engine.evaluate.cli import choose_device
     from armillary.engine.evaluate.search.answers import answer_table, catalogue_rows, print_answers, write_answers
     from armillary.engine.evaluate.search.index import Index

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.engine.data.sources.files.columns import Catalogue
+from armillary.engine.data.sources.tables.catalogue import Catalogue
 from armillary.engine.query.units import Conversion, unit_conversion
 from armillary.models.quantities import Quantity
 

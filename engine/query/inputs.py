@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.sources.files.columns import Catalogue
+from armillary.engine.data.sources.tables.catalogue import Catalogue
 from armillary.engine.data.views.quantities import QuantityReader
 from armillary.engine.evaluate.embedding.embed import open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder

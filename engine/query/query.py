@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from armillary.engine.atomic_file import atomic_path
-from armillary.engine.data.sources.files.columns import Catalogue
+from armillary.engine.data.sources.tables.catalogue import Catalogue
 from armillary.engine.query.answers_file import QUANTILES, AnswersFile
 from armillary.engine.query.column_map import some
 from armillary.engine.query.inputs import Inputs, Part, SurveyInputs, TableInputs, known, part_of

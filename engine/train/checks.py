@@ -236,11 +236,14 @@ def method_problems(run: Run, method: Method) -> list[str]:
 
 
 def checkpoint_bytes(method: Method) -> int:
-    """Size of one checkpoint, all ranks together: fp32 weight, two moments and the average."""
+    """Size of one checkpoint, all ranks together: fp32 weight, two moments and the average; without what lies in files of its own."""
     students = {id(s) for s, _ in method.teacher_pairs()}
     teachers = {id(t) for _, t in method.teacher_pairs()}
+    base = method.base()
     total = 0
-    for p in method.parameters():
+    for name, p in method.named_parameters():
+        if base is not None and name in base.names:
+            continue
         if p.requires_grad:
             total += p.numel() * (16 if id(p) in students else 12)
         elif id(p) not in teachers:

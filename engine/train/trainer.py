@@ -20,6 +20,7 @@ from armillary.engine.exclusive import InUse, exclusive
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
+from armillary.engine.train.memory import free_bytes, memory_of
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.user_code import trust
 from armillary.engine.weights import portable, resume
@@ -100,7 +101,12 @@ def train(
     seed_everything(run.seed)
     method = run.method.build(inputs)
     known = facts(survey) | {"inputs": asdict(inputs)}
+    if (base := method.base()) is not None:
+        known["base"] = base.sha256
     newest = _startable(run, method, known, me.world, restore)
+    memory = memory_of(run, method, me.world, free_bytes(run.resolved_device))
+    if memory is not None and (found := memory.problems()):
+        raise BadInput("\n".join(found))
     if newest is None and restore is None:
         _take_weights(run, method, survey, init_from)
 
@@ -112,6 +118,7 @@ def train(
         try:
             _own(run.folder, newest, me, leaving)
             resume.agree(newest, me.rank, run.checkpoint.verify)
+            _materialise(run, method, device, me)
             sharded = Sharded(run, method, device)
             progress, note, set_random = _begin(run, sharded, newest, restore)
             if run.data.token_cache is not None:
@@ -126,7 +133,7 @@ def train(
             dist.barrier()
             meter = Meter(run, method, device, progress.step)
             leaving.callback(meter.close)
-            for line in note:
+            for line in (*([] if memory is None else [memory.line()]), *note):
                 meter.say(line)
             loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
             set_random()
@@ -143,6 +150,16 @@ def train(
             raise
         sharded.destroy()
     return run.folder
+
+
+def _materialise(run: Run, method: Method, device: torch.device, me: Ranks) -> None:
+    """Give frozen weights storage: rank 0 reads their files, and DeepSpeed sends every parameter of rank 0 to the others.
+
+    Under ZeRO-3 they lie on the host until DeepSpeed has cut them.
+    """
+    place = torch.device("cpu") if run.train.zero_stage == 3 else device
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    method.materialise(place, dtype, read=me.rank == 0)
 
 
 def _anywhere(run: Run) -> Run:

@@ -2,7 +2,7 @@
 
 Our own holds what `Method.encode` needs, in float32 under the method's parameter names: teachers (the averages of their
 students), trained parameters without a teacher, frozen ones, buffers. The run's record travels in the file's metadata, so
-that one file is enough to embed with. Every file appears when it is complete.
+that one file is enough to embed with; but frozen weights that have files of their own are named there by hash, not held. Every file appears when it is complete.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from armillary.engine.atomic_file import atomic_open, atomic_path
 from armillary.engine.weights.tensors import Entry, write_tensors
-from armillary.engine.weights.trained_encoder import EXPORT_FORMAT, TrainedEncoder
+from armillary.engine.weights.trained_encoder import EXPORT_FORMAT, RECORDED, TrainedEncoder
 from armillary.models.specformer.specformer import SpectrumTransformer
 from armillary.models.vit.state_names import to_public
 from armillary.models.vit.vit import VisionTransformer
@@ -36,7 +36,8 @@ def export_encoder(source: TrainedEncoder, file: Path) -> None:
         raise ValueError(f"{source.path}: a published file, which has no record to export with its weights")
     metadata = {
         "format": EXPORT_FORMAT,
-        **{name: json.dumps(source.record[name]) for name in ("run", "inputs", "pixels", "step")},
+        **{name: json.dumps(source.record[name]) for name in RECORDED},
+        **({"base": json.dumps(source.record["base"])} if "base" in source.record else {}),
         "commit": str(source.record["commit"]),
     }
     _write_safetensors(source.weights(), file, metadata)

@@ -97,7 +97,7 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
         state: The checkpoint's state.json.
         run: The run.
         world: Number of ranks.
-        facts: The run's facts, of which the survey's fingerprint matters.
+        facts: The run's facts, of which the survey's fingerprint and the hashes of frozen weights matter.
         folder: The checkpoint's folder, for the messages.
     """
     changed = {
@@ -118,6 +118,8 @@ def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[s
         found.append(
             f"data.path: must be the survey that {folder} was trained on, got one with other shards: {run.data.path}"
         )
+    if state.get("base") != facts.get("base"):
+        found.append(f"method.base: must be the files that {folder} was trained on; their hashes differ")
     found += _input_problems(state, facts, folder)
     if found or (stage is None and state["world"] == world):
         return found

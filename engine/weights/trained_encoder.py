@@ -25,7 +25,15 @@ from armillary.engine.weights.verify import check_seal
 from armillary.engine.zero.partition import persistent_buffers
 from armillary.models.method import InputSpec, Method
 
-__all__ = ["CALIBRATION", "EXPORT", "EXPORT_FORMAT", "TrainedEncoder", "copy_weights", "encoder_tensors"]
+__all__ = [
+    "CALIBRATION",
+    "EXPORT",
+    "EXPORT_FORMAT",
+    "RECORDED",
+    "TrainedEncoder",
+    "copy_weights",
+    "encoder_tensors",
+]
 
 EXPORT = Path("export", "teacher.safetensors")
 """Where a run leaves its encoder when it ends, below its folder."""
@@ -35,6 +43,10 @@ CALIBRATION = "calibration.json"
 
 EXPORT_FORMAT = "armillary-encoder"
 """What an exported file says of itself under "format"."""
+
+
+RECORDED = ("run", "inputs", "pixels", "step")
+"""What an exported file says of its training, as JSON; beside them "base", where its method has one."""
 
 
 class TrainedEncoder:
@@ -82,9 +94,7 @@ class TrainedEncoder:
         if written.get("format") != EXPORT_FORMAT:
             return cls(path, archive, {})
         try:
-            record = {
-                name: json.loads(written[name]) for name in ("run", "inputs", "pixels", "step") if name in written
-            }
+            record = {name: json.loads(written[name]) for name in (*RECORDED, "base") if name in written}
         except ValueError as error:
             raise ValueError(f"{path}: the record of this exported encoder is damaged: {error}") from error
         return cls(path, archive, record | {"commit": written.get("commit")})
@@ -150,10 +160,22 @@ class TrainedEncoder:
             ) from error
 
     def untrained(self) -> Method:
-        """The same configuration, freshly initialised with the run's seed."""
+        """The same configuration, freshly initialised with the run's seed; frozen weights from their files.
+
+        Raises:
+            ValueError: The files of frozen weights are not those of its training.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.run.seed)
-            return self.run.method.build(self.inputs)
+            method = self.run.method.build(self.inputs)
+        base = method.base()
+        if base is not None:
+            if base.sha256 != self._recorded("base"):
+                raise ValueError(
+                    f"{self.path}: was trained on other frozen weights than those in {base.folder}; the hashes differ"
+                )
+            method.materialise(torch.device("cpu"), torch.float32, read=True)
+        return method
 
     def weights(self) -> dict[str, Tensor]:
         """The encoder's tensors by name (see `encoder_tensors`), or those of a published file under its own names."""
@@ -183,9 +205,14 @@ class TrainedEncoder:
 
 
 def encoder_tensors(method: Method) -> dict[str, Tensor]:
-    """What `Method.encode` needs, by name: all parameters but students that have a teacher, and buffers."""
-    students = {id(student) for student, _ in method.teacher_pairs()}
-    return {n: p for n, p in method.named_parameters() if id(p) not in students} | persistent_buffers(method)
+    """What `Method.encode` needs, by name: all parameters but students that have a teacher, and buffers.
+
+    Frozen weights that lie in files of their own are not among them.
+    """
+    students, base = {id(student) for student, _ in method.teacher_pairs()}, method.base()
+    elsewhere = base.names if base is not None else frozenset()
+    own = {n: p for n, p in method.named_parameters() if id(p) not in students and n not in elsewhere}
+    return own | persistent_buffers(method)
 
 
 @torch.no_grad()

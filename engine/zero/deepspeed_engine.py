@@ -91,7 +91,8 @@ def _see_into_dataclasses() -> None:
     """Let ZeRO-3 find tensors in dataclasses that modules return.
 
     It gathers a module's parameters again for backward through the module's outputs, which it finds in tensors, tuples
-    and dicts only; in anything else it warns, and backward meets empty parameters.
+    and dicts only; in anything else it warns, and backward meets empty parameters. What is a mapping and a dataclass at
+    once (the outputs of transformers) is left to DeepSpeed, since its items have to change with its attributes.
     """
     from deepspeed.runtime.zero import parameter_offload, utils
 
@@ -100,7 +101,7 @@ def _see_into_dataclasses() -> None:
         return
 
     def apply_to_tensors_only(function: Any, value: Any, warning_msg_fn: Any = None) -> Any:
-        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        if not dataclasses.is_dataclass(value) or isinstance(value, type | Mapping):
             return known(function, value, warning_msg_fn)
         seen = copy.copy(value)
         for field in dataclasses.fields(value):

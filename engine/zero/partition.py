@@ -72,6 +72,8 @@ class ZeroPartition(ABC):
         self.pairs = method.teacher_pairs()
         self.teachers = {id(student): teacher for student, teacher in self.pairs}
         self._followers = {id(teacher) for teacher in self.teachers.values()}
+        base = method.base()
+        self._base = base.names if base is not None else frozenset()
         self.masters: list[Tensor] = self._masters()
         self.fragments: list[Fragment] = [f for i in range(len(self.masters)) for f in self._fragments(i)]
         for i, master in enumerate(self.masters):
@@ -108,7 +110,9 @@ class ZeroPartition(ABC):
 
     @abstractmethod
     def frozen(self) -> Iterator[tuple[Fragment, Tensor]]:
-        """Parameters that are neither trained nor a teacher: (fragment, its flat values) of this rank's part."""
+        """Parameters that are neither trained, nor a teacher, nor in files of their own: (fragment, its flat values) of
+        this rank's part.
+        """
 
     def state(self, fragment: Fragment) -> dict[str, Tensor]:
         """Views of a fragment's fp32 weight ("weight") and optimizer state, each flat."""
@@ -127,7 +131,7 @@ class ZeroPartition(ABC):
             self.optimizer.state[master]["step"].fill_(value)
 
     def _is_frozen(self, p: nn.Parameter) -> bool:
-        return not p.requires_grad and id(p) not in self._followers
+        return not p.requires_grad and id(p) not in self._followers and self.names[id(p)] not in self._base
 
     def _by_clip_group(self, shards: Sequence[Sequence[Tensor]]) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {name: [] for name in self.optimizer.clip_groups}

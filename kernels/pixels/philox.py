@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     NEIGHBOUR_SHUFFLE = 11  # which rows change places in the control of a graph
     NEIGHBOURS = 12  # which neighbours of a node are sampled
     WALK = 13  # the steps of a random walk
+    QUESTION = 16  # which question a language model is asked about a sample
     ANSWER = 14  # the draws of an answer
     MEASUREMENT_NOISE = 21  # the noise of measured quantities
     COMPONENT_MASK = 22  # which components of a quantity are hidden

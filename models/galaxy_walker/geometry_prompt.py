@@ -5,11 +5,11 @@ In every space two GraphSAGE layers work in the tangent space of the origin, whe
     X' = exp0( SAGE( log0(X), A ) )        SAGE(h)_i = W_self h_i + W_neighbours mean over j in A_i of h_j + b
 
 The first takes features from flat space to the manifold, the second stays on it. LayerNorm and ReLU follow SAGE in the tangent
-space, as in the released code; that code applies its second SAGE to coordinates on the manifold, which is not defined
-there, and this module does not. Tangent vectors are divided by sqrt(width), so that they start well inside of the ball, and
+space, as in the released code; that code applies SAGE to coordinates on the manifold, which is not defined there, and which
+`layers="released"` keeps for comparison (`layers.ReleasedSAGE`). Tangent vectors are divided by sqrt(width), so that they start well inside of the ball, and
 cut at sqrt(c) |u| = 2.3. The points of the last layer are read in the tangent space by one projection for all spaces.
 
-Everything is float32, whatever autocast says. The sphere has one coordinate more than its tangent space
+Everything is float32, whatever autocast says, but products with weights of another dtype, which are in theirs. The sphere has one coordinate more than its tangent space
 (models/geometry/sphere.py), the ball as many. For a curvature c -> 0 both spaces give what the Euclidean one gives.
 
 Shape legend: N galaxies with features, F features, B samples of a batch, f1 and f2 neighbours, S spaces, D width of a layer.
@@ -19,7 +19,6 @@ Source: Galaxy-Walker (arXiv:2503.18578), equations 1 and 3; GraphSAGE: arXiv:17
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast, get_args
@@ -27,17 +26,17 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from armillary.kernels.geometry.geometry_combine import CLIP
 from armillary.kernels.launch import Impl
-from armillary.models.geometry.manifolds import Curvature, exp0, log0
-from armillary.models.geometry.sphere import exp_pole, log_pole
-from armillary.models.rules import at_least, fractions, positive, refuse
+from armillary.models.galaxy_walker.layers import Chart, ReleasedSAGE, RiemannianSAGE
+from armillary.models.geometry.manifolds import Curvature
+from armillary.models.rules import at_least, fractions, one_of, positive, refuse
 
-__all__ = ["Geometry", "GeometryPrompt", "GeometryPromptConfig", "Prompt", "RiemannianSAGE"]
+__all__ = ["Geometry", "GeometryPrompt", "GeometryPromptConfig", "Prompt"]
 
 Geometry = Literal["euclidean", "spherical", "hyperbolic"]
 
 CURVATURE_BOUNDS = (0.01, 2.0)
+LAYERS = ("equation", "released")
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class GeometryPromptConfig:
         dropout: Of the tangent vectors behind each layer.
         curvature: c of the sphere (curvature c) and the ball (-c), at the start.
         learn_curvature: Whether each space's c is trained, between .01 and 2.
+        layers: "equation": aggregation in tangent spaces; "released": on coordinates, as the released code has it.
     """
 
     features: int = 1024
@@ -63,11 +63,12 @@ class GeometryPromptConfig:
     dropout: float = 0.1
     curvature: float = 1.0
     learn_curvature: bool = False
+    layers: Literal["equation", "released"] = "equation"
 
     def problems(self) -> list[str]:
         """Every rule that the configuration breaks, as `field: rule, got value`."""
         found = at_least(1, self, "features", "hidden", "out", "tokens")
-        found += fractions(self, "dropout") + positive(self, "curvature")
+        found += fractions(self, "dropout") + positive(self, "curvature") + one_of("layers", self.layers, LAYERS)
         if not self.spaces or len(set(self.spaces)) < len(self.spaces) or set(self.spaces) - set(get_args(Geometry)):
             found.append(f"spaces: must be some of {', '.join(get_args(Geometry))}, each once, got {self.spaces}")
         low, high = CURVATURE_BOUNDS
@@ -97,39 +98,6 @@ class Prompt(NamedTuple):
     points: tuple[Tensor, ...]
 
 
-class RiemannianSAGE(nn.Module):
-    """One layer between tangent spaces, see above.
-
-    Args:
-        width: Width of what comes in.
-        out: Width of what goes out.
-        dropout: Of the result.
-    """
-
-    def __init__(self, width: int, out: int, dropout: float) -> None:
-        super().__init__()
-        self.itself = nn.Linear(width, out, bias=False)
-        self.neighbours = nn.Linear(width, out)
-        self.norm = nn.LayerNorm(out)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, h: Tensor, around: Tensor, known: Tensor) -> Tensor:
-        """Tangent vectors of the nodes behind this layer.
-
-        Args:
-            h: [..., D] tangent vectors of the nodes.
-            around: [..., f, D] those of their neighbours.
-            known: [..., f] bool, False where there is no such neighbour. A node without any has a mean of 0.
-
-        Returns:
-            [..., out].
-        """
-        weight = known.unsqueeze(-1).to(h.dtype)
-        mean = (around * weight).sum(-2) / weight.sum(-2).clamp(min=1)
-        u = self.dropout(self.norm(self.itself(h) + self.neighbours(mean)).relu())
-        return u / math.sqrt(u.shape[-1])
-
-
 class GeometryPrompt(nn.Module):
     """The module.
 
@@ -148,8 +116,9 @@ class GeometryPrompt(nn.Module):
         self.impl = impl
         c = config
         widths = ((c.features, c.hidden), (c.hidden, c.out))
+        layer = RiemannianSAGE if c.layers == "equation" else ReleasedSAGE
         self.layers = nn.ModuleDict(
-            {space: nn.ModuleList(RiemannianSAGE(*pair, c.dropout) for pair in widths) for space in c.spaces}
+            {space: nn.ModuleList(layer(*pair, space, c.dropout) for pair in widths) for space in c.spaces}
         )
         curved = [space for space in c.spaces if space != "euclidean"] if c.learn_curvature else []
         self.curvature = nn.ModuleDict({space: Curvature(c.curvature, *CURVATURE_BOUNDS) for space in curved})
@@ -162,6 +131,8 @@ class GeometryPrompt(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm | Curvature):
                 module.reset_parameters()
+            elif isinstance(module, ReleasedSAGE):
+                nn.init.zeros_(module.bias)
         nn.init.orthogonal_(self.projection.weight, gain=0.1)
         nn.init.zeros_(self.projection.bias)
 
@@ -183,30 +154,21 @@ class GeometryPrompt(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             for space in self.config.spaces:
                 first, second = hops[space]
-                c = self.curvature[space]() if space in self.curvature else self.config.curvature
+                chart = Chart(space, self.curvature_of(space), self.impl)
                 one, two = cast(nn.ModuleList, self.layers[space])
                 x, around, beyond = (_features(features, at) for at in (rows, first, second))
                 # Features are flat, and their logarithm is they themselves.
-                near = self._step(space, c, one(around, beyond, second >= 0))
-                centre = self._step(space, c, one(x, around, first >= 0))
-                u = two(self._log(space, c, centre), self._log(space, c, near), first >= 0)
-                points.append(self._step(space, c, u))
-                tokens.append(self.norm(self.projection(self._log(space, c, points[-1]))))
+                near = chart.exp(one(around, beyond, second >= 0, chart))
+                centre = chart.exp(one(x, around, first >= 0, chart))
+                u = two(chart.log(centre), chart.log(near), first >= 0, chart)
+                points.append(chart.exp(u))
+                read = chart.log(points[-1]).to(self.projection.weight.dtype)
+                tokens.append(self.norm(self.projection(read)).to(u.dtype))
         return Prompt(torch.stack(tokens, 1), tuple(points))
 
-    def _step(self, space: str, c: Tensor | float, u: Tensor) -> Tensor:
-        """Points of tangent vectors, which are cut where the exponential map saturates or meets the antipode."""
-        if space == "euclidean":
-            return u
-        length2 = torch.as_tensor(c, dtype=u.dtype, device=u.device) * u.square().sum(-1, keepdim=True)
-        cut = length2 > CLIP**2
-        u = torch.where(cut, CLIP * torch.where(cut, length2, 1.0).rsqrt(), 1.0) * u
-        return exp0(u, c, impl=self.impl) if space == "hyperbolic" else exp_pole(u, c)
-
-    def _log(self, space: str, c: Tensor | float, x: Tensor) -> Tensor:
-        if space == "euclidean":
-            return x
-        return log0(x, c, impl=self.impl) if space == "hyperbolic" else log_pole(x, c)
+    def curvature_of(self, space: str) -> Tensor | float:
+        """c of a space's manifold; of no meaning for the Euclidean one."""
+        return self.curvature[space]() if space in self.curvature else self.config.curvature
 
     def _check(self, features: Tensor, rows: Tensor, hops: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         if features.ndim != 2 or features.shape[1] != self.config.features or rows.ndim != 1:

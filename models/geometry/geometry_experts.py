@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armillary.kernels.geometry.geometry_combine import CLIP, EXPERTS
@@ -43,6 +44,9 @@ __all__ = ["GateStatistics", "GeometryExperts", "GeometryFFN", "Mixture", "gate_
 # than the others'.
 HYPERBOLIC_GAIN = 0.1
 
+CLOSED = -1e4
+"""What is added to the gate's logits of experts that take no part: their share underflows to 0."""
+
 
 @dataclass(frozen=True)
 class GeometryFFN:
@@ -53,6 +57,8 @@ class GeometryFFN:
         hidden: Hidden width H of each expert.
         body: "gelu", "gelu_tanh" or "swiglu".
         bias: Whether the experts' linear layers have biases (Qwen2's have none).
+        experts: Experts that take part; the gate of the others is 0, and they learn nothing. They are computed all the same,
+            but where the Euclidean one is alone: then the layer is the MLP that it was loaded from, to the last bit.
         routing: "soft" mixes all three experts; "top1" computes only that of the greatest logit for each token, at a third
             of the cost, but the host waits for the device once a layer.
         temperature: What the gate's logits are divided by, at the start.
@@ -70,6 +76,7 @@ class GeometryFFN:
     hidden: int = 4096
     body: Activation = "gelu"
     bias: bool = True
+    experts: tuple[str, ...] = EXPERTS
     routing: Routing = "soft"
     temperature: float = 0.1
     learn_temperature: bool = True
@@ -85,6 +92,8 @@ class GeometryFFN:
         """Every rule that the configuration breaks, as `field: rule, got value`."""
         found = at_least(1, self, "dim", "hidden") + choices(self)
         found += positive(self, "temperature", "input_radius", "clip")
+        if not self.experts or len(set(self.experts)) < len(self.experts) or set(self.experts) - set(EXPERTS):
+            found.append(f"experts: must be some of {', '.join(EXPERTS)}, each once, got {self.experts}")
         if not 0 < self.curvature_min < self.curvature < self.curvature_max < math.inf:
             bounds = f"{self.curvature_min} and {self.curvature_max}"
             found.append(
@@ -98,7 +107,7 @@ class GeometryFFN:
     def flops(self) -> float:
         """Matrix-product FLOPs of one token, forward: 2 a multiply-add."""
         matrices = 3 if self.body == "swiglu" else 2
-        experts = 3 if self.routing == "soft" else 1
+        experts = 3 if self.routing == "soft" and self.experts != ("euclidean",) else 1
         return 2.0 * self.dim * (experts * matrices * self.hidden + 3)
 
 
@@ -152,6 +161,8 @@ class GeometryExperts(nn.Module):
         ValueError: The configuration breaks a rule.
     """
 
+    closed: Tensor
+
     def __init__(self, config: GeometryFFN, impl: Impl = "auto") -> None:
         super().__init__()
         refuse("GeometryFFN", config.problems())
@@ -161,6 +172,8 @@ class GeometryExperts(nn.Module):
         halves = (2, h) if config.body == "swiglu" else (h,)
         self.router_weight = nn.Parameter(torch.empty(3, d))
         self.router_bias = nn.Parameter(torch.empty(3))
+        closed = torch.tensor([0.0 if name in config.experts else CLOSED for name in EXPERTS])
+        self.register_buffer("closed", closed, persistent=False)  # settings, not state
         self.up_weight = nn.Parameter(torch.empty(3, *halves, d))
         self.up_bias = nn.Parameter(torch.empty(3, *halves)) if config.bias else None
         self.down_weight = nn.Parameter(torch.empty(3, d, h))
@@ -192,13 +205,17 @@ class GeometryExperts(nn.Module):
             x: [..., D], the output of a norm, in the parameters' dtype.
         """
         config = self.config
+        if config.experts == ("euclidean",):
+            return Mixture(self._euclidean(x), self.closed.expand(*x.shape[:-1], 3))
         wide = torch.promote_types(x.dtype, torch.float32)
+        all_take_part = len(config.experts) == len(EXPERTS)
+        router_bias = self.router_bias if all_take_part else self.router_bias + self.closed.to(self.router_bias.dtype)
         c = self.curvature().to(wide)
         bias = None if self.moebius_bias is None else exp0(self.moebius_bias.to(wide), c, impl=self.impl)
         y, logits = geometry_ffn(
             x.reshape(-1, config.dim).contiguous(),
             self.router_weight,
-            self.router_bias,
+            router_bias,
             self.log_temperature.to(wide).exp().squeeze(0),
             self.up_weight,
             self.up_bias,
@@ -214,6 +231,20 @@ class GeometryExperts(nn.Module):
             impl=self.impl,
         )
         return Mixture(y.view(x.shape), logits.view(*x.shape[:-1], 3))
+
+    def _euclidean(self, x: Tensor) -> Tensor:
+        """The Euclidean expert alone, in the order of operations of the MLP that it was loaded from."""
+        bias = (None, None) if self.up_bias is None or self.down_bias is None else (self.up_bias[0], self.down_bias[0])
+        if self.config.body == "swiglu":
+            gate, up = (
+                F.linear(x, w, b)
+                for w, b in zip(self.up_weight[0], (None, None) if bias[0] is None else bias[0], strict=True)
+            )
+            hidden = F.silu(gate) * up
+        else:
+            approximate = "tanh" if self.config.body == "gelu_tanh" else "none"
+            hidden = F.gelu(F.linear(x, self.up_weight[0], bias[0]), approximate=approximate)
+        return F.linear(hidden, self.down_weight[0], bias[1])
 
     @torch.no_grad()
     def load_mlp(self, state: Mapping[str, Tensor]) -> None:
@@ -260,9 +291,12 @@ class GeometryExperts(nn.Module):
         """
         if expert not in EXPERTS:
             raise ValueError(f"prefer: expert must be one of {', '.join(EXPERTS)}, got {expert!r}")
+        if expert not in self.config.experts:
+            raise ValueError(f"prefer: expert must take part ({', '.join(self.config.experts)}), got {expert!r}")
         if not 0 < probability <= 1:
             raise ValueError(f"prefer: probability must be in (0, 1], got {probability}")
-        logit = math.log(2 * probability / (1 - probability)) if probability < 1 else 1e4
+        others = len(self.config.experts) - 1
+        logit = math.log(others * probability / (1 - probability)) if probability < 1 and others else -CLOSED
         nn.init.zeros_(self.router_weight)
         nn.init.zeros_(self.router_bias)
-        self.router_bias[EXPERTS.index(expert)] = logit * float(self.log_temperature.exp())
+        self.router_bias[EXPERTS.index(expert)] = logit * self.log_temperature.exp()[0]

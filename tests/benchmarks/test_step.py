@@ -31,7 +31,15 @@ def benchmarks_on_path(monkeypatch):
 
 
 def subject_of(method: str, folder: Path):
-    from step_methods import CachedCLIP, CLIPSubject, DINOv2Subject, MMAESubject, MOSAICSubject, SpecFormerSubject
+    from step_methods import (
+        CachedCLIP,
+        CLIPSubject,
+        DINOv2Subject,
+        GalaxyWalkerSubject,
+        MMAESubject,
+        MOSAICSubject,
+        SpecFormerSubject,
+    )
 
     if method == "dinov2":
         inputs = InputSpec(channels=3, global_size=8, n_global=2, local_size=4, n_local=1)
@@ -40,6 +48,8 @@ def subject_of(method: str, folder: Path):
         return SpecFormerSubject(SpecFormerPretraining(encoder=SPECFORMER, chunks=3, chunk_tokens=4), SPECTRA)
     if method == "mmae":
         return MMAESubject(MMAE_TINY)
+    if method == "galaxy_walker":
+        return GalaxyWalkerSubject()
     if method == "mosaic":
         return MOSAICSubject(MOSAIC(dim=16, depth=1, heads=2))
     recomputed = CLIPSubject(VIT, SPECFORMER, PAIRS, embedding=16, dropout=0.0)
@@ -47,7 +57,7 @@ def subject_of(method: str, folder: Path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["dinov2", "specformer", "mmae", "mosaic", "recomputed", "cached"])
+@pytest.mark.parametrize("method", ["dinov2", "specformer", "mmae", "mosaic", "galaxy_walker", "recomputed", "cached"])
 def test_phases_cover_the_step(tmp_path, method, precision):
     from step_training import Training, phase_columns
 
@@ -76,7 +86,7 @@ def test_cached_and_recomputed_steps_compute_the_same(tmp_path):
     assert losses["cached"] == losses["recomputed"]
 
 
-@pytest.mark.parametrize("method", ["dinov2", "specformer", "astroclip", "mmae", "mosaic"])
+@pytest.mark.parametrize("method", ["dinov2", "specformer", "astroclip", "mmae", "mosaic", "galaxy_walker"])
 def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
     import step
     import step_methods
@@ -114,5 +124,5 @@ def test_rows_say_what_was_timed(tmp_path, monkeypatch, capsys, method):
         assert float(rows[0]["gflop_per_galaxy"]) > float(rows[1]["gflop_per_galaxy"]) > 0
         assert "mosaic all over mosaic half:" in printed
     else:
-        unit = {"dinov2": "image", "specformer": "spectrum"}[method]
+        unit = {"dinov2": "image", "specformer": "spectrum", "galaxy_walker": "galaxy"}[method]
         assert float(rows[0][f"ms_per_{unit}"]) > 0 and f"ms a {unit}" in printed

@@ -45,7 +45,8 @@ def test_a_reader_a_method_and_a_task_of_ones_own(outside, monkeypatch):
         image = np.exp(-z * np.array([6, 3, 0]))[:, None, None] * np.exp(-(x**2 + y**2) / 8)
         np.savez(files / f"o{number:02d}.npz", image=image + 0.02 * rng.normal(size=image.shape), redshift=z)
     kind = f"{outside / 'colours' / 'reader.py'}:Arrays"
-    options = ("--option", "scale=0.3", "--samples-per-shard", 20, "--test-fraction", 0.4, "--no-progress")
+    options = ("--option", "scale=0.3", "--samples-per-shard", 20, "--test-fraction", 0.4)
+    options += ("--processes", 1, "--no-progress")
     processes.armillary("data", "build", files, "-o", survey, "--kind", kind, *options)
     assert Survey.load(survey).pixel_scale_arcsec == 0.3 and Survey.load(survey).count() == 90
 

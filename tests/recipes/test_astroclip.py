@@ -26,7 +26,8 @@ TITLES = ("What was found", "What is compared", "Filling gaps in spectra", "What
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated") / "survey"
-    armillary("data", "simulate", "--spectra", "--out", folder, "--count", PAIRS, "--no-progress")
+    made = ("--count", PAIRS, "--processes", 1, "--no-progress")  # processes of its own would import all anew
+    armillary("data", "simulate", "--spectra", "--out", folder, *made)
     return folder
 
 

@@ -19,7 +19,7 @@ OVER_UNTRAINED, OVER_PCA = 0.02, 0.08
 @pytest.mark.dist
 def test_demo_learns_redshift_without_labels(tmp_path):
     survey, training = tmp_path / "survey", tmp_path / "training"
-    armillary("data", "simulate", "--out", survey, "--count", GALAXIES, "--no-progress")
+    armillary("data", "simulate", "--out", survey, "--count", GALAXIES, "--processes", 1, "--no-progress")
     armillary("data", "check", survey)
     smoke = ["--preset", "smoke", "--device", "cpu", "--train.steps", STEPS]
     smoke += ["--schedule.learning-rate.warmup-steps", STEPS // 20]

@@ -12,7 +12,7 @@ import desi_files as desi
 import provabgs_files as provabgs
 import stein_files as stein
 
-from armillary.engine.data.building.survey_recipe import Preparation, Read, Sky, With, prepare, start
+from armillary.engine.data.building.survey_recipe import Preparation, Read, Sky, With, Work, prepare, start
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.check import check_survey
 from armillary.engine.data.inspect.leakage import find_leaks
@@ -79,7 +79,7 @@ def test_the_pairs_recipe(recipe, files, tmp_path, capsys):
 
 def test_a_killed_build_of_it_goes_on_to_the_same_bytes(recipe, tmp_path):
     small = replace(recipe, samples_per_shard=2)
-    prepare(small, tmp_path / "whole", processes=1, progress=False)
+    prepare(small, Work(tmp_path / "whole", processes=1, progress=False))
     from armillary.engine.data.building import build as module
 
     done = []
@@ -94,8 +94,8 @@ def test_a_killed_build_of_it_goes_on_to_the_same_bytes(recipe, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "pack", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare(small, tmp_path / "killed", processes=1, progress=False)
-    prepare(small, tmp_path / "killed", processes=1, progress=False)
+            prepare(small, Work(tmp_path / "killed", processes=1, progress=False))
+    prepare(small, Work(tmp_path / "killed", processes=1, progress=False))
     for path in (tmp_path / "whole").iterdir():
         if path.name != "survey.json":  # which holds the date
             assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
@@ -117,7 +117,7 @@ def test_real_pictures_with_a_real_catalogue(real_data, tmp_path):
         split="healpix:32",
         test_fraction=0.3,
     )
-    survey = prepare(pictures, tmp_path / "s", processes=1, progress=False)
+    survey = prepare(pictures, Work(tmp_path / "s", processes=1, progress=False))
     assert 200 < survey.count() < 400 and survey.count("test") and not check_survey(tmp_path / "s")
     assert not find_leaks(tmp_path / "s", radius_arcsec=10)
     packed = PackedSurvey(tmp_path / "s")

@@ -15,7 +15,8 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +54,16 @@ from armillary.engine.data.building.shard_assignment import ShardAssignment, lay
 from armillary.engine.data.building.splits import ByKey, SplitRule
 from armillary.engine.data.building.workers import Workers
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, Survey
-from armillary.engine.data.sources.source import BadSample, Lossless, Source, spectrum_of, vectors_of
+from armillary.engine.data.sources.source import (
+    BadSample,
+    Source,
+    bad_files,
+    digest,
+    lossless_step_of,
+    sky_sigma_of,
+    spectrum_of,
+    vectors_of,
+)
 
 __all__ = ["build"]
 
@@ -64,6 +74,14 @@ COUNT_SIGMA = 1.0  # display images are rounded to a count, so their noise is ne
 CATALOG_GROUP = 65536  # rows of a Parquet row group
 EXAMPLES = 20  # skipped samples named in the provenance
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "holdout"}
+"""Splits that input statistics are never taken from, where there are others."""
+LABELS_ONLY = (
+    "the source has labels only, neither images nor spectra nor vectors, so there is nothing to pack. Columns of a table "
+    "that a model is to read are named as a vector: --option \"vectors={'photometry': ('mag_g', 'mag_r', 'mag_z')}\"; a "
+    "table that is to be matched to images or spectra is read by a survey recipe (docs/data.md)"
+)
 
 Codec = Literal["bitplane", "float16"]
 OnBad = Literal["error", "skip"]
@@ -90,7 +108,8 @@ def build(
 ) -> Survey:
     """Pack a source into a survey folder, or continue an interrupted build of it.
 
-    Statistics are those of the train split, or of all samples where there is no such split. A finished survey of the
+    Statistics are those of the split "train"; where there is none, of all splits whose names do not say that they are held
+    out (`HELD_OUT`), and of all samples where there is only such. A finished survey of the
     same source and options is returned as it is.
 
     Args:
@@ -100,8 +119,8 @@ def build(
         codec: "bitplane" (quantised, about 5 times smaller than float32) or "float16".
         step_fraction: Quantisation step as a fraction of the sky noise. By default 1/8, or the source's own lossless
             step (one count for 8-bit pictures).
-        sky_sigma: Sky noise per band in the flux unit; measured by default (median over 256 samples of
-            `measure.robust_sigma`, and at least 1 for the unit "count").
+        sky_sigma: Sky noise per band in the flux unit; by default that of the survey or export that the source is, else
+            measured (median over 256 samples of `measure.robust_sigma`, and at least 1 for the unit "count").
         samples_per_shard: Samples of a full shard.
         test_fraction: Share of the test split, 0.1 by default, chosen by a hash of the key.
         split: Another rule; excludes `test_fraction`.
@@ -135,6 +154,8 @@ def build(
         raise ValueError("test_fraction: has no effect beside a split rule; leave it out or put it in the rule")
     if sky_sigma is not None and (len(sky_sigma) != len(source.bands) or not all(0 < s < math.inf for s in sky_sigma)):
         raise ValueError(f"sky_sigma: must be {len(source.bands)} positive numbers, got {tuple(sky_sigma)}")
+    if not (source.bands or spectrum_of(source) is not None or vectors_of(source)):
+        raise ValueError(LABELS_ONLY)
     rule = split or ByKey(0.1 if test_fraction is None else test_fraction)
     options: dict[str, Any] = {"name": name, "codec": codec, "step_fraction": step_fraction, "split": repr(rule)}
     options |= {"sky_sigma": sky_sigma, "samples_per_shard": samples_per_shard, "seed": seed}
@@ -179,6 +200,8 @@ def _build(
         samples_per_shard=options["samples_per_shard"],
         on_bad=on_bad,
     )
+    _tell_skipped([*bad_files(source), *layout.bad.values()])
+    _judge_splits(layout, rule)
     identity = identify(source, options, layout)
     if there := finished(folder, identity):
         return there
@@ -201,11 +224,46 @@ def _build(
     tasks = (PackTask(folder, plan, journal.settings, on_bad) for plan in missing)
     for plan, packed in zip(missing, workers.map(pack, tasks), strict=True):
         done[plan.name] = packed
-        for reason in packed.skipped:
-            log.warning("skipped: %s", reason)
+        _tell_skipped(packed.skipped)
         bar.update(packing, advance=plan.rows.size)
     clear_leftovers(folder)  # of workers that died
     return _finish(source, folder, layout, journal, [done[plan.name] for plan in layout.shards])
+
+
+def _tell_skipped(reasons: Sequence[str]) -> None:
+    """Log what is left out; all is counted in the provenance."""
+    for reason in reasons[:EXAMPLES]:
+        log.warning("skipped: %s", reason)
+    if len(reasons) > EXAMPLES:
+        log.warning("skipped: %d more", len(reasons) - EXAMPLES)
+
+
+def _training_splits(names: Iterable[str]) -> set[str]:
+    """Splits that statistics are taken from."""
+    there = set(names)
+    if "train" in there:
+        return {"train"}
+    chosen = {name for name in there if name.lower() not in HELD_OUT} or there
+    log.warning("no split is called train: noise and statistics are those of %s", ", ".join(sorted(chosen)))
+    return chosen
+
+
+def _judge_splits(layout: ShardAssignment, rule: SplitRule) -> None:
+    """Log a test split that is empty, or far from the share that was asked for."""
+    wanted = getattr(rule, "test_fraction", 0.0)
+    counts = Counter[str]()
+    for plan in layout.shards:
+        counts[plan.split] += plan.rows.size
+    total, test = counts.total(), counts["test"]
+    spread = 5 * math.sqrt(
+        total * wanted * (1 - wanted)
+    )  # of samples drawn one by one; whole cells of the sky vary more
+    if wanted and abs(test - wanted * total) > max(spread, 1):
+        log.warning(
+            "%s of %s samples are the test split, %.3g %% were asked for: whole cells of the sky go to one split, and these "
+            "samples lie in few; choose smaller cells (--split healpix:256) or single samples (--split random:0)",
+            *(f"{test:,}", f"{total:,}", 100 * wanted),
+        )
 
 
 def _measure(
@@ -215,8 +273,9 @@ def _measure(
     options: dict[str, Any],
     on_bad: OnBad,
 ) -> Settings:
-    """Measure shape and sky noise from some samples of the first split, and decide the quantisation steps."""
-    first = [plan.rows for plan in layout.shards if plan.split == layout.shards[0].split]
+    """Measure shape and sky noise from some training samples, and decide the quantisation steps."""
+    trained = _training_splits(plan.split for plan in layout.shards)
+    first = [plan.rows for plan in layout.shards if plan.split in trained]
     rows = np.sort(np.concatenate(first)[:SKY_SAMPLES])
     tasks = (SkyTask(rows[i : i + SKY_TASK], on_bad) for i in range(0, rows.size, SKY_TASK))
     skies = list(workers.map(measure_sky, tasks))
@@ -232,11 +291,13 @@ def _measure(
         raise ValueError(f"labels: the source declares {sorted(source.labels)}, its samples have {sorted(types)}")
     if options["sky_sigma"] is not None:
         sigma = np.array(options["sky_sigma"], np.float64)
+    elif (known := sky_sigma_of(source)) is not None:
+        sigma = np.array(known, np.float64)
     else:
         sigma = _median_sigma(source, np.concatenate([sky.sigma for sky in skies]))
     step: tuple[float, ...] = ()
     if options["codec"] == "bitplane":
-        lossless = source.lossless_step if isinstance(source, Lossless) else None
+        lossless = lossless_step_of(source)
         if options["step_fraction"] is None and lossless is not None:
             step = lossless
         else:
@@ -265,12 +326,12 @@ def _finish(source: Source, folder: Path, layout: ShardAssignment, journal: Jour
     """Write catalog.parquet, then survey.json."""
     settings = journal.settings
     kept = [p for p in packed if p.record.count]
-    skipped = [*layout.bad.values(), *(reason for p in packed for reason in p.skipped)]
+    skipped = [*bad_files(source), *layout.bad.values(), *(reason for p in packed for reason in p.skipped)]
     if not kept:
         raise ValueError(f"the survey is empty: all {len(skipped)} samples are unusable, first: {skipped[0]}")
     moments = SurveyMoments(settings.sky_sigma, tuple(vector.size for vector in settings.vectors))
-    trained = [p for p in kept if p.record.split == "train"]
-    for p in trained or kept:
+    splits = _training_splits(p.record.split for p in kept)
+    for p in (p for p in kept if p.record.split in splits):
         moments.merge(SurveyMoments.from_json(p.moments, settings.sky_sigma))
     _write_catalog(folder, [p.record.name for p in kept], settings.label_types)
     versions = {"armillary": armillary.__version__, "python": platform.python_version()}
@@ -297,6 +358,7 @@ def _finish(source: Source, folder: Path, layout: ShardAssignment, journal: Jour
         },
         spectrum=None if (spectrum := spectrum_of(source)) is None else replace(spectrum, codec=settings.codec),
         vectors=settings.vectors,
+        catalog_sha256=digest(folder / "catalog.parquet"),
     )
     survey.save(folder)
     return survey

@@ -95,13 +95,19 @@ def load_journal(folder: Path, identity: dict[str, Any]) -> Journal | None:
     path = folder / BUILD_FOLDER / "plan.json"
     if not path.exists():
         return None
-    raw = json.loads(path.read_text())
-    if raw["identity"] != identity:
+    try:
+        raw = json.loads(path.read_text())
+        found = Journal(raw["identity"], Settings.from_json(raw["settings"]), raw["started"], raw["command"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileExistsError(
-            f"{folder}: holds an unfinished build of something else ({_difference(raw['identity'], identity)}); "
+            f"{path}: the plan of an unfinished build is damaged ({error}); delete {path.parent} and the shards"
+        ) from error
+    if found.identity != identity:
+        raise FileExistsError(
+            f"{folder}: holds an unfinished build of something else ({_difference(found.identity, identity)}); "
             f"repeat its options, choose another folder, or delete {folder / BUILD_FOLDER} and the shards"
         )
-    return Journal(identity, Settings.from_json(raw["settings"]), raw["started"], raw["command"])
+    return found
 
 
 def clear_leftovers(folder: Path) -> None:

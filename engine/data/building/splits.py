@@ -194,7 +194,7 @@ class ByRange:
         """Check the values."""
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise ValueError(f"split range of {self.column}: needs two finite numbers, got {self.low} and {self.high}")
-        if self.low >= self.high and self.column != "ra":
+        if self.low == self.high or (self.low > self.high and self.column != "ra"):
             raise ValueError(f"split range of {self.column}: {self.low} is not below {self.high}")
 
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:

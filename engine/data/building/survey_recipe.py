@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from armillary.engine.command_line import refuse_repeats
 from armillary.engine.data.building.build import Codec, OnBad, build
 from armillary.engine.data.building.splits import parse_split
 from armillary.engine.data.format.survey import Survey
@@ -31,7 +32,7 @@ from armillary.engine.data.sources.kinds import KINDS, open_source
 from armillary.engine.data.sources.selected import Condition, Selected
 from armillary.engine.data.sources.source import Source
 
-__all__ = ["Key", "Preparation", "Read", "Sky", "With", "main", "prepare"]
+__all__ = ["Key", "Preparation", "Read", "Sky", "With", "Work", "main", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Read:
     cuts: tuple[str, ...] = ()
     drop_duplicates_arcsec: float | None = None
 
-    def open(self) -> Source:
+    def open(self, on_bad: OnBad = "error") -> Source:
         """Open the files and apply the cuts."""
-        source = open_source(self.path, self.kind, **self.options)
+        source = open_source(self.path, self.kind, on_bad=on_bad, **self.options)
         if self.cuts or self.drop_duplicates_arcsec is not None:
             source = Selected(source, self.cuts, drop_duplicates_arcsec=self.drop_duplicates_arcsec)
         return source
@@ -126,11 +127,11 @@ class Preparation:
             found.append(str(error))
         return found
 
-    def open(self, tell: Any = print) -> Source:
+    def open(self, tell: Any = print, on_bad: OnBad = "error") -> Source:
         """Open, match and cut; what was matched is told line by line."""
-        source = self.first.open()
+        source = self.first.open(on_bad)
         for match in self.matches:
-            joined = Joined(source, Match(match.read.open(), match.on, match.required, match.name))
+            joined = Joined(source, Match(match.read.open(on_bad), match.on, match.required, match.name))
             for line in joined.report():
                 tell(line)
             source = joined
@@ -142,24 +143,27 @@ class Preparation:
         return source
 
 
-def prepare(
-    preparation: Preparation,
-    out: Path,
-    *,
-    processes: int = 2,
-    dask: str | None = None,
-    on_bad: OnBad = "error",
-    progress: bool = True,
-) -> Survey:
-    """Build the survey that a recipe describes; an interrupted build goes on.
+@dataclass(frozen=True)
+class Work:
+    """How a survey is built, which does not change what it holds.
 
-    Args:
-        preparation: The recipe.
-        out: Folder of the survey.
+    Attributes:
+        out: Folder of the survey; made if need be.
         processes: Worker processes.
         dask: Address of a Dask scheduler, whose workers do the work instead.
-        on_bad: Stop at an unusable sample, or skip and count it.
+        on_bad: Stop at an unusable file or sample, or skip and count it.
         progress: Show progress bars.
+    """
+
+    out: Path
+    processes: int = 2
+    dask: str | None = None
+    on_bad: OnBad = "error"
+    progress: bool = True
+
+
+def prepare(preparation: Preparation, work: Work) -> Survey:
+    """Build the survey that a recipe describes; an interrupted build goes on.
 
     Raises:
         ValueError: The recipe has problems; all are listed.
@@ -167,39 +171,26 @@ def prepare(
     if problems := preparation.problems():
         raise ValueError("; ".join(problems))
     return build(
-        preparation.open(),
-        out,
+        preparation.open(on_bad=work.on_bad),
+        work.out,
         name=preparation.name,
         codec=preparation.codec,
         samples_per_shard=preparation.samples_per_shard,
         split=parse_split(preparation.split, preparation.test_fraction, preparation.validation_fraction),
         seed=preparation.seed,
-        processes=processes,
-        dask=dask,
-        progress=progress,
-        on_bad=on_bad,
+        processes=work.processes,
+        dask=work.dask,
+        progress=work.progress,
+        on_bad=work.on_bad,
     )
 
 
 @dataclass(frozen=True)
 class _Command:
-    """Command line of a survey recipe.
+    """Command line of a survey recipe."""
 
-    Attributes:
-        out: Folder of the survey; made if need be.
-        survey: The recipe.
-        processes: Worker processes.
-        dask: Address of a Dask scheduler, whose workers do the work instead.
-        on_bad: Stop at an unusable sample, or skip and count it.
-        progress: Show progress bars.
-    """
-
-    out: Path
+    work: Annotated[Work, tyro.conf.arg(name="")]
     survey: Annotated[Preparation, tyro.conf.arg(name="")]
-    processes: int = 2
-    dask: str | None = None
-    on_bad: OnBad = "error"
-    progress: bool = True
 
 
 def main(preparation: Preparation) -> None:
@@ -217,19 +208,13 @@ def start(preparation: Preparation, arguments: Sequence[str]) -> int:
     Returns:
         Exit code.
     """
-    default = _Command(out=tyro.MISSING, survey=preparation)
-    command = tyro.cli(tyro.conf.AvoidSubcommands[_Command], default=default, args=arguments)
     from armillary.engine.data.format.summary import summary  # which imports rich
 
     try:
-        survey = prepare(
-            command.survey,
-            command.out,
-            processes=command.processes,
-            dask=command.dask,
-            on_bad=command.on_bad,
-            progress=command.progress,
-        )
+        refuse_repeats(arguments)
+        default = _Command(Work(out=tyro.MISSING), preparation)
+        command = tyro.cli(tyro.conf.AvoidSubcommands[_Command], default=default, args=arguments)
+        survey = prepare(command.survey, command.work)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{preparation.name}: {error}", file=sys.stderr)
         return 2

@@ -88,9 +88,10 @@ class Columns:
     @lru_cache(maxsize=4)  # checks, input spec and views of a run all ask for the same
     def _read(cls, path: Path, names: tuple[str, ...], split: str, *_: int) -> Columns:
         import pyarrow.compute as pc  # here, since recipes import this module and most read no columns
-        import pyarrow.parquet as pq
 
-        table: Any = pq.read_table(path, columns=["split", *dict.fromkeys(names)])
+        from armillary.engine.data.format.catalog import read_catalog
+
+        table: Any = read_catalog(path.parent, ["split", *dict.fromkeys(names)])
         chosen = pc.equal(table["split"], split).to_numpy()
         if not chosen.any():
             chosen[:] = True

@@ -33,10 +33,13 @@ class Spectrum:
     Attributes:
         flux: [L] float32 in the source's unit; 0 where there is no data.
         ivar: [L] float32 inverse variance in 1 / unit^2; 0 where a pixel carries no data.
+        step: The flux is a multiple of this, as it has been quantised already, so that the same step loses nothing again;
+            None where it has not.
     """
 
     flux: np.ndarray
     ivar: np.ndarray
+    step: float | None = None
 
 
 def encode_spectrum(spectrum: Spectrum, kind: str = "bitplane") -> bytes:
@@ -70,7 +73,7 @@ def encode_spectrum(spectrum: Spectrum, kind: str = "bitplane") -> bytes:
     step = None
     if kind == "bitplane":
         sigma = np.percentile(1 / np.sqrt(ivar[seen], dtype=np.float64), STEP_PERCENTILE)
-        step = (float(sigma * STEP_FRACTION), LOG_IVAR_STEP)
+        step = (spectrum.step or float(sigma * STEP_FRACTION), LOG_IVAR_STEP)
     valid = None if seen.all() else np.broadcast_to(seen, bands.shape).copy()
     return codec.encode(bands, step, valid)
 
@@ -86,7 +89,9 @@ def decode_spectrum(blob: codec.Blob) -> Spectrum:
         raise codec.CorruptBlob(f"corrupt blob: a spectrum has 2 bands of 1 row, this one {bands.shape[:2]}")
     image, mask = torch.from_numpy(bands)[None], None if valid is None else torch.from_numpy(valid)[None]
     flux, ivar = flux_and_ivar(image, mask)
-    return Spectrum(flux[0].numpy(), ivar[0].numpy())
+    header = codec.read_header(blob)
+    step = float(header.step[0]) if header.codec == "bitplane" else None
+    return Spectrum(flux[0].numpy(), ivar[0].numpy(), step)
 
 
 def flux_and_ivar(bands: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -211,6 +211,7 @@ class Survey:
         provenance: Command, versions, date and checksums of the inputs.
         spectrum: The spectra; None where there are none.
         vectors: Every vector, in stored order.
+        catalog_sha256: Hex digest of catalog.parquet; empty where it was not taken (surveys of before).
         format_version: Version of this layout.
         folder: Where it was loaded from; no part of the description.
 
@@ -232,6 +233,7 @@ class Survey:
     provenance: dict[str, Any] = field(default_factory=dict)
     spectrum: SpectrumRecord | None = None
     vectors: tuple[VectorRecord, ...] = ()
+    catalog_sha256: str = ""
     format_version: int = FORMAT_VERSION
     folder: Path | None = field(default=None, compare=False)
 
@@ -247,7 +249,7 @@ class Survey:
 
     def pixels(self) -> Survey:
         """What a stretch is fitted to, without the samples: bands, unit, sizes, noise and statistics."""
-        return replace(self, shards=(), labels={}, provenance={})
+        return replace(self, shards=(), labels={}, provenance={}, catalog_sha256="")
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON types."""

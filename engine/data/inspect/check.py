@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from armillary.engine.data.building.packing import BUILD_FOLDER, catalog_schema
 from armillary.engine.data.format import codec, spectra
+from armillary.engine.data.format.catalog import catalog_problem
 from armillary.engine.data.format.shards import Member, read_index, read_members
 from armillary.engine.data.format.survey import MODALITIES, ShardRecord, Survey
 from armillary.engine.data.format.vectors import decode_vectors
@@ -139,6 +140,8 @@ def _check_catalog(root: Path, survey: Survey) -> tuple[pa.Table | None, list[Pr
     repeated = catalog["key"].value_counts()
     for entry in repeated.filter(pc.greater(repeated.field("counts"), 1))[:1].to_pylist():
         problems.append(Problem(name, entry["values"], f"the key occurs {entry['counts']} times", REBUILD))
+    if not problems and (changed := catalog_problem(survey)):
+        problems.append(Problem(name, "", changed, "or restore the file"))
     return catalog, problems
 
 

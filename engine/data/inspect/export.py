@@ -4,16 +4,21 @@ Pixels without data are NaN in images (a decoded 0 is a measured flux), 0 with i
 vectors are NaN; a modality that an object lacks is NaN throughout (HDF5), null (Parquet) or absent (FITS).
 
     fits      one file an object, KEY.fits: image with WCS, spectrum as a table (WAVE, FLUX, IVAR), vectors as a table;
-              labels.csv beside them, as `armillary data build` reads it
+              labels.csv and export.json beside them
     hdf5      one file: images [N, C, H, W], flux and ivar [N, L] with wave [L], vectors/NAME [N, n], catalog/COLUMN [N]
     parquet   one file, a row an object: the catalogue's columns, and image, flux, ivar and vectors as lists
+
+Each holds the survey's description, so that `armillary data build` makes the same survey of it: pixels, masks, noise and
+steps, units, scale, labels and identifiers (`sources.files.exported`).
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +27,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from armillary.engine.atomic_file import atomic_path
+from armillary.engine.atomic_file import atomic_path, write_json
 from armillary.engine.choices import check_choice
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.sources.kinds import EXPORT
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import Sample
 
@@ -72,6 +78,12 @@ def unpack(
     return len(source)
 
 
+def description(source: PackedSurvey) -> dict[str, Any]:
+    """What a survey is, beside its samples, and the types of its labels, as JSON."""
+    types = {name: "string" if pa.types.is_string(source.catalog[name].type) else "float64" for name in source.labels}
+    return {"survey": replace(source.survey, shards=(), catalog_sha256="").to_json(), "types": types}
+
+
 def _pieces(source: PackedSurvey) -> Iterator[tuple[int, list[Sample]]]:
     for start in range(0, len(source), ROWS):
         yield start, [source.read(i) for i in range(start, min(start + ROWS, len(source)))]
@@ -89,6 +101,7 @@ def _write_fits(source: PackedSurvey, folder: Path, progress: Callable[[int], No
 
     folder.mkdir()
     survey = source.survey
+    write_json(folder / "export.json", description(source))
     with open(folder / "labels.csv", "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["file", "split", "ra", "dec", *survey.labels])
@@ -106,6 +119,8 @@ def _write_fits(source: PackedSurvey, folder: Path, progress: Callable[[int], No
                     ]
                     table = fits.BinTableHDU.from_columns(columns, name="SPECTRUM")
                     table.header["FLUXUNIT"] = survey.spectrum.unit
+                    if sample.spectrum.step is not None:
+                        table.header["FLUXSTEP"] = (sample.spectrum.step, "quantisation of FLUX")
                     hdus.append(table)
                 for vector in survey.vectors:
                     if vector.name in sample.vectors:
@@ -114,8 +129,9 @@ def _write_fits(source: PackedSurvey, folder: Path, progress: Callable[[int], No
                             fits.Column("VALUE", "E", array=sample.vectors[vector.name]),
                         ]
                         table = fits.BinTableHDU.from_columns(columns, name=vector.name.upper())
-                        table.header["VALUNIT"] = vector.unit
+                        table.header["VALUNIT"], table.header["VECTOR"] = vector.unit, vector.name
                         hdus.append(table)
+                hdus[0].header["NEXTEND"] = (len(hdus) - 1, "HDUs behind this one")
                 fits.HDUList(hdus).writeto(folder / f"{sample.key}.fits")
             progress(len(samples))
 
@@ -129,6 +145,9 @@ def _header(sample: Sample, survey: Survey) -> Any:
     if sample.image is None:
         return header
     header["BUNIT"] = survey.unit
+    header["ZEROMISS"] = (False, "zeros are data, NaN is none")
+    if survey.pixel_scale_arcsec is not None:
+        header["PIXSCALE"] = (survey.pixel_scale_arcsec, "arcsec a pixel")
     for i, band in enumerate(survey.bands):
         header[f"BAND{i}"] = band
     if survey.pixel_scale_arcsec is not None and not math.isnan(sample.ra):
@@ -148,6 +167,7 @@ def _write_hdf5(source: PackedSurvey, path: Path, progress: Callable[[int], None
 
     with h5py.File(path, "w") as file:
         file.attrs.update({"survey": survey.name, "unit": survey.unit, "bands": list(survey.bands)})
+        file.attrs[EXPORT] = json.dumps(description(source))
         if survey.bands:
             images = chunked(file, "images", (len(survey.bands), survey.height, survey.width))
         if survey.spectrum is not None:
@@ -155,6 +175,7 @@ def _write_hdf5(source: PackedSurvey, path: Path, progress: Callable[[int], None
             file["wave"] = wave
             flux, ivar = chunked(file, "flux", wave.shape), chunked(file, "ivar", wave.shape)
             flux.attrs["unit"] = survey.spectrum.unit
+            steps = file.create_dataset("flux_step", (count,), "f8", fillvalue=np.nan)
         vectors = {}
         for vector in survey.vectors:
             vectors[vector.name] = chunked(file, f"vectors/{vector.name}", (vector.size,))
@@ -165,6 +186,7 @@ def _write_hdf5(source: PackedSurvey, path: Path, progress: Callable[[int], None
                     images[row] = _image(sample)
                 if sample.spectrum is not None:
                     flux[row], ivar[row] = sample.spectrum.flux, sample.spectrum.ivar
+                    steps[row] = sample.spectrum.step or np.nan
                 for name, values in sample.vectors.items():
                     vectors[name][row] = values
             progress(len(samples))
@@ -184,17 +206,29 @@ def _write_parquet(source: PackedSurvey, path: Path, progress: Callable[[int], N
     fields = [source.catalog.schema.field(name) for name in names]
     arrays: dict[str, Callable[[Sample], np.ndarray | None]] = {}
     meta = {"survey": survey.name, "bands": " ".join(survey.bands), "unit": survey.unit}
+    named: dict[str, str] = {}  # column of each array; labels keep their names
+
+    def column(array: str) -> str:
+        free = array.removeprefix("vectors/")
+        while free in names or free in arrays:
+            free += "_array"
+        return named.setdefault(array, free)
+
     if survey.bands:
-        arrays["image"] = _image
+        arrays[column("image")] = _image
         meta["image_shape"] = f"{len(survey.bands)} {survey.height} {survey.width}"
     if survey.spectrum is not None:
-        arrays["flux"] = lambda s: None if s.spectrum is None else s.spectrum.flux
-        arrays["ivar"] = lambda s: None if s.spectrum is None else s.spectrum.ivar
+        arrays[column("flux")] = lambda s: None if s.spectrum is None else s.spectrum.flux
+        arrays[column("ivar")] = lambda s: None if s.spectrum is None else s.spectrum.ivar
+        arrays[column("flux_step")] = lambda s: None if s.spectrum is None else np.array([s.spectrum.step or np.nan])
         meta["wave"] = " ".join(f"{w:.10g}" for w in survey.spectrum.grid.angstrom())
     for vector in survey.vectors:
-        arrays[vector.name] = lambda s, name=vector.name: s.vectors.get(name)  # type: ignore[misc]
+        arrays[column(f"vectors/{vector.name}")] = (
+            lambda s, name=vector.name: s.vectors.get(name)  # type: ignore[misc]
+        )
         meta[f"{vector.name}_components"] = " ".join(vector.components)
     fields += [pa.field(name, pa.list_(pa.float32())) for name in arrays]
+    meta[EXPORT] = json.dumps(description(source) | {"arrays": named})
     schema = pa.schema(fields, metadata=meta)
     with pq.ParquetWriter(path, schema) as writer:
         for start, samples in _pieces(source):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from scipy.spatial import cKDTree
 
+from armillary.engine.data.format.catalog import read_catalog
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.match import unit_vectors
 
@@ -54,7 +54,8 @@ def find_leaks(folder: Path | str, *, radius_arcsec: float = 2.0, identifiers: t
         What is shared; empty where nothing is.
 
     Raises:
-        ValueError: The radius is not positive, or there is no such label.
+        ValueError: The radius is not positive, there is no such label, or nothing can be compared: one split only, or no
+            positions and no identifiers.
     """
     if not 0 < radius_arcsec <= 3600:
         raise ValueError(f"radius_arcsec: must be above 0 and at most 3600, got {radius_arcsec}")
@@ -62,12 +63,19 @@ def find_leaks(folder: Path | str, *, radius_arcsec: float = 2.0, identifiers: t
     for name in identifiers:
         if name not in survey.labels:
             raise ValueError(f"identifiers: no label {name!r}; the survey has {', '.join(survey.labels) or 'none'}")
-    table = pq.read_table(Path(folder) / "catalog.parquet", columns=["key", "split", "ra", "dec", *identifiers])
+    table = read_catalog(survey, columns=["key", "split", "ra", "dec", *identifiers])
     split = table["split"].to_numpy(zero_copy_only=False)
     keys = table["key"].to_numpy(zero_copy_only=False)
     names = sorted(set(split.tolist()), key=lambda s: (s == "train", s))
     rows = {name: np.flatnonzero(split == name) for name in names}
     ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
+    if len(names) < 2:
+        raise ValueError(f"{folder}: nothing to compare, its only split is {names[0]!r}")
+    if not identifiers and not sum(bool((~np.isnan(ra[r] + dec[r])).any()) for r in rows.values()) > 1:
+        raise ValueError(
+            f"{folder}: nothing to compare, no two of its splits have positions; name labels that identify objects "
+            "(--identifiers)"
+        )
     found = []
     for i, first in enumerate(names):
         for second in names[i + 1 :]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
+from armillary.engine.data.format.catalog import read_catalog
 from armillary.engine.data.format.survey import Survey
 
 __all__ = ["LabelSummary", "draw_statistics", "summarise_labels"]
@@ -118,8 +119,8 @@ def draw_statistics(
 
 
 def _catalog(folder: Path | str, survey: Survey, split: str | None, columns: list[str]) -> pa.Table:
-    filters = None if split is None else [("split", "=", split)]
-    table = pq.read_table(Path(folder) / "catalog.parquet", columns=columns, filters=filters)
+    table = read_catalog(survey, [*dict.fromkeys(["split", *columns])])
+    table = table if split is None else table.filter(pc.field("split") == split)
     if not len(table):
         known = ", ".join(dict.fromkeys(s.split for s in survey.shards))
         raise ValueError(f"split: no samples in {split!r}; the survey has {known or 'none'}")

@@ -11,6 +11,9 @@ from armillary.engine.data.simulate.population import DEFAULT_SEED
 
 __all__ = ["simulate"]
 
+TILES = 64
+"""HEALPix nside of the tiles that a survey with groups is split by: .92 degrees."""
+
 
 def simulate(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
@@ -26,6 +29,7 @@ def simulate(
     samples_per_shard: int = 2048,
     progress: bool = True,
     spectra: bool = False,
+    grouped: bool = False,
 ) -> int:
     """Simulate a grz survey with known redshifts and pack it.
 
@@ -43,24 +47,28 @@ def simulate(
         progress: Show progress bars.
         spectra: Add a DESI-like spectrum, physical properties and Galaxy Zoo votes to each galaxy, and arms and bars
             to the spirals' images.
+        grouped: Put galaxies of like redshift into groups on the sky, and split by tiles of the sky; else positions tell
+            nothing of a galaxy.
 
     Returns:
         Exit status 0.
     """
     from armillary.engine.data.building.build import build
-    from armillary.engine.data.building.splits import ByKey
+    from armillary.engine.data.building.splits import ByHealpix, ByKey
     from armillary.engine.data.simulate.pairs import SimulatedPairs
     from armillary.engine.data.simulate.survey import SimulatedSurvey
 
     kind = SimulatedPairs if spectra else SimulatedSurvey
-    source = kind(count, seed=seed, size=size, magnitude_limit=magnitude_limit)
+    source = kind(count, seed=seed, size=size, magnitude_limit=magnitude_limit, grouped=grouped)
     survey = build(
         source,
         out,
         name=f"simulated-pairs-{seed}" if spectra else f"simulated-{seed}",
         codec=codec,
         samples_per_shard=samples_per_shard,
-        split=ByKey(test_fraction, validation_fraction=validation_fraction),
+        split=ByHealpix(test_fraction, nside=TILES)
+        if grouped
+        else ByKey(test_fraction, validation_fraction=validation_fraction),
         seed=seed,
         processes=processes,
         progress=progress,

@@ -48,6 +48,7 @@ class SimulatedPairs(SimulatedSurvey):
         seed: Keys everything.
         size: Side of a cutout in pixels.
         magnitude_limit: Faintest AB magnitude in z.
+        grouped: Put some galaxies into groups on the sky, see `groups`.
 
     Raises:
         ModuleNotFoundError: GalSim or speclite is not installed.
@@ -66,8 +67,16 @@ class SimulatedPairs(SimulatedSurvey):
         | VOTE_LABELS
     )
 
-    def __init__(self, count: int, *, seed: int = DEFAULT_SEED, size: int = 72, magnitude_limit: float = 19.5) -> None:
-        super().__init__(count, seed=seed, size=size, magnitude_limit=magnitude_limit, bands=LEGACY)
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int = DEFAULT_SEED,
+        size: int = 72,
+        magnitude_limit: float = 19.5,
+        grouped: bool = False,
+    ) -> None:
+        super().__init__(count, seed=seed, size=size, magnitude_limit=magnitude_limit, bands=LEGACY, grouped=grouped)
         self.model = SpectrumModel(DESI_GRID)
         self.exposure = Exposure.of(DESI_GRID.angstrom())
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from armillary.engine.data.simulate.groups import group_positions
 from armillary.engine.data.simulate.population import (
     DEFAULT_SEED,
     Population,
@@ -84,6 +85,7 @@ class SimulatedSurvey:
         magnitude_limit: Faintest AB magnitude in the last band.
         bands: Observing conditions; the last band sets the magnitude limit.
         pixel_scale_arcsec: Arcseconds a pixel.
+        grouped: Put some galaxies into groups on the sky, see `groups`; else positions tell nothing.
 
     Raises:
         ModuleNotFoundError: GalSim or speclite is not installed.
@@ -110,6 +112,7 @@ class SimulatedSurvey:
         magnitude_limit: float = 19.5,
         bands: tuple[Band, ...] = LEGACY,
         pixel_scale_arcsec: float = 0.262,
+        grouped: bool = False,
     ) -> None:
         for name in ("galsim", "speclite"):
             if importlib.util.find_spec(name) is None:
@@ -137,6 +140,10 @@ class SimulatedSurvey:
             NEIGHBOUR_POOL, seed, filters=filters, magnitude_limit=FAINTEST, stream=POOL_STREAM
         )
         self._radius = half_light_radius(self.population)
+        self._places: np.ndarray | None = None
+        if grouped:
+            scattered = np.array([self._scattered(index) for index in range(count)])
+            self._places = group_positions(scattered, self.population.redshift, self.population.early, seed)
         self._sky_sigma = np.array([b.sky_sigma(pixel_scale_arcsec) for b in bands])
 
     def __len__(self) -> int:
@@ -148,7 +155,7 @@ class SimulatedSurvey:
         return (
             f"{type(self).__name__}(count={len(self)}, seed={self.seed}, size={self.size}, "
             f"magnitude_limit={self.magnitude_limit}, bands={self.conditions}, "
-            f"pixel_scale_arcsec={self.pixel_scale_arcsec})"
+            f"pixel_scale_arcsec={self.pixel_scale_arcsec}, grouped={self._places is not None})"
         )
 
     def read(self, index: int) -> Sample:
@@ -252,6 +259,12 @@ class SimulatedSurvey:
         return f"sim{self.seed}-{index:08d}"
 
     def _position(self, index: int) -> tuple[float, float]:
+        """RA and Dec in degrees."""
+        if self._places is None:
+            return self._scattered(index)
+        return float(self._places[index, 0]), float(self._places[index, 1])
+
+    def _scattered(self, index: int) -> tuple[float, float]:
         """RA and Dec in degrees: uniform on a patch of 20 x 10 degrees around (180, 0)."""
         u, v = keyed_generator(self.seed, PATCH_STREAM, index).random(2)
         edge = np.sin(np.deg2rad(5.0))

@@ -1,9 +1,11 @@
-"""Make a sky graph: from positions, or from a survey's catalogue into a file beside it.
+"""Make the edges of a sky graph from positions.
 
-Two modes. "published": every row may be everybody's neighbour, as in Galaxy-Walker, whose training and test galaxies share
-one graph. "leak-free": only rows of the split train may be seen, by themselves and by the others; with a buffer, rows of
-train that lie that near to a row of another split are left out, so that a cluster that the border of two tiles of the sky
-cuts is not in both (`--split healpix` of `armillary data build` makes the tiles).
+Three modes. "published": every row may be everybody's neighbour, as in Galaxy-Walker, whose training and test galaxies share
+one graph. "leak-free": only rows of the split train may be seen, by themselves and by the others: new galaxies on a sky that
+has been surveyed; in the middle of a tile that was set aside the nearest of them are far. "inductive": rows see rows of their
+own split: a new piece of sky, of which the galaxies are known and no labels. With a buffer, rows of train that lie that near to a
+row of another split are left out, so that a cluster that the border of two tiles of the sky cuts is not in both (`--split
+healpix` of `armillary data build` makes the tiles).
 
 The control of either is the same graph with shuffled neighbours: in every split the rows change places as neighbours, so that
 the number of neighbours and their splits stay, and where they lie does not. What a model gains from true neighbours over
@@ -14,62 +16,18 @@ Shape legend: N rows, M rows that may be seen.
 
 from __future__ import annotations
 
-import importlib.metadata
-from pathlib import Path
-
 import numpy as np
-import pyarrow.parquet as pq
 import scipy.sparse
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from armillary.engine.config.provenance import facts
-from armillary.engine.data.format.columns import numbers
-from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.sky_graph.graph import GraphOptions, GraphRecord, SkyGraph, catalog_checksum
+from armillary.engine.data.sky_graph.graph import GraphOptions
 from armillary.engine.data.sky_graph.neighbours import nearest, within
 from armillary.engine.data.sky_graph.spaces import check_positions, comoving_mpc, points
 from armillary.engine.data.sources.match import unit_vectors
 from armillary.kernels.pixels.philox import Purpose, streams, words
 
-__all__ = ["build_graph", "connect"]
-
-
-def build_graph(folder: Path | str, options: GraphOptions | None = None, *, threads: int = 1) -> tuple[SkyGraph, Path]:
-    """Make a graph over all rows of a survey's catalogue and write its file beside them.
-
-    Args:
-        folder: The survey.
-        options: Which rows become neighbours; the defaults of `GraphOptions` where None.
-        threads: Threads of the k-d tree.
-
-    Returns:
-        The graph, and its file.
-
-    Raises:
-        FileNotFoundError: There is no survey.
-        ValueError: Positions or redshifts are unknown or out of range, or too few rows may be seen.
-    """
-    folder, options = Path(folder), options or GraphOptions()
-    survey = Survey.load(folder)
-    label = options.redshift
-    if label is not None and label not in survey.labels:
-        raise ValueError(f"redshift: no label {label!r}; the survey has {', '.join(survey.labels) or 'none'}")
-    columns = ["split", "ra", "dec"] + ([] if label is None else [label])
-    table = pq.read_table(folder / "catalog.parquet", columns=columns)
-    redshift = None if label is None else numbers(table[label])
-    if label is not None and redshift is None:
-        raise ValueError(f"redshift: the label {label!r} holds text, a graph needs numbers")
-    split = table["split"].to_numpy(zero_copy_only=False)
-    ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
-    arrays = connect(ra, dec, options, split=split, redshift=redshift, threads=threads)
-    provenance = {name: value for name, value in facts(survey).items() if name != "pixels"}
-    provenance["versions"]["scipy"] = importlib.metadata.version("scipy")
-    record = GraphRecord(survey.name, catalog_checksum(folder), len(table), options, provenance)
-    graph = SkyGraph(*arrays, record)
-    path = folder / f"graph-{options.name}.safetensors"
-    graph.save(path)
-    return graph, path
+__all__ = ["connect"]
 
 
 def connect(
@@ -81,7 +39,7 @@ def connect(
     redshift: np.ndarray | None = None,
     threads: int = 1,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.bool_]]:
-    """The arrays of a `SkyGraph`, from positions in memory. Errors are those of `build_graph`.
+    """The arrays of a `SkyGraph`, from positions in memory.
 
     Args:
         ra: [N] degrees.
@@ -93,6 +51,9 @@ def connect(
 
     Returns:
         indptr [N + 1], indices [E], left_out [N].
+
+    Raises:
+        ValueError: Positions or redshifts are unknown or out of range, or too few rows may be seen.
     """
     check_positions(ra, dec)
     n = len(ra)
@@ -101,37 +62,60 @@ def connect(
     left_out = np.zeros(n, bool)
     if options.buffer_arcmin:
         left_out = _near_others(ra, dec, train, options.buffer_arcmin, threads)
-    seen = train & ~left_out if options.mode == "leak-free" else np.ones(n, bool)
-    visible, queries = np.flatnonzero(seen), np.flatnonzero(~left_out)
+    kept = ~left_out
+    if options.mode == "inductive":
+        own = {str(name): kept & (split == name) for name in np.unique(split)}
+        groups = [(f"rows of the split {name} that may be seen", rows, rows) for name, rows in own.items()]
+    elif options.mode == "leak-free":
+        groups = [("rows of the split train that may be seen", kept, train & kept)]
+    else:
+        groups = [("rows", kept, kept)]
+    where = _places(ra, dec, options, redshift)
+    edges = _matrix(np.zeros(n, np.int64), np.empty(0, np.int32))
+    seen = np.zeros(n, bool)
+    for what, asking, shown in groups:
+        edges = edges + _found(where, np.flatnonzero(asking), np.flatnonzero(shown), options, what, threads)
+        seen |= shown
+    if options.symmetrise:
+        edges, counts = edges.tocsr(), np.diff(edges.indptr)
+        edges = edges + _matrix(np.where(seen, counts, 0), edges.indices[np.repeat(seen, counts)]).T
+    if options.shuffle_seed is not None:
+        edges = edges.tocsr()
+        edges = _matrix(np.diff(edges.indptr), _moved(split, left_out, options.shuffle_seed)[edges.indices])
+    edges = (edges + scipy.sparse.eye_array(n, dtype=bool, format="csr")).tocsr()
+    return edges.indptr.astype(np.int64), edges.indices.astype(np.int32), left_out
+
+
+def _places(ra: np.ndarray, dec: np.ndarray, options: GraphOptions, redshift: np.ndarray | None) -> np.ndarray:
+    """[N, D] points in the space of the options."""
+    if options.linking_length_mpc is None:
+        return points(ra, dec, options.space)
+    if redshift is None:
+        raise ValueError("redshift: must be given in the comoving space")
+    return comoving_mpc(ra, dec, redshift)
+
+
+def _found(
+    where: np.ndarray, queries: np.ndarray, visible: np.ndarray, options: GraphOptions, what: str, threads: int
+) -> scipy.sparse.csr_array:
+    """[N, N] bool: the neighbours of some rows among those that may be seen, which are `what`."""
+    n = len(where)
     if not visible.size:
-        raise ValueError("mode leak-free: needs rows of the split train that may be seen, there are none")
+        raise ValueError(f"mode {options.mode}: needs {what}, there are none")
     place = np.full(n, -1)
     place[visible] = np.arange(len(visible))
     counts = np.zeros(n, np.int64)
+    own = place[queries]
     if options.linking_length_mpc is not None:
-        if redshift is None:
-            raise ValueError("redshift: must be given in the comoving space")
-        where = comoving_mpc(ra, dec, redshift)
-        length = options.linking_length_mpc
-        found = list(within(where[queries], where[visible], place[queries], length, threads=threads))
+        found = list(within(where[queries], where[visible], own, options.linking_length_mpc, threads=threads))
         counts[queries] = np.concatenate([few for few, _ in found])
         rows = np.concatenate([few for _, few in found])
     else:
         if not options.k < len(visible):
-            what = "rows" if options.mode == "published" else "rows of the split train that may be seen"
             raise ValueError(f"k: must be below the number of {what}, {len(visible)}, got {options.k}")
-        where = points(ra, dec, options.space)
         counts[queries] = options.k
-        own = place[queries]
         rows = nearest(where[queries], where[visible], own, options.k, options.space, threads=threads).ravel()
-    indices = visible.astype(np.int32)[rows]
-    edges = _matrix(counts, indices)
-    if options.symmetrise:
-        edges = edges + _matrix(np.where(seen, counts, 0), indices[np.repeat(seen, counts)]).T.tocsr()
-    if options.shuffle_seed is not None:
-        edges = _matrix(np.diff(edges.indptr), _moved(split, left_out, options.shuffle_seed)[edges.indices])
-    edges = (edges + scipy.sparse.eye_array(n, dtype=bool, format="csr")).tocsr()
-    return edges.indptr.astype(np.int64), edges.indices.astype(np.int32), left_out
+    return _matrix(counts, visible.astype(np.int32)[rows])
 
 
 def _near_others(ra: np.ndarray, dec: np.ndarray, train: np.ndarray, arcmin: float, threads: int) -> np.ndarray:

@@ -23,9 +23,9 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sky_graph.spaces import SPACES, Space
 from armillary.kernels.pixels.philox import check_seed
 
-__all__ = ["GraphOptions", "GraphRecord", "Mode", "SkyGraph", "catalog_checksum"]
+__all__ = ["GraphOptions", "GraphRecord", "Mode", "SkyGraph", "catalog_checksum", "graph_file"]
 
-Mode = Literal["published", "leak-free"]
+Mode = Literal["published", "leak-free", "inductive"]
 
 FORMAT_VERSION = 1
 ARRAYS = {"indptr": np.int64, "indices": np.int32, "left_out": np.bool_}
@@ -37,6 +37,11 @@ def catalog_checksum(folder: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def graph_file(folder: Path | str, name: str) -> Path:
+    """The file beside a survey that holds the graph of this name."""
+    return Path(folder) / f"graph-{name}.safetensors"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GraphOptions:
     """Which rows become neighbours.
@@ -44,10 +49,11 @@ class GraphOptions:
     Attributes:
         space: Whose distance is compared, see `spaces`.
         mode: "published": every row may be everybody's neighbour. "leak-free": only rows of the split train may be seen.
+            "inductive": rows see rows of their own split.
         k: Neighbours of a row, itself not counted; of no meaning in the comoving space.
         linking_length_mpc: Greatest comoving distance of neighbours; for the comoving space alone.
         redshift: Label with redshifts; for the comoving space alone. A model that sees such a graph has been told it.
-        buffer_arcmin: Rows of train this near to a row of another split are left out; for the mode leak-free alone.
+        buffer_arcmin: Rows of train this near to a row of another split are left out; not for the mode published.
         symmetrise: Add the way back of every edge whose row may be seen.
         shuffle_seed: Shuffle the neighbours by this seed; None: keep the true ones.
     """
@@ -77,8 +83,8 @@ class GraphOptions:
             raise ValueError(f"linking_length_mpc: must be positive and finite, got {self.linking_length_mpc}")
         if not 0 <= self.buffer_arcmin <= 60 * 180:
             raise ValueError(f"buffer_arcmin: must be at least 0 and at most 10800, got {self.buffer_arcmin}")
-        if self.buffer_arcmin and self.mode != "leak-free":
-            raise ValueError(f"buffer_arcmin: is for the mode leak-free; the mode is {self.mode}")
+        if self.buffer_arcmin and self.mode == "published":
+            raise ValueError("buffer_arcmin: is for the modes leak-free and inductive; the mode is published")
         if self.shuffle_seed is not None:
             check_seed(self.shuffle_seed)
 

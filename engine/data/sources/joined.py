@@ -20,6 +20,8 @@ from armillary.engine.data.sources.source import (
     Source,
     describe,
     inputs,
+    lossless_step_of,
+    sky_sigma_of,
     spectrum_of,
     vectors_of,
 )
@@ -102,6 +104,7 @@ class Joined:
         self.bands = pictured.bands
         self.pixel_scale_arcsec = pictured.pixel_scale_arcsec
         self.unit = pictured.unit
+        self.lossless_step, self.sky_sigma = lossless_step_of(pictured), sky_sigma_of(pictured)
         self.spectrum: SpectrumRecord | None = spectrum_of(with_spectra[0]) if with_spectra else None
         self.vectors: tuple[VectorRecord, ...] = tuple(v for s in self.sources for v in vectors_of(s))
         if len({v.name for v in self.vectors}) < len(self.vectors):

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import ast
 import fnmatch
 import importlib
 import inspect
+import logging
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from armillary.engine.data.sources.source import Source
+from armillary.engine.data.sources.listing import leaving_out, list_folder
+from armillary.engine.data.sources.options import fit_options
+from armillary.engine.data.sources.source import Source, bad_files
 from armillary.engine.user_code import load_object
 
-__all__ = ["KINDS", "Kind", "guess_kind", "open_source", "parse_options"]
+__all__ = ["EXPORT", "KINDS", "Kind", "guess_kind", "open_source"]
+
+log = logging.getLogger("armillary.data")
 
 HDF5 = (".h5", ".hdf5")
+TABLES = (*HDF5, ".parquet", ".pq", ".csv", ".csv.gz")
+EXPORT = "armillary_export"
+"""Attribute of an HDF5 file, or key of a Parquet file's metadata, with the description of an exported survey."""
+MARKERS = {"survey.json": "packed", "export.json": "export"}
+"""Files that tell a folder's kind."""
 
 
 class Kind(NamedTuple):
@@ -28,12 +38,14 @@ class Kind(NamedTuple):
         what: One line.
         names: Patterns of file names that are taken for this kind without being told; none where names do not say.
         holds: For HDF5 files, names that all must be in the file.
+        beside: Patterns of names of files that belong to those of this kind, and look like another one.
     """
 
     reader: str
     what: str
     names: tuple[str, ...] = ()
     holds: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Source]:
         """Import the reader."""
@@ -48,7 +60,10 @@ KINDS = {
         ("*.jpg", "*.jpeg", "*.png", "*.zip"),
     ),
     "desi": Kind(
-        "surveys.desi:DesiCoadds", "DESI coadded spectra with Redrock's redshifts", ("coadd-*.fits", "coadd-*.fits.gz")
+        "surveys.desi:DesiCoadds",
+        "DESI coadded spectra with Redrock's redshifts",
+        ("coadd-*.fits", "coadd-*.fits.gz"),
+        beside=("redrock-*", "rrdetails-*", "zbest-*", "emline-*", "qso_*"),
     ),
     "sdss": Kind("surveys.sdss:SdssSpectra", "SDSS and BOSS spectra, one file each", ("spec-*.fits", "spec-*.fits.gz")),
     "fits": Kind(
@@ -75,20 +90,19 @@ KINDS = {
         holds=("galaxy_id", "redshift_true"),
     ),
     "mmu": Kind("surveys.mmu:MultimodalUniverse", "Multimodal Universe, HDF5 or Parquet", holds=("object_id",)),
-    "table": Kind(
-        "files.tables:TableRows", "a catalogue: Parquet, CSV, ECSV, VOTable, FITS or HDF5, with a column map"
-    ),
+    "table": Kind("tables.rows:TableRows", "a catalogue: Parquet, CSV, ECSV, VOTable, FITS or HDF5, with a column map"),
     "provabgs": Kind("surveys.provabgs:Provabgs", "PROVABGS stellar masses and star-formation histories"),
     "gz-decals": Kind("surveys.galaxyzoo:GalaxyZooDecals", "Galaxy Zoo DECaLS votes"),
     "gz2": Kind("surveys.galaxyzoo:GalaxyZoo2", "Galaxy Zoo 2 votes"),
     "bricks": Kind("surveys.bricks:open_bricks", "cutouts from Legacy Survey bricks around the positions of a table"),
+    "export": Kind("files.exported:exported", "what `armillary data export` writes: FITS, HDF5 or Parquet"),
     "packed": Kind("packed:PackedSurvey", "a packed survey: a folder with survey.json"),
 }
 """Name: kind. Of several that fit a file, the first is meant."""
 
 
 def guess_kind(path: Path) -> str:
-    """The kind of source in a file or folder, from file names and, of HDF5 files, from what the first one holds.
+    """The kind of source in a file or folder, from file names and, where those do not say, from what the first one holds.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -96,47 +110,85 @@ def guess_kind(path: Path) -> str:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if (path / "survey.json").exists():
-        return "packed"
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    found = Counter(kind for file in files if (kind := _by_name(file.name)))
-    tables = [file for file in files if file.suffix.lower() in HDF5]
-    if tables and (kind := _by_content(tables[0])):
-        found[kind] += len(tables)
+    for marker, marked in MARKERS.items():
+        if (path / marker).exists():
+            return marked
+    files = [path] if path.is_file() else list_folder(path).files
+    named = {file: kind for file in files if (kind := _by_name(file.name))}
+    found = Counter(named.values())
+    for kind in list(found):  # files that lie beside those of another kind are none of their own
+        beside = [f for f, k in named.items() if k != kind and _matches(f.name, KINDS[kind].beside)]
+        found -= Counter(named[f] for f in beside)
+    tables = [file for file in files if file.name.lower().endswith(TABLES) and file.name != "labels.csv"]
+    if tables and (set(found) <= {"fits"} or any(t.suffix.lower() in HDF5 for t in tables)):
+        first = next((t for t in tables if t.suffix.lower() in HDF5), tables[0])
+        if (held := _by_content(first)) and not (found and held == "table"):
+            found[held] += len(tables)
+    if set(found) == {"fits"} and (first := next(f for f, k in named.items() if k == "fits")) and _is_fits_table(first):
+        return "table"
     if len(found) == 1:
         return next(iter(found))
     have = ", ".join(f"{number} of kind {name}" for name, number in found.items()) or "no file of a known kind"
     raise ValueError(f"{path}: what to read is not clear ({have}); give the kind (--kind): {', '.join(KINDS)}")
 
 
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
+
+
 def _by_name(name: str) -> str | None:
-    for kind, described in KINDS.items():
-        if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in described.names):
-            return kind
-    return None
+    return next((kind for kind, described in KINDS.items() if _matches(name, described.names)), None)
 
 
 def _by_content(path: Path) -> str | None:
-    import h5py
+    """Kind of an HDF5 or Parquet file by what it holds; other tables are tables."""
+    if path.suffix.lower() in HDF5:
+        import h5py
+
+        try:
+            with h5py.File(path, "r") as file:
+                if EXPORT in file.attrs:
+                    return "export"
+                return next((k for k, d in KINDS.items() if d.holds and all(name in file for name in d.holds)), None)
+        except OSError as error:
+            raise ValueError(f"{path}: not a readable HDF5 file: {error}") from error
+    if path.suffix.lower() in (".parquet", ".pq"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            schema = pq.read_schema(path)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+        if EXPORT.encode() in (schema.metadata or {}):
+            return "export"
+        if "object_id" in schema.names and {"image", "spectrum"} & set(schema.names):
+            return "mmu"
+    return "table"
+
+
+def _is_fits_table(path: Path) -> bool:
+    """Whether a FITS file holds a table and no image."""
+    from astropy.io import fits
 
     try:
-        with h5py.File(path, "r") as file:
-            for kind, described in KINDS.items():
-                if described.holds and all(name in file for name in described.holds):
-                    return kind
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable HDF5 file: {error}") from error
-    return None
+        with warnings.catch_warnings(action="ignore"), fits.open(path) as hdus:
+            kinds = [(hdu.is_image and hdu.header.get("NAXIS", 0) > 0, type(hdu).__name__) for hdu in hdus]
+    except (OSError, ValueError, TypeError, KeyError, EOFError):
+        return False  # its reader says what is wrong
+    return not any(image for image, _ in kinds) and any(kind == "BinTableHDU" for _, kind in kinds)
 
 
-def open_source(path: Path, kind: str = "auto", **options: Any) -> Source:
+def open_source(path: Path, kind: str = "auto", *, on_bad: str = "error", **options: Any) -> Source:
     """Open files with the reader for their kind.
 
     Args:
         path: File or folder.
         kind: One of `KINDS`, "auto" to tell it by file names, or "module:class" of a reader of one's own (or the path of
             its file in place of the module).
-        options: The reader's keyword arguments.
+        on_bad: "error", or "skip" to leave out files of a folder that cannot be read or differ from the others, as long as
+            they are not more than half; their reasons are logged and are the source's `bad_files`.
+        options: The reader's keyword arguments; see `options.fit_options`.
 
     Raises:
         ValueError: There is no such kind, or it has no such option.
@@ -145,31 +197,24 @@ def open_source(path: Path, kind: str = "auto", **options: Any) -> Source:
     if chosen not in KINDS and ":" not in chosen:
         raise ValueError(f"kind: must be auto, module:class or one of {', '.join(KINDS)}, got {chosen!r}")
     reader = KINDS[chosen].load() if chosen in KINDS else load_object(chosen)
-    takes = [p.name for p in inspect.signature(reader).parameters.values()][1:]
-    for option in options:
-        if option not in takes:
-            known = ", ".join(takes) or "none"
-            raise ValueError(
-                f"{option}: sources of kind {chosen} have no such option (they have: {known}); leave it out"
-            )
-    return reader(path, **options)
-
-
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Options written as NAME=VALUE: numbers, tuples, True and None as in Python, everything else text.
-
-    Raises:
-        ValueError: One has another form, or is given twice.
-    """
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not sign or not name.isidentifier():
-            raise ValueError(f"option {text!r}: must be NAME=VALUE, such as radius=2.5")
-        if name in options:
-            raise ValueError(f"option {name!r}: given twice")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
-    return options
+    fitted = fit_options(reader, options, f"sources of kind {chosen}")
+    if on_bad == "skip" and "on_bad" in inspect.signature(reader).parameters:
+        fitted["on_bad"] = on_bad
+    if on_bad != "skip" or not path.is_dir():
+        return reader(path, **fitted)
+    bad: dict[Path, str] = {}
+    files = list_folder(path).files
+    while True:
+        with leaving_out(bad):
+            try:
+                source = reader(path, **fitted)
+            except ValueError as error:  # begins with the file's name
+                file = next((f for f in files if f not in bad and str(error).startswith((f"{f}:", f"{f},"))), None)
+                if file is None or 2 * (len(bad) + 1) > len(files):
+                    raise
+                bad[file] = str(error)
+                log.warning("left out: %s", error)
+                continue
+        if bad:
+            vars(source)["bad_files"] = [*bad_files(source), *bad.values()]
+        return source

@@ -15,7 +15,17 @@ from scipy.spatial import cKDTree
 
 from armillary.engine.data.format.survey import SpectrumRecord, VectorRecord
 from armillary.engine.data.sources.match import unit_vectors
-from armillary.engine.data.sources.source import Rows, Sample, Source, describe, inputs, spectrum_of, vectors_of
+from armillary.engine.data.sources.source import (
+    Rows,
+    Sample,
+    Source,
+    describe,
+    inputs,
+    lossless_step_of,
+    sky_sigma_of,
+    spectrum_of,
+    vectors_of,
+)
 
 __all__ = ["Condition", "Selected"]
 
@@ -112,6 +122,7 @@ class Selected:
         self.labels = source.labels
         self.spectrum: SpectrumRecord | None = spectrum_of(source)
         self.vectors: tuple[VectorRecord, ...] = vectors_of(source)
+        self.lossless_step, self.sky_sigma = lossless_step_of(source), sky_sigma_of(source)
         conditions = [Condition.parse(cut) for cut in cuts]
         self.removed: dict[str, int] = {str(c): 0 for c in conditions}
         rows, places = [], []

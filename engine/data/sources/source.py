@@ -27,12 +27,14 @@ __all__ = [
     "BadSample",
     "Described",
     "Lossless",
+    "Measured",
     "Rows",
     "Sample",
     "Source",
     "Spectral",
     "Traceable",
     "Vectorial",
+    "bad_files",
     "centre_crop",
     "cut_out",
     "describe",
@@ -40,7 +42,9 @@ __all__ = [
     "inputs",
     "key_from_name",
     "listing_mark",
+    "lossless_step_of",
     "position_problem",
+    "sky_sigma_of",
     "spectrum_of",
     "vectors_of",
 ]
@@ -194,6 +198,15 @@ class Lossless(Protocol):
         """Step per band in the flux unit; None where there is none after all."""
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """A source whose sky noise is known: what was packed before keeps it, and is not measured again with less."""
+
+    @property
+    def sky_sigma(self) -> tuple[float, ...] | None:
+        """Sky noise per band in the flux unit; None where it is not known after all."""
+
+
 def describe(source: Source, start: int, stop: int) -> Rows:
     """Describe samples [start, stop) of any source; one that is not `Described` has all of them read."""
     if isinstance(source, Described):
@@ -229,6 +242,23 @@ def inputs(source: Source) -> dict[str, str]:
         return source.inputs()
     own = type(source).__repr__ is not object.__repr__
     return {"source": repr(source) if own else type(source).__qualname__}
+
+
+def lossless_step_of(source: Source) -> tuple[float, ...] | None:
+    """The step by which pixels of any source can be quantised without loss; None where there is none."""
+    return source.lossless_step if isinstance(source, Lossless) else None
+
+
+def sky_sigma_of(source: Source) -> tuple[float, ...] | None:
+    """The sky noise of any source; None where it has to be measured."""
+    return source.sky_sigma if isinstance(source, Measured) else None
+
+
+def bad_files(source: Source) -> list[str]:
+    """Reasons for files that were left out when a source, or one that it is made of, was opened."""
+    parts = [getattr(source, "source", None), getattr(source, "positions", None), *getattr(source, "sources", ())]
+    own = list(getattr(source, "bad_files", ()))
+    return own + [reason for part in parts if part is not None for reason in bad_files(part)]
 
 
 def spectrum_of(source: Source) -> SpectrumRecord | None:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from armillary.engine.data.format.columns import Columns
+from armillary.engine.data.views.neighbours import NeighbourInput
 from armillary.engine.data.views.quantities import QuantityReader
 from armillary.models.method import Batch
 
@@ -48,12 +49,14 @@ class EvalView:
         image: Makes `crop` of `image` and `valid`, or of `blobs` and `sizes`; None where images are not read.
         spectrum: Whether spectra are read; they are handed on as they are.
         columns: Inputs from the catalogue; None where there are none.
+        neighbours: Neighbours on the sky, drawn once for each galaxy; None where they are not read.
         quantities: Scalars and vectors, with noise that is the same in every evaluation; None where there are none.
     """
 
     image: CropInput | None = None
     spectrum: bool = False
     columns: Columns | None = None
+    neighbours: NeighbourInput | None = None
     quantities: QuantityReader | None = None
 
     @property
@@ -84,4 +87,4 @@ class EvalView:
             out["columns"] = self.columns.of(batch["row"])
         if self.quantities is not None:
             self.quantities.add(out, None)
-        return out
+        return out if self.neighbours is None else self.neighbours.of_batch(out)

@@ -1,4 +1,4 @@
-"""Views of whole objects: one crop of the image, the spectrum, quantities, columns of the catalogue, in any mix.
+"""Views of whole objects: one crop of the image, the spectrum, quantities, columns of the catalogue, neighbours, in any mix.
 
 They serve methods that do not compare crops of one image: spectrum encoders, image-spectrum alignment, regression.
 
@@ -7,6 +7,7 @@ Shape legend: B samples, S crop side in pixels, L pixels of a spectrum, n column
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from armillary.engine.data.format.columns import Columns, column_problems
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.eval_view import EvalView, require_all
 from armillary.engine.data.views.multi_crop import MultiCrop
+from armillary.engine.data.views.neighbours import NeighbourInput, Neighbours
 from armillary.engine.data.views.quantities import QuantityReader, fitted_quantities
 from armillary.engine.data.views.quantity_view import QuantityView
 from armillary.models.method import Batch, BatchKey, InputSpec
@@ -35,6 +37,7 @@ class ObjectViews:
         quantities: Scalars and vectors, each of which an object may lack, in the order in which methods get them.
         columns: Columns of the catalogue that are inputs, standardised by the training split.
         targets: Labels to predict, standardised likewise; an object may lack any.
+        neighbours: Its neighbours on the sky; targets of galaxies that a graph's buffer took out are unknown. None: not read.
     """
 
     image: MultiCrop | None = None
@@ -44,6 +47,7 @@ class ObjectViews:
     quantities: tuple[QuantityView, ...] = ()
     columns: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    neighbours: Neighbours | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -54,14 +58,15 @@ class ObjectViews:
     @property
     def augmented(self) -> bool:
         """Whether anything depends on a random draw."""
+        sampled = self.neighbours is not None and any(self.neighbours.fan_outs)
         noisy = any(q.noise == "redrawn" for q in self.quantities)
-        return noisy or (self.image is not None and self.image.augmented)
+        return sampled or noisy or (self.image is not None and self.image.augmented)
 
     def problems(self, survey: Survey) -> list[str]:
         """Every rule these views break for a survey, as `views.field: rule, got value`; empty if none."""
         found: list[str] = []
-        if not (self.modalities or self.columns or self.quantities):
-            found.append("views: need an image, a spectrum, quantities or columns, got none of them")
+        if not (self.modalities or self.columns or self.quantities or self.neighbours):
+            found.append("views: need an image, a spectrum, quantities, columns or neighbours, got none of them")
         if self.image is not None:
             found += [p.replace("views", "views.image", 1) for p in self.image.problems(survey)]
             for field, value, wanted in (("n_global", self.image.n_global, 1), ("n_local", self.image.n_local, 0)):
@@ -75,6 +80,10 @@ class ObjectViews:
             if getattr(self, f"{name}_optional") and not (there and beside):
                 found.append(f"views.{name}_optional: must be off unless there is a {name} and something beside it")
         found += self._quantity_problems(survey)
+        if self.neighbours is not None:
+            found += self.neighbours.problems(survey)
+            shown = set(self.neighbours.columns) & set(self.targets)
+            found += [f"views.neighbours.columns: must be none of the targets, got {name!r}" for name in sorted(shown)]
         found += column_problems(survey, "views.columns", self.columns)
         return found + column_problems(survey, "views.targets", self.targets)
 
@@ -103,6 +112,7 @@ class ObjectViews:
         columns = Columns.read(survey, self.columns) if self.columns else None
         targets = Columns.read(survey, self.targets) if self.targets else None
         image = None if self.image is None else self.image.input_spec(survey)
+        near = NeighbourInput.of(self.neighbours, survey) if self.neighbours else None
         grid = survey.spectrum.grid if self.spectrum and survey.spectrum else None
         linear = grid if grid and grid.kind == "linear" else None
         return InputSpec(
@@ -118,6 +128,10 @@ class ObjectViews:
             targets=self.targets,
             target_mean=targets.mean if targets else (),
             target_std=targets.std if targets else (),
+            graphs=len(near.graphs) if near else 0,
+            node_features=near.features if near else 0,
+            node_mean=near.columns.mean if near and near.columns else (),
+            node_std=near.columns.std if near and near.columns else (),
             quantities=fitted_quantities(self.quantities, survey, anything_else=self._has_more)
             if self.quantities
             else (),
@@ -127,8 +141,8 @@ class ObjectViews:
         """Fix the views for a survey and a device.
 
         Returns:
-            A function that gives a batch `crop`, `quantities`, `columns` and `targets`. Its attribute `packed` says that it would
-            rather have undecoded images.
+            A function that gives a batch `crop`, `quantities`, `columns`, `targets` and neighbours. Its attribute `packed`
+            says that it would rather have undecoded images.
 
         Raises:
             ValueError: The views break a rule for this survey.
@@ -145,7 +159,7 @@ class ObjectViews:
         image = self.image if self.image is not None and survey.bands else None
         spectrum = self.spectrum and survey.spectrum is not None
         quantities = QuantityReader(self.quantities, survey, anything_else=self._has_more) if self.quantities else None
-        if not (image or spectrum or self.columns or quantities):
+        if not (image or spectrum or self.columns or quantities or self.neighbours):
             raise ValueError(
                 f"survey {survey.name!r}: has {', '.join(survey.modalities)}, but the encoder reads "
                 f"{' and '.join(self.modalities)}"
@@ -154,6 +168,7 @@ class ObjectViews:
             image=None if image is None else image.eval_input(survey, device),
             spectrum=spectrum,
             columns=Columns.read(survey, self.columns) if self.columns else None,
+            neighbours=NeighbourInput.of(self.neighbours, survey) if self.neighbours else None,
             quantities=quantities,
         )
 
@@ -175,6 +190,7 @@ class _Objects:
         self.packed = bool(getattr(self.crop, "packed", False))
         self.columns = Columns.read(survey, views.columns) if views.columns else None
         self.targets = Columns.read(survey, views.targets) if views.targets else None
+        self.neighbours = NeighbourInput.of(views.neighbours, survey) if views.neighbours else None
 
     def __call__(self, batch: Batch, key: BatchKey) -> Batch:
         out: Batch = batch.copy()
@@ -193,4 +209,8 @@ class _Objects:
             out["columns"] = self.columns.of(batch["row"])
         if self.targets is not None:
             out["targets"] = self.targets.of(batch["row"])
+        if self.neighbours is not None:
+            out = self.neighbours.of_batch(out, seed=key.seed, epoch=key.epoch)
+            if self.targets is not None:
+                out["targets"] = out["targets"].masked_fill(out["left_out"][:, None], math.nan)
         return out

@@ -67,9 +67,14 @@ class Aim:
     difference: Difference
 
     @property
-    def reached(self) -> bool:
-        """True where the measured difference is at least the margin; False also where it is undefined."""
-        return self.difference.value >= self.margin
+    def reached(self) -> bool | None:
+        """True where the whole 95% interval of the difference is at least the margin, False where all of it is below.
+
+        None where the interval holds the margin, or is undefined: these samples do not tell.
+        """
+        if self.difference.low >= self.margin:
+            return True
+        return False if self.difference.high < self.margin else None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ def verdict(result: LabelResult) -> list[tuple[str, str, str]]:
     if note := result.methods[0].scores.note:
         lines.append(("note", "Note", note))
     if result.aims:
-        lines.append(("note", "Aims", f"{sum(a.reached for a in result.aims)} of {len(result.aims)} aims reached."))
+        lines.append(
+            ("note", "Aims", f"{sum(a.reached is True for a in result.aims)} of {len(result.aims)} aims reached.")
+        )
     for aim in result.aims:
         d = aim.difference
         text = (
@@ -39,7 +41,11 @@ def verdict(result: LabelResult) -> list[tuple[str, str, str]]:
             f"{aim.margin:+.2f} or more. 95% of paired bootstraps lie between {_text(d.low, '+.3f')} and "
             f"{_text(d.high, '+.3f')}."
         )
-        lines.append(("yes", "Aim reached", text) if aim.reached else ("no", "Aim missed", text))
+        if aim.reached is None:
+            text += " The aim lies between them, so that these samples do not decide."
+            lines.append(("note", "Not decided", text))
+        else:
+            lines.append(("yes", "Aim reached", text) if aim.reached else ("no", "Aim missed", text))
     return lines
 
 

@@ -15,6 +15,7 @@ from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 __all__ = ["baselines"]
 
 FEW_COMPONENTS = 8  # of the baseline that was best on simulated galaxies
+WORDS = {True: "reached", False: "NOT reached", None: "not decided"}
 LEAST = 20, 1  # labelled samples to train on and to test: the perceptron holds out a tenth, kNN takes 16
 
 
@@ -80,7 +81,16 @@ def _measures(result: LabelResult) -> list[Measure]:
                 Measure("baselines", against, result.label, head.probe, metric, value, error, head.scores.samples)
             )
         found.append(Measure("baselines", against, result.label, head.probe, "aim", aim.margin))
-        found.append(Measure("baselines", against, result.label, head.probe, "reached", float(aim.reached)))
+        found.append(
+            Measure(
+                "baselines",
+                against,
+                result.label,
+                head.probe,
+                "reached",
+                np.nan if aim.reached is None else float(aim.reached),
+            )
+        )
     for name in ("train", "test", "dropped"):
         found.append(Measure("baselines", "", result.label, "", f"{name} samples", float(getattr(result, name))))
     return found
@@ -99,7 +109,7 @@ def _lines(result: LabelResult) -> list[str]:
     for aim in result.aims:
         d = aim.difference
         lines.append(
-            f"{'reached' if aim.reached else 'NOT reached'}: R2 {d.value:+.3f} +- {d.se:.3f} over the {aim.against}, "
+            f"{WORDS[aim.reached]}: R2 {d.value:+.3f} +- {d.se:.3f} over the {aim.against} (95%: {d.low:+.3f} to {d.high:+.3f}), "
             f"aim {aim.margin:+.2f}"
         )
     return lines

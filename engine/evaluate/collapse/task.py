@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from armillary.engine.config.provenance import survey_fingerprint
 from armillary.engine.evaluate.collapse.measures import assess
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
+from armillary.models.dinov2.collapse import MIN_EFFECTIVE_RANK
 
 __all__ = ["collapse"]
 
@@ -35,6 +37,17 @@ def collapse(study: Study) -> Outcome:
     measures = tuple(
         Measure("collapse", first.name, "", "", name, float(value), samples=c.samples) for name, value in found.items()
     )
+    in_training = log.last("effective_rank")
+    by_rank_alone = len(c.reasons) == 1 and c.effective_rank <= MIN_EFFECTIVE_RANK
+    foreign = log.record.get("survey") not in (None, survey_fingerprint(study.survey))
+    if foreign and by_rank_alone and in_training is not None and in_training > MIN_EFFECTIVE_RANK:
+        narrow = f"effective rank {c.effective_rank:.1f} over {c.samples:,} embeddings of this survey, {in_training:.1f} in training"
+        text = (
+            f"E{narrow[1:]}: the encoder tells objects apart, but these are too alike to show more of it, or too few."
+        )
+        return Outcome(
+            "collapse", measures, ("not collapsed, but narrow: " + narrow,), verdict=(("note", "Narrow", text),)
+        )
     if c.collapsed:
         reasons = "; ".join(c.reasons)
         verdict = ("no", "Collapsed", reasons + ".")

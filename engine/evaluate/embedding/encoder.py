@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -28,12 +29,14 @@ class Encoder:
         view: Makes its inputs of a survey's batches.
         metadata: What embeddings by it should say of themselves: run, encoder, survey.
         run: The run's record.
+        folder: The run's folder, where it was read from one.
     """
 
     method: Method
     view: EvalView
     metadata: dict[str, str]
     run: Run
+    folder: Path | None = None
 
     @classmethod
     def load(cls, source: TrainedEncoder, survey: Survey, device: torch.device, *, trained: bool = True) -> Encoder:
@@ -80,7 +83,11 @@ class Encoder:
             view = replace(view, columns=view.columns.scaled(inputs.column_mean, inputs.column_std))
         if view.quantities is not None:
             view = replace(view, quantities=view.quantities.scaled(inputs.quantities))
-        return cls(method, view, metadata, run)
+        if view.neighbours is not None:
+            view = replace(view, neighbours=view.neighbours.scaled(inputs.node_mean, inputs.node_std))
+        # RUN/checkpoints/step-N or RUN/export/FILE; a file elsewhere has no run beside it.
+        folder = source.path.parents[1] if len(source.path.parents) > 1 else None
+        return cls(method, view, metadata, run, folder)
 
     def pipeline(self, readout: str | None = None) -> Pipeline:
         """For `embed` and `embed_readouts`; `readout` is the one of its embeddings to make, None for its default."""

@@ -11,7 +11,7 @@ from armillary.engine.evaluate.probes.scores import CATASTROPHIC
 from armillary.engine.evaluate.properties.results import OWN, REDSHIFT, Comparison, Prediction
 from armillary.engine.evaluate.study.study import Study
 
-__all__ = ["MODALITIES", "comparison_section", "redshift_section", "table_section"]
+__all__ = ["MODALITIES", "class_section", "comparison_section", "redshift_section", "table_section"]
 
 MODALITIES = {
     "image": "From images",
@@ -75,6 +75,26 @@ def comparison_section(comparisons: Sequence[Comparison], headline: str, labels:
     )
     listing = card(table(["R\u00b2 difference", *labels], [("", rows)]))
     return section("What does alignment bring?", text, verdicts(items), listing)
+
+
+def class_section(predictions: Sequence[Prediction]) -> Markup:
+    """Accuracy, F1 and area under the ROC curve of labels that are 0 or 1; nothing without any."""
+    groups: list[tuple[str, list[list[str]]]] = []
+    for label in dict.fromkeys(p.label for p in predictions if p.classes):
+        rows, share = [], 0.0
+        for p in predictions:
+            if p.label == label and (k := p.classes):
+                share = k.share
+                cells = [number(getattr(k, m), getattr(k, f"{m}_se")) for m in ("accuracy", "f1", "auc")]
+                rows.append([f"{p.features}, {p.model}", *cells])
+        groups.append((f"{label}: {share:.1%} are 1; the commoner answer alone has {max(share, 1 - share):.3f}", rows))
+    if not groups:
+        return Markup()
+    text = (
+        "Labels that are 0 or 1. Accuracy and F1 of the ones count a prediction above 1/2 as 1; AUC is the chance that a one has "
+        "a higher prediction than a zero. Errors are bootstrap standard errors over test samples."
+    )
+    return section("How well are classes told apart?", text, card(table(["Features", "accuracy", "F1", "AUC"], groups)))
 
 
 def redshift_section(predictions: Sequence[Prediction]) -> Markup:

@@ -26,7 +26,12 @@ from armillary.engine.evaluate.properties.results import (
     compare,
     predict,
 )
-from armillary.engine.evaluate.properties.tables import comparison_section, redshift_section, table_section
+from armillary.engine.evaluate.properties.tables import (
+    class_section,
+    comparison_section,
+    redshift_section,
+    table_section,
+)
 from armillary.engine.evaluate.study.options import PROPERTIES
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 
@@ -118,6 +123,7 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
         table_section(study, predictions, winners, labels),
         comparison_section(comparisons, headline, labels),
         redshift_section(redshifts),
+        class_section(predictions),
         prediction_section(heads),
         bias_section([p for p in heads if p.bias], list(study.features)),
         strata_section(strata, headline, list(study.features)),
@@ -175,6 +181,10 @@ def _measures(
         if s := p.scores:
             for metric in ("nmad", "bias", "mean_bias", "outliers", "catastrophic"):
                 out.append(Measure(*names, metric, getattr(s, metric), getattr(s, f"{metric}_se"), count))
+        if k := p.classes:
+            for metric in ("accuracy", "f1", "auc"):
+                out.append(Measure(*names, metric, getattr(k, metric), getattr(k, f"{metric}_se"), count))
+            out.append(Measure(*names, "share of ones", k.share, samples=count))
         if p.bias:
             out.append(Measure(*names, "tomographic_bias", abs(p.worst.bias), p.worst.error, p.worst.samples))
         for b in p.bias:
@@ -207,6 +217,7 @@ def _lines(
     out = [
         f"{headline} from {p.features} ({p.model}): R2 {p.r2:.3f} ± {p.r2_se:.3f}"
         + (f", NMAD {p.scores.nmad:.4f}, catastrophic {p.scores.catastrophic:.1%}" if p.scores else "")
+        + (f", accuracy {p.classes.accuracy:.1%}, F1 {p.classes.f1:.3f}, AUC {p.classes.auc:.3f}" if p.classes else "")
         for p in heads
     ]
     out += [str(c) for c in comparisons if c.label == headline]

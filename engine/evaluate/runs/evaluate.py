@@ -94,6 +94,8 @@ def _evaluate(
     logbooks = {e.run.name: RunLog.read(run) for e, run in zip(encoders, runs, strict=True)}
     wanted = _wanted(encoders, survey, readout)
     reasons = _impossible(options, survey, [e.method for e in encoders])
+    if options.tasks == ("ablation",):  # which reads predictions alone
+        wanted = [w for w in wanted if w.about.targets] or wanted
     sets = _embed(wanted, survey_dir, out, options, where, batch)
     features: dict[str, Embeddings] = {}
     if reasons.get("baselines") == "":

@@ -149,6 +149,18 @@ class _Attention(Task):
         return attention(study, encoders, options.samples)
 
 
+class _Questions(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.engine.evaluate.questions.task import impossible
+
+        return impossible(survey, methods)
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.questions.task import questions
+
+        return questions(study, options, encoders)
+
+
 def _no_pairs(survey: Survey, methods: Sequence[Method]) -> str:
     from armillary.models.mmae.pairs import PairMethod
 
@@ -201,7 +213,20 @@ def _lacks_labels(survey: Survey, wanted: tuple[str, ...]) -> str:
     return ""
 
 
+class _Ablation(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        if len(methods) < 2 or len({type(m) for m in methods}) > 1:
+            return "it compares runs of one method that differ in settings; name others with --compare"
+        return ""
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.ablation.task import ablation
+
+        return ablation(study, encoders, resamples=options.resamples)
+
+
 TASKS: dict[str, Task] = {
+    "ablation": _Ablation(),
     "queries": _Queries(),
     "missing": _Missing(),
     "lines": _Lines(),
@@ -213,6 +238,7 @@ TASKS: dict[str, Task] = {
     "morphology": _Morphology(),
     "masking": _Masking(),
     "attention": _Attention(),
+    "questions": _Questions(),
     "pictures": _Pictures(),
 }
 """In the order of the report."""

@@ -21,8 +21,9 @@ class Options:
     """What to evaluate and how.
 
     Attributes:
-        tasks: Of missing, lines, baselines, collapse, search, properties, posterior, morphology, masking, attention, pictures
-            (see docs/studies.md) and those that --package brings; all that the survey and the encoders allow if empty.
+        tasks: Of queries, missing, lines, baselines, collapse, search, properties, posterior, morphology, masking, attention,
+            questions, pictures, ablation (see docs/studies.md) and those that --package brings; all that the survey and the
+            encoders allow if empty.
         labels: Labels to predict; by default redshift, mass, metallicity, age and star formation, where the survey has them.
             Tasks that predict one label take the first, by default the redshift, by whichever usual name it goes.
         redshift: Divide the baselines' residuals by 1 + label; by default for labels with a redshift's name.

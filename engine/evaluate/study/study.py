@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
+from armillary.engine.data.format.catalog import read_catalog
 from armillary.engine.data.format.columns import numbers
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
@@ -157,7 +157,7 @@ class Study:
         """
         folder = Path(folder)
         survey = Survey.load(folder)
-        catalogue: Any = pq.read_table(folder / "catalog.parquet")
+        catalogue: Any = read_catalog(survey)
         if not features:
             raise ValueError("features: need at least one set of embeddings")
         if train_split == test_split:

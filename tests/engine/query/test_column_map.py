@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from armillary.engine.data.sources.files.columns import Catalogue
+from armillary.engine.data.sources.tables.catalogue import Catalogue
 from armillary.engine.query.column_map import find_columns
 from armillary.engine.query.units import unit_conversion
 from armillary.models.quantities import Quantity, Scaling

@@ -7,20 +7,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from astropy.io import fits
 from astropy.wcs import WCS
-from astropy.wcs.utils import proj_plane_pixel_scales
+from astropy.wcs.utils import proj_plane_pixel_scales, wcs_to_celestial_frame
 
-__all__ = ["DAMAGED", "Brick", "find_bricks", "open_brick_image", "picture"]
+from armillary.engine.data.sources.files.fits_headers import DAMAGED, flux_unit, image_hdu
+from armillary.engine.data.sources.files.fits_tables import damage_of, open_fits
+from armillary.engine.data.sources.listing import list_folder
+
+__all__ = ["Brick", "find_bricks"]
 
 NAME = re.compile(r"legacysurvey-(\d{4}[pm]\d{3})-(?:(image|invvar)-([A-Za-z0-9]+)|(maskbits))\.fits(?:\.fz|\.gz)?")
 SCALE_TOLERANCE = 0.01  # relative difference of pixel scales
 SAME_PLACE = 0.01  # pixels by which the projections of a brick's files may differ
-UNITS = ("", "nanomaggy", "nanomaggies", "nmgy")
-DAMAGED = (OSError, ValueError, TypeError, IndexError, EOFError, KeyError, fits.VerifyError)  # astropy's variety
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,12 @@ def find_bricks(path: Path | str | Sequence[Path | str], bands: tuple[str, ...],
     for one in given:
         if not one.exists():
             raise FileNotFoundError(f"{one}: no such folder or file of bricks")
-        files += sorted(p for p in one.rglob("*") if p.is_file()) if one.is_dir() else [one]
+        if one.is_dir():
+            listing = list_folder(one)
+            listing.tell(one)
+            files += listing.files
+        else:
+            files.append(one)
     groups: dict[tuple[Path, str], dict[tuple[str, str], Path]] = {}
     for file in files:
         found = NAME.fullmatch(file.name)
@@ -87,7 +93,7 @@ def _brick(name: str, files: dict[tuple[str, str], Path]) -> Brick:
         try:
             brick = _header(name, files, path, band if kind == "image" else "")
         except DAMAGED as error:
-            raise ValueError(f"{path}: not a readable brick image: {error}") from error
+            raise ValueError(f"{path}: not a readable brick image: {damage_of(path, error)}") from error
         first = first or brick
         if (brick.height, brick.width) != (first.height, first.width):
             raise ValueError(
@@ -104,44 +110,28 @@ def _brick(name: str, files: dict[tuple[str, str], Path]) -> Brick:
 
 
 def _header(name: str, files: dict[tuple[str, str], Path], path: Path, band: str) -> Brick:
-    with open_brick_image(path) as hdus:
-        header = picture(hdus).header
-    filtered, unit = str(header.get("FILTER", band)).strip(), str(header.get("BUNIT", "")).strip()
-    if band and filtered.split(" ")[0] != band:  # "g", or "g DECam SDSS c0001 4720.0 1520.0"
+    with open_fits(path) as hdus:
+        header = image_hdu(hdus, axes=(2,)).header
+    filtered, unit = str(header.get("FILTER") or band).strip(), flux_unit(header)
+    if band and not _is_filter(filtered, band):
         raise ValueError(f"its FILTER is {filtered!r}, its name says {band!r}")
-    if band and unit.lower() not in UNITS:
+    if band and unit not in ("", "nanomaggy"):
         raise ValueError(f"its unit is {unit!r}, not nanomaggy")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wcs = WCS(header)
     if not wcs.has_celestial or not all(t.endswith("TAN") for t in wcs.wcs.ctype):
         raise ValueError(f"it has no tangential projection (CTYPE {header.get('CTYPE1')!r}, {header.get('CTYPE2')!r})")
+    frame = wcs_to_celestial_frame(wcs).name
+    if wcs.wcs.lng != 0 or frame not in ("icrs", "fk5"):
+        raise ValueError(f"its axes are {tuple(wcs.wcs.ctype)} in the frame {frame}, and must be RA and Dec in ICRS")
     height, width = int(header["NAXIS2"]), int(header["NAXIS1"])
     scale = float(np.sqrt(np.prod(proj_plane_pixel_scales(wcs)))) * 3600
     ra, dec = (float(v) for v in wcs.wcs_pix2world((width - 1) / 2, (height - 1) / 2, 0))
     return Brick(name, files, height, width, scale, ra % 360, dec, wcs.to_header().tostring())
 
 
-def open_brick_image(path: Path) -> Any:
-    """Open a FITS file without astropy's warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is wrong with a file shows as an error where it matters
-        return fits.open(path, memmap=False)
-
-
-def picture(hdus: Any) -> Any:
-    """The first HDU with an image.
-
-    Raises:
-        ValueError: There is none.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="File may have been truncated")
-        try:
-            for hdu in hdus:  # astropy reads the headers as it comes to them
-                if hdu.is_image and hdu.header.get("NAXIS", 0) == 2:
-                    return hdu
-        except Warning as warning:
-            raise ValueError(str(warning)) from warning
-    raise ValueError("it has no image of two axes")
+def _is_filter(text: str, band: str) -> bool:
+    """Whether a FILTER is that of a band: "g", "g DECam SDSS c0001 4720.0 1520.0", or "bokg", "bokr", "mosz", "zd"."""
+    name = text.split(" ")[0].lower()
+    return name == band.lower() or (name[0] if name[1:] == "d" else name[-1:]) == band.lower()

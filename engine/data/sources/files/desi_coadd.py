@@ -14,6 +14,7 @@ from armillary.engine.data.sources.files.fits_tables import (
     READ_ERRORS,
     Table,
     check_flux_unit,
+    is_plain,
     open_fits,
 )
 from armillary.engine.data.sources.source import position_problem
@@ -69,6 +70,7 @@ class CoaddFile:
     def __init__(self, path: Path, redrock: Path | None, need_fibermap: bool) -> None:
         self.path, self.redrock = path, redrock
         self._hdus = open_fits(path)
+        self._plain = is_plain(path)
         self._close = weakref.finalize(self, self._hdus.close)
         try:
             self._named = {hdu.name: hdu for hdu in self._hdus}  # astropy reads all headers to find one by name
@@ -162,7 +164,7 @@ class CoaddFile:
 
     def _row_of(self, name: str, row: int) -> np.ndarray:
         hdu = self._named[name]
-        return hdu.section[row] if self.path.suffix.lower() == ".fits" else hdu.data[row]  # gzip cannot be read in part
+        return hdu.section[row] if self._plain else hdu.data[row]  # gzip cannot be read in part
 
     def _check_arm(self, arm: str) -> int:
         """Place of an arm's first pixel on the grid."""

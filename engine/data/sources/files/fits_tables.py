@@ -12,7 +12,7 @@ import numpy as np
 from astropy import units
 from astropy.io import fits
 
-__all__ = ["FLUX_UNIT", "READ_ERRORS", "Table", "check_flux_unit", "open_fits"]
+__all__ = ["FLUX_UNIT", "READ_ERRORS", "Table", "check_flux_unit", "damage_of", "is_plain", "open_fits"]
 
 READ_ERRORS = (
     OSError,
@@ -34,8 +34,12 @@ CODES = {"L": "u1", "X": "u1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "A
 CODES |= {"C": ">c8", "M": ">c16", "P": ">i8", "Q": ">c16"}  # the last two are pairs: bytes are all that counts
 
 
-def open_fits(path: Path) -> Any:
+def open_fits(path: Path, *, unsigned: bool = True) -> Any:
     """Open a FITS file and read the headers of all its HDUs; memory-mapped unless it is compressed.
+
+    Args:
+        path: The file; its first bytes tell whether it is compressed.
+        unsigned: Keep FITS's unsigned whole numbers whole. Otherwise they become floats, and BLANK becomes NaN.
 
     Raises:
         ValueError: It is no FITS file, or shorter than its headers say.
@@ -44,18 +48,42 @@ def open_fits(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # astropy reports every repair of a sloppy header
             warnings.filterwarnings("error", message=".*truncated")
-            plain = path.suffix.lower() == ".fits"
-            hdus = fits.open(path, memmap=None if plain else False)  # True refuses images with BZERO, such as masks
+            if not is_plain(path):
+                hdus = fits.open(path, memmap=False, uint=unsigned)
+                _read_headers(hdus)
+                return hdus
+            file = open(path, "rb")
             try:
-                len(hdus)
+                hdus = fits.open(file, memmap=None, uint=unsigned)  # True refuses images with BZERO, such as masks
+                _read_headers(hdus)
             except BaseException:
-                hdus.close()
+                file.close()
                 raise
     except FileNotFoundError:
         raise
     except READ_ERRORS as error:
         raise ValueError(f"{path}: not readable as FITS: {error}") from error
     return hdus
+
+
+def _read_headers(hdus: Any) -> None:
+    """Read the headers of all HDUs, or close the file."""
+    try:
+        len(hdus)
+    except BaseException:
+        hdus.close()
+        raise
+
+
+def damage_of(path: Path, error: BaseException) -> str:
+    """What an error says of a file, without the file's name and that it is not readable."""
+    return str(error).removeprefix(f"{path}: ").removeprefix("not readable as FITS: ")
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file begins as FITS does, uncompressed."""
+    with open(path, "rb") as file:
+        return file.read(6) == b"SIMPLE"
 
 
 class Table:

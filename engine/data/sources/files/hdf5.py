@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from armillary.engine.data.format.survey import CATALOG_COLUMNS
+from armillary.engine.data.sources.files.text_tables import EXACT
 
 __all__ = ["HDF5_SUFFIXES", "checked", "column_names", "is_text", "label_name", "open_hdf5", "opened", "plain"]
 
@@ -92,8 +93,20 @@ def is_text(name: str, dtype: np.dtype) -> bool:
 
 
 def plain(values: np.ndarray, text: bool) -> np.ndarray | list[str]:
-    """A column as a label: float64, or a list of text."""
+    """A column as a label: float64, or a list of text.
+
+    Raises:
+        ValueError: Whole numbers of a column that is no text are too large for float64.
+    """
     if not text:
+        if (
+            values.dtype.kind in "iu"
+            and values.dtype.itemsize == 8
+            and (np.abs(values.astype(np.float64)) > EXACT).any()
+        ):
+            raise ValueError(
+                f"whole numbers above 2^53, such as {values.max()}, are identifiers that float64 would round"
+            )
         return np.asarray(values, np.float64)
     return [v.decode("utf-8", "replace").strip() if isinstance(v, bytes) else str(v).strip() for v in values.tolist()]
 

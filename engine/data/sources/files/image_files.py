@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from armillary.engine.data.sources.files.labels import beside, read_labels, stem
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, cut_out, digest, key_from_name
+from armillary.engine.data.sources.files.fits_tables import damage_of
+from armillary.engine.data.sources.files.labels import LabelFile, beside, read_labels, stem
+from armillary.engine.data.sources.source import BadSample, Rows, Sample, cut_out, key_from_name
 
 __all__ = ["ImageFiles", "ImageHeader"]
 
@@ -37,6 +38,8 @@ class ImageFiles(ABC):
         mark: Changes when the files do.
         labels: CSV of labels (see `labels.read_labels`); defaults to `labels.csv` in the folder or beside the archive.
         size: Cut the central `size` x `size` pixels out of every image; smaller images are unusable.
+        missing: Numbers that mean "unknown" in labels; by default those of `sentinels`.
+        on_bad: "skip" leaves out rows of the labels that name no file.
 
     Raises:
         FileNotFoundError: There is no such CSV.
@@ -44,18 +47,27 @@ class ImageFiles(ABC):
     """
 
     labels: dict[str, str]
-    zero_is_missing = False
     damage: ClassVar[tuple[type[Exception], ...]]
     """What the reader's library raises for files that are damaged or of another kind."""
     what: ClassVar[str]
     """What a file is called in errors."""
 
-    def __init__(self, path: Path, files: list[str], mark: str, labels: Path | str | None, size: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: list[str],
+        mark: str,
+        labels: Path | str | None,
+        size: int | None,
+        missing: Sequence[float] | None = None,
+        on_bad: str = "error",
+    ) -> None:
         self.path, self.files, self._mark = path, files, mark
         if size is not None and size < 1:
             raise ValueError(f"size: must be at least 1, got {size}")
-        self._labels_path = Path(labels) if labels is not None else beside(path)
-        self._table = read_labels(self._labels_path, files)
+        found = LabelFile.open(Path(labels)) if labels is not None else self._labels_with_files()
+        self._labels_mark = {} if found is None else {found.name: found.mark()}
+        self._table = read_labels(found, files, missing, on_bad)
         self.labels = self._table.labels
         self._bad: dict[int, str] = {}
         headers = {}
@@ -63,7 +75,7 @@ class ImageFiles(ABC):
             try:
                 headers[i] = self._header(name)
             except self.damage as error:
-                self._refuse(i, f"not a readable {self.what}: {error}")
+                self._refuse(i, self._unreadable(name, error))
         if not headers:
             raise ValueError(f"{path}: none of its {len(files)} {self.what}s is usable; {self._bad[0]}")
         self._agree(headers)
@@ -96,8 +108,19 @@ class ImageFiles(ABC):
     def _decode(self, name: str) -> np.ndarray:
         """[C, H, W] pixels of a file."""
 
+    def _labels_with_files(self) -> LabelFile | None:
+        """The labels that lie with the files; None where there are none."""
+        return beside(self.path)
+
+    def _zero_is_missing(self, name: str) -> bool:
+        """Whether pixels of exactly 0 carry no data."""
+        return False
+
     def _refuse(self, index: int, why: str) -> None:
-        self._bad[index] = f"{self._where(self.files[index])}: {why}"
+        self._bad.setdefault(index, f"{self._where(self.files[index])}: {why}")
+
+    def _unreadable(self, name: str, error: BaseException) -> str:
+        return f"not a readable {self.what}: {damage_of(Path(self._where(name)), error)}"
 
     def __len__(self) -> int:
         """Number of files."""
@@ -105,10 +128,7 @@ class ImageFiles(ABC):
 
     def inputs(self) -> dict[str, str]:
         """The folder or archive (checksum of names and sizes) and the labels file."""
-        marks = {self.path.resolve().name: self._mark}
-        if self._labels_path is not None:
-            marks[self._labels_path.name] = f"sha256:{digest(self._labels_path)}"
-        return marks
+        return {self.path.resolve().name: self._mark} | self._labels_mark
 
     def describe(self, start: int, stop: int) -> Rows:
         """Keys, positions and labels; see `Described`."""
@@ -129,8 +149,8 @@ class ImageFiles(ABC):
         try:
             stored = self._decode(name)
         except self.damage as error:
-            raise BadSample(f"{self._where(name)}: not a readable {self.what}: {error}") from error
-        payload = cut_out(stored, self._height, self._width, zero_is_missing=self.zero_is_missing)
+            raise BadSample(f"{self._where(name)}: {self._unreadable(name, error)}") from error
+        payload = cut_out(stored, self._height, self._width, zero_is_missing=self._zero_is_missing(name))
         return self.describe(index, index + 1).sample(0, self.labels, self._source(name), **payload)
 
     def _source(self, name: str) -> str:

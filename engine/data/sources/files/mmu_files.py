@@ -14,6 +14,7 @@ from armillary.engine.data.sources.files.nested_parquet import NestedParquet, de
 
 __all__ = ["hdf5_arrays", "look_into_hdf5", "look_into_parquet", "parquet_arrays", "scalars"]
 
+WARNINGS = ("ZWARN", "ZWARNING")  # which Parquet files hold as truth values, true where there is no warning
 IMAGES = ("image_array", "image_flux")  # the older name and the newer one
 PARTS = {"image": ("flux", "ivar", "mask", "band", "scale"), "spectrum": ("flux", "ivar", "lambda", "mask")}
 
@@ -52,7 +53,7 @@ def parquet_arrays(file: NestedParquet, row: int, has: Mapping[str, bool]) -> di
 
 
 def look_into_hdf5(path: Path) -> tuple[int, Mapping[str, str]]:
-    """Rows, and each column with "text", "number" or, for arrays, its type and shape."""
+    """Rows, and each column with "text", "number", "inverted" (a flag) or, for arrays, its type and shape."""
     place = str(path)
     with opened(path) as file:
         count = checked(place, file, "object_id", "SOUiu").shape[0]
@@ -103,17 +104,28 @@ def look_into_parquet(path: Path) -> tuple[int, Mapping[str, str]]:
             columns[column.name] = str(of)
         elif column.name.startswith("_"):
             continue  # HATS's own
-        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        elif _is_text(kind):
             columns[column.name] = "text"
+        elif column.name in WARNINGS and pa.types.is_boolean(kind):
+            columns[column.name] = "inverted"
         elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
             columns[column.name] = "text" if is_text(column.name, np.dtype(kind.to_pandas_dtype())) else "number"
     return count, columns
 
 
 def scalars(column: pa.ChunkedArray) -> np.ndarray:
-    """Values of a Parquet column; NaN or "" where there is none."""
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return np.array([v or "" for v in column.to_pylist()], dtype=object)
+    """Values of a Parquet column; NaN or "" where there is none. Bytes are text in UTF-8."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if _is_text(column.type):
+        texts = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in column.to_pylist()]
+        return np.array([v or "" for v in texts], dtype=object)
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.uint8())
     return column.to_numpy()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    of = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(test(of) for test in (*tests, pa.types.is_fixed_size_binary))

@@ -19,7 +19,7 @@ import pyarrow as pa
 from armillary.engine.data.format.shards import key_problem
 from armillary.engine.data.sources.source import BadSample, Rows, Sample, listing_mark, position_problem
 
-__all__ = ["Part", "PartSource", "central_size", "find_files", "refuse_differences", "refuse_repeats", "short_names"]
+__all__ = ["Part", "PartSource", "central_size", "refuse_differences", "refuse_repeats", "short_names"]
 
 DAMAGE = (
     OSError,
@@ -175,47 +175,10 @@ def _where(part: Part) -> str:
     return f"{part.path}{'' if part.group == '/' else f': group {part.group!r}'}"
 
 
-def find_files(
-    path: Path | str | Sequence[Path | str],
-    suffixes: tuple[str, ...],
-    kind: str,
-    *,
-    prefix: str = "",
-    metadata: tuple[str, ...] = ("_", "."),
-) -> list[Path]:
-    """Files of a folder (sorted, with sub-folders), or those given.
-
-    Args:
-        path: A folder, a file or several files.
-        suffixes: Endings of the names that are taken from a folder, in lower case.
-        kind: What a file is called in errors.
-        prefix: Beginning of the names that are taken from a folder.
-        metadata: Beginnings of the names of files that are not data.
-
-    Raises:
-        FileNotFoundError: There is no such file or folder.
-        ValueError: The folder holds no such files.
-    """
-    if not isinstance(path, str | Path):
-        files = [Path(p) for p in path]
-    elif Path(path).is_dir():
-        found = (p for p in Path(path).rglob(f"{prefix}*") if p.name.lower().endswith(suffixes) and p.is_file())
-        files = sorted(p for p in found if not p.name.startswith(metadata))
-    else:
-        files = [Path(path)]
-    if not files:
-        wanted = ", ".join(f"{prefix}*{suffix}" for suffix in suffixes)
-        raise ValueError(f"{path}: no {kind}s in it (looked for {wanted})")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such {kind}, and no such folder")
-    return files
-
-
 def short_names(files: Sequence[Path]) -> list[str]:
     """Paths below the folder that all files share."""
-    folder = Path(os.path.commonpath([f.resolve().parent for f in files]))
-    return [f.resolve().relative_to(folder).as_posix() for f in files]
+    folder = Path(os.path.commonpath([f.absolute().parent for f in files]))
+    return [f.absolute().relative_to(folder).as_posix() for f in files]
 
 
 def refuse_repeats(keys: Sequence[str], column: str) -> dict[int, str]:

@@ -21,8 +21,9 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from armillary.engine.data.format.survey import VectorRecord
-from armillary.engine.data.sources.files.brickfiles import DAMAGED, find_bricks, open_brick_image, picture
-from armillary.engine.data.sources.files.tables import TableRows
+from armillary.engine.data.sources.files.brickfiles import find_bricks
+from armillary.engine.data.sources.files.fits_headers import DAMAGED, image_hdu
+from armillary.engine.data.sources.files.fits_tables import open_fits
 from armillary.engine.data.sources.match import unit_vectors
 from armillary.engine.data.sources.source import (
     POSITION,
@@ -36,6 +37,7 @@ from armillary.engine.data.sources.source import (
     position_problem,
     vectors_of,
 )
+from armillary.engine.data.sources.tables.rows import TableRows
 
 __all__ = ["BrickCutouts", "open_bricks"]
 
@@ -196,7 +198,7 @@ class BrickCutouts:
             stack = ExitStack()
             with stack:
                 wanted = {k: f for k, f in self.bricks[number].files.items() if k[0] != "maskbits" or self.mask_bits}
-                hdus = {k: picture(stack.enter_context(open_brick_image(f))) for k, f in wanted.items()}
+                hdus = {k: image_hdu(stack.enter_context(open_fits(f)), axes=(2,)) for k, f in wanted.items()}
                 self._open[number] = (stack.pop_all(), hdus)
         self._open.move_to_end(number)
         return self._open[number][1]
@@ -287,7 +289,7 @@ def open_bricks(
 
     Args:
         bricks: Folder of brick images.
-        positions: The table, see `tables.TableRows`; its columns become labels.
+        positions: The table, see `tables.rows.TableRows`; its columns become labels.
         size: Pixels a side.
         bands: Bands in the order of the image's channels.
         mask_bits: As for `BrickCutouts`.

@@ -24,7 +24,8 @@ import numpy as np
 from armillary.engine.data.format.survey import SpectrumRecord
 from armillary.engine.data.sources.files.desi_coadd import DESI_GRID, LABELS, UNNAMED, CoaddFile
 from armillary.engine.data.sources.files.fits_tables import FLUX_UNIT, READ_ERRORS
-from armillary.engine.data.sources.files.parts import find_files, short_names
+from armillary.engine.data.sources.files.parts import short_names
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import BadSample, Rows, Sample, key_from_name, listing_mark
 
 __all__ = ["DESI_GRID", "DesiCoadds"]
@@ -176,7 +177,7 @@ class DesiCoadds:
 
 def _find(path: Path | str | Sequence[Path | str]) -> tuple[list[Path], list[str]]:
     """Coadd files, and the shortest names that tell them apart: their own, or with folders where those repeat."""
-    files = find_files(path, SUFFIXES, "coadd file", prefix="coadd-")
+    files = find_files(path, SUFFIXES, "coadd file", prefix="coadd-", companions=("redrock-", "labels.csv"))
     names = [f.name for f in files]
     if len({_stem(name) for name in names}) < len(names):
         names = short_names(files)

@@ -1,32 +1,35 @@
 """FITS cutouts as the Legacy Survey's cutout service writes them, one file each, with an optional CSV of labels.
 
-A file holds one image of bands x height x width float32 nanomaggies, in its first HDU with data (also compressed: .gz,
-.fz). The header names the bands (`BANDS = 'grz'`, or `BAND0`, `BAND1`, ...) and gives the position and scale (WCS).
+A file holds one image of bands x height x width, in its first HDU with data (also compressed: .gz, .fz). The header names
+the bands (`BANDS = 'grz'`, or `BAND0`, `BAND1`, ...) and gives position and scale (WCS in any frame of the sky) and the unit
+(`BUNIT`; files of the service, which have bands and no unit, are in nanomaggies).
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from astropy.io import fits
-from astropy.wcs import WCS
-from astropy.wcs.utils import proj_plane_pixel_scales
 
+from armillary.engine.data.sources.files.fits_headers import DAMAGED, conversion, flux_unit, image_hdu, place_on_sky
+from armillary.engine.data.sources.files.fits_tables import open_fits
 from armillary.engine.data.sources.files.image_files import ImageFiles, ImageHeader
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import listing_mark
 
 __all__ = ["FitsCutouts"]
 
 CUTOUTS = (".fits", ".fit", ".fits.gz", ".fits.fz", ".fz")
 SCALE_TOLERANCE = 0.01  # relative difference of pixel scales within a survey
+
+log = logging.getLogger("armillary.data")
 
 
 @dataclass(frozen=True)
@@ -35,31 +38,36 @@ class _Header(ImageHeader):
     scale: float  # arcsec a pixel; NaN where unknown
     ra: float
     dec: float
+    unit: str
+    zero_is_missing: bool
 
 
 class FitsCutouts(ImageFiles):
     """A `Source` of FITS cutouts; see `ImageFiles`.
 
-    Bands and pixel scale of the survey are those that most files have. Pixels that are not finite, or exactly zero where
+    Bands, pixel scale and unit of the survey are those that most files have; files in another unit are converted where
+    the factor is known, and unusable where it is not. Pixels that are not finite or BLANK, or exactly zero where
     `zero_is_missing`, carry no data: the cutout service writes 0 where a band was not observed, and a measured flux is
-    never exactly 0.
+    never exactly 0. Exports of armillary, whose zeros are measured, say so (`ZEROMISS = F`).
 
     Args:
         path: Folder (searched recursively) or one file.
         labels: CSV of labels (see `labels.read_labels`); defaults to `labels.csv` in the folder. Its ra and dec
             replace those of the header.
         size: Cut the central `size` x `size` pixels out of every file; smaller files are unusable.
-        bands: Band names, for files whose header has none.
+        bands: Band names, for files whose header has none that fit.
         pixel_scale_arcsec: Arcseconds a pixel, for files whose header has none.
-        unit: Flux unit of the pixels.
-        zero_is_missing: Pixels of exactly 0 carry no data.
+        unit: Flux unit of the survey, to which files in other units are converted; that of files whose header has none.
+        zero_is_missing: Pixels of exactly 0 carry no data; by default as the header says, and true where it is silent.
+        missing: Numbers that mean "unknown" in labels; by default those of `sentinels`.
+        on_bad: "skip" leaves out rows of the labels that name no file.
 
     Raises:
         FileNotFoundError: There is no such folder, file or labels file.
         ValueError: There are no FITS files, none is readable, or the labels do not fit them.
     """
 
-    damage = (OSError, ValueError, TypeError, IndexError, EOFError, fits.VerifyError)  # astropy's variety
+    damage = DAMAGED
     what = "FITS file"
 
     def __init__(
@@ -70,24 +78,23 @@ class FitsCutouts(ImageFiles):
         size: int | None = None,
         bands: tuple[str, ...] | None = None,
         pixel_scale_arcsec: float | None = None,
-        unit: str = "nanomaggy",
-        zero_is_missing: bool = True,
+        unit: str | None = None,
+        zero_is_missing: bool | None = None,
+        missing: Sequence[float] | None = None,
+        on_bad: str = "error",
     ) -> None:
         root = Path(path)
-        self.unit = unit
-        self.zero_is_missing = zero_is_missing
+        self._zeros = zero_is_missing
         if not root.exists():
             raise FileNotFoundError(f"{path}: no such folder or file of FITS cutouts")
-        self._folder, found = root.parent, [root]
-        if root.is_dir():
-            self._folder = root
-            found = sorted(p for p in root.rglob("*") if p.name.lower().endswith(CUTOUTS) and p.is_file())
-        if not found:
-            raise ValueError(f"{path}: no FITS files in it (looked for {', '.join(CUTOUTS)})")
+        self._folder = root if root.is_dir() else root.parent
+        found = find_files(root, CUTOUTS, "FITS file")
         files = [p.relative_to(self._folder).as_posix() for p in found]
         listing = [(name, p.stat().st_size) for name, p in zip(files, found, strict=True)]
-        self._given = (bands, math.nan if pixel_scale_arcsec is None else pixel_scale_arcsec)
-        super().__init__(root, files, listing_mark(listing), labels, size)
+        self._given = (bands, math.nan if pixel_scale_arcsec is None else pixel_scale_arcsec, unit)
+        self._factors: dict[str, float] = {}
+        self._keep_zeros: set[str] = set()
+        super().__init__(root, files, listing_mark(listing), labels, size, missing, on_bad)
 
     def _where(self, name: str) -> str:
         return str(self._folder / name)
@@ -107,6 +114,8 @@ class FitsCutouts(ImageFiles):
                 self._refuse(i, f"bands {' '.join(h.bands)}, the survey has {' '.join(self.bands)}")
             elif not _same_scale(h.scale, scale):
                 self._refuse(i, f"pixel scale {h.scale:.4g} arcsec, the survey has {scale:.4g}")
+        self._agree_on_units(headers, scale)
+        self._keep_zeros = {self.files[i] for i, h in headers.items() if self._zeros is None and not h.zero_is_missing}
         for axis in ("ra", "dec"):
             said = np.full(len(self.files), np.nan)
             for i, h in headers.items():
@@ -114,59 +123,60 @@ class FitsCutouts(ImageFiles):
             given = np.asarray(self._table.columns[axis])
             self._table.columns[axis] = np.where(np.isnan(given), said, given)
 
+    def _agree_on_units(self, headers: Mapping[int, Any], scale: float) -> None:
+        """The survey's unit, and the factors of files in others."""
+        self.unit = self._given[2] or Counter(h.unit for h in headers.values()).most_common(1)[0][0]
+        converted = Counter[str]()
+        for i, h in headers.items():
+            factor = conversion(h.unit, self.unit, scale if math.isnan(h.scale) else h.scale)
+            if factor is None:
+                self._refuse(i, f"its unit is {h.unit!r}, which cannot be converted to the survey's, {self.unit!r}")
+            elif factor != 1:
+                self._factors[self.files[i]] = factor
+                converted[h.unit] += 1
+        for unit, count in converted.items():
+            log.warning("%s: %d files converted from %s to %s", self.path, count, unit, self.unit)
+
     def _decode(self, name: str) -> np.ndarray:
-        with _open(self._folder / name) as hdus:
-            data = _image_hdu(hdus).data
-        return data.reshape(len(self.bands), *data.shape[-2:])
+        with open_fits(self._folder / name, unsigned=False) as hdus:
+            data = image_hdu(hdus, axes=tuple(range(2, 10))).data
+        pixels = np.asarray(data).reshape(len(self.bands), *data.shape[-2:])
+        return pixels * self._factors[name] if name in self._factors else pixels
+
+    def _zero_is_missing(self, name: str) -> bool:
+        return name not in self._keep_zeros if self._zeros is None else self._zeros
 
 
 def _same_scale(a: float, b: float) -> bool:
     return math.isnan(a) == math.isnan(b) and not abs(a - b) > SCALE_TOLERANCE * b
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """Open a FITS file without astropy's warnings: what is wrong with it shows as an error where it matters."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with fits.open(path, memmap=False) as hdus:
-            yield hdus
-
-
-def _image_hdu(hdus: Any) -> Any:
-    """The first HDU with an image."""
-    for hdu in hdus:
-        if hdu.is_image and hdu.header.get("NAXIS", 0) >= 2:
-            return hdu
-    raise ValueError("it has no image")
-
-
-def _read_header(path: Path, bands: tuple[str, ...] | None, scale: float) -> _Header:
-    """Read a file's header; `bands` and `scale` fill in where it has none."""
-    with _open(path) as hdus:
-        header = _image_hdu(hdus).header
+def _read_header(path: Path, bands: tuple[str, ...] | None, scale: float, unit: str | None) -> _Header:
+    """Read a file's header; `bands`, `scale` and `unit` fill in where it has none."""
+    with open_fits(path) as hdus:
+        header = image_hdu(hdus, axes=tuple(range(2, 10))).header
     axes = [int(header[f"NAXIS{k + 1}"]) for k in range(header["NAXIS"])]
     width, height, channels = axes[0], axes[1], math.prod(axes[2:])
-    if len(axes) > 3:
+    if sum(n > 1 for n in axes[2:]) > 1:
         raise ValueError(f"{len(axes)} axes; a cutout has two or three (bands, height, width)")
-    named = str(header.get("BANDS", "")).strip()
-    listed = tuple(str(header[f"BAND{k}"]).strip() for k in range(channels) if f"BAND{k}" in header)
-    found = listed if len(listed) == channels else tuple(named) or (bands or ())
+    named = _band_names(header, channels)
+    found = named if len(named) == channels else bands or named
     if len(found) != channels:
         raise ValueError(f"{channels} bands in the image, {len(found)} band names in the header; give the bands")
-    ra, dec, header_scale = _astrometry(header, height, width)
-    return _Header(height, width, found, scale if math.isnan(header_scale) else header_scale, ra, dec)
+    if len(set(found)) < channels:
+        raise ValueError(f"bands {' '.join(found)}: two of one name")
+    stored = flux_unit(header) or ("nanomaggy" if named else unit or "")  # headers with bands are the service's
+    if not stored:
+        raise ValueError("its header has no unit (BUNIT); give it: unit (--option unit=nanomaggy)")
+    ra, dec, own_scale = place_on_sky(header, height, width)
+    scale = scale if math.isnan(own_scale) else own_scale
+    return _Header(height, width, found, scale, ra, dec, stored, header.get("ZEROMISS", True) is not False)
 
 
-def _astrometry(header: Any, height: int, width: int) -> tuple[float, float, float]:
-    """RA and Dec (degrees) of the image's centre and arcseconds a pixel; NaN where the header has none."""
-    if "CTYPE1" in header:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # astropy reports every repair of a sloppy header
-            wcs = WCS(header, naxis=2)
-            if wcs.has_celestial:
-                ra, dec = wcs.all_pix2world([[(width + 1) / 2, (height + 1) / 2]], 1)[0]
-                return float(ra) % 360.0, float(dec), float(np.sqrt(np.prod(proj_plane_pixel_scales(wcs)))) * 3600
-    values = [header.get("RA", math.nan), header.get("DEC", math.nan), header.get("PIXSCALE", math.nan)]
-    ra, dec, scale = (float(v) if isinstance(v, int | float) else math.nan for v in values)
-    return ra, dec, scale
+def _band_names(header: Any, channels: int) -> tuple[str, ...]:
+    """Names in `BAND0`, `BAND1`, ..., or in `BANDS`: a letter each, or with commas or blanks between them."""
+    listed = tuple(str(header[f"BAND{k}"]).strip() for k in range(channels) if f"BAND{k}" in header)
+    if len(listed) == channels:
+        return listed
+    text = str(header.get("BANDS", "")).strip()
+    return tuple(re.split(r"[,;\s]+", text)) if re.search(r"[,;\s]", text) else tuple(text)

@@ -37,11 +37,11 @@ from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
     central_size,
-    find_files,
     refuse_differences,
     refuse_repeats,
     short_names,
 )
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import Rows, cut_out
 
 __all__ = ["GalaxiesML", "GalaxiesMLSpectra", "authors_split", "bin_spectrum"]

@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 
 from armillary.engine.choices import check_choice
-from armillary.engine.data.sources.files.columns import Catalogue
-from armillary.engine.data.sources.files.tables import Duplicates, TableRows
 from armillary.engine.data.sources.source import Rows
+from armillary.engine.data.sources.tables.catalogue import Catalogue
+from armillary.engine.data.sources.tables.rows import Duplicates, TableRows
 
 __all__ = ["DECALS_QUESTIONS", "GalaxyZoo2", "GalaxyZooDecals"]
 

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from armillary.engine.data.sources.files.image_files import ImageFiles, ImageHeader
+from armillary.engine.data.sources.files.labels import LabelFile, beside
+from armillary.engine.data.sources.listing import Listing, find_files, left_out_name, list_folder
 from armillary.engine.data.sources.source import listing_mark
 
 __all__ = ["Pictures"]
@@ -40,11 +44,13 @@ class Pictures(ImageFiles):
     """A `Source` of pictures; see `ImageFiles`. The survey has the kind (grey or RGB, 8 or 16 bits) that most have.
 
     Args:
-        path: Folder (searched recursively) or zip archive.
-        labels: CSV of labels (see `labels.read_labels`); defaults to `labels.csv` in the folder, or beside the archive.
+        path: Folder (searched recursively), zip archive, or folder with one archive in place of pictures.
+        labels: CSV of labels (see `labels.read_labels`); defaults to `labels.csv` in the folder, beside or in the archive.
         size: Cut the central `size` x `size` pixels out of every picture; smaller pictures are unusable.
         bands: Band names; by default red, green, blue or grey.
         pixel_scale_arcsec: Arcseconds a pixel; unknown by default.
+        missing: Numbers that mean "unknown" in labels; by default those of `sentinels`.
+        on_bad: "skip" leaves out rows of the labels that name no file.
 
     Raises:
         FileNotFoundError: There is no such folder, archive or labels file.
@@ -52,7 +58,8 @@ class Pictures(ImageFiles):
     """
 
     unit = "count"
-    damage = (OSError, ValueError, SyntaxError, zipfile.BadZipFile)  # Pillow raises all of these
+    # Pillow and zipfile raise all of these; NotImplementedError and RuntimeError: compressed or encrypted otherwise
+    damage = (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
     what = "picture"
 
     def __init__(
@@ -63,8 +70,10 @@ class Pictures(ImageFiles):
         size: int | None = None,
         bands: tuple[str, ...] | None = None,
         pixel_scale_arcsec: float | None = None,
+        missing: Sequence[float] | None = None,
+        on_bad: str = "error",
     ) -> None:
-        self.path = Path(path)
+        self.path = _archive_in(Path(path))
         self.pixel_scale_arcsec = pixel_scale_arcsec
         self._zip: tuple[int, zipfile.ZipFile] | None = None
         if not self.path.exists():
@@ -72,7 +81,9 @@ class Pictures(ImageFiles):
         entries = self._list()
         if not entries:
             raise ValueError(f"{path}: no pictures in it (looked for {', '.join(PICTURES)})")
-        super().__init__(self.path, [name for name, *_ in entries], listing_mark(entries), labels, size)
+        super().__init__(
+            self.path, [name for name, *_ in entries], listing_mark(entries), labels, size, missing, on_bad
+        )
         if bands is not None and len(bands) != self._channels:
             raise ValueError(f"bands: {len(bands)} names ({', '.join(bands)}) for pictures of {self._channels} bands")
         self.bands = bands or BANDS[self._channels]
@@ -89,17 +100,36 @@ class Pictures(ImageFiles):
     def _list(self) -> list[tuple[str, int, int]]:
         """Name, size and, in an archive, CRC of all pictures, sorted by name."""
         if self.path.is_dir():
-            found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
-            entries = [(p.relative_to(self.path).as_posix(), p.stat().st_size, 0) for p in found]
-        else:
-            try:
-                members = self._archive().infolist()
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"{self.path}: neither a folder nor a readable zip archive: {error}") from error
-            chosen = [m for m in members if m.filename.lower().endswith(PICTURES)]
-            entries = sorted((m.filename, m.file_size, m.CRC) for m in chosen)
-        # macOS leaves resource forks such as __MACOSX/._a.jpg beside the pictures
-        return [e for e in entries if not any(part.startswith((".", "__MACOSX")) for part in e[0].split("/"))]
+            found = find_files(self.path, PICTURES, "picture")
+            return [(p.relative_to(self.path).as_posix(), p.stat().st_size, 0) for p in found]
+        try:
+            members = self._archive().infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self.path}: neither a folder nor a readable zip archive: {error}") from error
+        listing, entries = Listing([]), []
+        for m in members:
+            if reason := None if m.is_dir() else left_out_name(m.filename):
+                listing.drop(reason, m.filename)
+            elif m.filename.lower().endswith(PICTURES):
+                entries.append((m.filename, m.file_size, m.CRC))
+        listing.tell(self.path)
+        return sorted(entries)
+
+    def _labels_with_files(self) -> LabelFile | None:
+        """labels.csv in the folder or beside the archive, else the one in the archive."""
+        if self.path.is_dir() or (found := beside(self.path)) is not None:
+            return beside(self.path)
+        inside = [n for n in self._archive().namelist() if n.split("/")[-1] == "labels.csv" and not left_out_name(n)]
+        if len(inside) > 1:
+            raise ValueError(
+                f"{self.path}: it holds {inside[0]} and {inside[1]}; say which labels are meant (--labels)"
+            )
+        if not inside:
+            return found
+        try:
+            return LabelFile(f"{self.path}: {inside[0]}", "labels.csv", self._archive().read(inside[0]))
+        except self.damage as error:
+            raise ValueError(f"{self.path}: {inside[0]}: not readable: {error}") from error
 
     def _archive(self) -> zipfile.ZipFile:
         if self._zip is None or self._zip[0] != os.getpid():  # a forked child must not share the file position
@@ -113,7 +143,7 @@ class Pictures(ImageFiles):
         return f"{self.path}: {name}"
 
     def _source(self, name: str) -> str:
-        return f"{self.path.name}:{name}"
+        return f"{self.path.resolve().name}:{name}"
 
     def _header(self, name: str) -> _Header:
         with self._open(name) as f:
@@ -133,9 +163,28 @@ class Pictures(ImageFiles):
             return _decode(f.read())
 
 
+def _archive_in(path: Path) -> Path:
+    """The archive that a folder holds in place of pictures; else the path itself."""
+    if not path.is_dir():
+        return path
+    archives = [p for p in path.iterdir() if p.suffix.lower() == ".zip" and not left_out_name(p.name)]
+    pictures = len(archives) == 1 and any(p.name.lower().endswith(PICTURES) for p in list_folder(path).files)
+    return archives[0] if len(archives) == 1 and not pictures else path
+
+
 def _png16(head: bytes) -> bool:
     """True for a PNG with 16 bits a sample (its first chunk is IHDR; byte 24 is the bit depth)."""
     return head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10"
+
+
+def _image(f: IO[bytes]) -> ImageFile.ImageFile:
+    """Open a picture; larger ones than Pillow's limit are no galaxies, but mosaics or attacks."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(f)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"too large for a picture of a galaxy: {error}") from error
 
 
 def _read_header(f: IO[bytes]) -> _Header:
@@ -143,7 +192,7 @@ def _read_header(f: IO[bytes]) -> _Header:
     head = f.read(32)
     f.seek(0)
     try:
-        picture = Image.open(f)
+        picture = _image(f)
     except UnidentifiedImageError as error:
         raise ValueError("not a JPEG or PNG") from error
     with picture:
@@ -159,7 +208,7 @@ def _read_header(f: IO[bytes]) -> _Header:
 
 def _decode(data: bytes) -> np.ndarray:
     """[C, H, W] float32 counts of a picture."""
-    with Image.open(io.BytesIO(data)) as picture:
+    with _image(io.BytesIO(data)) as picture:
         if not _png16(data[:32]):
             return _planes(np.asarray(_opaque(picture)))
         if picture.mode != "RGB":
@@ -170,7 +219,7 @@ def _decode(data: bytes) -> np.ndarray:
 
 
 def _raw(data: bytes, mode: str) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as picture:
+    with _image(io.BytesIO(data)) as picture:
         picture.tile = [tile._replace(args=mode) for tile in picture.tile]
         return np.asarray(picture)
 

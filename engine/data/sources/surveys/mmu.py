@@ -9,7 +9,7 @@ images or (n, H, W), true = good, `image_scale` (n, bands), arcsec a pixel. Spec
 Parquet (Hugging Face, HATS `Norder=K/Dir=D/Npix=N.parquet`): the same as nested lists in the columns `image` (a list of
 structs, or a struct of lists, with band, flux or array, ivar, mask, scale) and `spectrum` (a struct of lists with flux,
 ivar, lambda, mask); beside them `object_id`, often written as b'...', and the catalogue. Warning flags (ZWARN,
-ZWARNING) are inverted there: 1 = no warning.
+ZWARNING) are truth values there, true where there is no warning; their labels are 0 there, as in the HDF5 files.
 
 Surveys that have a grid for each object (SDSS) pad spectra at the red end with wavelengths that are not positive.
 """
@@ -38,10 +38,10 @@ from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
     central_size,
-    find_files,
     refuse_differences,
     short_names,
 )
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import Rows, cut_out, key_from_name
 
 __all__ = ["SDSS_GRID", "MultimodalUniverse", "place_on_grid"]
@@ -51,7 +51,6 @@ GRID_TOLERANCE = 0.01  # of a pixel
 UNITS = {"des": "nanomaggy", "hsc": "10^(-0.4 (AB - 27))"}  # by what bands begin with
 FLUX_UNIT = "1e-17 erg/s/cm2/angstrom"
 REDSHIFTS = ("redshift", "z", "Z", "Z_HP", "REDSHIFT")  # the first one there is becomes the label `redshift`
-THUMBNAIL = "data_thumbnail.parquet"  # HATS: a few rows once more
 
 
 class MultimodalUniverse(PartSource):
@@ -84,20 +83,15 @@ class MultimodalUniverse(PartSource):
         mask_is_good: bool = True,
     ) -> None:
         found = find_files(path, (*HDF5_SUFFIXES, ".parquet"), "HDF5 or Parquet file")
-        files = [file for file in found if file.name != THUMBNAIL]
-        if not files:
-            raise ValueError(f"{path}: no data in it, only {THUMBNAIL}")
-        self._is_parquet = files[0].suffix.lower() == ".parquet"
+        self._is_parquet = found[0].suffix.lower() == ".parquet"
         self._mask_is_good = mask_is_good
         look = look_into_parquet if self._is_parquet else look_into_hdf5
         self._arrays: Callable[..., dict[str, Any]] = parquet_arrays if self._is_parquet else hdf5_arrays
         self._height, self._width = 0, 0
         parts, layouts = [], []
         for file, name in zip(found, short_names(found), strict=True):
-            if file not in files:
-                continue
             if (file.suffix.lower() == ".parquet") != self._is_parquet:
-                raise ValueError(f"{file}: a folder must hold either HDF5 or Parquet files, {files[0]} is not alike")
+                raise ValueError(f"{file}: a folder must hold either HDF5 or Parquet files, {found[0]} is not alike")
             count, columns = look(file)
             parts.append(Part(file, name, count))
             layouts.append((file, columns))
@@ -105,12 +99,13 @@ class MultimodalUniverse(PartSource):
         reference = layouts[0][1]
         super().__init__(parts, open_parquet if self._is_parquet else open_hdf5)
         if not self.parts:
-            raise ValueError(f"{files[0]}: column 'object_id' has no rows")
+            raise ValueError(f"{found[0]}: column 'object_id' has no rows")
         self._stored = reference
         self._has = {kind: any(c.startswith(kind) for c in reference) for kind in ("image", "spectrum")}
         if not any(self._has.values()):
-            raise ValueError(f"{files[0]}: neither images nor spectra in it; there is {', '.join(reference)}")
-        scalars = {column: kind for column, kind in reference.items() if kind in ("text", "number")}
+            raise ValueError(f"{found[0]}: neither images nor spectra in it; there is {', '.join(reference)}")
+        scalars = {column: kind for column, kind in reference.items() if kind in ("text", "number", "inverted")}
+        self._inverted = {column for column, kind in scalars.items() if kind == "inverted"}
         redshift = next((c for c in REDSHIFTS if scalars.get(c) == "number"), None)
         self._labels = {} if redshift is None else {"redshift": (redshift, False)}
         for column, kind in scalars.items():
@@ -164,6 +159,7 @@ class MultimodalUniverse(PartSource):
         if self._is_parquet:
             table = file.rows(low, high, sorted(wanted))
             stored = {name: scalars(table[name]) for name in wanted}
+            stored |= {name: 1 - stored[name].astype(np.float64) for name in self._inverted & wanted}
         else:
             stored = {name: file[name][low:high] for name in wanted}
         columns: dict[str, np.ndarray | list[str]] = {

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from armillary.engine.data.sources.files.columns import Catalogue
-from armillary.engine.data.sources.files.tables import Duplicates, TableRows
 from armillary.engine.data.sources.source import Rows
+from armillary.engine.data.sources.tables.catalogue import Catalogue
+from armillary.engine.data.sources.tables.rows import Duplicates, TableRows
 
 __all__ = ["THETA", "Provabgs"]
 

@@ -28,7 +28,7 @@ from armillary.engine.data.sources.files.fits_tables import (
     check_flux_unit,
     open_fits,
 )
-from armillary.engine.data.sources.files.parts import find_files
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.resample import pixel_edges, rebin
 from armillary.engine.data.sources.source import (
     BadSample,

@@ -19,10 +19,10 @@ from armillary.engine.data.sources.files.parts import (
     Part,
     PartSource,
     central_size,
-    find_files,
     refuse_differences,
     short_names,
 )
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import Rows, cut_out, listing_mark
 
 __all__ = ["SteinSurvey"]

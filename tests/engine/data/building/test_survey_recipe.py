@@ -10,7 +10,8 @@ from armillary.engine.data.building.build import build
 from armillary.engine.data.building.survey_recipe import Key, Preparation, Read, Sky, With, start
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.check import check_survey
-from armillary.engine.data.sources.kinds import KINDS, open_source, parse_options
+from armillary.engine.data.sources.kinds import KINDS, open_source
+from armillary.engine.data.sources.options import parse_options
 from armillary.engine.data.sources.packed import PackedSurvey
 
 

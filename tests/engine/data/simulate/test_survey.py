@@ -212,3 +212,12 @@ def test_packed_survey_holds_the_galaxies(tmp_path, capsys):
         assert valid is None
         np.testing.assert_allclose(image, source.read(index).image, atol=max(packed.step))
         assert catalogue["redshift"][row] == source.read(index).labels["redshift"]
+
+
+def test_grouped_galaxies_differ_in_their_places_alone():
+    plain, grouped = SimulatedSurvey(40, seed=5), SimulatedSurvey(40, seed=5, grouped=True)
+    a, b = plain.describe(0, 40).columns, grouped.describe(0, 40).columns
+    assert all((a[name] == b[name]).all() for name in a if name not in ("ra", "dec")) and (a["ra"] != b["ra"]).any()
+    sample = grouped.read(3)
+    np.testing.assert_array_equal(sample.image, plain.read(3).image)
+    assert (sample.ra, sample.dec) == (b["ra"][3], b["dec"][3]) and "grouped=True" in repr(grouped)

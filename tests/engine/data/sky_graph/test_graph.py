@@ -5,8 +5,9 @@ import pytest
 from toy_sky import sky, sky_survey
 
 from armillary.engine import cli
+from armillary.engine.data.building.sky_graph import build_graph
 from armillary.engine.data.building.splits import ByHealpix
-from armillary.engine.data.sky_graph.build import build_graph, connect
+from armillary.engine.data.sky_graph.build import connect
 from armillary.engine.data.sky_graph.graph import GraphOptions, SkyGraph
 from armillary.engine.data.sky_graph.spaces import comoving_mpc
 from armillary.engine.data.sources.match import unit_vectors
@@ -49,6 +50,23 @@ def test_edges(mode, symmetrise):
     options = GraphOptions(mode=mode, symmetrise=symmetrise)
     seen = (split == "train") | (mode == "published")
     assert as_sets(connect(ra, dec, options, split=split)) == wanted(angles(ra, dec), seen, 5, symmetrise)
+
+
+@pytest.mark.parametrize("symmetrise", [True, False])
+def test_inductive_edges_stay_within_a_split(symmetrise):
+    ra, dec = sky(N)
+    split = np.array(["train", "train", "test", "val"])[np.arange(N) % 4]
+    options = GraphOptions(mode="inductive", symmetrise=symmetrise)
+    rows, apart = as_sets(connect(ra, dec, options, split=split)), angles(ra, dec)
+    for name in ("train", "test", "val"):
+        mine = np.flatnonzero(split == name)
+        alone = wanted(apart[np.ix_(mine, mine)], np.ones(len(mine), bool), 5, symmetrise)
+        assert [rows[i] for i in mine] == [{int(mine[j]) for j in row} for row in alone]
+    few = np.where(np.arange(N) < 4, "test", "train")
+    with pytest.raises(
+        ValueError, match="k: must be below the number of rows of the split test that may be seen, 4, got 5"
+    ):
+        connect(ra, dec, options, split=few)
 
 
 def test_a_leak_free_graph_shows_training_rows_only():
@@ -116,13 +134,13 @@ def test_comoving_environments():
     ("options", "message"),
     [
         ({"space": "flat"}, "space: must be one of euclidean, spherical, hyperbolic, comoving, got 'flat'"),
-        ({"mode": "shuffled"}, "mode: must be one of published, leak-free, got 'shuffled'"),
+        ({"mode": "shuffled"}, "mode: must be one of published, leak-free, inductive, got 'shuffled'"),
         ({"k": 0}, "k: must be at least 1, got 0"),
         ({"redshift": "z"}, "redshift: is for the comoving space; the space is spherical"),
         ({"space": "comoving", "redshift": "z"}, "linking_length_mpc: must be given in the comoving space"),
         ({"space": "comoving", "linking_length_mpc": 1.0}, "redshift: must be given in the comoving space"),
         ({"space": "comoving", "redshift": "z", "linking_length_mpc": 0.0}, "linking_length_mpc: must be positive"),
-        ({"buffer_arcmin": 1.0}, "buffer_arcmin: is for the mode leak-free; the mode is published"),
+        ({"buffer_arcmin": 1.0}, "buffer_arcmin: is for the modes leak-free and inductive"),
         ({"mode": "leak-free", "buffer_arcmin": float("nan")}, "buffer_arcmin: must be at least 0"),
         ({"shuffle_seed": -1}, "seed: must be in 0"),
     ],

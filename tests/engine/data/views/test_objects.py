@@ -153,7 +153,7 @@ def test_whether_anything_is_random(change, augmented):
 @pytest.mark.parametrize(
     ("views", "message"),
     [
-        (ObjectViews(), "need an image, a spectrum, quantities or columns"),
+        (ObjectViews(), "need an image, a spectrum, quantities, columns or neighbours"),
         (ObjectViews(image=replace(CROP, n_global=2)), "views.image.n_global: must be 1, one crop an object, got 2"),
         (ObjectViews(image=replace(CROP, n_local=2, local_size=8)), "views.image.n_local: must be 0"),
         (ObjectViews(image=replace(CROP, global_size=99)), "views.image.global_size: must be in 1 .. 20"),

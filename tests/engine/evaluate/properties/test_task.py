@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -234,3 +235,21 @@ def test_vectors_that_are_not_finite_are_named(make_study):
 def test_bad_options(change, message):
     with pytest.raises(ValueError, match=message):
         PropertyOptions(**change)
+
+
+def test_a_label_of_zeros_and_ones_gets_accuracy_f1_and_auc(make_study):
+    labels, vectors = sky(3)
+    labels["ring"] = (labels["log_mstar"] > 10.8).astype(float)
+    own = np.stack([labels["ring"] * 0.8], 1)
+    study = make_study(
+        {"ring": labels["ring"]},
+        {"a": ("image", vectors(0.1), "", ()), "told": ("image", own, "", ("ring",))},
+        train=TRAIN,
+    )
+    found = properties(study, replace(QUICK, labels=("ring",)))
+    for metric in ("accuracy", "f1", "auc"):
+        assert value(found, "told", "ring", "supervised", metric).value == 1.0
+        assert 0.75 < value(found, "a", "ring", "8-NN", metric).value <= 1.0  # over seeds 0 to 4: .84 to .99
+    page = Page("".join(map(str, found.sections)))
+    assert "How well are classes told apart?" in page.text and "the commoner answer alone has" in page.text
+    assert not any(m.metric == "nmad" for m in found.measures if m.stratum == "all")

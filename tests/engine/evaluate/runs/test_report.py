@@ -136,7 +136,7 @@ def test_report_with_labels(survey_dir, features, run_dir, tmp_path):
         "recipes/toy.py --name",
         "PCA-64 of the encoder's input",
         "PCA-8 of the encoder's input",
-        "Aim reached",
+        "aims reached",
         "No collapse",
         "60 of 64 prototypes are in use",
         "half of 64",
@@ -157,7 +157,9 @@ def test_report_with_labels(survey_dir, features, run_dir, tmp_path):
     for other, margin in AIMS.items():
         difference, reached = (found.value(f"{TRAINED} - {other}", m) for m in ("r2 difference", "reached"))
         assert difference == pytest.approx(found.value(TRAINED, "r2") - found.value(other, "r2"))
-        assert reached == (difference >= margin)
+        low, high = (found.value(f"{TRAINED} - {other}", f"r2 difference, {end} end of 95%") for end in ("low", "high"))
+        assert low <= difference <= high
+        assert reached == 1 if low >= margin else reached == 0 if high < margin else np.isnan(reached)
     assert found.record["collapsed"] is False and not found.record["left_out"]
 
 
@@ -218,6 +220,20 @@ def test_collapse_sets_the_exit_code(survey_dir, features, run_dir, tmp_path):
     found = Found(survey_dir, collapsed, RunLog.read(run_dir), tmp_path / "r.html")
     assert found.of["collapse"].collapsed and found.record["collapsed"]
     assert "Collapsed" in check_self_contained(tmp_path / "r.html")[0]
+
+
+def test_a_narrow_survey_is_no_collapse_of_an_encoder_that_was_sound(survey_dir, features, run_dir, tmp_path):
+    """Where the survey is another than the run's, and the rank was high in training."""
+    with open(run_dir / "metrics.jsonl", "a") as f:
+        f.write('\n{"step": 40, "loss": 1.0, "monitor/effective_rank": 17.0}\n')
+    log, e = RunLog.read(run_dir), features[TRAINED]
+    log.record["survey"] = "another"
+    flat = np.outer(np.arange(len(e)), np.ones(4)) + 1e-3 * np.random.default_rng(0).normal(size=(len(e), 4))
+    narrow = {TRAINED: Embeddings(e.key, e.split, flat.astype(np.float32))}
+    found = Found(survey_dir, narrow, log, tmp_path / "r.html")
+    assert not found.of["collapse"].collapsed
+    assert found.of["collapse"].lines[0].startswith("not collapsed, but narrow: effective rank 1")
+    assert "Narrow" in check_self_contained(tmp_path / "r.html")[0]
 
 
 @pytest.mark.parametrize(("rows", "collapsed"), [(None, True), (64, True), (40, False)])
@@ -314,7 +330,7 @@ def test_run_to_report(monkeypatch, survey_dir, run_dir, tmp_path, encoders, cap
     def load(folder, survey, device, *, trained=True):
         return Encoder(Toy(encoders[0 if trained else 1]), view, {"run": "toy", "trained": str(trained)}, run)
 
-    monkeypatch.setattr(TrainedEncoder, "open", lambda folder: folder)
+    monkeypatch.setattr(TrainedEncoder, "open", lambda folder: types.SimpleNamespace(path=folder, is_published=False))
     monkeypatch.setattr(Encoder, "load", load)
     common = [str(run_dir), "--data", str(survey_dir), "--batch", "13", "--device", "cpu"]
     tasks = ["--tasks", "baselines", "collapse", "pictures"]

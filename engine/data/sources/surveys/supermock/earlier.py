@@ -30,7 +30,8 @@ from armillary.engine.data.sources.files.hdf5 import (
     opened,
     plain,
 )
-from armillary.engine.data.sources.files.parts import Part, PartSource, find_files, short_names
+from armillary.engine.data.sources.files.parts import Part, PartSource, short_names
+from armillary.engine.data.sources.listing import find_files
 from armillary.engine.data.sources.source import Rows
 from armillary.engine.data.sources.surveys.supermock.grids import named, resample_sed, sed_grid
 

@@ -7,11 +7,11 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from armillary.engine.data.building.build import build
-from armillary.engine.data.sources.files.tables import TableRows
 from armillary.engine.data.sources.kinds import open_source
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import BadSample
 from armillary.engine.data.sources.surveys.bricks import BrickCutouts
+from armillary.engine.data.sources.tables.rows import TableRows
 
 SCALE = 0.262
 SIDE = 60

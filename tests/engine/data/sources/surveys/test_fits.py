@@ -109,11 +109,13 @@ def test_files_without_header_cards_take_the_options(tmp_path):
     cutout(tmp_path / "a.fits", noise(0, 1, 8, 8)[0], bands="", scale=None, RA=10.0, DEC=-5.0)
     with pytest.raises(ValueError, match=r"none of its 1 FITS files is usable.*give the bands"):
         FitsCutouts(tmp_path)
-    source = FitsCutouts(tmp_path, bands=("i",), pixel_scale_arcsec=0.168)
-    assert source.bands == ("i",) and source.pixel_scale_arcsec == 0.168
+    with pytest.raises(ValueError, match=r"its header has no unit \(BUNIT\); give it: unit"):
+        FitsCutouts(tmp_path, bands=("i",))
+    source = FitsCutouts(tmp_path, bands=("i",), pixel_scale_arcsec=0.168, unit="nJy")
+    assert source.bands == ("i",) and source.pixel_scale_arcsec == 0.168 and source.unit == "nJy"
     sample = source.read(0)
     assert sample.image.shape == (1, 8, 8) and (sample.ra, sample.dec) == (10.0, -5.0)
-    assert FitsCutouts(tmp_path, bands=("i",)).pixel_scale_arcsec is None
+    assert FitsCutouts(tmp_path, bands=("i",), unit="nJy").pixel_scale_arcsec is None
 
 
 def test_labels_replace_positions(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from armillary.engine.data.format.shards import key_problem
-from armillary.engine.data.sources.files.labels import read_labels
+from armillary.engine.data.sources.files.labels import LabelFile, read_labels
 from armillary.engine.data.sources.source import BadSample, key_from_name
 from armillary.engine.data.sources.surveys.images import Pictures
 
@@ -205,20 +205,20 @@ def test_wrong_labels_are_named(folder, text, match):
 
 def test_labels_file_problems(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file of labels"):
-        read_labels(tmp_path / "none.csv", ["a.png"])
-    (tmp_path / "l.csv").write_bytes(b"file,z\n\xff,1\n")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        read_labels(tmp_path / "l.csv", ["a.png"])
+        read_labels(LabelFile.open(tmp_path / "none.csv"), ["a.png"])
+    (tmp_path / "l.csv").write_bytes(b"file,z\n\x00\xff,1\n")
+    with pytest.raises(ValueError, match="not readable as text"):
+        read_labels(LabelFile.open(tmp_path / "l.csv"), ["a.png"])
     (tmp_path / "l.csv").write_text("name,z\np.png,1\n")
     with pytest.raises(ValueError, match=r"'p\.png' could be a/p\.png or b/p\.png; give the whole path"):
-        read_labels(tmp_path / "l.csv", ["a/p.png", "b/p.png"])
+        read_labels(LabelFile.open(tmp_path / "l.csv"), ["a/p.png", "b/p.png"])
 
 
 def test_large_identifiers_stay_text_and_blank_columns_are_numbers(tmp_path):
     (tmp_path / "l.csv").write_text(
         "\ufefffile,objid,blank,mixed\na,1237648720693755918,,x\nb,12,,3\n", encoding="utf-8"
     )
-    table = read_labels(tmp_path / "l.csv", ["a.png", "b.png", "c.png"])
+    table = read_labels(LabelFile.open(tmp_path / "l.csv"), ["a.png", "b.png", "c.png"])
     assert table.columns["objid"] == ["1237648720693755918", "12", ""]
     assert np.isnan(table.columns["blank"]).all()
     assert table.row(1) == {"objid": "12", "blank": pytest.approx(np.nan, nan_ok=True), "mixed": "3"}

@@ -7,6 +7,7 @@ A catalogue has no pixels; `joined.Joined` puts its rows beside images or spectr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,13 +16,26 @@ import numpy as np
 
 from armillary.engine.choices import check_choice
 from armillary.engine.data.format.survey import CATALOG_COLUMNS, VectorRecord
-from armillary.engine.data.sources.files.columns import Catalogue, check_positions
-from armillary.engine.data.sources.source import BadSample, Rows, Sample, digest, key_from_name, listing_mark
+from armillary.engine.data.sources.files.text_tables import EXACT
+from armillary.engine.data.sources.sentinels import find_marks, mask_marks, place_marks, told
+from armillary.engine.data.sources.source import (
+    BadSample,
+    Rows,
+    Sample,
+    digest,
+    key_from_name,
+    listing_mark,
+    position_problem,
+)
+from armillary.engine.data.sources.tables.catalogue import Catalogue, check_positions
+from armillary.engine.data.sources.tables.formats import SUFFIXES
 
 __all__ = ["TableRows"]
 
 RaUnit = Literal["degree", "hour"]
 Duplicates = Literal["error", "first"]
+
+log = logging.getLogger("armillary.data")
 
 DIGESTED = 4 << 30  # bytes up to which inputs are known by their checksum, not by their size
 
@@ -31,7 +45,7 @@ class TableRows:
 
     Columns are read when they are first needed and stay arrays as on disk; uncompressed FITS and HDF5 are mapped. Blank
     cells, nulls, TNULL, infinities and the marks in `missing` are NaN (text: ""). Integer columns with values above 2^53
-    are text, since labels are float64. Labels have the column's name in lower case; one that is a name of the packed
+    and identifiers with leading zeros are text, since labels are float64. Labels have the column's name in lower case; one that is a name of the packed
     catalogue's own (`source`, `split`, ...) gets a `_` at its end.
 
     Args:
@@ -41,15 +55,17 @@ class TableRows:
         ra: Column of right ascensions, ICRS; by default one called ra, in any case, if there is one.
         dec: Column of declinations, degrees, likewise.
         labels: Columns to be labels, or a mapping of columns to the labels' names. By default every column of single
-            values but ra, dec and those in vectors.
+            values but ra and dec.
         vectors: Columns of single numbers, or the name of one column with several numbers a row, by vector's name.
         units: Unit or meaning by label or vector, where the file has none.
         components: Names of a vector's components, by vector's name; by default the columns' names or 0, 1, ...
-        missing: Numbers that mean "no value" in every label and vector, or such numbers by column.
+        missing: Numbers that mean "no value" in every label and vector, or such numbers by column; () for none. By
+            default those of `sentinels`, whose numbers are logged.
         text: Columns of whole numbers that are text whatever their values: identifiers.
         ra_unit: "degree" or "hour"; by default degrees, but what looks like hours is refused.
         duplicates: Refuse a table in which a key occurs twice, or keep the first row of each.
         table: Number or name of a FITS HDU, path of an HDF5 group or data set.
+        on_bad: "skip" makes rows with impossible positions unusable samples.
 
     Attributes:
         catalogue: The columns.
@@ -77,11 +93,12 @@ class TableRows:
         vectors: Mapping[str, str | Sequence[str]] | None = None,
         units: Mapping[str, str] | None = None,
         components: Mapping[str, Sequence[str]] | None = None,
-        missing: Sequence[float] | Mapping[str, Sequence[float]] = (),
+        missing: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
         text: Sequence[str] = (),
         ra_unit: RaUnit | None = None,
         duplicates: Duplicates = "error",
         table: int | str | None = None,
+        on_bad: str = "error",
     ) -> None:
         if ra_unit is not None:
             check_choice("ra_unit", ra_unit, RaUnit)
@@ -101,7 +118,7 @@ class TableRows:
         if strangers := set(units or {}) - set(self.labels) - set(self._parts):
             raise ValueError(f"units: no label or vector is called {sorted(strangers)[0]!r}")
         self._marks = self._missing(missing)
-        check_positions(self.catalogue, self._position["ra"], self._position["dec"], ra_unit)
+        check_positions(self.catalogue, self._position["ra"], self._position["dec"], ra_unit, on_bad)
         self._hours = ra_unit == "hour"
         for column in self._key:
             if self.catalogue.column(column, "key").kind not in ("int", "text"):
@@ -148,15 +165,17 @@ class TableRows:
         columns: dict[str, np.ndarray | list[str]] = {}
         for name, column in self._position.items():
             numbers = np.full(len(rows), np.nan) if column is None else self.catalogue.numbers(column, rows)
+            place_marks(name, numbers)
             columns[name] = numbers * 15 if name == "ra" and self._hours else numbers
         for label, column in self._columns.items():
             columns[label] = self.catalogue.texts(column, rows) if self._text[label] else self._clean(column, rows)
         keys = self._keys(rows)
-        bad = {
-            start + i: f"{self.catalogue.where(int(rows[i]))}: no value in {' or '.join(self._key)}, so it has no key"
-            for i, key in enumerate(keys)
-            if not key
-        }
+        bad = {}
+        for i, (key, ra, dec) in enumerate(zip(keys, columns["ra"], columns["dec"], strict=True)):
+            why = position_problem("ra", float(ra)) or position_problem("dec", float(dec))
+            if why or not key:
+                why = why or f"no value in {' or '.join(self._key)}, so it has no key"
+                bad[start + i] = f"{self.catalogue.where(int(rows[i]))}: {why}"
         return Rows(keys, columns, None, bad)
 
     def read(self, index: int) -> Sample:
@@ -219,7 +238,7 @@ class TableRows:
         if isinstance(labels, str):
             raise ValueError(f"labels: must be a sequence of columns or a mapping, got the text {labels!r}")
         if labels is None:
-            used = {*self._position.values(), *(c for columns in self._parts.values() for c in columns)}
+            used = set(self._position.values())
             chosen = [c for c, what in self.catalogue.columns.items() if what.size is None and c not in used]
             named = {c: _label(c) for c in chosen}
         else:
@@ -245,26 +264,43 @@ class TableRows:
     def _meaning(self, label: str, column: str, units: Mapping[str, str]) -> str:
         return units.get(label) or self.catalogue.columns[column].unit or f"{column} of {self.catalogue.names[0]}"
 
-    def _missing(self, missing: Sequence[float] | Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    def _missing(self, missing: Sequence[float] | Mapping[str, Sequence[float]] | None) -> dict[str, list[float]]:
         """Numbers that mean "no value", by column."""
-        used = {*self._columns.values(), *(c for columns in self._parts.values() for c in columns)}
+        parts = {c for columns in self._parts.values() for c in columns}
+        used = parts | {column for label, column in self._columns.items() if not self._text[label]}
+        if missing is None:
+            return {column: marks for column in sorted(used) if (marks := self._look_for_marks(column))}
         if not isinstance(missing, Mapping):
             return {column: list(missing) for column in used} if len(missing) else {}
         for column in missing:
             self.catalogue.column(column, "missing values")
         return {column: list(marks) for column, marks in missing.items()}
 
+    def _look_for_marks(self, column: str) -> list[float]:
+        """Marks of a column by the rule of `sentinels`; what is found is logged and told with the label."""
+        file = self.catalogue.files[0]
+        if self.catalogue.columns[column].kind not in ("float", "int"):
+            return []
+        values = self.catalogue.numbers(column, np.arange(self.catalogue.count))
+        if column.lower().endswith("id") and (np.abs(values) > EXACT).any():
+            log.warning(
+                "%s: column %r: identifiers as floating-point numbers; their last digits are lost", file, column
+            )
+        if marks := find_marks(values):
+            log.warning("%s: column %r: %s taken for unknown", file, column, told(marks))
+            for label, own in self._columns.items():
+                if own == column:
+                    self.labels[label] += f"; {told(marks)} taken for unknown"
+        return list(marks)
+
     def _clean(self, column: str, rows: np.ndarray) -> np.ndarray:
         """Numbers with missing values as NaN; marks are compared in the column's own precision, float32 included."""
-        numbers = self.catalogue.numbers(column, rows)
-        for mark in self._marks.get(column, ()):
-            numbers[(numbers == mark) | (numbers == float(np.float32(mark)))] = np.nan
-        return numbers
+        return mask_marks(self.catalogue.numbers(column, rows), self._marks.get(column, ()))
 
     def _keys(self, rows: np.ndarray) -> list[str]:
         """Keys; "" where a part is missing."""
         if not self._key:
-            stems = [key_from_name(name.split(".")[0]) for name in self.catalogue.names]
+            stems = [key_from_name(_stem(name)) for name in self.catalogue.names]
             places = [self.catalogue.place(int(row)) for row in rows]
             return [f"{stems[number]}-{row:07d}" for number, row in places]
         parts = [self.catalogue.texts(column, rows) for column in self._key]
@@ -299,3 +335,9 @@ class TableRows:
 def _label(column: str) -> str:
     """Name of a column's label."""
     return f"{column.lower()}_" if column.lower() in CATALOG_COLUMNS else column.lower()
+
+
+def _stem(name: str) -> str:
+    """A file's name without the ending of a table."""
+    ending = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
+    return name[: len(name) - len(ending)]

@@ -15,14 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from armillary.engine.data.sources.files.parts import find_files, short_names
-from armillary.engine.data.sources.files.tableformats import SUFFIXES, Column, Table, Values, decoded, open_table
+from armillary.engine.data.sources.files.parts import short_names
+from armillary.engine.data.sources.files.text_tables import EXACT
+from armillary.engine.data.sources.listing import find_files
+from armillary.engine.data.sources.sentinels import place_marks
+from armillary.engine.data.sources.tables.columns import Column, Table, Values, decoded
+from armillary.engine.data.sources.tables.formats import SUFFIXES, open_table
 
-__all__ = ["EXACT", "Catalogue", "check_positions"]
+__all__ = ["Catalogue", "check_positions"]
 
-EXACT = 2**53  # larger whole numbers do not survive float64
 SCANNED = 1 << 20  # rows looked through at a time
 HOURS = ("h", "hr", "hour", "hours", "hourangle")
+NO_DEGREES = ("rad", "radian", "radians", "arcsec", "arcmin", "mas")
 FULL_DAY = (1.0, 23.0)  # RAs from below one to above the other, and none above 24, look like hours
 DAY_ROWS = 100  # fewer rows tell nothing
 
@@ -47,7 +51,7 @@ class Catalogue:
     """
 
     def __init__(self, path: Path | str | Sequence[Path | str], table: int | str | None = None) -> None:
-        self.files = find_files(path, SUFFIXES, "table", metadata=())
+        self.files = find_files(path, SUFFIXES, "table")
         self.names = short_names(self.files)
         self._tables: list[Table] = [open_table(file, table) for file in self.files]
         self._ends = np.cumsum([t.count for t in self._tables])
@@ -164,7 +168,9 @@ class Catalogue:
         ]
 
 
-def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_unit: str | None) -> None:
+def check_positions(
+    catalogue: Catalogue, ra: str | None, dec: str | None, ra_unit: str | None, on_bad: str = "error"
+) -> None:
     """Look through the columns of positions.
 
     Args:
@@ -172,6 +178,7 @@ def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_un
         ra: Column of right ascensions, or None.
         dec: Column of declinations, or None.
         ra_unit: "degree", "hour", or None for degrees that must not look like hours.
+        on_bad: "skip" leaves positions out of range to the rows that have them.
 
     Raises:
         ValueError: A position is out of range, or degrees are doubtful.
@@ -179,6 +186,9 @@ def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_un
     file = catalogue.files[0]
     if ra is not None and ra_unit is None and catalogue.columns[ra].unit.lower().strip() in HOURS:
         raise ValueError(f"{file}: column {ra!r}: its unit is hours; to convert them to degrees, say ra_unit='hour'")
+    for axis in (ra, dec):
+        if axis is not None and (unit := catalogue.columns[axis].unit.lower().strip()) in NO_DEGREES:
+            raise ValueError(f"{file}: column {axis!r}: its unit is {unit}; convert it to degrees")
     ranges = {"ra": (0.0, 24.0 if ra_unit == "hour" else 360.0), "dec": (-90.0, 90.0)}
     low, high = np.inf, -np.inf
     for start in range(0, catalogue.count, SCANNED):
@@ -186,10 +196,10 @@ def check_positions(catalogue: Catalogue, ra: str | None, dec: str | None, ra_un
         for name, column in (("ra", ra), ("dec", dec)):
             if column is None:
                 continue
-            values = catalogue.numbers(column, rows)
+            values = place_marks(name, catalogue.numbers(column, rows))
             least, most = ranges[name]
             wrong = np.flatnonzero((values < least) | (values > most))
-            if wrong.size:
+            if wrong.size and on_bad != "skip":
                 value = values[wrong[0]]
                 negative = bool(name == "ra" and -180 <= value < 0)
                 raise ValueError(

@@ -13,11 +13,11 @@ from astropy.table import MaskedColumn, Table
 
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.shards import key_problem
-from armillary.engine.data.sources.files.columns import Catalogue
-from armillary.engine.data.sources.files.tables import TableRows
 from armillary.engine.data.sources.joined import Joined, Key, Match
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import BadSample
+from armillary.engine.data.sources.tables.catalogue import Catalogue
+from armillary.engine.data.sources.tables.rows import TableRows
 
 IDS = 39627_000_000_000_001 + np.arange(6)  # above 2^53: the last digits are lost in float64
 COLUMNS = {
@@ -138,7 +138,7 @@ def test_defaults(tmp_path):
     source = TableRows(write(tmp_path / "my table.v2.csv", columns))
     assert TableRows(write(tmp_path / "c.csv"), text=("nobs",)).read(1).labels["nobs"] == "2"
     assert list(source.labels) == ["source_", "big"] and source.read(2).ra == 180.25
-    assert source.describe(1, 3).keys == ["my_table-0000001", "my_table-0000002"]
+    assert source.describe(1, 3).keys == ["my_table_v2-0000001", "my_table_v2-0000002"]
     nowhere = TableRows(write(tmp_path / "b.csv", {"x": COLUMNS["RA"]}))
     assert np.isnan(nowhere.read(0).ra) and nowhere.describe(2, 2).keys == []
 
@@ -267,7 +267,7 @@ MALFORMED = {  # file; its text, the columns that differ, or what writes it; opt
     "not HDF5": ("a.h5", "text", {}, r"a\.h5: not readable as a table"),
     "not FITS": ("a.fits", "text", {}, r"a\.fits: not readable as a table"),
     "no table": ("a.fits", image_only, {}, "no binary table"),
-    "other ending": ("a.txt", "x", {}, r"a\.txt: .*must end in one of \.parquet"),
+    "other ending": ("a.txt", "x", {}, r"a\.txt: .*not readable as a table"),
     "no numbers": ("a.parquet", structs_only, {}, "no column holds numbers or text"),
     "no such column": ("a.fits", {}, {"key": "targetid"}, r"no column 'targetid' \(key\).*are TARGETID"),
     "no such label": ("a.fits", {}, {"labels": ("q",)}, "no column 'q' .label 'q'.*TARGETID, RA"),

@@ -1,0 +1,62 @@
+"""The catalogue of a packed survey, read and compared with the checksum in survey.json."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from armillary.engine.data.format.survey import Survey
+
+__all__ = ["catalog_problem", "read_catalog"]
+
+CATALOG = "catalog.parquet"
+
+
+def read_catalog(survey: Survey | Path | str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read catalog.parquet after a look at its checksum, which is taken once a process for a file that does not change.
+
+    Args:
+        survey: Loaded from its folder; or the folder.
+        columns: Only these.
+
+    Raises:
+        FileNotFoundError: It is missing.
+        ValueError: It is not the one that the survey was built with, or not readable.
+    """
+    described = survey if isinstance(survey, Survey) else Survey.load(survey)
+    assert described.folder is not None, "a survey that was loaded from its folder"
+    path = described.folder / CATALOG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; check the survey with `armillary data check {described.folder}`")
+    if problem := catalog_problem(described):
+        raise ValueError(f"{path}: {problem}")
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not readable: {error}") from error
+
+
+def catalog_problem(survey: Survey) -> str | None:
+    """How the catalogue of a survey differs from survey.json's checksum; None if it does not, or there is none."""
+    if not survey.catalog_sha256 or survey.folder is None:
+        return None
+    path = survey.folder / CATALOG
+    stamp = path.stat()
+    found = _digest(path, stamp.st_mtime_ns, stamp.st_size)
+    if found == survey.catalog_sha256:
+        return None
+    return (
+        f"its SHA-256 is {found[:12]}..., survey.json says {survey.catalog_sha256[:12]}...: it was damaged or changed after "
+        "the build; copy it again, or build a survey with the changed labels"
+    )
+
+
+@lru_cache(maxsize=16)
+def _digest(path: Path, *_: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,99 @@
+"""What a run needs of a device's memory, by kind, before it starts.
+
+Counted are weights, gradients and the optimizer's state as ZeRO shares them out, and what the method says of its activations
+(`Method.activation_bytes`). Not counted: the libraries' own buffers, fragments, and what a step holds for moments only.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from armillary.engine.config.run import Run
+from armillary.models.method import Method
+
+__all__ = ["Memory", "free_bytes", "memory_of"]
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by kind.
+
+    Attributes:
+        kinds: Name and bytes, in the order in which they are told.
+        free: Bytes that the device has free for a rank; None where nobody can tell.
+    """
+
+    kinds: dict[str, int]
+    free: int | None
+
+    @property
+    def total(self) -> int:
+        """All kinds together."""
+        return sum(self.kinds.values())
+
+    def line(self) -> str:
+        """All of it in one line."""
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.kinds.items())
+        of = "" if self.free is None else f" of {self.free / GIB:.2f} free"
+        return f"memory of a rank in GiB: {parts}; together {self.total / GIB:.2f}{of}"
+
+    def problems(self) -> list[str]:
+        """The broken rule, where it does not fit."""
+        if self.free is None or self.total <= self.free:
+            return []
+        return [
+            f"train.micro_batch: must fit the device's memory; {self.line()}. Take fewer samples at once, recompute "
+            "activations, share more out (train.zero_stage 3, more ranks), or train fewer parameters"
+        ]
+
+
+def memory_of(run: Run, method: Method, world: int, free: int | None) -> Memory | None:
+    """What a rank needs; None where the method does not say what its activations take.
+
+    Args:
+        run: The run.
+        method: Built; its frozen parameters may be on the meta device.
+        world: Number of ranks.
+        free: Result of `free_bytes`.
+    """
+    itemsize = 2 if run.train.precision == "bf16" else 4
+    activations = method.activation_bytes(run.train.micro_batch, itemsize)
+    if activations is None:
+        return None
+    students = {id(student) for student, _ in method.teacher_pairs()}
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in method.parameters() if id(p) in students)
+    frozen = sum(p.numel() for p in method.parameters() if not p.requires_grad)
+    stage = run.train.zero_stage
+    weights_of, gradients_of = world if stage == 3 else 1, world if stage > 1 else 1
+    kinds = {
+        "frozen weights": frozen * itemsize // weights_of,
+        "trained weights": trained * itemsize // weights_of,
+        "gradients": trained * (4 if stage > 1 else itemsize) // gradients_of,
+        "optimizer": (12 * trained + 4 * averaged) // world,
+        "activations (estimate)": activations,
+    }
+    return Memory(kinds, free)
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that this rank may use: of its GPU, or its share of what the machine has available; None if not known.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    get = os.environ.get
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info(int(get("LOCAL_RANK", "0")))[0]) if torch.cuda.is_available() else None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    return kilobytes * 1024 // int(get("LOCAL_WORLD_SIZE") or get("LOCAL_SIZE") or get("WORLD_SIZE") or "1")

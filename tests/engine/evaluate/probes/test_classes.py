@@ -1,0 +1,32 @@
+"""Scores of labels that are 0 or 1, against scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+from armillary.engine.evaluate.probes.classes import class_scores, is_binary
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_those_of_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    true = (rng.random(200) < 0.3).astype(float)
+    predicted = np.round(0.4 * true + rng.random(200) * 0.7, 1)  # with ties
+    found = class_scores(true, predicted)
+    assert found.accuracy == accuracy_score(true, predicted > 0.5)
+    assert found.f1 == pytest.approx(f1_score(true, predicted > 0.5))
+    assert found.auc == pytest.approx(roc_auc_score(true, predicted))
+    assert found.share == true.mean() and found.samples == 200
+    assert 0.01 < found.auc_se < 0.08  # some .03 with 60 ones among 200
+
+
+def test_one_class_has_no_curve():
+    found = class_scores(np.zeros(5), np.linspace(0, 0.4, 5))
+    assert found.accuracy == 1.0 and found.f1 == 0.0 and np.isnan(found.auc)
+
+
+def test_other_labels_are_refused():
+    assert is_binary(np.array([0.0, 1.0, np.nan])) and not is_binary(np.array([0.0, 0.0]))
+    assert not is_binary(np.array([0.0, 0.5, 1.0])) and not is_binary(np.array([np.nan]))
+    with pytest.raises(ValueError, match="labels must be 0 or 1"):
+        class_scores(np.array([0.0, 0.5]), np.zeros(2))
