@@ -1,7 +1,7 @@
 """Which space holds which distances: a plane, the sky and a tree, embedded in 2, 3 and 5 dimensions of E, S and H.
 
-    python benchmarks/geometry_distance.py                  # 27 cells, three seeds: a few minutes of a core
-    python benchmarks/geometry_distance.py --steps 100 --seeds 0 --tasks tree --widths 2
+    python benchmarks/galaxy_walker/geometry_distance.py                  # 27 cells, three seeds: a few minutes of a core
+    python benchmarks/galaxy_walker/geometry_distance.py --steps 100 --seeds 0 --tasks tree --widths 2
 
 A perceptron reads attributes of objects and gives a tangent vector of D numbers; the geodesic distances of its points
 (`models/geometry/product_space.py`), times a trained scale, are to equal the true distances of the objects. Three sets of 1,500:
@@ -20,14 +20,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from common import append_rows, csv_option
 from scipy import stats
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import append_rows, csv_option
 
 from armillary.models.geometry.manifolds import exp0
 from armillary.models.geometry.product_space import factor_distance

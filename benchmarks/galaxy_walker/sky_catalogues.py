@@ -1,6 +1,6 @@
 """What neighbours on the sky tell of real galaxies: redshifts and types of SDSS, votes of Galaxy Zoo 2; and what a leak adds.
 
-    python benchmarks/sky_catalogues.py --data CATALOGUES -o runs/sky-catalogues        # a quarter of an hour of a core
+    python benchmarks/galaxy_walker/sky_catalogues.py --data CATALOGUES -o runs/sky-catalogues        # a quarter of an hour of a core
 
 CATALOGUES holds vollim_dr7_cbp_102709.fits.gz (120,606 SDSS galaxies at z < .107: RA, Dec, redshift), hubble_42914.csv.gz (Hubble
 types, matched within 3 arcsec) and gz2_stripe82_votes.fits.gz (19,761 galaxies with votes). Stage 1 of Galaxy-Walker
@@ -22,6 +22,7 @@ Settings were fixed before the runs and not tuned. Intervals as in the task `abl
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from astropy.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from common import append_rows, csv_option
 
 from armillary.engine.config.randomness import seed_everything
@@ -216,7 +220,9 @@ def main() -> None:
             print(f"{name} {split} {label}: {time.process_time() - start:.0f} CPU s", flush=True)
             title = f"{label} of {name}, split {split}"
             sections += [s.replace("What is each setting worth?", title, 1) for s in outcome.sections]
-    head = header("Neighbours on the sky", "Real catalogues; settings as in benchmarks/sky_catalogues.py.")
+    head = header(
+        "Neighbours on the sky", "Real catalogues; settings as in benchmarks/galaxy_walker/sky_catalogues.py."
+    )
     write_page(args.out / "report.html", "Neighbours on the sky", head, sections)
     append_rows(args.csv, rows)
     print(f"report: {args.out / 'report.html'}; appended {len(rows)} rows to {args.csv}")

@@ -1,8 +1,8 @@
 """Sky graphs: seconds to find and join neighbours, edges and isolated nodes, peak memory.
 
-    python benchmarks/sky_graph.py                                        # 105,172 and 1,000,000 made-up positions
-    python benchmarks/sky_graph.py --nodes 10000000 --spaces spherical
-    python benchmarks/sky_graph.py --catalog vollim_dr7_cbp_102709.fits.gz        # columns ra and dec of a table
+    python benchmarks/galaxy_walker/sky_graph.py                                        # 105,172 and 1,000,000 made-up positions
+    python benchmarks/galaxy_walker/sky_graph.py --nodes 10000000 --spaces spherical
+    python benchmarks/galaxy_walker/sky_graph.py --catalog vollim_dr7_cbp_102709.fits.gz        # columns ra and dec of a table
 
 Made-up positions are uniform over a sky of 14,000 square degrees (RA 0 to 360, Dec above 18.8 degrees); real galaxies
 cluster. The time is that of `connect`: from positions in memory to the sparse matrix, without the file; on a busy machine the
@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import scipy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from common import append_rows, csv_option
 
 from armillary.engine.data.sky_graph.build import connect
