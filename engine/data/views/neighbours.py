@@ -18,8 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from armillary.engine.data.format.columns import Columns, column_problems
@@ -196,6 +194,9 @@ def _opened(path: Path, survey: Path, _: tuple[int, int]) -> SkyGraph:
 @lru_cache(maxsize=1)
 def _vectors(path: Path, survey: Path, _: tuple[int, int]) -> np.ndarray:
     """[N, V] float32 vectors of a file of embeddings, in the order of the survey's catalogue."""
+    import pyarrow as pa  # here: it starts a thread, and recipes import this module
+    import pyarrow.parquet as pq
+
     keys: Sequence[str] = pq.read_table(survey / "catalog.parquet", columns=["key"])["key"].to_pylist()
     try:
         table = pq.read_table(path, columns=["key", "vector"])
