@@ -24,7 +24,8 @@ def examples():
     found = {}
     for page, text in TEXTS.items():
         lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
-        lines += re.findall(r"`(armillary data [^`]*)`", re.sub(r"\s+", " ", BLOCK.sub("", text)))
+        inline = re.findall(r"`(armillary data [^`]*)`", re.sub(r"\s+", " ", BLOCK.sub("", text)))
+        lines += [line for line in inline if "SURVEY" in line]  # others are parts of commands
         for line in lines:
             command = re.split(r"\s+#|\s{2,}", line.strip())[0]
             if command.startswith("armillary data ") and len(command.split()) > 3 or command == "armillary data kinds":
