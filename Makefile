@@ -102,12 +102,12 @@ demo-mmae: install
 # tiny language model is asked about the galaxies.
 WALKER := $(RUNS)/demo-galaxy-walker
 SPACES := euclidean hyperbolic spherical
-shuffled = --views.neighbours.graphs $(SPACES:%=%-k5-inductive-shuffled0)
+shuffled = --views.neighbours.graphs $(SPACES:%=%-k5-leak-free-shuffled0)
 demo-galaxy-walker: install
 	$(BIN)/armillary data simulate --spectra --grouped --count 2000 --out $(WALKER)/survey
 	for space in $(SPACES); do \
-	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive && \
-	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive --shuffle-seed 0 || exit 1; done
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode leak-free && \
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode leak-free --shuffle-seed 0 || exit 1; done
 	rm -rf $(addprefix $(WALKER)/,alone neighbours shuffled)
 	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name alone --views.neighbours.fan-outs 0 0
 	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name neighbours
