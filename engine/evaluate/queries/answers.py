@@ -17,7 +17,7 @@ from armillary.engine.evaluate.embedding.embed import first_samples, open_batche
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.queries.question import PIXELS, Query, parts_of
 from armillary.engine.evaluate.study.study import Study
-from armillary.models.method import Batch
+from armillary.models.method import Batch, BatchKey
 from armillary.models.quantities import Quantity
 
 __all__ = ["Answered", "Sizes", "Values", "answer_all", "joint_draws", "judged_names", "read_values"]
@@ -85,15 +85,29 @@ def judged_names(encoder: Encoder, study: Study) -> set[str]:
     return viewed | {q.name for q in asked.want if q.size == 1 and q.name in study.survey.labels}
 
 
-def read_values(encoder: Encoder, study: Study, split: str, samples: int) -> Values:
-    """The quantities of the first galaxies of a split; the stored order is random."""
-    quantities = _viewed(encoder)
+def read_values(encoder: Encoder, study: Study, split: str, samples: int, repeats: int = 1) -> Values:
+    """The quantities of the first galaxies of a split; the stored order is random.
+
+    Args:
+        encoder: With the views of the run.
+        study: The survey.
+        split: Of it.
+        samples: Galaxies, at most.
+        repeats: Where views draw noise anew in each epoch, the galaxies so many times over, each time with other noise: a model
+            that is to stand beside the run must have seen as much of it.
+    """
+    quantities, reader = _viewed(encoder), encoder.view.quantities
     rows: list[np.ndarray] = []
     found: dict[str, list[np.ndarray]] = {q.name: [] for q in quantities}
-    for batch in _batches(encoder, study.folder, split, samples):
-        rows.append(batch["row"].cpu().numpy())
-        for quantity, values in zip(quantities, _values(batch, quantities), strict=True):
-            found[quantity.name].append(values.double().cpu().numpy())
+    noisy = reader is not None and any(view.noise == "redrawn" for view in reader.views)
+    for epoch in range(repeats if noisy else 1):
+        for batch in _batches(encoder, study.folder, split, samples):
+            if reader is not None and epoch:
+                batch["position"] = batch["row"]
+                reader.add(batch, BatchKey(study.seed, epoch, 0, len(batch["row"])))
+            rows.append(batch["row"].cpu().numpy())
+            for quantity, values in zip(quantities, _values(batch, quantities), strict=True):
+                found[quantity.name].append(values.double().cpu().numpy())
     return Values(np.concatenate(rows), {name: np.concatenate(parts) for name, parts in found.items()})
 
 

@@ -28,7 +28,7 @@ from armillary.models.quantities import Quantity, Scaling
 __all__ = ["BARS", "supervised_medians"]
 
 HIDDEN = (128, 128)
-PERCEPTRON = PerceptronTraining(60, 256, 2e-3, dropout=0.0, held_out=0.1, patience=10)
+PERCEPTRON = PerceptronTraining(60, 256, 2e-3, dropout=0.1, held_out=0.1, patience=10)
 
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 

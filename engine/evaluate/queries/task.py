@@ -44,6 +44,7 @@ from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 __all__ = ["TASK", "QueryOptions", "queries"]
 
 TASK = "queries"
+NOISE_DRAWS = 3  # of each galaxy, for supervised models
 UNDERTRAINED = 1.15
 """Error by that of the best supervised model above which the page warns of gains that are lack of training."""
 
@@ -177,7 +178,7 @@ def _compare(
     """Gains of the run and of supervised models, on the galaxies that have both answers."""
     name = encoder.run.name
     quantities = encoder.view.quantities.quantities if encoder.view.quantities is not None else ()
-    train = read_values(encoder, study, study.train_split, options.train_samples)
+    train = read_values(encoder, study, study.train_split, options.train_samples, NOISE_DRAWS)
     test = read_values(encoder, study, study.test_split, options.sizes.samples)
     fitted: dict[tuple[str, Query], np.ndarray] = {}
     made: list[Compared] = []

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 from gaussian_toy import COVARIANCE, PLACES, VIEWS, gaussian_encoder, gaussian_study, gaussian_survey
+from plain_vectors import ERROR, PlainVectors
 
+from armillary.engine.data.building.build import build
+from armillary.engine.data.views.objects import ObjectViews
+from armillary.engine.data.views.quantity_view import QuantityView
 from armillary.engine.evaluate.page.html import page
 from armillary.engine.evaluate.queries import task
 from armillary.engine.evaluate.queries.answers import Sizes, answer_all, judged_names, read_values
@@ -208,3 +212,25 @@ def test_what_the_views_do_not_read_is_held_against_the_label(folder):
     np.testing.assert_array_equal(answered.truth[:, 0], study.label("redshift", answered.row))
     with pytest.raises(ValueError, match="does not hold the truth of unknown"):
         queries(study, [other], QueryOptions(("unknown:image",)))
+
+
+def test_supervised_models_see_several_draws_of_noise_that_is_drawn_anew(tmp_path):
+    build(PlainVectors(40), tmp_path / "plain", name="plain", test_fraction=0.25, seed=3, processes=1, progress=False)
+    flux = QuantityView(
+        name="flux", vector="photometry", errors=("photometry_err",), scaling="asinh", noise="redrawn", levels=True
+    )
+    views = ObjectViews(quantities=(QuantityView(name="redshift", scaling="log1p"), flux))
+    study = gaussian_study(tmp_path / "plain")
+    method = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]))
+    encoder = SimpleNamespace(view=views.eval_view(study.survey, "cpu"), method=method)
+    once, thrice = (read_values(encoder, study, "train", 100, repeats) for repeats in (1, 3))
+    n = len(once.row)
+    assert len(thrice.row) == 3 * n
+    np.testing.assert_array_equal(thrice.row, np.tile(once.row, 3))
+    np.testing.assert_array_equal(thrice.of["redshift"], np.tile(once.of["redshift"], (3, 1)))
+    draws = thrice.of["flux"].reshape(3, n, -1)
+    np.testing.assert_array_equal(draws[0], once.of["flux"])
+    spread = draws.std(axis=0, ddof=1)
+    assert np.sqrt(np.nanmean(spread**2)) == pytest.approx(
+        ERROR, rel=0.2
+    )  # 2 degrees of freedom of each of 100 numbers
