@@ -74,20 +74,6 @@ def evaluate_study(
     survey_dir, out, where = Path(survey_dir), Path(out), torch.device(device)
     if absent := [str(run) for run in runs if not Path(run).exists()]:
         raise FileNotFoundError(f"{absent[0]}: no such run or file")
-    require_writable(out / "report.html")
-    with exclusive(out):
-        return _evaluate(runs, survey_dir, out, options, where, batch, readout)
-
-
-def _evaluate(
-    runs: Sequence[Path],
-    survey_dir: Path,
-    out: Path,
-    options: Options,
-    where: torch.device,
-    batch: int,
-    readout: str | None,
-) -> list[Outcome]:
     survey = Survey.load(survey_dir)
     sources = [TrainedEncoder.open(run) for run in runs]
     encoders = [Encoder.load(source, survey, where) for source in sources]
@@ -96,29 +82,31 @@ def _evaluate(
     reasons = _impossible(options, survey, [e.method for e in encoders])
     if options.tasks == ("ablation",):  # which reads predictions alone
         wanted = [w for w in wanted if w.about.targets] or wanted
-    sets = _embed(wanted, survey_dir, out, options, where, batch)
-    features: dict[str, Embeddings] = {}
-    if reasons.get("baselines") == "":
-        twin = Encoder.load(sources[0], survey, where, trained=False)
-        about = {UNTRAINED: twin.metadata | {"readout": wanted[0].readout}}
-        pipelines = {UNTRAINED: twin.pipeline(wanted[0].readout)}
+    require_writable(out / "report.html")
+    with exclusive(out):
+        sets = _embed(wanted, survey_dir, out, options, where, batch)
+        features: dict[str, Embeddings] = {}
+        if reasons.get("baselines") == "":
+            twin = Encoder.load(sources[0], survey, where, trained=False)
+            about = {UNTRAINED: twin.metadata | {"readout": wanted[0].readout}}
+            pipelines = {UNTRAINED: twin.pipeline(wanted[0].readout)}
 
-        def batches(split: str) -> Iterable[Batch]:
-            return SequentialLoader(survey_dir, split=split, batch=batch, device=where, modalities=("image",))
+            def batches(split: str) -> Iterable[Batch]:
+                return SequentialLoader(survey_dir, split=split, batch=batch, device=where, modalities=("image",))
 
-        features = embed_features(survey_dir, pipelines, batches, options, metadata=about)
-        for name, embeddings in features.items():
-            embeddings.save(_file(out, name))
-    study = Study.open(
-        survey_dir,
-        sets,
-        train_split=options.train_split,
-        test_split=options.test_split,
-        seed=options.seed,
-        baselines=features,
-        log=next(iter(logbooks.values())),
-    )
-    return report_study(study, reasons, options, out / "report.html", logbooks, encoders)
+            features = embed_features(survey_dir, pipelines, batches, options, metadata=about)
+            for name, embeddings in features.items():
+                embeddings.save(_file(out, name))
+        study = Study.open(
+            survey_dir,
+            sets,
+            train_split=options.train_split,
+            test_split=options.test_split,
+            seed=options.seed,
+            baselines=features,
+            log=next(iter(logbooks.values())),
+        )
+        return report_study(study, reasons, options, out / "report.html", logbooks, encoders)
 
 
 def report_study(

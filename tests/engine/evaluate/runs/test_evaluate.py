@@ -59,7 +59,7 @@ def runs(monkeypatch, tmp_path):
     methods = {"one": Colours("flux", "light", "spectrum"), "two": Colours("light", "prediction")}
 
     def load(folder, survey, device, **_):
-        views = types.SimpleNamespace(modalities=("image",))
+        views = types.SimpleNamespace(modalities=("image", "spectrum"))
         run = types.SimpleNamespace(name=folder.name, views=views)
         return Encoder(methods[folder.name], EvalView(Crop()), {"run": folder.name, "encoder": folder.name * 8}, run)
 
