@@ -182,7 +182,7 @@ def test_trains_alike_on_any_ranks_resumes_to_the_same_bits_and_is_asked(survey,
         assert answer.draws["sfh"].shape == (16, 4, 36) and answer.draws["redshift"].isfinite().all()
     out = tmp_path / "answers.parquet"
     processes.armillary(
-        "query", whole, survey, "-o", out, "--given", "photometry_lsst", "--want", "redshift", "--splits", "test"
+        "query", whole, survey, "-o", out, "--given", "photometry_lsst", "--want", "redshift", "--split", "test"
     )
     assert len(pq.read_table(out)) == Survey.load(survey).count("test")
 
