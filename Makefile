@@ -20,7 +20,8 @@ help:
 	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html"
 	@echo "make test               all tests"
 	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
-	@echo "make check              lint, types and the fast tests: before each commit"
+	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
+	@echo "                        not marked slow; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
@@ -101,12 +102,12 @@ demo-mmae: install
 # tiny language model is asked about the galaxies.
 WALKER := $(RUNS)/demo-galaxy-walker
 SPACES := euclidean hyperbolic spherical
-shuffled = --views.neighbours.graphs $(SPACES:%=%-k5-inductive-shuffled0)
+shuffled = --views.neighbours.graphs $(SPACES:%=%-k5-leak-free-shuffled0)
 demo-galaxy-walker: install
 	$(BIN)/armillary data simulate --spectra --grouped --count 2000 --out $(WALKER)/survey
 	for space in $(SPACES); do \
-	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive && \
-	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode inductive --shuffle-seed 0 || exit 1; done
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode leak-free && \
+	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode leak-free --shuffle-seed 0 || exit 1; done
 	rm -rf $(addprefix $(WALKER)/,alone neighbours shuffled)
 	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name alone --views.neighbours.fan-outs 0 0
 	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name neighbours
@@ -122,15 +123,18 @@ demo-galaxy-walker: install
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
-	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist
+	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist $$(grep -rl "pytest.mark.dist" tests --include="test_*.py")
 
 # Part of `make test`, too; here with their table.
 cases: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cases --table
 
-# What a change needs before each commit: three minutes.
+# What a change needs before each commit. The kernels' tests, under Triton's interpreter, are a good part of all. Files that
+# are not in git yet count as changes too.
+CHANGED_KERNELS = $(shell git status --porcelain kernels tests/kernels 2>&1)
 check: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist and not slow and not aot"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile \
+	  -m "not dist and not slow and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
 
 # The numeric modules as other processors would run them.
 test-cpus: install

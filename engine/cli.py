@@ -50,8 +50,8 @@ COMMANDS = {
     "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
     "calibrate": (
-        "armillary.engine.evaluate.calibrate",
-        "calibrate_command",
+        "armillary.engine.evaluate.cli",
+        "calibrate",
         "correct a run's answers by held-out samples",
     ),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),

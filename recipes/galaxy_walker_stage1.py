@@ -19,11 +19,12 @@ same run on shuffled neighbours (`armillary data graph ... --shuffle-seed 0`, an
 and one without neighbours (`--views.neighbours.fan-outs 0 0`); `armillary evaluate RUN --compare RUNS --tasks ablation` puts
 them into one table.
 
-Two presets run on a laptop's CPU, half a minute each on two cores, on simulated galaxies in groups (`make demo-galaxy-walker`):
+Two presets run on a laptop's CPU, half a minute each on two cores, on simulated galaxies in groups (`make demo-galaxy-walker`).
+They read magnitudes, and are shown the redshifts of neighbours, which are training galaxies:
 
     armillary data simulate --spectra --grouped --count 2000 --out runs/demo-galaxy-walker/survey
     for space in euclidean hyperbolic spherical; do
-        armillary data graph runs/demo-galaxy-walker/survey --space $space --mode inductive; done
+        armillary data graph runs/demo-galaxy-walker/survey --space $space --mode leak-free; done
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 recipes/galaxy_walker_stage1.py --preset smoke --device cpu \\
         --data.path runs/demo-galaxy-walker/survey
 """
@@ -80,7 +81,9 @@ SMOKE = replace(
     method=Stage1(hidden=64, out=32, tokens=32, dropout=0.0, head=64),
     views=ObjectViews(
         neighbours=Neighbours(
-            graphs=tuple(f"{space}-k5-inductive" for space in SPACES), columns=("mag_g", "mag_r", "mag_z")
+            graphs=tuple(f"{space}-k5-leak-free" for space in SPACES),
+            columns=("mag_g", "mag_r", "mag_z"),
+            shown=("redshift",),
         ),
         targets=("redshift", "log_mstar", "log_ssfr"),
     ),

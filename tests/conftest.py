@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
 
+KERNELS = Path(__file__).with_name("kernels")
 REAL_DATA = os.environ.get("ARMILLARY_REAL_DATA")
 
 
@@ -20,23 +22,30 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if KERNELS in item.path.parents:
+            item.add_marker(pytest.mark.kernel)
         if "compile" in item.originalname:  # so are called those that compile a kernel ahead of time
             item.add_marker(pytest.mark.aot)
 
 
 def speed_up_interpreter(interpreter):
-    """Take two costs out of Triton's interpreter that are most of its time; nothing else about it changes.
+    """Take three costs out of Triton's interpreter that are most of its time; nothing else about it changes.
 
     Every launch replaces triton.language by the interpreter's own functions and puts it back, and every call of a device
     function looks for what is still to be replaced: here it is replaced once. Every operation builds a table of NumPy's
-    dtypes anew: here one is kept.
+    dtypes anew: here one is kept. Every sum and product of integers is computed a second time to see whether it overflows,
+    and what was seen is dropped unless the interpreter debugs: here it is not computed.
     """
-    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "tl")):
+    names = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "tl", "interpreter_builder")
+    if not all(hasattr(interpreter, name) for name in names):
         return  # another version of Triton
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
     tl, dtypes = interpreter.tl, {}
     replace_all, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
 
-    def replace(fn):
+    def replace_missing(fn):
         modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
         if not modules or any(tl.core.is_builtin(module.load) for module in modules):
             replace_all(fn)
@@ -49,7 +58,7 @@ def speed_up_interpreter(interpreter):
             dtypes[key] = dtype_of(dtype)
         return dtypes[key]
 
-    interpreter._patch_lang, interpreter._get_np_dtype = replace, numpy_dtype
+    interpreter._patch_lang, interpreter._get_np_dtype = replace_missing, numpy_dtype
 
 
 @pytest.fixture(autouse=True)

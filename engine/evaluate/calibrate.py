@@ -1,4 +1,4 @@
-"""The command `armillary calibrate`: corrections of a run's answers, from samples that it was not trained on.
+"""Corrections of a run's answers, from samples that it was not trained on.
 
 A network may be surer than it should be, and for one question more than for another. For each question its PIT values over the
 validation split say by how much (`armillary.models.masked.recalibration`). The corrections are kept as calibration.json in the
@@ -12,53 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from armillary.engine.atomic_file import write_json
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embed import first_samples, open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder
-from armillary.engine.user_code import Packages, trust
 from armillary.engine.weights.trained_encoder import CALIBRATION, TrainedEncoder
 from armillary.models.masked.recalibration import recalibration
 
-__all__ = ["calibrate", "calibrate_command"]
+__all__ = ["calibrate"]
 
 BATCH = 512
-
-
-def calibrate_command(
-    run: tyro.conf.Positional[Path],
-    *,
-    data: Path | None = None,
-    split: str = "validation",
-    given: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    want: tuple[str, ...] = (),
-    samples: int = 4000,
-    steps: int = 20,
-    package: Packages = (),
-) -> int:
-    """Correct a run's answers by samples that it was not trained on.
-
-    Args:
-        run: Folder of the run.
-        data: Survey; the run's own where absent.
-        split: Its split; neither that of the training nor the one that answers will be judged on.
-        given: What a question gives, comma-separated, such as photometry_lsst,sfh[0:18]; repeatable. By default the questions
-            that the run's masks follow.
-        want: Quantities to correct; all that are not given as a whole where none is named.
-        samples: Samples to use, at most.
-        steps: Steps of a correction; each needs two samples or more.
-        package: Name of a package, or path of its folder or of a recipe, with methods of your own; repeatable.
-
-    Returns:
-        Exit status 0.
-    """
-    trust(*package)
-    questions = [tuple(text.split(",")) for text in given]
-    for line in calibrate(run, data, split, questions, want, samples, steps):
-        print(line)
-    return 0
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Commands `armillary embed`, `armillary evaluate` and `armillary report`.
+"""Commands `armillary embed`, `armillary evaluate`, `armillary calibrate` and `armillary report`.
 
 The top-level command (`armillary.engine.cli`) makes options of their arguments, takes their exit status and turns the
 errors that bad input raises (ValueError, OSError) into a message and exit status 2.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from armillary.engine.evaluate.study.study import Outcome
 
-__all__ = ["embed", "evaluate", "report"]
+__all__ = ["calibrate", "embed", "evaluate", "report"]
 
 DEFAULTS = Options()
 REPORTED = ("baselines", "collapse", "pictures")
@@ -182,6 +182,42 @@ def report(
     )
     reasons = dict.fromkeys(options.tasks or REPORTED, "")
     return _tell(report_study(study, reasons, options, out, {log.name: log}), out)
+
+
+def calibrate(
+    run: tyro.conf.Positional[Path],
+    *,
+    data: Path | None = None,
+    split: str = "validation",
+    given: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    want: tuple[str, ...] = (),
+    samples: int = 4000,
+    steps: int = 20,
+    package: Packages = (),
+) -> int:
+    """Correct a run's answers by samples that it was not trained on.
+
+    Args:
+        run: Folder of the run.
+        data: Survey; the run's own where absent.
+        split: Its split; neither that of the training nor the one that answers will be judged on.
+        given: What a question gives, comma-separated, such as photometry_lsst,sfh[0:18]; repeatable. By default the questions
+            that the run's masks follow.
+        want: Quantities to correct; all that are not given as a whole where none is named.
+        samples: Samples to use, at most.
+        steps: Steps of a correction; each needs two samples or more.
+        package: Name of a package, or path of its folder or of a recipe, with methods of your own; repeatable.
+
+    Returns:
+        Exit status 0.
+    """
+    from armillary.engine.evaluate import calibrate as calibrating
+
+    trust(*package)
+    questions = [tuple(text.split(",")) for text in given]
+    for line in calibrating.calibrate(run, data, split, questions, want, samples, steps):
+        print(line)
+    return 0
 
 
 def choose_device(name: DeviceName) -> torch.device:

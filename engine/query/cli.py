@@ -55,7 +55,8 @@ def query(
         column: NAME=COLUMN, or NAME=COLUMN,COLUMN,... for a vector: columns that are not called as the quantity; NAME_err=
             for its errors (by default COLUMN_err). Repeatable.
         unit: COLUMN=UNIT where the file states none or a wrong one, such as mag_g=mag(AB). Repeatable.
-        missing: Number that means "no value" in the table, such as 99. Repeatable.
+        missing: Number that means "no value" in the table, nan for none. Repeatable; by default 99, -99, -999, -9999 where they
+            lie far off the other values of a column.
         key: Column of the table to write beside the answers, such as an identifier. Repeatable.
         hdu: Number or name of the table in a FITS file, path of the group in an HDF5 file.
         split: Split of a survey; all by default. Repeatable.
@@ -83,7 +84,7 @@ def query(
         keep_draws=keep_draws,
         columns={name: _names(text) for name, text in _pairs("column", column).items()},
         units=_pairs("unit", unit),
-        missing=missing,
+        missing=missing or None,
         keys=key,
         hdu=int(hdu) if hdu is not None and hdu.isdigit() else hdu,
         splits=split,

@@ -16,17 +16,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from armillary.engine.data.sources.sentinels import MARKS, find_marks, mask_marks
 from armillary.engine.data.sources.tables.catalogue import Catalogue
 from armillary.engine.query.units import Conversion, unit_conversion
 from armillary.models.quantities import Quantity
 
-__all__ = ["QuantityColumns", "find_columns"]
+__all__ = ["SCANNED", "QuantityColumns", "find_columns", "some"]
 
 ERRORS = ("{}_err", "{}_error", "{}err", "e_{}", "err_{}")
 """How columns of errors are called."""
 
 AXES = ("_axis", "_wave", "_wavelength")
 """Endings of a column that states, row by row, what a vector is sorted along."""
+
+SCANNED = 1 << 16
+"""Rows looked through at a time."""
 
 SAME_AXIS = 1e-3
 """Relative difference up to which two axes are the same."""
@@ -42,7 +46,7 @@ class QuantityColumns:
         errors: Likewise; None where no error is stated.
         conversions: From each column's unit to the quantity's.
         unstated: Columns without a unit, taken to be in the quantity's.
-        missing: Numbers that mean "no value" in all of them.
+        missing: Numbers that mean "no value", by column.
     """
 
     quantity: Quantity
@@ -50,7 +54,7 @@ class QuantityColumns:
     errors: tuple[str | None, ...]
     conversions: tuple[Conversion, ...]
     unstated: tuple[str, ...]
-    missing: tuple[float, ...] = ()
+    missing: Mapping[str, tuple[float, ...]]
 
     def read(self, table: Catalogue, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Values and errors [rows, n] float64 in the quantity's unit, NaN where unknown; a negative error is unknown."""
@@ -66,8 +70,7 @@ class QuantityColumns:
         if name is None:
             return np.full((stop - start, self.quantity.size if len(self.values) == 1 else 1), np.nan)
         numbers = table.numbers_between(name, start, stop).reshape(stop - start, -1)
-        for mark in self.missing:  # as it is, and as a column of float32 has it
-            numbers[(numbers == mark) | (numbers == float(np.float32(mark)))] = np.nan
+        mask_marks(numbers, self.missing[name])
         return numbers
 
 
@@ -76,7 +79,7 @@ def find_columns(
     table: Catalogue,
     declared: Mapping[str, Sequence[str]],
     units: Mapping[str, str],
-    missing: Sequence[float] = (),
+    missing: Sequence[float] | None = None,
 ) -> QuantityColumns:
     """Find a quantity in a table.
 
@@ -85,7 +88,7 @@ def find_columns(
         table: The table.
         declared: Columns by name of a quantity, of its errors (NAME_err) or of its axis (NAME_axis).
         units: Units by column, in place of the file's.
-        missing: Numbers that mean "no value".
+        missing: Numbers that mean "no value"; None: found by the rule of `sentinels`.
 
     Raises:
         ValueError: It is not there; there are too few or too many columns or numbers, or they are in another order; an
@@ -109,12 +112,28 @@ def find_columns(
         theirs = "" if error is None else units.get(error, table.columns[error].unit)
         if theirs and unit and theirs != unit and not (theirs == "mag" and "mag" in unit.lower()):
             raise ValueError(f"{where}: column {error!r} is in {theirs!r}, but the values {column!r} are in {unit!r}")
-    return QuantityColumns(quantity, values, errors, tuple(conversions), tuple(unstated), tuple(missing))
+    marks = {
+        name: _marks(table, name) if missing is None else tuple(missing)
+        for name in (*values, *errors)
+        if name is not None
+    }
+    return QuantityColumns(quantity, values, errors, tuple(conversions), tuple(unstated), marks)
 
 
 def some(names: Sequence[str], most: int = 12) -> str:
     """Names for a message, the first ones of many."""
     return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")
+
+
+def _marks(table: Catalogue, column: str) -> tuple[float, ...]:
+    """Numbers that mean "no value" in a column, which is read some rows at a time."""
+    told = []  # of each run of rows the marks and the extremes of the rest, which is all that the rule looks at
+    for start in range(0, table.count, SCANNED):
+        values = table.numbers_between(column, start, min(start + SCANNED, table.count))
+        others = values[np.isfinite(values) & ~np.isin(values, MARKS)]
+        told.append(np.unique(values[np.isin(values, MARKS)]))
+        told.append(np.array([others.min(), others.max()] if others.size else []))
+    return tuple(find_marks(np.concatenate(told)))
 
 
 def _declared(quantity: Quantity, table: Catalogue, named: Sequence[str], where: str) -> tuple[str | None, ...]:

@@ -21,7 +21,7 @@ from armillary.engine.data.sources.tables.catalogue import Catalogue
 from armillary.engine.data.views.quantities import QuantityReader
 from armillary.engine.evaluate.embedding.embed import open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder
-from armillary.engine.query.column_map import QuantityColumns, find_columns, some
+from armillary.engine.query.column_map import SCANNED, QuantityColumns, find_columns, some
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch
 from armillary.models.quantities import Quantity
@@ -31,9 +31,6 @@ __all__ = ["Inputs", "Part", "SurveyInputs", "TableInputs", "known", "part_of"]
 MODALITIES = ("image", "spectrum")
 IDENTIFIERS = ("key", "id", "object_id", "objectid", "objid", "targetid", "source_id", "galaxy_id", "name")
 """Columns that are taken for identifiers where none is named."""
-
-SCANNED = 1 << 16
-"""Rows looked through at a time for one in which something is known."""
 
 
 def part_of(given: str) -> tuple[str, slice]:
@@ -90,7 +87,7 @@ class TableInputs:
         given: Names of quantities, or of parts of them: see `part_of`.
         columns: Declared columns: see `column_map.find_columns`.
         units: Units by column.
-        missing: Numbers that mean "no value".
+        missing: Numbers that mean "no value"; None: found by the rule of `sentinels`.
         keys: Columns that are identifiers; where there are none those of a usual name.
         floors: By quantity, the fraction of a value that training added to its error in quadrature; of a quantity that is not
             named, no error is looked at, as training had none.
@@ -108,17 +105,17 @@ class TableInputs:
         *,
         columns: Mapping[str, Sequence[str]],
         units: Mapping[str, str],
-        missing: Sequence[float],
+        missing: Sequence[float] | None,
         keys: Sequence[str],
         floors: Mapping[str, float],
         device: torch.device,
     ) -> None:
-        if pictures := [name for name in given if name in MODALITIES]:
+        names = list(dict.fromkeys(part_of(name)[0] for name in given))
+        if pictures := [name for name in names if name not in {q.name for q in quantities}]:
             raise ValueError(
                 f"given: {' and '.join(pictures)} cannot come out of a table; pack a survey with `armillary data build` "
                 "and ask with its folder in place of the table"
             )
-        names = list(dict.fromkeys(part_of(name)[0] for name in given))
         _check_declared(table, names, columns, units)
         self.table, self.quantities, self.device, self._given = table, tuple(quantities), device, tuple(given)
         self.found = {q.name: find_columns(q, table, columns, units, missing) for q in quantities if q.name in names}
@@ -277,4 +274,6 @@ def _note(found: QuantityColumns, with_errors: bool) -> str:
         text += (
             f"; errors from {some(wide, 6)}" if with_errors else f"; {some(wide, 6)} not read, trained without errors"
         )
+    marks = sorted({mark for column in found.missing.values() for mark in column if mark == mark})
+    text += f"; {' and '.join(f'{mark:g}' for mark in marks)} taken for no value" if marks else ""
     return text + (f"; no unit stated, taken as {found.quantity.unit}" if found.unstated else "")

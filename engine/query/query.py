@@ -91,7 +91,7 @@ def query(
     keep_draws: bool = False,
     columns: Mapping[str, Sequence[str]] | None = None,
     units: Mapping[str, str] | None = None,
-    missing: Sequence[float] = (),
+    missing: Sequence[float] | None = None,
     keys: Sequence[str] = (),
     hdu: int | str | None = None,
     splits: Sequence[str] = (),
@@ -113,7 +113,8 @@ def query(
         columns: Columns of a table by name of a quantity, where they are called otherwise; of its errors under NAME_err, of
             its axis under NAME_axis.
         units: Units by column, where the file has none or a wrong one.
-        missing: Numbers that mean "no value" in columns of a table, such as 99.
+        missing: Numbers that mean "no value" in columns of a table; by default 99, -99, -999, -9999 where they lie far off
+            the other values of a column (`armillary.engine.data.sources.sentinels`).
         keys: Columns of a table that are written beside the answers; by default the one of a usual name.
         hdu: Table of a FITS file, group of an HDF5 file.
         splits: Splits of a survey; all by default.

@@ -156,10 +156,22 @@ def _materialise(run: Run, method: Method, device: torch.device, me: Ranks) -> N
     """Give frozen weights storage: rank 0 reads their files, and DeepSpeed sends every parameter of rank 0 to the others.
 
     Under ZeRO-3 they lie on the host until DeepSpeed has cut them.
+
+    Raises:
+        BadInput: On all ranks: rank 0 could not read them.
     """
+    if method.base() is None:
+        return
     place = torch.device("cpu") if run.train.zero_stage == 3 else device
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    method.materialise(place, dtype, read=me.rank == 0)
+    said: list[str | None] = [None]
+    try:
+        method.materialise(place, dtype, read=me.rank == 0)
+    except (ValueError, OSError) as error:
+        said = [str(error)]
+    dist.broadcast_object_list(said)
+    if said[0] is not None:
+        raise BadInput(f"method.base: {said[0]}")
 
 
 def _anywhere(run: Run) -> Run:

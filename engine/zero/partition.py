@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,8 +73,6 @@ class ZeroPartition(ABC):
         self.pairs = method.teacher_pairs()
         self.teachers = {id(student): teacher for student, teacher in self.pairs}
         self._followers = {id(teacher) for teacher in self.teachers.values()}
-        base = method.base()
-        self._base = base.names if base is not None else frozenset()
         self.masters: list[Tensor] = self._masters()
         self.fragments: list[Fragment] = [f for i in range(len(self.masters)) for f in self._fragments(i)]
         for i, master in enumerate(self.masters):
@@ -129,6 +128,12 @@ class ZeroPartition(ABC):
     def applied_steps(self, value: int) -> None:
         for master in self.masters:
             self.optimizer.state[master]["step"].fill_(value)
+
+    @cached_property
+    def _base(self) -> frozenset[str]:
+        """Parameters that lie in files of their own."""
+        base = self.method.base()
+        return base.names if base is not None else frozenset()
 
     def _is_frozen(self, p: nn.Parameter) -> bool:
         return not p.requires_grad and id(p) not in self._followers and self.names[id(p)] not in self._base

@@ -221,7 +221,9 @@ def fill(vlm: nn.Module, folder: Path, dtype: torch.dtype, wanted: Callable[[str
         ValueError: It does not hold all of them.
     """
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     stored, report = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=True
     )

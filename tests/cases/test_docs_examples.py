@@ -24,7 +24,8 @@ def examples():
     found = {}
     for page, text in TEXTS.items():
         lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
-        lines += re.findall(r"`(armillary data [^`]*)`", re.sub(r"\s+", " ", BLOCK.sub("", text)))
+        inline = re.findall(r"`(armillary data [^`]*)`", re.sub(r"\s+", " ", BLOCK.sub("", text)))
+        lines += [line for line in inline if "SURVEY" in line]  # others are parts of commands
         for line in lines:
             command = re.split(r"\s+#|\s{2,}", line.strip())[0]
             if command.startswith("armillary data ") and len(command.split()) > 3 or command == "armillary data kinds":
@@ -39,6 +40,9 @@ def place(tmp_path_factory):
     for i in range(30):
         cutouts(root / "SOURCE" / f"{i}", 1, ra=10.0 * i, dec=1.0 + i)
     assert run("data", "build", root / "SOURCE", "-o", root / "SURVEY", "--no-progress", "--processes", "1") == 0
+    assert run("data", "export", root / "SURVEY", "-o", root / "EXPORT", "--format", "fits", "--no-progress") == 0
+    rows = "".join(f"{2**60 + i},{20 + i / 9},{19 + i / 9},{18 + i / 9}\n" for i in range(9))
+    (root / "CATALOGUE").write_text(f"objid,mag_g,mag_r,mag_z\n{rows}")
     return root
 
 
@@ -56,7 +60,7 @@ def test_commands_of_the_documentation_run(place, tmp_path, monkeypatch, capsys,
         out = words.index("-o") + 1 if "-o" in words else words.index("--out") + 1 if "--out" in words else None
         if out is not None and (name != "data show" and name != "data stats"):
             words[out] = f"{tmp_path}/made{form}"
-        words = [str(place / word) if word in ("SOURCE", "SURVEY") else word for word in words]
+        words = [str(place / word) if word in ("SOURCE", "SURVEY", "CATALOGUE", "EXPORT") else word for word in words]
         code = run(*words, *SMALL.get(name, []))
         assert code in ((0, 1) if name == "data leaks" else (0,)), capsys.readouterr().err
 

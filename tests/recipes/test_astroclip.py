@@ -165,7 +165,18 @@ def test_searching_and_embedding(chain, aligned, pairs):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_bad_input_ends_before_work_starts(chain, aligned, pairs, tmp_path):
-    place = ["--data.path", pairs, "--out", tmp_path, "--device", "cpu"]
+    place = [
+        "--data.path",
+        pairs,
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--train.global-batch",
+        64,
+        "--train.micro-batch",
+        32,
+    ]
     said = run(recipe("--preset", "smoke", *place, "--method.image-from", tmp_path / "none", name="astroclip"), code=2)
     assert f"method.image_from: {tmp_path / 'none'}: no such run or file" in said
     evaluate = ["evaluate", chain / "astroclip", "--out", tmp_path / "out"]

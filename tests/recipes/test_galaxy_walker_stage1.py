@@ -44,7 +44,7 @@ def survey(tmp_path_factory):
     build(source, folder / "survey", name="toy", split=ByHealpix(0.3, nside=16), samples_per_shard=100, progress=False)
     for space in SPACES:
         for shuffle in (None, 0):
-            build_graph(folder / "survey", GraphOptions(space=space, mode="inductive", shuffle_seed=shuffle))
+            build_graph(folder / "survey", GraphOptions(space=space, mode="leak-free", shuffle_seed=shuffle))
     return folder / "survey"
 
 
@@ -87,7 +87,7 @@ def test_presets(presets, survey, tmp_path):
     other = replace(presets["SMOKE"].views.neighbours, graphs=("none",))
     smoke = replace(presets["SMOKE"], views=replace(presets["SMOKE"].views, neighbours=other))
     assert any(
-        "has no graph 'none', only euclidean-k5-inductive" in p for p in smoke.views.problems(Survey.load(survey))
+        "has no graph 'none', only euclidean-k5-leak-free" in p for p in smoke.views.problems(Survey.load(survey))
     )
 
 
@@ -116,7 +116,7 @@ def test_trains_alike_on_any_ranks_resumes_to_the_same_bits_and_is_read_back(sur
     train("smoke", survey, tmp_path, "alone", *still, "--views.neighbours.fan-outs", 0, 0, ranks=1)
 
     exported = TrainedEncoder.open(whole / "export" / "teacher.safetensors")
-    assert len(exported.inputs.node_mean) == 3  # the magnitudes', kept with the run
+    assert len(exported.inputs.node_mean) == 4  # of magnitudes and shown redshifts, kept with the run
     encoder = Encoder.load(exported, Survey.load(survey), torch.device("cpu"))
     batches = open_batches(survey, "test", encoder.view, 64, torch.device("cpu"))
     found = embed_readouts(encoder.pipeline(), batches)

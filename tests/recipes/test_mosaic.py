@@ -2,9 +2,7 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import processes
@@ -73,23 +71,13 @@ def survey(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def presets():
-    return processes.presets("mosaic")
-
-
 def train(survey, out, name, *arguments, ranks=2):
     """Run the smoke preset, made small; returns its losses."""
     options = f"--preset smoke --device cpu --telemetry.no-tensorboard --data.path {survey} --out {out} --name {name}"
     options += " --train.global-batch 16 --train.micro-batch 4 --method.dim 16 --method.depth 1"
     options += " --schedule.learning-rate.warmup-steps 1"
     processes.run(processes.recipe(*options.split(), *arguments, ranks=ranks, name="mosaic"))
-    return [json.loads(line)["loss"] for line in (Path(out) / name / "metrics.jsonl").read_text().splitlines()]
-
-
-def shards(folder: Path, step: int) -> dict[str, bytes]:
-    """Contents of a checkpoint's tensor files; they hold weights, moments and random states."""
-    return {p.name: p.read_bytes() for p in (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")}
+    return processes.losses(out / name)
 
 
 def declared(view):
@@ -149,11 +137,9 @@ def test_trains_alike_on_any_ranks_resumes_to_the_same_bits_and_is_asked(survey,
     losses = train(survey, tmp_path, "whole", *options)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert len(losses) == 6 and np.isfinite(losses).all()
-    shutil.copytree(whole, cut)  # as if it had died after step 3
-    shutil.rmtree(cut / "checkpoints" / "step-00000006")
-    (cut / "checkpoints" / "latest").write_text("step-00000003")
+    processes.cut_after(whole, 3, cut)
     assert train(survey, tmp_path, "cut", *options) == losses
-    assert shards(cut, 6) == shards(whole, 6) != {}
+    assert processes.tensor_files(cut, 6) == processes.tensor_files(whole, 6) != {}
 
     one = train(survey, tmp_path, "one", *options, "--train.zero-stage", 1, ranks=1)
     assert one == pytest.approx(losses, rel=2e-5)

@@ -4,7 +4,8 @@
 
 A rank gets a session, an environment, arguments and an output file of its own, runs a script as `__main__`, and leaves as
 any Python process does, with the whole interpreter finalised. Triton reads TRITON_INTERPRET while it is imported, so there
-is a server for each value. A server ends with the process that started it.
+is a server for each value; armillary, which imports pyarrow with a thread of its own, is imported by the rank. A server ends
+with the process that started it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "torch._dynamo", "torch.utils.tensorboard", "torch.profiler", "deepspeed", "deepspeed.ops",
         "deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "scipy.stats", "safetensors.torch", "tyro.constructors",
-        "rich.progress", "cloudpickle", "setuptools", "webdataset", "nvidia.dali.plugin.pytorch",
-        "armillary.engine.train.trainer", "armillary.engine.data.loading.loader", "armillary.engine.data.views.multi_crop",
-        "armillary.engine.data.views.objects", "armillary.models.astroclip.astroclip")  # fmt: skip
+        "rich.progress", "cloudpickle", "setuptools", "webdataset", "nvidia.dali.plugin.pytorch")  # fmt: skip
 
 
 class Rank:

@@ -15,8 +15,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,17 +38,16 @@ from armillary.engine.data.building.build_state import (
     locked,
 )
 from armillary.engine.data.building.cluster import Cluster
+from armillary.engine.data.building.held_out import tell_test_share, training_splits
 from armillary.engine.data.building.measure import SurveyMoments
 from armillary.engine.data.building.packing import (
     BUILD_FOLDER,
     Packed,
     PackTask,
-    Settings,
-    SkyTask,
     catalog_schema,
-    measure_sky,
     pack,
 )
+from armillary.engine.data.building.settings import measure_settings
 from armillary.engine.data.building.shard_assignment import ShardAssignment, lay_out
 from armillary.engine.data.building.splits import ByKey, SplitRule
 from armillary.engine.data.building.workers import Workers
@@ -59,24 +57,16 @@ from armillary.engine.data.sources.source import (
     Source,
     bad_files,
     digest,
-    lossless_step_of,
-    sky_sigma_of,
     spectrum_of,
     vectors_of,
 )
 
 __all__ = ["build"]
 
-STEP_FRACTION = 1 / 8  # of the sky noise: at most 1/16 of it is lost, and .14 % of variance added to aperture fluxes
-SKY_SAMPLES = 256
-SKY_TASK = 16
-COUNT_SIGMA = 1.0  # display images are rounded to a count, so their noise is never less
 CATALOG_GROUP = 65536  # rows of a Parquet row group
 EXAMPLES = 20  # skipped samples named in the provenance
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "holdout"}
-"""Splits that input statistics are never taken from, where there are others."""
 LABELS_ONLY = (
     "the source has labels only, neither images nor spectra nor vectors, so there is nothing to pack. Columns of a table "
     "that a model is to read are named as a vector: --option \"vectors={'photometry': ('mag_g', 'mag_r', 'mag_z')}\"; a "
@@ -201,7 +191,7 @@ def _build(
         on_bad=on_bad,
     )
     _tell_skipped([*bad_files(source), *layout.bad.values()])
-    _judge_splits(layout, rule)
+    tell_test_share(layout, rule)
     identity = identify(source, options, layout)
     if there := finished(folder, identity):
         return there
@@ -211,7 +201,10 @@ def _build(
         sky = bar.add_task("measure the sky", total=None)
         command, now = shlex.join(sys.argv), datetime.datetime.now(datetime.UTC)
         journal = Journal(
-            identity, _measure(source, workers, layout, options, on_bad), now.isoformat(timespec="seconds"), command
+            identity,
+            measure_settings(source, workers, layout, options, on_bad),
+            now.isoformat(timespec="seconds"),
+            command,
         )
         journal.save(folder)
         bar.update(sky, total=1, completed=1)
@@ -238,90 +231,6 @@ def _tell_skipped(reasons: Sequence[str]) -> None:
         log.warning("skipped: %d more", len(reasons) - EXAMPLES)
 
 
-def _training_splits(names: Iterable[str]) -> set[str]:
-    """Splits that statistics are taken from."""
-    there = set(names)
-    if "train" in there:
-        return {"train"}
-    chosen = {name for name in there if name.lower() not in HELD_OUT} or there
-    log.warning("no split is called train: noise and statistics are those of %s", ", ".join(sorted(chosen)))
-    return chosen
-
-
-def _judge_splits(layout: ShardAssignment, rule: SplitRule) -> None:
-    """Log a test split that is empty, or far from the share that was asked for."""
-    wanted = getattr(rule, "test_fraction", 0.0)
-    counts = Counter[str]()
-    for plan in layout.shards:
-        counts[plan.split] += plan.rows.size
-    total, test = counts.total(), counts["test"]
-    spread = 5 * math.sqrt(
-        total * wanted * (1 - wanted)
-    )  # of samples drawn one by one; whole cells of the sky vary more
-    if wanted and abs(test - wanted * total) > max(spread, 1):
-        log.warning(
-            "%s of %s samples are the test split, %.3g %% were asked for: whole cells of the sky go to one split, and these "
-            "samples lie in few; choose smaller cells (--split healpix:256) or single samples (--split random:0)",
-            *(f"{test:,}", f"{total:,}", 100 * wanted),
-        )
-
-
-def _measure(
-    source: Source,
-    workers: Workers | Cluster,
-    layout: ShardAssignment,
-    options: dict[str, Any],
-    on_bad: OnBad,
-) -> Settings:
-    """Measure shape and sky noise from some training samples, and decide the quantisation steps."""
-    trained = _training_splits(plan.split for plan in layout.shards)
-    first = [plan.rows for plan in layout.shards if plan.split in trained]
-    rows = np.sort(np.concatenate(first)[:SKY_SAMPLES])
-    tasks = (SkyTask(rows[i : i + SKY_TASK], on_bad) for i in range(0, rows.size, SKY_TASK))
-    skies = list(workers.map(measure_sky, tasks))
-    types = next((sky.label_types for sky in skies if sky.label_types is not None), None)
-    if types is None:
-        raise ValueError(f"none of {rows.size} samples that were tried is usable; look at the source")
-    shape = next((sky.shape for sky in skies if sky.shape is not None), (0, 0, 0))
-    if source.bands and shape == (0, 0, 0):
-        raise ValueError(
-            f"none of {rows.size} samples that were tried has an image; the source declares {source.bands}"
-        )
-    if set(types) != set(source.labels):
-        raise ValueError(f"labels: the source declares {sorted(source.labels)}, its samples have {sorted(types)}")
-    if options["sky_sigma"] is not None:
-        sigma = np.array(options["sky_sigma"], np.float64)
-    elif (known := sky_sigma_of(source)) is not None:
-        sigma = np.array(known, np.float64)
-    else:
-        sigma = _median_sigma(source, np.concatenate([sky.sigma for sky in skies]))
-    step: tuple[float, ...] = ()
-    if options["codec"] == "bitplane":
-        lossless = lossless_step_of(source)
-        if options["step_fraction"] is None and lossless is not None:
-            step = lossless
-        else:
-            step = tuple((sigma * (options["step_fraction"] or STEP_FRACTION)).tolist())
-    spectrum = spectrum_of(source)
-    pixels = 0 if spectrum is None else spectrum.grid.count
-    return Settings(shape, options["codec"], step, tuple(sigma.tolist()), types, pixels, vectors_of(source))
-
-
-def _median_sigma(source: Source, sigmas: np.ndarray) -> np.ndarray:
-    """Median over samples [N, C], of those with valid pixels in the band."""
-    sigma = np.array([np.median(s[~np.isnan(s)]) if not np.isnan(s).all() else np.nan for s in sigmas.T])
-    if source.unit == "count":
-        sigma = np.where(np.isnan(sigma), COUNT_SIGMA, np.maximum(sigma, COUNT_SIGMA))
-    for band, value in zip(source.bands, sigma, strict=True):
-        if not 0 < value < math.inf:
-            what = "has no valid pixel" if math.isnan(value) else "has no measurable noise"
-            raise ValueError(
-                f"band {band!r} {what} in {len(sigmas)} samples, so its sky noise is unknown; give it: sky_sigma "
-                "(--sky-sigma, one number a band)"
-            )
-    return sigma
-
-
 def _finish(source: Source, folder: Path, layout: ShardAssignment, journal: Journal, packed: list[Packed]) -> Survey:
     """Write catalog.parquet, then survey.json."""
     settings = journal.settings
@@ -330,7 +239,7 @@ def _finish(source: Source, folder: Path, layout: ShardAssignment, journal: Jour
     if not kept:
         raise ValueError(f"the survey is empty: all {len(skipped)} samples are unusable, first: {skipped[0]}")
     moments = SurveyMoments(settings.sky_sigma, tuple(vector.size for vector in settings.vectors))
-    splits = _training_splits(p.record.split for p in kept)
+    splits = training_splits(p.record.split for p in kept)
     for p in (p for p in kept if p.record.split in splits):
         moments.merge(SurveyMoments.from_json(p.moments, settings.sky_sigma))
     _write_catalog(folder, [p.record.name for p in kept], settings.label_types)

@@ -11,9 +11,6 @@ from armillary.engine.data.simulate.population import DEFAULT_SEED
 
 __all__ = ["simulate"]
 
-TILES = 64
-"""HEALPix nside of the tiles that a survey with groups is split by: .92 degrees."""
-
 
 def simulate(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
@@ -47,14 +44,13 @@ def simulate(
         progress: Show progress bars.
         spectra: Add a DESI-like spectrum, physical properties and Galaxy Zoo votes to each galaxy, and arms and bars
             to the spirals' images.
-        grouped: Put galaxies of like redshift into groups on the sky, and split by tiles of the sky; else positions tell
-            nothing of a galaxy.
+        grouped: Put galaxies of like redshift into groups on the sky; else positions tell nothing of a galaxy.
 
     Returns:
         Exit status 0.
     """
     from armillary.engine.data.building.build import build
-    from armillary.engine.data.building.splits import ByHealpix, ByKey
+    from armillary.engine.data.building.splits import ByKey
     from armillary.engine.data.simulate.pairs import SimulatedPairs
     from armillary.engine.data.simulate.survey import SimulatedSurvey
 
@@ -66,9 +62,7 @@ def simulate(
         name=f"simulated-pairs-{seed}" if spectra else f"simulated-{seed}",
         codec=codec,
         samples_per_shard=samples_per_shard,
-        split=ByHealpix(test_fraction, nside=TILES)
-        if grouped
-        else ByKey(test_fraction, validation_fraction=validation_fraction),
+        split=ByKey(test_fraction, validation_fraction=validation_fraction),
         seed=seed,
         processes=processes,
         progress=progress,

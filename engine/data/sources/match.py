@@ -80,7 +80,7 @@ def match_keys(left: Sequence[object], right: Sequence[object], *, what: str = "
         )
     pairs = [(i, place[key]) for i, key in enumerate(left) if not _missing(key) and key in place]
     rows = np.array(pairs, np.int64).reshape(-1, 2)
-    shared = len(rows) - len(np.unique(rows[:, 1]))
+    shared = int((np.bincount(rows[:, 1]) > 1).sum()) if len(rows) else 0
     return Matches(rows[:, 0], rows[:, 1], np.empty(0), 0, shared)
 
 

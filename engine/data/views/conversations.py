@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -155,6 +154,8 @@ def right_answers(survey: Survey, question: str, *, asked: float, min_votes: flo
         asked: Least share of a galaxy's volunteers who were asked. Those of the question that most answered are all.
         min_votes: A galaxy has more votes on the question than this.
     """
+    import pyarrow.parquet as pq  # here, since recipes import this module
+
     assert survey.folder is not None, "a survey that was loaded from its folder"
     shares = [f"{question}_{option}" for option in options_of(survey, question)]
     counts = [n for n in survey.labels if n.endswith(VOTES)]

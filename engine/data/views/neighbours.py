@@ -12,19 +12,23 @@ Shape legend: B samples, U rows seen as their neighbours, S graphs, f1 and f2 ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from armillary.engine.data.format.columns import Columns, column_problems
 from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.sky_graph.graph import SkyGraph, graph_file
-from armillary.engine.data.sky_graph.sampling import sample_neighbours
+from armillary.engine.data.views.vector_files import read_vectors
 from armillary.models.method import Batch
+
+if TYPE_CHECKING:
+    from armillary.engine.data.sky_graph.graph import SkyGraph
+
+# Graphs and tables are imported where they are read: every recipe imports this module, and most read neither.
 
 __all__ = ["NeighbourInput", "Neighbours"]
 
@@ -103,6 +107,8 @@ class NeighbourInput:
             FileNotFoundError: A graph or the embeddings are not there.
             ValueError: A graph is damaged or of another survey, or a row has no embedding.
         """
+        from armillary.engine.data.sky_graph.graph import graph_file
+
         assert survey.folder is not None, "a survey that was loaded from its folder"
         graphs = []
         for name in settings.graphs:
@@ -115,7 +121,7 @@ class NeighbourInput:
             graphs.append(_opened(path, survey.folder, _stamp(path, survey.folder)))
         vectors = np.zeros((graphs[0].nodes, 0), np.float32)
         if settings.embeddings is not None:
-            vectors = _vectors(settings.embeddings, survey.folder, _stamp(settings.embeddings, survey.folder))
+            vectors = _vectors(settings.embeddings, survey)
         names = settings.standardised
         left_out = np.logical_or.reduce([graph.left_out for graph in graphs])
         return cls(settings, tuple(graphs), Columns.read(survey, names) if names else None, vectors, left_out)
@@ -163,6 +169,8 @@ class NeighbourInput:
 
     def _sampled(self, graph: SkyGraph, rows: np.ndarray, position: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """[B, f1, 1 + f2] rows: a neighbour, and some of its own."""
+        from armillary.engine.data.sky_graph.sampling import sample_neighbours
+
         first, second = self.settings.fan_outs
         if not first:
             return np.zeros((len(rows), 0, 1), np.int64)
@@ -188,27 +196,22 @@ def _stamp(path: Path, survey: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)  # checks, input spec and views of a run all ask for the same
 def _opened(path: Path, survey: Path, _: tuple[int, int]) -> SkyGraph:
+    from armillary.engine.data.sky_graph.graph import SkyGraph
+
     return SkyGraph.open(path, survey)
 
 
-@lru_cache(maxsize=1)
-def _vectors(path: Path, survey: Path, _: tuple[int, int]) -> np.ndarray:
-    """[N, V] float32 vectors of a file of embeddings, in the order of the survey's catalogue."""
-    import pyarrow as pa  # here: it starts a thread, and recipes import this module
-    import pyarrow.parquet as pq
+def _vectors(path: Path, survey: Survey) -> np.ndarray:
+    """[N, V] float32 vectors of a file of embeddings, which has one for every row of the survey's catalogue."""
+    import pyarrow.parquet as pq  # here, since recipes import this module; it starts threads, and most runs read no vectors
 
-    keys: Sequence[str] = pq.read_table(survey / "catalog.parquet", columns=["key"])["key"].to_pylist()
-    try:
-        table = pq.read_table(path, columns=["key", "vector"])
-        column = table["vector"].combine_chunks()
-        vectors = column.flatten().to_numpy().reshape(len(table), column.type.list_size).astype(np.float32)
-    except (pa.ArrowInvalid, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"embeddings: {path} is not a file of `armillary embed`: {error}") from error
-    place = {key: i for i, key in enumerate(table["key"].to_pylist())}
-    missing = [key for key in keys if key not in place]
-    if missing:
+    assert survey.folder is not None
+    vectors = read_vectors(path, survey).numpy()
+    missing = np.flatnonzero(np.isnan(vectors).any(1))
+    if len(missing):
+        first = pq.read_table(survey.folder / "catalog.parquet", columns=["key"])["key"][int(missing[0])].as_py()
         raise ValueError(
-            f"embeddings: {len(missing)} of {len(keys)} galaxies have no vector in {path}, first {missing[0]!r}; embed all "
+            f"embeddings: {len(missing)} of {len(vectors)} galaxies have no vector in {path}, first {first!r}; embed all "
             "splits of this survey"
         )
-    return vectors[[place[key] for key in keys]]
+    return vectors

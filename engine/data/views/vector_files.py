@@ -5,9 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -30,17 +27,22 @@ def read_vectors(path: Path, survey: Survey) -> Tensor:
     assert survey.folder is not None, "a survey that was loaded from its folder"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no embeddings here; make them with `armillary embed`")
-    return _read(path, survey.folder, path.stat().st_mtime_ns)
+    stamps = (path.stat().st_mtime_ns, (survey.folder / "catalog.parquet").stat().st_mtime_ns)
+    return _read(path, survey.folder, *stamps)
 
 
 @lru_cache(maxsize=4)  # checks, input spec and views of a run all ask for the same
-def _read(path: Path, folder: Path, _: int) -> Tensor:
+def _read(path: Path, folder: Path, *_: int) -> Tensor:
+    import pyarrow as pa  # here, since recipes import this module; it starts threads, and most runs read no vectors
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path, columns=["key", "vector"])
         column = table["vector"].combine_chunks()
         stored = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of embeddings (key, vector): {error}") from error
+        raise ValueError(f"{path} is not a file of `armillary embed` (key, vector): {error}") from error
     keys = pq.read_table(folder / "catalog.parquet", columns=["key"])["key"]
     place = pc.index_in(keys, value_set=table["key"].combine_chunks()).to_pandas().to_numpy()
     found = torch.full((len(keys), stored.shape[1]), torch.nan)

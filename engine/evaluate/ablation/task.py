@@ -23,6 +23,7 @@ from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 __all__ = ["ablation", "compare"]
 
 TASK = "ablation"
+LINE = 48  # characters of a cell
 _WORDS = {"r2": "R\u00b2", "f1": "F1"}
 
 
@@ -86,7 +87,8 @@ def compare(
     if earlier:
         sections.append(_section("The same by earlier evaluations", _EARLIER, found, earlier, figure=False))
     measures = tuple(m for s in [*scored, *earlier] for m in _measures(s, found))
-    return Outcome(TASK, measures, tuple(_sentence(s, v, found[0]) for s in scored for v in found[1:]), tuple(sections))
+    told = [_verdict(s, v, found[0]) for s in scored for v in found[1:]]
+    return Outcome(TASK, measures, tuple(text for _, _, text in told), tuple(sections), verdict=tuple(told))
 
 
 _PREDICTED = (
@@ -118,7 +120,7 @@ def _section(title: str, text: str, found: Sequence[Variant], scored: Sequence[S
     head = ["", "Variant", "seeds", *(_column(s) for s in scored)]
     rows = []
     for place, variant in enumerate(found, 1):
-        label = lines(*(f"{_short(k)} {v}" for k, v in variant.changes)) if variant.changes else "as the first run"
+        label = lines(*(part for k, v in variant.changes for part in _wrapped(f"{_short(k)} {v}"))) or variant.name
         cells: list[object] = [place, label, len(variant.runs)]
         cells += [_cell(s, variant, found[0]) for s in scored]
         rows.append(Bold(cells) if variant is found[0] else cells)
@@ -156,6 +158,7 @@ def _chart(s: Scored, found: Sequence[Variant]) -> Markup:
     """Differences from the first variant with their intervals, one below the other, as themed SVG."""
     gaps = [(v, gap) for v in found[1:] if (gap := difference(s, v, found[0])) is not None]
     figure, axes = figures.canvas(4.8, 1.1 + 0.45 * len(gaps))
+    axes.locator_params(axis="x", nbins=5)
     places = -np.arange(len(gaps))
     axes.axvline(0, color=figures.MUTED, lw=1)
     for place, (_, gap) in zip(places, gaps, strict=True):
@@ -188,12 +191,16 @@ def _measures(s: Scored, found: Sequence[Variant]) -> list[Measure]:
     return rows
 
 
-def _sentence(s: Scored, variant: Variant, first: Variant) -> str:
+def _verdict(s: Scored, variant: Variant, first: Variant) -> tuple[str, str, str]:
+    """Kind, title and text of a line on a variant, for the head of the report and the terminal."""
     gap = difference(s, variant, first)
     name = ", ".join(f"{_short(k)} {v}" for k, v in variant.changes)
     if gap is None:
-        return f"{name}: no seed in common with the first run, so no difference of {s.target}"
-    return f"{name}: {_title(s)} {gap.value:+.3f}, {_within(gap)}: {gap.verdict}"
+        text = f"{name}: no seed in common with the first run, so no difference of {s.target}"
+        return "note", s.target, text
+    # One seed may be chance: it is told, and is no verdict.
+    kind = {"better": "yes", "worse": "no"}.get(gap.verdict, "note") if gap.seeds > 1 else "note"
+    return kind, s.target, f"{name}: {_title(s)} {gap.value:+.3f}, {_within(gap)}: {gap.verdict}"
 
 
 def _within(gap: Difference) -> str:
@@ -201,6 +208,11 @@ def _within(gap: Difference) -> str:
         return "no interval"
     seeds = f"{gap.seeds} seeds" if gap.seeds > 1 else "one seed"
     return f"95% interval {gap.value - gap.half:+.3f} to {gap.value + gap.half:+.3f} ({seeds})"
+
+
+def _wrapped(text: str) -> list[str]:
+    """A long list in a table's cell: an item a line."""
+    return text.split(", ") if len(text) > LINE else [text]
 
 
 def _short(name: str) -> str:

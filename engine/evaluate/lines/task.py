@@ -80,7 +80,7 @@ def lines(study: Study, encoders: Sequence[Encoder], options: Options) -> Outcom
     sections = (
         section(
             "Emission lines",
-            f"{len(truth.rows)} test galaxies whose Hα is detected at 5 sigma. Widths: one Gaussian over Hα and [N II] in bins of 30 "
+            f"{len(truth.rows)} galaxies of the split {study.test_split!r} whose Hα is detected at 5 sigma. Widths: one Gaussian over Hα and [N II] in bins of 30 "
             "pixels, full width at half maximum, as MMAE's paper measures them, 706 angstrom at most. A mean over draws is what a decoder shows that does not "
             "know the redshift. The charts show galaxies of which the image alone was shown.",
             card(table(("", "shown", "width (Å)", "over observed"), [("", rows)], classes={1: "left"})),

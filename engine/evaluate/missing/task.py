@@ -108,7 +108,7 @@ def missing(study: Study, encoders: Sequence[Encoder], options: Options) -> Outc
     sections = [
         section(
             "Redshifts while parts are hidden",
-            f"{len(rows):,} test galaxies with image, spectrum and redshift. Bars and grey bands are 95 % of bootstraps over "
+            f"{len(rows):,} galaxies of the split {study.test_split!r} with image, spectrum and redshift. Bars and grey bands are 95 % of bootstraps over "
             "galaxies. Levels: networks that were trained on the redshift alone. A dashed line has the whole spectrum besides.",
             card(masking_chart(whole, beside)),
             grid([card(c) for c in charts]),

@@ -23,6 +23,7 @@ from armillary.models.quantities import Quantity
 __all__ = ["Answered", "Sizes", "Values", "answer_all", "joint_draws", "judged_names", "read_values"]
 
 BATCH = 512
+JOINT_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Sizes:
 
     samples: int = 4000
     draws: int = 200
-    vector_samples: int = 200
-    vector_draws: int = 40
+    vector_samples: int = 100
+    vector_draws: int = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,9 @@ def joint_draws(
     for batch in _batches(encoder, study.folder, study.test_split, 1 << 60):
         chosen = torch.isin(batch["row"], torch.tensor(list(rows), device=batch["row"].device)).nonzero()[:, 0]
         if len(chosen):
-            kept.append((batch["row"][chosen], encoder.method.answer(_take(batch, chosen), given, want, 400, seed)))
+            kept.append(
+                (batch["row"][chosen], encoder.method.answer(_take(batch, chosen), given, want, JOINT_DRAWS, seed))
+            )
         if sum(len(row) for row, _ in kept) == len(rows):
             break
     order = np.concatenate([row.cpu().numpy() for row, _ in kept])

@@ -66,7 +66,7 @@ def joint_chart(
     """Draws [M, S] of two numbers of a few galaxies, and the truths [M], as themed SVG."""
     figure, axes = canvas(4.8, 4.4)
     for k, (a, b) in enumerate(zip(x, y, strict=True)):
-        axes.scatter(a, b, s=8, color=SERIES[k % len(SERIES)], alpha=0.35, linewidths=0, rasterized=True)
+        axes.scatter(a, b, s=8, color=SERIES[k % len(SERIES)], alpha=0.45, linewidths=0)
     axes.plot(true_x, true_y, "+", color=INK, ms=13, mew=2)
     low, high = np.quantile(x, [0.002, 0.998])
     pad = 0.05 * (high - low)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.page import figures
-from armillary.engine.evaluate.page.html import Bold, card, details, grid, number, stack, table
+from armillary.engine.evaluate.page.html import Bold, card, details, grid, lines, table
 from armillary.engine.evaluate.posterior.calibration import chance_deviation
 from armillary.engine.evaluate.probes.scores import score
 from armillary.engine.evaluate.queries.answers import Answered, joint_draws
@@ -36,7 +36,8 @@ def gains_card(compared: Sequence[Compared]) -> Markup:
             rows.append(Bold(cells) if one.model == "answers" else cells)
         samples = compared[0].gains[0].samples
         unit = next(c.unit for c in compared if c.comparison == comparison)
-        groups.append((f"{comparison.title}; {noise}; {samples:,} galaxies, errors in {unit}", rows))
+        errors = f"errors in {unit}" if unit else "errors"
+        groups.append((f"{comparison.title}; {noise}; {samples:,} galaxies, {errors}", rows))
     head = (
         "",
         *(h for g in compared[0].gains for h in (f"{g.metric} first", f"{g.metric} second", f"gain in {g.metric}")),
@@ -96,26 +97,35 @@ def _joint(study: Study, encoder: Encoder, redshifts: Sequence[Answered]) -> Mar
 
 def calibration_card(judged: Sequence[Judged]) -> Markup:
     """Coverage and PIT of every query; histograms of the numbers."""
-    rows = []
-    for one in judged:
-        c = one.calibration
-        of_one = one.answered.quantity.size == 1
-        limit = chance_deviation(c.samples) if of_one else float("nan")
-        cells: list[object] = [str(one.answered.query), one.run, f"{c.samples:,}"]
-        cells += [f"{v:.4g}" for v in one.errors.values()]
-        cells.append(one.unit)
-        cells += [number(v, e) for v, e in zip(c.coverage, c.coverage_error, strict=True)]
-        cells.append(f"{c.deviation:.3f}" + (f" ({limit:.3f} by chance)" if of_one else ""))
-        rows.append(cells)
-    head = ("query", "run", "galaxies", *(judged[0].errors if judged else ()), "in", "in 68 %", "in 95 %", "PIT off by")
+    groups = []
+    for run in dict.fromkeys(one.run for one in judged):
+        rows = []
+        for one in (j for j in judged if j.run == run):
+            c, query = one.calibration, one.answered.query
+            errors = [f"{value:.4g}" for value in one.errors.values()]
+            shares = [f"{share:.3f}" for share in c.coverage]
+            chance = f" ({chance_deviation(c.samples):.3f})" if one.answered.quantity.size == 1 else ""
+            rows.append(
+                (
+                    query.want,
+                    lines(*query.given),
+                    f"{c.samples:,}",
+                    *errors,
+                    one.unit,
+                    *shares,
+                    f"{c.deviation:.3f}{chance}",
+                )
+            )
+        groups.append((run, rows))
+    metrics = judged[0].errors if judged else ()
+    head = ("wanted", "given", "galaxies", *metrics, "in", "in 68 %", "in 95 %", "PIT off by (chance)")
     charts = [
         card(pit_chart(one.calibration), title=f"{one.answered.query}")
         for one in judged
         if one.answered.quantity.size == 1
     ]
-    return stack(
-        [
-            card(table(head, [("", rows)]), title="Is it as sure as it may be? Coverage and PIT of every query"),
-            details(f"PIT histograms of {len(charts)} queries", grid(charts)),
-        ]
+    return card(
+        table(head, groups, classes={0: "left", 1: "left"}),
+        details(f"PIT histograms of {len(charts)} queries", grid(charts)),
+        title="Is it as sure as it may be? Coverage and PIT of every query",
     )

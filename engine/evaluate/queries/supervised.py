@@ -6,7 +6,7 @@ would be shown: values as its views give them, noise included.
 
 Features of a vector are its components as its scaling has them (arsinh of fluxes, logarithms), less their mean, and that
 mean: colours and a level. Unknown ones are NaN for the trees, and 0 with a flag for the perceptron. The trees are fitted for the
-median, the perceptron for the mean; their settings were chosen on held-out training galaxies of two redshift catalogues.
+median, the perceptron for the mean. The trees' settings were chosen on held-out training galaxies of two redshift catalogues.
 
 Shape legend: N training and M test galaxies, D features, n components of a quantity.
 """
@@ -28,7 +28,7 @@ from armillary.models.quantities import Quantity, Scaling
 __all__ = ["BARS", "supervised_medians"]
 
 HIDDEN = (128, 128)
-PERCEPTRON = PerceptronTraining(60, 128, 2e-3, dropout=0.0, held_out=0.1, patience=10)
+PERCEPTRON = PerceptronTraining(60, 256, 2e-3, dropout=0.0, held_out=0.1, patience=10)
 
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 

@@ -212,7 +212,8 @@ def _wanted(encoders: Sequence[Encoder], survey: Survey, chosen: str | None = No
                 raise ValueError(f"readout: {chosen!r} is none of this encoder's embeddings, {sorted(readouts)}")
             readouts = {chosen: readouts[chosen]}
         for readout, about in readouts.items():
-            if about.modality == "columns" or set(about.modality.split("+")) <= set(survey.modalities):
+            read = set(about.modality.split("+")) & set(encoder.run.views.modalities)  # the rest comes from files
+            if about.modality == "columns" or read <= set(survey.modalities):
                 found.append(_Wanted(encoder, readout, about, about.title))
     titles = [w.name for w in found]
     return [

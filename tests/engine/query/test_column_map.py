@@ -73,6 +73,12 @@ def test_numbers_that_mean_no_value(table):
     values, errors = find_columns(FLUXES, cat, {}, {}, (99.0, -99.9)).read(cat, 0, 2)
     np.testing.assert_array_equal(np.isnan(values), [[True, True, False], [False] * 3])
     assert np.isnan(errors[0, 0]) and errors[1, 0] == 0.1
+    found = find_columns(FLUXES, cat, {}, {})  # by themselves: 99 far off the others
+    assert found.missing == {"u": (99.0,), "g": (), "r": (), "u_err": (99.0,)}
+    values, errors = found.read(cat, 0, 2)
+    np.testing.assert_array_equal(np.isnan(values), [[True, False, False], [False] * 3])
+    values, _ = find_columns(FLUXES, cat, {}, {}, (np.nan,)).read(cat, 0, 2)
+    assert not np.isnan(values).any()
 
 
 def test_declared_columns_and_converted_units(table):

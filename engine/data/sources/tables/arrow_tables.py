@@ -125,7 +125,8 @@ def _read_csv(path: Path) -> pa.Table:
         texts = pc_csv.ConvertOptions(column_types=dict.fromkeys(doubtful, pa.string()), include_columns=doubtful)
         again = pc_csv.read_csv(pa.BufferReader(raw), options, parse, texts)
         for name in doubtful:
-            if (text := _identifiers(name, again.column(name))) is not None:
+            rounded = table.schema.field(name).type == pa.float64()
+            if (text := _identifiers(name, again.column(name), rounded)) is not None:
                 table = table.set_column(table.column_names.index(name), name, text)
     return table.rename_columns([name.strip() for name in table.column_names])
 
@@ -136,15 +137,15 @@ def _beyond_integers(field: pa.Field, column: pa.ChunkedArray) -> bool:
     return greatest is not None and greatest > EXACT
 
 
-def _identifiers(name: str, text: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """The text of a column of identifiers; None where it holds numbers."""
+def _identifiers(name: str, text: pa.ChunkedArray, rounded: bool) -> pa.ChunkedArray | None:
+    """The text of a column of identifiers; None where it holds numbers, whole ones of 64 bits (not `rounded`) included."""
 
     def any_is(pattern: str) -> bool:
         return bool(pc.any(pc.match_substring_regex(text, rf"^\s*({pattern})\s*$")).as_py())
 
     if any_is(IDENTIFIER) or any_is(WHOLE_FLOAT):
         return pc.replace_substring_regex(text, r"^\s*([0-9]{16,})\.0*\s*$", r"\1")
-    if any_is("[0-9]{17,}") and not any_is(r"[^0-9]*[.eE].*"):
+    if rounded and any_is("[0-9]{17,}") and not any_is(r"[^0-9]*[.eE].*"):
         return text
     if name.strip().lower().endswith("id") and any_is(r"[0-9.]+[eE]\+?(1[6-9]|[2-9][0-9])"):
         raise ValueError(f"column {name!r}: identifiers whose last digits are lost (1.2e+18); write them anew as text")

@@ -276,6 +276,7 @@ def test_a_forked_process_goes_on_by_itself(survey, handed_out):
         assert [next(loader)["row"].tolist() for _ in range(4)] == wanted
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_process_may_end_with_its_loader_open(survey, reader):
     program = (

@@ -103,3 +103,9 @@ def test_identifiers():
     assert match_keys([1.0, float("nan")], [float("nan"), 1.0]).right.tolist() == [1]
     with pytest.raises(ValueError, match="targetid: 2 values .* occur more than once, first 7, 8"):
         match_keys([7], [7, 7, 8, 8], what="targetid")
+
+
+def test_shared_counts_right_rows_in_both_ways_of_matching():
+    by_key = match_keys(["a", "a", "a", "b"], ["a", "b"])
+    by_sky = match_sky(np.zeros(3), np.zeros(3), np.zeros(1), np.zeros(1), 1.0, "nearest")
+    assert (by_key.shared, by_sky.shared) == (1, 1)
