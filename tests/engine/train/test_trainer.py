@@ -218,7 +218,9 @@ def test_deepspeed_config(run):
     assert config["gradient_accumulation_steps"] == 2 and config["train_micro_batch_size_per_gpu"] == 2
     assert "bf16" not in config and config["gradient_clipping"] == 0
     three = deepspeed_config(replace(run, train=replace(run.train, precision="bf16", zero_stage=3)), 1, 1000)
-    assert three["bf16"] == {"enabled": True, "check_grad_overflow": False} and three["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert three["bf16"] == {"enabled": True, "check_grad_overflow": False} and three["data_types"] == {
+        "grad_accum_dtype": "fp32"
+    }
     assert three["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
