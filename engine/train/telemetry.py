@@ -249,7 +249,7 @@ class Meter:
             self._write(line)
         if self.speaks:
             self._show(line)
-        for warning in self.method.warnings(measures):
+        for warning in self.method.warnings(measures) if measures else []:
             self.say(f"WARNING: {warning}", loud=True)
         self._rows, self._known = [], []
         self._began, self._waited, self._timed = now, waited, 0

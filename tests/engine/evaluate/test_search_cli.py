@@ -1,5 +1,6 @@
 import re
 import types
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -62,7 +63,9 @@ def encoder(monkeypatch, pairs_dir):
     )
     run = types.SimpleNamespace(name="toy", views=views)
     pixels = Survey.load(pairs_dir).pixels()
-    method.opened = types.SimpleNamespace(method=method, run=run, pixels=pixels, inputs=InputSpec(3, 16, 1, pixels=200))
+    method.opened = types.SimpleNamespace(
+        path=Path("toy"), method=method, run=run, pixels=pixels, inputs=InputSpec(3, 16, 1, pixels=200)
+    )
     monkeypatch.setattr(TrainedEncoder, "open", lambda source: method.opened)
     return method
 

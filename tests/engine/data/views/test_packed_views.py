@@ -163,7 +163,7 @@ def test_the_command_hands_blobs_to_a_view_that_wants_them(folder, tmp_path, mon
     for impl, calls in (("reference", 0), ("triton", 4)):  # two batches of each split
         view = replace(EVAL, impl=impl).eval_view(survey, "cpu")
         encoder = Encoder(SimpleNamespace(encode=flat), view, {}, None)
-        monkeypatch.setattr(TrainedEncoder, "open", lambda folder: folder)
+        monkeypatch.setattr(TrainedEncoder, "open", lambda folder: SimpleNamespace(path=folder, is_published=False))
         monkeypatch.setattr(Encoder, "load", lambda *_, encoder=encoder, **__: encoder)
         assert cli.embed(tmp_path, tmp_path / f"{impl}.parquet", data=folder, batch=4, device="cpu") == 0
         assert len(decoded) == calls

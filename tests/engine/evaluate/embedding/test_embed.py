@@ -253,6 +253,9 @@ def test_untrained_twin_is_built_anew(survey_dir):
         def encode(self, x):
             return {"e": self.layer(x["crop"].mean((2, 3)))}
 
+        def base(self):
+            return None
+
     spec, view = [], EvalView(lambda image, valid: image)
     views = types.SimpleNamespace(modalities=("image",), eval_view=lambda survey, device: view)
     built = types.SimpleNamespace(build=lambda inputs: spec.append(inputs) or Net())

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate import Embeddings, FeatureSet, Study
 from armillary.engine.evaluate.runs.report import save_measures
 from armillary.engine.evaluate.study.study import Measure, Outcome
@@ -63,7 +64,7 @@ def test_labels(study):
 
 def test_constant_and_unknown_labels_are_refused(survey_dir, tmp_path):
     table = pq.read_table(survey_dir / "catalog.parquet")
-    (tmp_path / "survey.json").write_text((survey_dir / "survey.json").read_text())
+    replace(Survey.load(survey_dir), catalog_sha256="").save(tmp_path)
     column = table.column_names.index("redshift")
     for value, rule in ((0.25, "must vary, but all .* known values are 0.25"), (np.nan, "is known for none of")):
         pq.write_table(table.set_column(column, "redshift", [np.full(len(table), value)]), tmp_path / "catalog.parquet")
