@@ -47,6 +47,10 @@ def recalibration(pit: Tensor, steps: int = 20) -> Tensor:
     return found
 
 
+EDGE = 1e-7
+"""Probabilities that float32 tells apart from 0 and 1, where quantiles are infinite."""
+
+
 class RecalibratedDensity(Density):
     """A distribution with probabilities corrected by R.
 
@@ -70,8 +74,9 @@ class RecalibratedDensity(Density):
         return cumulative(self._knots, self._below, self.density.cdf(x))
 
     def quantile(self, probability: Tensor) -> Tensor:
-        """Numbers [..., m] below which probabilities [..., m], in [0, 1], lie."""
-        return self.density.quantile(inverse(self._knots, self._below, probability))
+        """Numbers [..., m] below which probabilities [..., m], in [0, 1], lie; finite ones also for 0 and 1."""
+        corrected = inverse(self._knots, self._below, probability)
+        return self.density.quantile(corrected.clamp(EDGE, 1 - EDGE))
 
     def crps(self, true: Tensor) -> Tensor:
         """Scores [...] of true numbers [...], integrated over 100 quantiles; NaN where they are NaN."""

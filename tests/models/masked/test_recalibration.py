@@ -62,6 +62,18 @@ def test_points_stay_finite():
     assert draws.isfinite().all() and (draws.abs() > 4).double().mean() > 0.85  # two of 20 steps lead from 0 to 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_certain_probabilities_give_finite_numbers(dtype):
+    """A draw may lie where a distribution's cumulative probability is 0 or 1 to the last bit."""
+    pit = torch.rand(400, generator=torch.Generator().manual_seed(0)).to(dtype)
+    density = GaussianMixture(
+        torch.zeros(3, 1, dtype=dtype), torch.zeros(3, 1, dtype=dtype), torch.zeros(3, 1, dtype=dtype)
+    )
+    corrected = RecalibratedDensity(density, recalibration(pit))
+    probability = torch.tensor([0.0, 1e-30, 1.0], dtype=dtype).expand(3, -1)
+    assert bool(corrected.quantile(probability).isfinite().all())
+
+
 def test_needs_enough_truths():
     pit = torch.rand(60, 2)
     pit[:30, 1] = math.nan
