@@ -15,7 +15,7 @@ from torch import Tensor
 from armillary.engine.data.format.survey import Survey, WaveGrid
 from armillary.engine.weights.trained_encoder import TrainedEncoder, copy_weights, encoder_tensors
 from armillary.models.method import Method
-from armillary.models.vit.state_names import HEADS, from_public
+from armillary.models.vit.state_names import HEADS, bare_name, from_public
 
 __all__ = ["init_encoder", "init_method", "input_mismatch"]
 
@@ -62,12 +62,7 @@ def init_method(method: Method, source: TrainedEncoder) -> list[str]:
 
 def _take_heads(method: Method, stored: Mapping[str, Tensor], prefix: str) -> list[str]:
     """Give the method the heads of a published training file; what does not fit is said."""
-    heads = {}
-    for name, value in stored.items():
-        while name.startswith(("module.", "teacher.")):
-            name = name.partition(".")[2]
-        if name.startswith(HEADS):
-            heads[name] = value
+    heads = {bare_name(name): value for name, value in stored.items() if bare_name(name).startswith(HEADS)}
     if not heads:
         return []
     own, network = dict(method.named_parameters()), prefix.removesuffix("backbone.")

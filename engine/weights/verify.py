@@ -12,7 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal", "sha256_of"]
+from armillary.models.file_hash import sha256_of
+
+__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal"]
 
 SEAL = "sha256"
 """Name of the seal in a file's metadata."""
@@ -23,30 +25,6 @@ UNSEALED = "-" * 64
 
 class CheckpointError(RuntimeError):
     """Weights or a run's state could not be written, or what was found cannot be used."""
-
-
-def sha256_of(path: Path, seal: str = "") -> str:
-    """Hex digits of a file's hash; of a file that stays as it is only once a process.
-
-    Args:
-        path: The file.
-        seal: The hash is taken with this seal left out.
-    """
-    stamp = path.stat()
-    return _sha256(path, seal, stamp.st_size, stamp.st_mtime_ns, stamp.st_ino)
-
-
-@lru_cache(maxsize=1024)
-def _sha256(path: Path, seal: str, *_: int) -> str:
-    with open(path, "rb") as file:
-        if not seal:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        start = file.read(8)
-        header = file.read(int.from_bytes(start, "little")).replace(seal.encode(), UNSEALED.encode(), 1)
-        digest = hashlib.sha256(start + header)
-        while block := file.read(1 << 22):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def check_files(folder: Path, hashed: Sequence[str] | None = None) -> None:
@@ -97,5 +75,17 @@ def check_seal(path: Path, metadata: Mapping[str, str]) -> None:
         CheckpointError: They differ.
     """
     seal = metadata.get(SEAL)
-    if seal is not None and sha256_of(path, seal) != seal:
+    if seal is not None and _unsealed(path, seal, path.stat().st_mtime_ns, path.stat().st_size) != seal:
         raise CheckpointError(f"{path}: differs from what was written; the file is damaged: export it again")
+
+
+@lru_cache(maxsize=64)
+def _unsealed(path: Path, seal: str, *_: int) -> str:
+    """Hex digits of a file's hash with this seal left out; of a file that stays as it is only once a process."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little")).replace(seal.encode(), UNSEALED.encode(), 1)
+        digest = hashlib.sha256(start + header)
+        while block := file.read(1 << 22):
+            digest.update(block)
+        return digest.hexdigest()

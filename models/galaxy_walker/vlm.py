@@ -7,16 +7,16 @@ fetched from anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from armillary.models.file_hash import sha256_of
 
 __all__ = [
     "FAMILIES",
@@ -141,13 +141,7 @@ def _files(folder: Path) -> list[Path]:
 
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's files of weights, by name."""
-    return {f.name: _sha256(f, f.stat().st_size, f.stat().st_mtime_ns) for f in _files(folder)}
-
-
-@lru_cache(maxsize=64)
-def _sha256(file: Path, *_: int) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return {f.name: sha256_of(f) for f in _files(folder)}
 
 
 def build_empty(config: Any) -> Any:

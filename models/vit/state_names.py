@@ -16,12 +16,20 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["HEADS", "from_public", "to_public"]
+__all__ = ["HEADS", "bare_name", "from_public", "to_public"]
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.*)", re.DOTALL)
 _CHUNKED = re.compile(r"blocks\.(\d+)\.(\d+)\.(.*)", re.DOTALL)
 HEADS = ("dino_head.", "ibot_head.")
 """How names of heads begin, in training files."""
+
+
+def bare_name(name: str) -> str:
+    """A published name without what training files and wrappers put in front, and without block chunks."""
+    while name.startswith(("module.", "backbone.", "teacher.")):
+        name = name.partition(".")[2]
+    match = _CHUNKED.fullmatch(name)
+    return f"blocks.{match[2]}.{match[3]}" if match else name
 
 
 def to_public(state: Mapping[str, Tensor], chunks: int = 0) -> dict[str, Tensor]:
@@ -75,13 +83,9 @@ def from_public(state: Mapping[str, Any], expected_shapes: Mapping[str, Sequence
     found: dict[str, Tensor] = {}
     unexpected, twice = [], []
     for original, value in state.items():
-        name = original
-        while name.startswith(("module.", "backbone.", "teacher.")):
-            name = name.partition(".")[2]
+        name = bare_name(original)
         if name.startswith(HEADS):
             continue
-        if match := _CHUNKED.fullmatch(name):
-            name = f"blocks.{match[2]}.{match[3]}"
         if name not in expected_shapes or not isinstance(value, Tensor):
             unexpected.append(original)
         elif name in found:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from armillary.engine.data.format.survey import Survey
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["catalog_problem", "read_catalog"]
 
@@ -45,18 +44,10 @@ def catalog_problem(survey: Survey) -> str | None:
     """How the catalogue of a survey differs from survey.json's checksum; None if it does not, or there is none."""
     if not survey.catalog_sha256 or survey.folder is None:
         return None
-    path = survey.folder / CATALOG
-    stamp = path.stat()
-    found = _digest(path, stamp.st_mtime_ns, stamp.st_size)
+    found = sha256_of(survey.folder / CATALOG)
     if found == survey.catalog_sha256:
         return None
     return (
         f"its SHA-256 is {found[:12]}..., survey.json says {survey.catalog_sha256[:12]}...: it was damaged or changed after "
         "the build; copy it again, or build a survey with the changed labels"
     )
-
-
-@lru_cache(maxsize=16)
-def _digest(path: Path, *_: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

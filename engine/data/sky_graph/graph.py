@@ -7,7 +7,6 @@ Shape legend: N nodes (rows of catalog.parquet), E edges.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from armillary.engine.atomic_file import atomic_path
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sky_graph.spaces import SPACES, Space
 from armillary.kernels.pixels.philox import check_seed
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["GraphOptions", "GraphRecord", "Mode", "SkyGraph", "catalog_checksum", "graph_file"]
 
@@ -33,8 +33,7 @@ ARRAYS = {"indptr": np.int64, "indices": np.int32, "left_out": np.bool_}
 
 def catalog_checksum(folder: Path | str) -> str:
     """SHA-256 of a survey's catalog.parquet: rows, their order, positions, splits and labels."""
-    with open(Path(folder) / "catalog.parquet", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(Path(folder) / "catalog.parquet")
 
 
 def graph_file(folder: Path | str, name: str) -> Path:

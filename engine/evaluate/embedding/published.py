@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,13 +29,14 @@ from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.data.views.stretch import Identity, Stretch, ToRGB
 from armillary.engine.weights.init_weights import init_method
-from armillary.engine.weights.trained_encoder import TrainedEncoder
+from armillary.engine.weights.trained_encoder import TrainedEncoder, encoder_tensors
 from armillary.models.astroclip.astroclip import AstroCLIP
 from armillary.models.dinov2.dino_head import Head
 from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import Method, MethodConfig
 from armillary.models.specformer.specformer import SpecFormer
 from armillary.models.specformer.specformer_pretraining import SpecFormerPretraining
+from armillary.models.vit.state_names import bare_name
 from armillary.models.vit.vit import ViT
 
 __all__ = ["PublishedEncoder"]
@@ -44,8 +46,6 @@ IMAGENET_MEAN = 0.485, 0.456, 0.406
 IMAGENET_STD = 0.229, 0.224, 0.225
 HEAD_WIDTH = {"image": 64, "spectrum": 128}
 ALIGNED = "image_encoder.", "spectrum_encoder."
-WRAPPERS = re.compile(r"(?:(?:module|teacher|backbone|encoder)\.)*")
-CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 
 class PublishedEncoder(TrainedEncoder):
@@ -101,17 +101,16 @@ class PublishedEncoder(TrainedEncoder):
         """Not any more: it has a record."""
         return False
 
-    @property
-    def method(self) -> Method:
-        """The method with these weights; see `TrainedEncoder.method`."""
-        if "_ready" not in self.__dict__:
-            method = self.untrained()
-            init_method(method, self._source)
-            for name, weight in method.named_parameters():
-                if name.endswith("patch_embed.proj.weight") and weight.shape[2] == IMAGENET_PATCH:
-                    _fold_normalisation(weight, method.get_parameter(name[: -len("weight")] + "bias"))
-            self._ready = method.eval().requires_grad_(False)
-        return self._ready
+    @cached_property
+    def _loaded(self) -> tuple[Method, dict[str, Tensor]]:
+        """As of a run: the method with these weights, and what the encoder is of it."""
+        method = self.untrained()
+        init_method(method, self._source)
+        for name, weight in method.named_parameters():
+            if name.endswith("patch_embed.proj.weight") and weight.shape[2] == IMAGENET_PATCH:
+                _fold_normalisation(weight, method.get_parameter(name[: -len("weight")] + "bias"))
+        tensors = encoder_tensors(method)
+        return method.eval().requires_grad_(False), tensors
 
 
 @torch.no_grad()
@@ -123,8 +122,8 @@ def _fold_normalisation(weight: Tensor, bias: Tensor) -> None:
 
 
 def _bare(name: str) -> str:
-    """A name without what training files and wrappers put in front, and without block chunks."""
-    return CHUNKED.sub(r"blocks.\1.", WRAPPERS.sub("", name, count=1), count=1)
+    """A name as in the encoder alone; SpecFormer's pre-training calls it `encoder`."""
+    return bare_name(bare_name(name).removeprefix("encoder."))
 
 
 def _depth(state: Mapping[str, Tensor]) -> int:
