@@ -27,6 +27,7 @@ import tyro
 
 import armillary
 from armillary.engine.command_line import refuse_repeats, repeatable
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.user_code import Packages, trust
 from armillary.engine.weights.verify import CheckpointError
 
@@ -153,20 +154,21 @@ def export(
         raise ValueError("push, licence: must be left out without --format hf")
     if format == "hf":
         return _export_hub(run, out, push, licence)
-    if format == "portable":
-        export_portable(find_checkpoint(run), out)
-    else:
-        encoder = TrainedEncoder.open(run)
-        if format == "dinov2":
-            export_dinov2(encoder, out, block_chunks)
-        elif format == "specformer":
-            export_specformer(encoder, out)
-        elif format == "onnx":
-            from armillary.engine.hub.onnx_file import export_onnx
-
-            export_onnx(encoder, out)
+    with exclusive_file(out):
+        if format == "portable":
+            export_portable(find_checkpoint(run), out)
         else:
-            export_encoder(encoder, out)
+            encoder = TrainedEncoder.open(run)
+            if format == "dinov2":
+                export_dinov2(encoder, out, block_chunks)
+            elif format == "specformer":
+                export_specformer(encoder, out)
+            elif format == "onnx":
+                from armillary.engine.hub.onnx_file import export_onnx
+
+                export_onnx(encoder, out)
+            else:
+                export_encoder(encoder, out)
     print(f"{out}: {out.stat().st_size / 2**20:,.1f} MiB")
     return 0
 

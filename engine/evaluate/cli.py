@@ -14,6 +14,7 @@ import tyro
 
 from armillary.engine.atomic_file import require_writable
 from armillary.engine.evaluate.study.options import Options
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.user_code import Packages, trust
 
 if TYPE_CHECKING:
@@ -68,27 +69,27 @@ def embed(
     from armillary.engine.weights.trained_encoder import TrainedEncoder
 
     trust(*package)
-    require_writable(out)
-    source = TrainedEncoder.open(run)
-    if source.is_published and data is None:
-        raise ValueError(f"data: must name the survey to embed, because {run} comes without one; give --data")
-    data = data or source.run.data.path
-    survey, where = Survey.load(data), choose_device(device)
-    if source.is_published:
-        source = PublishedEncoder(source, survey)
-    have = tuple(dict.fromkeys(s.split for s in survey.shards))
-    for name in split:
-        if name not in have:
-            raise ValueError(f"split: no samples in {name!r}; the survey has {', '.join(have)}")
-    encoder = Encoder.load(source, survey, where, trained=not untrained)
-    pipeline, parts = encoder.pipeline(readout), {}
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for name in split or have:
-        batches = open_batches(data, name, pipeline.view, batch, where)
-        parts[name] = next(iter(embed_readouts(pipeline, batches, precision=dtype).values()))
-    about = {"features": UNTRAINED if untrained else TRAINED, **encoder.metadata, "readout": readout or "default"}
-    embeddings = stack_splits(data, parts, about)
-    embeddings.save(out)
+    with exclusive_file(out):
+        source = TrainedEncoder.open(run)
+        if source.is_published and data is None:
+            raise ValueError(f"data: must name the survey to embed, because {run} comes without one; give --data")
+        data = data or source.run.data.path
+        survey, where = Survey.load(data), choose_device(device)
+        if source.is_published:
+            source = PublishedEncoder(source, survey)
+        have = tuple(dict.fromkeys(s.split for s in survey.shards))
+        for name in split:
+            if name not in have:
+                raise ValueError(f"split: no samples in {name!r}; the survey has {', '.join(have)}")
+        encoder = Encoder.load(source, survey, where, trained=not untrained)
+        pipeline, parts = encoder.pipeline(readout), {}
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        for name in split or have:
+            batches = open_batches(data, name, pipeline.view, batch, where)
+            parts[name] = next(iter(embed_readouts(pipeline, batches, precision=dtype).values()))
+        about = {"features": UNTRAINED if untrained else TRAINED, **encoder.metadata, "readout": readout or "default"}
+        embeddings = stack_splits(data, parts, about)
+        embeddings.save(out)
     print(f"{out}: {len(embeddings):,} embeddings of {embeddings.vector.shape[1]} dimensions")
     return 0
 
@@ -181,7 +182,8 @@ def report(
         log=log,
     )
     reasons = dict.fromkeys(options.tasks or REPORTED, "")
-    return _tell(report_study(study, reasons, options, out, {log.name: log}), out)
+    with exclusive_file(out):
+        return _tell(report_study(study, reasons, options, out, {log.name: log}), out)
 
 
 def calibrate(

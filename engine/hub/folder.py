@@ -23,6 +23,7 @@ from armillary.engine.atomic_file import atomic_path
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.multi_crop import MultiCrop
 from armillary.engine.data.views.objects import ObjectViews
+from armillary.engine.exclusive import exclusive
 from armillary.engine.hub.card import model_card
 from armillary.engine.weights.tensors import Entry, write_tensors
 from armillary.engine.weights.trained_encoder import TrainedEncoder
@@ -58,6 +59,7 @@ def export_folder(source: TrainedEncoder, folder: Path, *, licence: str = "", fi
 
     Raises:
         ValueError: The method has no form there, or the encoder has no record.
+        InUse: Another process writes it.
         OSError: The folder cannot be written.
     """
     method = source.method
@@ -82,12 +84,13 @@ def export_folder(source: TrainedEncoder, folder: Path, *, licence: str = "", fi
     written["README.md"] = model_card(
         source, model.name, remote="auto_map" in model.config, licence=licence, figures=figures
     )
-    for name, text in written.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text)
-    with atomic_path(folder / "model.safetensors") as temporary:
-        entries = [Entry.of(name, tensor.contiguous()) for name, tensor in model.tensors.items()]
-        write_tensors(temporary, entries, {"format": "pt"})
+    with exclusive(folder):
+        for name, text in written.items():
+            with atomic_path(folder / name) as temporary:
+                temporary.write_text(text)
+        with atomic_path(folder / "model.safetensors") as temporary:
+            entries = [Entry.of(name, tensor.contiguous()) for name, tensor in model.tensors.items()]
+            write_tensors(temporary, entries, {"format": "pt"})
 
 
 def _dinov2(source: TrainedEncoder, encoder: Any) -> _Model:

@@ -65,12 +65,13 @@ class TrainedEncoder:
         self._archive = archive
 
     @classmethod
-    def open(cls, path: Path | str) -> TrainedEncoder:
+    def open(cls, path: Path | str, verify: bool = True) -> TrainedEncoder:
         """Open an encoder and read its record.
 
         Args:
             path: A run's folder (its newest checkpoint, else its export), an exported file, a published file (see
                 `public_checkpoints`) or one on the hub, hf://OWNER/REPO/FILE.
+            verify: Compare the hashes of a checkpoint; not where this process has just done so.
 
         Raises:
             FileNotFoundError: There is neither.
@@ -81,7 +82,7 @@ class TrainedEncoder:
         if path.is_dir():
             newest = latest(path / "checkpoints")
             if newest is not None:
-                archive, state = open_archive(newest)
+                archive, state = open_archive(newest, hashed=None if verify else ["state.json"])
                 return cls(newest, archive, state | {"step": state["progress"]["step"]})
             if not (path / EXPORT).is_file():
                 raise FileNotFoundError(f"{path}: this folder holds no checkpoint and no {EXPORT}; train the run first")

@@ -11,21 +11,34 @@ import pyarrow.parquet as pq
 from armillary.engine.data.format.survey import Survey
 from armillary.models.file_hash import sha256_of
 
-__all__ = ["catalog_problem", "read_catalog"]
+__all__ = ["catalog_file", "catalog_problem", "read_catalog"]
 
 CATALOG = "catalog.parquet"
 
 
 def read_catalog(survey: Survey | Path | str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read catalog.parquet after a look at its checksum, which is taken once a process for a file that does not change.
+    """Read catalog.parquet after a look at its checksum. Raises as `catalog_file`, and ValueError where it is not readable.
 
     Args:
         survey: Loaded from its folder; or the folder.
         columns: Only these.
+    """
+    path = catalog_file(survey)
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not readable: {error}") from error
+
+
+def catalog_file(survey: Survey | Path | str) -> Path:
+    """The catalogue's file, compared with its checksum, which is taken once a process for a file that does not change.
+
+    Args:
+        survey: Loaded from its folder; or the folder.
 
     Raises:
         FileNotFoundError: It is missing.
-        ValueError: It is not the one that the survey was built with, or not readable.
+        ValueError: It is not the one that the survey was built with.
     """
     described = survey if isinstance(survey, Survey) else Survey.load(survey)
     assert described.folder is not None, "a survey that was loaded from its folder"
@@ -34,10 +47,7 @@ def read_catalog(survey: Survey | Path | str, columns: Sequence[str] | None = No
         raise FileNotFoundError(f"{path}: missing; check the survey with `armillary data check {described.folder}`")
     if problem := catalog_problem(described):
         raise ValueError(f"{path}: {problem}")
-    try:
-        return pq.read_table(path, columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not readable: {error}") from error
+    return path
 
 
 def catalog_problem(survey: Survey) -> str | None:

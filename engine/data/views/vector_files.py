@@ -37,13 +37,15 @@ def _read(path: Path, folder: Path, *_: int) -> Tensor:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    from armillary.engine.data.format.catalog import read_catalog
+
     try:
         table = pq.read_table(path, columns=["key", "vector"])
         column = table["vector"].combine_chunks()
         stored = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a file of `armillary embed` (key, vector): {error}") from error
-    keys = pq.read_table(folder / "catalog.parquet", columns=["key"])["key"]
+    keys = read_catalog(folder, ["key"])["key"]
     place = pc.index_in(keys, value_set=table["key"].combine_chunks()).to_pandas().to_numpy()
     found = torch.full((len(keys), stored.shape[1]), torch.nan)
     known = torch.from_numpy(place == place)

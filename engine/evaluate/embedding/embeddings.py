@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from armillary.engine.atomic_file import atomic_path
+from armillary.engine.data.format.catalog import read_catalog
 
 __all__ = ["Embeddings", "stack_splits"]
 
@@ -112,7 +113,7 @@ def stack_splits(
         parts: By split, [n] catalogue rows and [n, D] vectors.
         metadata: What the file shall say of itself.
     """
-    catalogue: Any = pq.read_table(survey_dir / "catalog.parquet", columns=["key"])["key"]
+    catalogue: Any = read_catalog(survey_dir, ["key"])["key"]
     rows = np.concatenate([rows for rows, _ in parts.values()])
     return Embeddings(
         key=np.array(catalogue.take(rows).to_pylist(), dtype=object),
