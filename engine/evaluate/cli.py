@@ -149,7 +149,7 @@ def report(
     Args:
         run: Folder of the run.
         data: Folder of the survey; by default the one that the run was trained on.
-        embeddings: Parquet files of `armillary embed` or `evaluate`, the trained encoder's first.
+        embeddings: Files or folders of `armillary embed` or `evaluate`, the trained encoder's first.
         out: The page to write.
         options: Tasks (by default baselines, collapse and pictures), labels, splits, limits.
         package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
