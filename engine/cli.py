@@ -18,6 +18,7 @@ input; 4 damaged weights.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ COMMANDS = {
         "simulate_photometry",
         "the same as photometry and star-formation histories",
     ),
-    "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
+    "embed": ("armillary.engine.embed.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
     "calibrate": (
         "armillary.engine.evaluate.cli",
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and re.match("--local[-_]rank=", words[0]):  # put there by launchers, also in LOCAL_RANK
+        del words[0]
     if words in (["--version"], ["version"]):
         print(f"armillary {armillary.__version__}")
         return 0
