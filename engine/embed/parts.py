@@ -64,7 +64,12 @@ class Parts:
     def __init__(self, folder: Path, splits: Mapping[str, int], rows: int, metadata: Mapping[str, str]) -> None:
         self.folder, self.metadata = folder, dict(metadata)
         self._fill, self._plan_file, self._record = folder / FILL, folder / FILL / "plan.json", folder / RECORD
-        self._plan: dict[str, Any] = {"format": FORMAT, "splits": dict(splits), "part_rows": rows, "metadata": self.metadata}
+        self._plan: dict[str, Any] = {
+            "format": FORMAT,
+            "splits": dict(splits),
+            "part_rows": rows,
+            "metadata": self.metadata,
+        }
         stretches = [
             (split, range(first, min(first + rows, count)))
             for split, count in splits.items()

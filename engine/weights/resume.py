@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "out",
     "telemetry",
     "checkpoint",
+    "evals",
     "data.path",
     "data.reader",
     "data.threads",

@@ -67,8 +67,8 @@ class TrainedEncoder:
         """Open an encoder and read its record.
 
         Args:
-            path: A run's folder (its newest checkpoint, else its export), an exported file, or a published file
-                (see `public_checkpoints`).
+            path: A run's folder (its newest checkpoint, else its export), a checkpoint's own, an exported file, or a
+                published file (see `public_checkpoints`).
 
         Raises:
             FileNotFoundError: There is neither.
@@ -77,7 +77,7 @@ class TrainedEncoder:
         """
         path = Path(path)
         if path.is_dir():
-            newest = latest(path / "checkpoints")
+            newest = path if (path / "manifest.json").is_file() else latest(path / "checkpoints")
             if newest is not None:
                 archive, state = open_archive(newest)
                 return cls(newest, archive, state | {"step": state["progress"]["step"]})
