@@ -20,7 +20,7 @@ from datetime import timedelta
 
 import torch
 
-__all__ = ["Ranks", "end_processes", "launch_problems", "ranks", "start_processes", "take_slurm_ranks"]
+__all__ = ["Ranks", "end_processes", "launch_problems", "lost_ranks", "ranks", "start_processes", "take_slurm_ranks"]
 
 PORTS = 20_000, 60_000
 """Range of the ports that a Slurm step derives from its number."""
@@ -159,6 +159,25 @@ def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.de
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=minutes), verbose=False)
     return torch.device("cuda", _gpu(me)) if device == "cuda" else torch.device("cpu")
+
+
+def lost_ranks(error: BaseException, minutes: float) -> str | None:
+    """What to look at after an error that says that other ranks do not answer; None for any other error.
+
+    Args:
+        error: What a collective, or the making of the group, raised. Gloo's errors have no class of their own.
+        minutes: How long ranks wait for each other.
+    """
+    if not (
+        isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    ):
+        return None
+    me = ranks()
+    return (
+        f"other ranks are gone, or did not answer for train.timeout_minutes = {minutes:g}. This is rank {me.rank} of {me.world} on "
+        f"{socket.gethostname()}; rank 0 is on {os.environ.get('MASTER_ADDR')}. Look at the first error among the outputs of all "
+        "ranks, whether the machines still reach each other, and what their kernels say (dmesg: memory that ran out, a lost GPU)"
+    )
 
 
 def end_processes() -> None:
