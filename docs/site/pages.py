@@ -85,7 +85,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return f"[{text}]({OUTSIDE[place]}{anchor})"
         if place.startswith("docs/"):
             return f"[{text}]({place.removeprefix('docs/')}{anchor})"
-        folder, name = str(PurePosixPath(place).parent), PurePosixPath(place).with_suffix("").as_posix().replace("/", ".")
+        folder, name = (
+            str(PurePosixPath(place).parent),
+            PurePosixPath(place).with_suffix("").as_posix().replace("/", "."),
+        )
         if with_reference() and name in rooms().get(folder, ()):
             return f"[{text}]({reference_page(folder)}#armillary.{name})"
         return text
