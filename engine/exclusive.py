@@ -23,7 +23,7 @@ from typing import Any
 
 from armillary.engine.atomic_file import require_writable
 
-__all__ = ["LOCK", "InUse", "exclusive", "exclusive_file"]
+__all__ = ["LOCK", "InUse", "exclusive", "exclusive_file", "is_owned"]
 
 LOCK = ".lock"
 WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -69,6 +69,26 @@ def _owned(path: Path, what: Path) -> Iterator[None]:
         with suppress(OSError):  # a folder that is gone has no lock to free
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 path.unlink()
+        os.close(descriptor)
+
+
+def is_owned(folder: Path | str) -> bool:
+    """Whether a process owns the folder now; nothing is written, and a lock left by a crash does not count."""
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        owner = _read(descriptor)
+        return bool(owner) and not _ended(owner)
+    finally:
         os.close(descriptor)
 
 

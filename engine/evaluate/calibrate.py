@@ -17,6 +17,7 @@ from armillary.engine.atomic_file import write_json
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embed import first_samples, open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder
+from armillary.engine.evaluate.queries.question import default_queries
 from armillary.engine.exclusive import exclusive_file
 from armillary.engine.weights.trained_encoder import CALIBRATION, TrainedEncoder
 from armillary.models.masked.recalibration import recalibration
@@ -57,7 +58,10 @@ def calibrate(
             f"split: must be one of {survey.name} ({', '.join(splits)}) that {source.run.name} was not trained on, got "
             f"{split!r}; `armillary data build --validation-fraction 0.1` makes a validation split"
         )
-    questions = questions or getattr(getattr(source.run.method, "masking", None), "questions", ())
+    if not questions:
+        trained = getattr(getattr(source.run.method, "masking", None), "questions", ())
+        judged = [q.given for q in default_queries(asked, {q.name for q in asked.want})]
+        questions = tuple(dict.fromkeys([*trained, *judged]))
     if not questions:
         raise ValueError("given: must name what questions give, as the run's masks follow none")
     encoder = Encoder.load(source, survey, torch.device("cpu"))

@@ -299,6 +299,10 @@ class Meter:
         dist.all_gather(every, values)
         return sum(float(v[0]) for v in every) / self.world, max(float(v[1]) for v in every)
 
+    def pause(self, seconds: float) -> None:
+        """Leave what went into something else than steps out of the throughput."""
+        self._began += seconds
+
     def restart_clock(self, waited: float) -> None:
         """Leave what has passed since the last flush (start-up, a checkpoint) out of the throughput."""
         self._began, self._waited, self._timed = time.perf_counter(), waited, 0

@@ -20,6 +20,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.exclusive import InUse, exclusive
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
+from armillary.engine.train.evals import Evals
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.memory import free_bytes, memory_of
 from armillary.engine.train.telemetry import Meter
@@ -138,7 +139,8 @@ def train(
             leaving.callback(meter.close)
             for line in (*([] if memory is None else [memory.line()]), *note):
                 meter.say(line)
-            loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
+            evals = Evals(run, sharded.method, survey, device, me, meter.say)
+            loop = Loop(run, sharded, loader, meter, progress, known, stop, newest, evals)
             set_random()
             loop.go()
             loop.save()
@@ -149,6 +151,8 @@ def train(
                     # hashed as it was written, or by `agree`
                     export_encoder(TrainedEncoder.open(run.folder, verify=False), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
+            if loop.best is not None:
+                meter.say(f"best by {loop.best.name}: {loop.best.score:.3f} at step {loop.best.step}")
         except (BadInput, Stopped, NonFinite, CheckpointError):  # all ranks are here
             (sharded.destroy if sharded is not None else end_processes)()
             raise

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "out",
     "telemetry",
     "checkpoint",
+    "evals",
     "data.path",
     "data.reader",
     "data.threads",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 import toy
 from plain import FACTS, progress, scrambled
 
@@ -22,7 +23,7 @@ from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.weights.portable import export_portable
 from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config
-from armillary.engine.zero.processes import launch_problems, ranks, take_slurm_ranks
+from armillary.engine.zero.processes import launch_problems, lost_ranks, ranks, take_slurm_ranks
 from armillary.models.method import InputSpec
 
 INPUTS = InputSpec(channels=10, global_size=1)
@@ -206,6 +207,30 @@ def test_a_step_that_slurm_does_not_describe_is_refused(name, monkeypatch):
     environment = {k: v for k, v in SLURM.items() if k != name}
     (found,) = take_slurm_ranks(environment)
     assert found.startswith("SLURM_STEP_N") and "RANK" not in environment
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL communicator was aborted"),
+        torch.distributed.DistStoreError("Timed out after 61 seconds waiting for clients. 1/2 clients joined."),
+        RuntimeError(
+            "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 30000ms for recv operation to complete"
+        ),
+    ],
+    ids=["NCCL", "start", "gloo"],
+)
+def test_an_error_of_lost_ranks_says_where_to_look(error, monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu07"}.items():
+        monkeypatch.setenv(name, value)
+    said = lost_ranks(error, 0.5)
+    for part in ("train.timeout_minutes = 0.5", "rank 3 of 16", "rank 0 is on gpu07", "dmesg"):
+        assert part in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyboardInterrupt(), ValueError("gloomy")])
+def test_any_other_error_is_left_alone(error):
+    assert lost_ranks(error, 0.5) is None
 
 
 def test_a_master_that_nobody_knows_is_refused_before_the_group_waits(monkeypatch):
