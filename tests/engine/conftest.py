@@ -42,7 +42,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(site):
-    """Uninterrupted two-rank run under ZeRO-2, through the launcher: (name, how it ended)."""
-    ended = site.go("--name", "reference", launcher=True)
+    """Uninterrupted two-rank run under ZeRO-2: (name, how it ended)."""
+    ended = site.go("--name", "reference")
     assert ended.code == 0, ended.output
     return "reference", ended

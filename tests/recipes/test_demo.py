@@ -1,6 +1,7 @@
-"""The demo in little: simulate, train on two ranks under ZeRO-2, evaluate; and what it may claim.
+"""The demo in little: simulate, train, evaluate; and what it may claim.
 
-Of the demo's 5,000 galaxies and 1,200 steps it takes 2,000 and 300, with the schedules' warm-ups in proportion.
+Of the demo's 5,000 galaxies and 1,200 steps it takes 1,500 and 150, with the schedules' warm-ups in proportion, and one
+rank for its two, which trains alike and is cheaper: the tests of the recipe train on two.
 """
 
 import json
@@ -9,10 +10,11 @@ import pytest
 from processes import armillary, metrics, recipe, run
 
 COSINE = "16-NN cosine"
-GALAXIES, STEPS = 2000, 300
-# Three seeds gave R2 .062, .103 and .109 above the untrained encoder and .133, .146 and .139 above the PCA; another
-# machine's rounding changes the course of a training as a seed does. The bounds are 2.7 and 9 standard deviations below the means.
-OVER_UNTRAINED, OVER_PCA = 0.02, 0.08
+GALAXIES, STEPS = 1500, 150
+# Four seeds gave R2 .055, .071, .076 and .069 above the untrained encoder and .127, .120, .131 and .116 above the PCA;
+# another machine's rounding changes the course of a training as a seed does. The bounds are four standard deviations below
+# the means. Effective ranks were 6.7 to 7.4, prototypes in use 990 of 1,024 or more.
+OVER_UNTRAINED, OVER_PCA = 0.03, 0.09
 
 
 @pytest.mark.slow
@@ -24,7 +26,8 @@ def test_demo_learns_redshift_without_labels(tmp_path):
     smoke = ["--preset", "smoke", "--device", "cpu", "--train.steps", STEPS]
     smoke += ["--schedule.learning-rate.warmup-steps", STEPS // 20]
     smoke += ["--schedule.teacher-temperature.warmup-steps", STEPS * 3 // 10]
-    run(recipe(*smoke, "--data.path", survey, "--out", tmp_path, "--name", "training"))
+    smoke += ["--train.micro-batch", 32]
+    run(recipe(*smoke, "--data.path", survey, "--out", tmp_path, "--name", "training", ranks=1))
     tasks = ["--tasks", "baselines", "collapse", "pictures"]
     assert "no collapse" in armillary("evaluate", training, "--data", survey, "--out", tmp_path, *tasks)
 

@@ -4,8 +4,8 @@
 
 A rank gets a session, an environment, arguments and an output file of its own, runs a script as `__main__`, and leaves as
 any Python process does, with the whole interpreter finalised. Triton reads TRITON_INTERPRET while it is imported, so there
-is a server for each value; armillary, which imports pyarrow with a thread of its own, is imported by the rank. A server ends
-with the process that started it.
+is a server for each value. Pyarrow, whose import starts a thread, and what imports it are imported by the rank. A server
+ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "torch._dynamo", "torch.utils.tensorboard", "torch.profiler", "deepspeed", "deepspeed.ops",
         "deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "scipy.stats", "safetensors.torch", "tyro.constructors",
-        "rich.progress", "cloudpickle", "setuptools", "webdataset", "nvidia.dali.plugin.pytorch")  # fmt: skip
+        "rich.progress", "cloudpickle", "setuptools", "webdataset", "nvidia.dali.plugin.pytorch",
+        "armillary.models.dinov2.dinov2", "armillary.models.specformer.specformer_pretraining",
+        "armillary.models.astroclip.astroclip", "armillary.kernels.adamw_ema")  # fmt: skip
 
 
 class Rank:
@@ -212,6 +214,7 @@ if __name__ == "__main__":
     for name in SLOW:
         with contextlib.suppress(ModuleNotFoundError):  # DALI is not everywhere
             importlib.import_module(name)
+    getattr(sys.modules["deepspeed.ops"], "__compatible_ops__", None)  # each rank would find them out anew
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads, and what they had locked"
     gc.freeze()  # no rank's collections, nor that at its end, search and so copy these pages: half of a short run's time
     found = _serve(sys.argv[1])

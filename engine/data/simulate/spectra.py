@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.special import gammaincinv, ndtr
-from scipy.stats import ncx2
+from scipy.special import chndtr, gammaincinv, ndtr
 
 from armillary.engine.data.format.survey import WaveGrid
 from armillary.engine.data.simulate.seds import TYPES, attenuation
@@ -177,7 +176,7 @@ def fibre_share(sersic: float, radius: float, axis: float) -> float:
 
 
 _STEPS = np.linspace(0, 12, 600)  # of the seeing's sigma
-_ENTERING = ncx2.cdf((FIBRE_ARCSEC / 2 / (FIBRE_SEEING_ARCSEC / 2.3548)) ** 2, 2, _STEPS**2)
+_ENTERING = chndtr((FIBRE_ARCSEC / 2 / (FIBRE_SEEING_ARCSEC / 2.3548)) ** 2, 2, _STEPS**2)
 
 
 def emission_fluxes(stars: Stars, fibre: np.ndarray, burst: float = 1.0) -> dict[str, float]:

@@ -25,7 +25,7 @@ def losses(site, name):
     return [line["loss"] for line in site.metrics(name)]
 
 
-def test_launcher_runs_to_the_end(site, reference):
+def test_a_run_writes_what_it_promises(site, reference):
     name, ended = reference
     folder = site.runs / name
     lines = site.metrics(name)
@@ -162,7 +162,7 @@ def test_crash_of_one_rank_ends_all(site):
 
 
 def test_bad_input_is_said_once_and_at_once(site):
-    ended = site.go("--train.global-batch", "7", "--optim.lr", "-1", launcher=True)
+    ended = site.go("--train.global-batch", "7", "--optim.lr", "-1")
     assert ended.code == 2
     assert ended.output.count("train.global_batch: must be a multiple of micro_batch * ranks = 2 * 2 = 4, got 7") == 1
     assert ended.output.count("optim.lr: must be a finite number > 0, got -1.0") == 1

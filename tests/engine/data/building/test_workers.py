@@ -46,6 +46,13 @@ def run(tmp_path, values: int, guard: str, broken: str = "pass") -> subprocess.C
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
+def test_a_build_starts_without_what_it_does_not_need():
+    """Each worker process imports what a build imports: torch alone takes two seconds."""
+    code = "import sys; import armillary.engine.data.building.build; assert 'torch' not in sys.modules"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
 def test_a_script_without_a_guard_is_told_so(tmp_path):
     done = run(tmp_path, LARGE, "if True:")
     said = done.stderr.strip().splitlines()[-1] if done.returncode == 1 else done.stderr

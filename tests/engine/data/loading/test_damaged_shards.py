@@ -79,15 +79,16 @@ def test_an_image_of_another_size_is_corrupt(tmp_path):
         next(loader)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["decoded", "packed"])
 @pytest.mark.parametrize("claimed", ["bitplane", "float16"])
-def test_a_blob_of_another_codec_is_corrupt(tmp_path, claimed):
-    packed = {"bitplane": "float16", "float16": "bitplane"}[claimed]
-    folder = pack(tmp_path / "s", packed)
+def test_a_blob_of_another_codec_is_corrupt(tmp_path, claimed, packed):
+    held = {"bitplane": "float16", "float16": "bitplane"}[claimed]
+    folder = pack(tmp_path / "s", held)
     text = (folder / "survey.json").read_text()
-    (folder / "survey.json").write_text(text.replace(f'"codec": "{packed}"', f'"codec": "{claimed}"'))
+    (folder / "survey.json").write_text(text.replace(f'"codec": "{held}"', f'"codec": "{claimed}"'))
     with (
-        load(folder) as loader,
-        pytest.raises(codec.CorruptBlob, match=f"codec is {packed}, the survey's is {claimed}"),
+        load(folder, packed=packed) as loader,
+        pytest.raises(codec.CorruptBlob, match=f"codec is {held}, the survey's is {claimed}"),
     ):
         next(loader)
 
