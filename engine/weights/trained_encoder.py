@@ -157,7 +157,7 @@ class TrainedEncoder:
                 for question in written["questions"]:
                     steps = {name: torch.tensor(values) for name, values in question["corrections"].items()}
                     method.correct_answers(tuple(question["given"]), steps)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path}: not corrections of this run's answers ({error!r}); delete it, or calibrate again"
             ) from error
