@@ -220,13 +220,15 @@ def _opened(path: Path, survey: Path, _: tuple[int, int]) -> SkyGraph:
 
 def _vectors(path: Path, survey: Survey) -> np.ndarray:
     """[N, V] float32 vectors of a file of embeddings, which has one for every row of the survey's catalogue."""
-    import pyarrow.parquet as pq  # here, since recipes import this module; it starts threads, and most runs read no vectors
+    from armillary.engine.data.format.catalog import (
+        read_catalog,  # here, since recipes import this module, and Arrow starts threads
+    )
 
     assert survey.folder is not None
     vectors = read_vectors(path, survey).numpy()
     missing = np.flatnonzero(np.isnan(vectors).any(1))
     if len(missing):
-        first = pq.read_table(survey.folder / "catalog.parquet", columns=["key"])["key"][int(missing[0])].as_py()
+        first = read_catalog(survey, ["key"])["key"][int(missing[0])].as_py()
         raise ValueError(
             f"embeddings: {len(missing)} of {len(vectors)} galaxies have no vector in {path}, first {first!r}; embed all "
             "splits of this survey"

@@ -152,7 +152,7 @@ def test_embeddings_by_key(folder, tmp_path):
     problems = Neighbours(graphs=NAMES[:1], embeddings=path).problems(survey)
     assert len(problems) == 1 and "3 of 300 galaxies have no vector" in problems[0]
     pq.write_table(pa.table({"key": ["g0"]}), path)
-    assert "is not a file of `armillary embed`" in Neighbours(embeddings=path, graphs=NAMES).problems(survey)[0]
+    assert "not a file of embeddings" in Neighbours(embeddings=path, graphs=NAMES).problems(survey)[0]
     assert "nothing.parquet" in Neighbours(embeddings=tmp_path / "nothing.parquet", graphs=NAMES).problems(survey)[0]
 
 
