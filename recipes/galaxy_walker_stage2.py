@@ -19,8 +19,11 @@ Expected: R2 of log M* .91, Z .69, age .52, sSFR .84 with spectra (paper, table 
 
 The images of the released code have 36,300 to 62,208 pixels; here all have 196 x 196 = 38,416, which are 49 tokens.
 
+    --preset live       the recipe with stage 1's network inside (runs/galaxy_walker_stage1), trained on: geometry tokens of
+                        neighbours drawn anew in each epoch, in place of the file
     --preset smoke      a tiny random model with bytes as tokens on simulated pairs, for a laptop's CPU. It shows that everything
                         works, and no more: nothing in the model is pretrained
+    --preset smoke_live the same with the network of the demo's stage 1 inside (`make demo-galaxy-walker`)
 
     armillary data simulate --spectra --count 500 --out runs/galaxy_walker/survey
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 recipes/galaxy_walker_stage2.py --preset smoke --device cpu \\
@@ -34,11 +37,14 @@ from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Trainin
 from armillary.engine.config.schedule import Constant, Cosine, Linear, Schedules
 from armillary.engine.data.views.conversations import ConversationViews
 from armillary.engine.data.views.multi_crop import MultiCrop
+from armillary.engine.data.views.neighbours import Neighbours
 from armillary.engine.data.views.stretch import ToRGB
 from armillary.engine.train.start import main
 from armillary.models.galaxy_walker.adapter import GeometryAdapter
+from armillary.models.galaxy_walker.geometry_prompt.network import GeometryPromptConfig
 from armillary.models.galaxy_walker.stage2 import GalaxyWalker
 
+SPACES = ("euclidean", "hyperbolic", "spherical")
 QUESTIONS = (
     "smooth-or-featured", "disk-edge-on", "has-spiral-arms", "bar", "bulge-size", "how-rounded", "edge-on-bulge",
     "spiral-winding", "spiral-arm-count", "merging",
@@ -67,6 +73,21 @@ RECIPE = Run(
 )
 
 ROWS = 84_121 + 202_827  # galaxies with properties, and pairs of galaxy and question
+
+LIVE = replace(
+    RECIPE,
+    name="galaxy_walker_stage2_live",
+    method=replace(
+        RECIPE.method, prompt=GeometryPromptConfig(), prompt_from=Path("runs/galaxy_walker_stage1"), train_prompt=True
+    ),
+    views=replace(
+        RECIPE.views,
+        geometry=None,
+        neighbours=Neighbours(
+            graphs=tuple(f"{space}-k5-inductive-buffer1" for space in SPACES), embeddings=Path("astroclip.parquet")
+        ),
+    ),
+)
 
 PUBLISHED = replace(
     RECIPE,
@@ -100,5 +121,24 @@ SMOKE = Run(
     checkpoint=Checkpointing(every_steps=150),
 )
 
+SMOKE_LIVE = replace(
+    SMOKE,
+    name="galaxy_walker_stage2_smoke_live",
+    method=replace(
+        SMOKE.method,
+        prompt=GeometryPromptConfig(features=5, hidden=64, out=32, tokens=32, dropout=0.0),
+        prompt_from=Path("runs/demo-galaxy-walker/neighbours"),
+    ),
+    views=replace(
+        SMOKE.views,
+        neighbours=Neighbours(
+            graphs=tuple(f"{space}-k5-leak-free" for space in SPACES),
+            columns=("mag_g", "mag_r", "mag_z"),
+            shown=("redshift",),
+        ),
+    ),
+    data=replace(SMOKE.data, path=Path("runs/demo-galaxy-walker/survey")),
+)
+
 if __name__ == "__main__":
-    main(RECIPE, published=PUBLISHED, smoke=SMOKE)
+    main(RECIPE, published=PUBLISHED, live=LIVE, smoke=SMOKE, smoke_live=SMOKE_LIVE)

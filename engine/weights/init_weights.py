@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,6 +102,8 @@ def init_encoder(method: Method, modality: str, source: TrainedEncoder, views: A
         problem = input_mismatch(source.pixels, survey, (modality,))
         if not problem and modality == "image":
             problem = _stretch_mismatch(source.run.views, source.pixels, views, survey)
+        if modality == "prompt":
+            problem = _node_mismatch(source, method, views, survey)
         if problem:
             raise ValueError(f"{source.path}: {problem}")
     copy_weights(method, stored, source.path, prefix)
@@ -151,6 +154,22 @@ def _stretch_mismatch(before: Any, pixels: Survey, now: Any, survey: Survey) -> 
             f"views.image.stretch: {new.stretch} gives other numbers on this survey than {old.stretch} on the one it was "
             "trained on; align on that survey, or train with a stretch that does not depend on the survey"
         )
+    return ""
+
+
+def _node_mismatch(source: TrainedEncoder, method: Method, views: Any, survey: Survey) -> str:
+    """Why neighbours reach a geometry prompt in another form than in its own training; empty if they do not."""
+    old, new = (getattr(v, "neighbours", None) for v in (source.run.views, views))
+    for name in ("columns", "shown"):
+        wanted, got = getattr(old, name, ()), getattr(new, name, ())
+        if wanted != got:
+            return f"views.neighbours.{name}: must be those of its training, {wanted}, got {got}"
+    before, now = source.inputs, views.input_spec(survey)
+    if not np.allclose(before.node_mean + before.node_std, now.node_mean + now.node_std, rtol=1e-4):
+        return "views.neighbours.columns: have other moments than in its training; use the survey of stage 1"
+    shapes = [m.get_submodule(m.encoders()["prompt"].removesuffix(".")).config for m in (source.method, method)]
+    if shapes[0] != shapes[1]:
+        return f"method.prompt: must be that of its training, {shapes[0]}, got {shapes[1]}"
     return ""
 
 

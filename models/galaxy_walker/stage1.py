@@ -31,15 +31,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from armillary.kernels.launch import Impl
-from armillary.models.galaxy_walker.geometry_prompt import Geometry, GeometryPrompt, GeometryPromptConfig, Prompt
+from armillary.models.galaxy_walker.geometry_prompt.network import (
+    Geometry,
+    GeometryPrompt,
+    GeometryPromptConfig,
+    Hops,
+    Prompt,
+    graph_problems,
+    hops_of,
+)
 from armillary.models.geometry.product_space import product_distance
 from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.rules import at_least, choices, refuse
 from armillary.models.supervised.regression import known_squares
 
 __all__ = ["GeometryPromptMethod", "Stage1"]
-
-Hops = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,7 @@ class Stage1(MethodConfig):
     def problems(self, inputs: InputSpec) -> list[str]:
         """Broken rules, see `MethodConfig`."""
         found = self.prompt(max(1, inputs.node_features)).problems() + choices(self) + at_least(0, self, "head")
-        if not inputs.graphs:
-            found.append("views.neighbours: must be given, because the geometry prompt reads neighbours, got None")
-        elif inputs.graphs not in (1, len(self.spaces)):
-            found.append(
-                f"views.neighbours.graphs: must be one, or one for each of {len(self.spaces)} spaces, got {inputs.graphs}"
-            )
+        found += graph_problems(inputs, self.spaces)
         for name in ("property_weight", "link_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"{name}: must be at least 0 and finite, got {getattr(self, name)}")
@@ -136,19 +137,8 @@ class GeometryPromptMethod(Method):
             hidden = [nn.Linear(width, config.head), nn.GELU()] if config.head else []
             self.head = nn.Sequential(*hidden, nn.Linear(config.head or width, n))
 
-    def hops(self, batch: Batch) -> Hops:
-        """For each space the neighbours of a batch and theirs, as the prompt takes them.
-
-        Raises:
-            ValueError: The batch has none, or those of another number of graphs.
-        """
-        near = batch.get("neighbours")
-        if near is None or near.ndim != 4 or near.shape[1] != self.inputs.graphs:
-            got = "none" if near is None else list(near.shape)
-            raise ValueError(f"neighbours: must be [B, {self.inputs.graphs}, f1, 1 + f2], got {got}")
-        spaces = self.config.spaces
-        parts = [near[:, 0 if near.shape[1] == 1 else i] for i in range(len(spaces))]
-        return {space: (part[..., 0], part[..., 1:]) for space, part in zip(spaces, parts, strict=True)}
+    def _hops(self, batch: Batch) -> Hops:
+        return hops_of(batch, self.inputs.graphs, self.config.spaces)
 
     def _run(self, batch: Batch, hops: Hops) -> Prompt:
         """The prompt of a batch, whose samples are the first nodes."""
@@ -169,7 +159,7 @@ class GeometryPromptMethod(Method):
         Raises:
             ValueError: The batch lacks neighbours or targets, or has others than the method was built for.
         """
-        c, hops = self.config, self.hops(batch)
+        c, hops = self.config, self._hops(batch)
         prompt = self._run(batch, hops)
         terms: dict[str, Tensor] = {}
         if self.inputs.targets and c.property_weight:
@@ -244,6 +234,10 @@ class GeometryPromptMethod(Method):
         head = 2.0 * (width * c.head + c.head * n if c.head else width * n)
         return 3.0 * (self.prompt.config.flops(5) * (2 if c.link_weight else 1) + head)
 
+    def encoders(self) -> dict[str, str]:
+        """The prompt, from which the second stage may start."""
+        return {"prompt": "prompt."}
+
     def readouts(self) -> dict[str, Readout]:
         """All tokens as one embedding, those of each space, and the predictions."""
         found = {"geometry": Readout("geometry prompt", "columns")}
@@ -266,7 +260,7 @@ class GeometryPromptMethod(Method):
         Raises:
             ValueError: The batch lacks neighbours.
         """
-        tokens = self._run(batch, self.hops(batch)).tokens
+        tokens = self._run(batch, self._hops(batch)).tokens
         found = {"geometry": tokens.flatten(1)}
         found |= {space: tokens[:, i] for i, space in enumerate(self.config.spaces)}
         if self.inputs.targets and self.config.property_weight:

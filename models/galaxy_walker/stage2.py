@@ -7,8 +7,11 @@ image through its own encoder, the embedding of its spectrum and three of its ne
 
     loss = LM + lambda smooth L1        LM: cross-entropy of the answers' tokens, in each micro-batch over all of them
 
-Trained are the adapters, projections, scales and the numeric head; everything else is frozen and, where the model comes from
-a checkpoint, neither copied into this run's checkpoints nor built on any rank but through the engine (`Method.base`).
+The neighbourhood's embeddings come from a file that the first stage wrote, or from its network, which then is part of this one
+and embeds the neighbours that the views draw, anew in each epoch.
+
+Trained are the adapters, projections, scales and the numeric head, and that network if so wished; everything else is frozen and,
+where the model comes from a checkpoint, neither copied into this run's checkpoints nor built on any rank but through the engine (`Method.base`).
 
 Shape legend: B samples, L tokens, K tokens of modalities, D width of the language model, P tokens of an image, N options.
 
@@ -18,7 +21,6 @@ Source: Galaxy-Walker (arXiv:2503.18578), sections 3.2 to 3.4, equation 8, and i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -30,17 +32,13 @@ from torch import Tensor, nn
 
 from armillary.kernels.pixels.philox import Purpose, streams, uniforms
 from armillary.models.galaxy_walker import vlm as vlms
-from armillary.models.galaxy_walker.adapter import GeometryAdapter, adapt, ffn_problems
+from armillary.models.galaxy_walker.adapter import adapt
 from armillary.models.galaxy_walker.cost import activation_bytes, flops_per_sample
+from armillary.models.galaxy_walker.geometry_prompt.network import GeometryPrompt, hops_of
 from armillary.models.galaxy_walker.modal_tokens import ModalTokens
-from armillary.models.galaxy_walker.prompt import (
-    PLACEHOLDERS,
-    Templates,
-    byte_tokenizer,
-    open_tokenizer,
-    prompt_problems,
-)
+from armillary.models.galaxy_walker.prompt import Templates
 from armillary.models.galaxy_walker.reader import GalaxyReader
+from armillary.models.galaxy_walker.settings import Stage2Settings
 from armillary.models.method import (
     BaseWeights,
     Batch,
@@ -48,110 +46,22 @@ from armillary.models.method import (
     InputSpec,
     Losses,
     Method,
-    MethodConfig,
     ParameterGroup,
     Readout,
 )
-from armillary.models.rules import at_least, choices, positive, refuse
+from armillary.models.rules import refuse
 
 __all__ = ["GalaxyWalker", "GalaxyWalkerMethod"]
 
 VLM = "reader.vlm."
 """Prefix of the vision-language model's parameters."""
 
+NODES = ("node_features", "node_row", "neighbours", "left_out")
+"""What a batch holds of neighbours, the prompt's inputs."""
 
-@dataclass(frozen=True)
-class GalaxyWalker(MethodConfig):
-    """Configuration.
 
-    Attributes:
-        base: Folder of a checkpoint of Qwen2-VL, Qwen2.5-VL or Qwen3-VL. None: a tiny random model with bytes as tokens.
-        tiny: Family of the tiny model.
-        tiny_dim: Its width, a multiple of 32.
-        tiny_depth: Its blocks.
-        adapter: Where the geometry adapters are, and how they are made.
-        image_side: Crops are resized to so many pixels; a multiple of the side of a token of the model's image encoder (28
-            in Qwen2-VL and Qwen2.5-VL, 32 in Qwen3-VL).
-        placeholders: Words of the vocabulary whose place the tokens of spectrum and geometries take.
-        number_weight: lambda.
-        loss_weights: "fixed": as above; "learned": two weights, softplus of 1 at the start, normalised to a sum of 1, as
-            in the released code. Without a penalty their optimum is to weigh the smaller loss only.
-        standardise: Whether the head predicts standardised labels; the released code's predicts them as they are.
-        replay: Whether the tokens are added in front of the numeric head.
-        token_scale: Length of the tokens at the start.
-        new_lr_scale: Learning rate of projections, scales and head, relative to the adapters', which start from
-            pretrained weights.
-        activation_checkpointing: Compute each block again in the backward pass and keep only what enters it.
-    """
-
-    base: Path | None = None
-    tiny: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] = "qwen2_vl"
-    tiny_dim: int = 64
-    tiny_depth: int = 4
-    adapter: GeometryAdapter = GeometryAdapter()
-    image_side: int = 196
-    placeholders: tuple[str, ...] = PLACEHOLDERS
-    number_weight: float = 1.0
-    loss_weights: Literal["fixed", "learned"] = "fixed"
-    standardise: bool = True
-    replay: bool = True
-    token_scale: float = 0.1
-    new_lr_scale: float = 5.0
-    activation_checkpointing: bool = False
-
-    def problems(self, inputs: InputSpec) -> list[str]:
-        """Broken rules, see `MethodConfig`."""
-        if not vlms.is_installed():
-            return [f"base: {vlms.MISSING}"]
-        found = at_least(1, self, "tiny_depth", "image_side") + positive(self, "token_scale", "new_lr_scale")
-        found += at_least(0, self, "number_weight") + choices(self) + self.adapter.problems()
-        if self.tiny_dim < 32 or self.tiny_dim % 32:
-            found.append(f"tiny_dim: must be a multiple of 32, got {self.tiny_dim}")
-        if not (inputs.targets or inputs.questions):
-            found.append("views.targets: must be labels to ask for, or views.questions questions, got neither")
-        if inputs.channels not in (0, 3):
-            found.append(f"views.image.stretch: must give red, green and blue, got {inputs.channels} channels")
-        if inputs.channels and (inputs.n_global, inputs.n_local) != (1, 0):
-            found.append(f"views.image: must give one crop an object, got {inputs.n_global} and {inputs.n_local}")
-        if len(self.placeholders) != len(set(self.placeholders)):
-            found.append(f"placeholders: must differ, got {self.placeholders}")
-        needed = bool(inputs.spectrum_features) + inputs.spaces
-        if len(self.placeholders) < 1 + inputs.spaces:
-            found.append(
-                f"placeholders: must be {1 + inputs.spaces}, a spectrum's and one a geometry, got {self.placeholders}"
-            )
-        if not (needed or inputs.channels):
-            found.append("views: must show an image, a spectrum's embedding or geometries, got none")
-        if self.base is not None:
-            found += [f"base: {p}" for p in vlms.checkpoint_problems(self.base)]
-        return found or self._model_problems(inputs)
-
-    def _model_problems(self, inputs: InputSpec) -> list[str]:
-        """Rules that take the model's configuration and tokenizer to check."""
-        config = self._config()
-        vision = config.vision_config
-        token = vision.patch_size * vision.spatial_merge_size
-        found = []
-        if inputs.channels and self.image_side % token:
-            found.append(f"image_side: must be a multiple of {token} for this model, got {self.image_side}")
-        try:
-            found += prompt_problems(self._tokenizer(), config, self._placeholders(inputs))
-        except ValueError as error:
-            found.append(f"base: {error}")
-        return found + ffn_problems(vlms.build_empty(config), self.adapter.every)
-
-    def _config(self) -> Any:
-        if self.base is not None:
-            return vlms.read_config(self.base)
-        return vlms.tiny_config(self.tiny, dim=self.tiny_dim, depth=self.tiny_depth)
-
-    def _tokenizer(self) -> Any:
-        return byte_tokenizer() if self.base is None else open_tokenizer(self.base)
-
-    def _placeholders(self, inputs: InputSpec) -> tuple[str, ...]:
-        """Those that are used: the first is the spectrum's."""
-        begin = 0 if inputs.spectrum_features else 1
-        return self.placeholders[begin : 1 + inputs.spaces]
+class GalaxyWalker(Stage2Settings):
+    """Configuration, see `Stage2Settings`."""
 
     def build(self, inputs: InputSpec) -> GalaxyWalkerMethod:
         """Build the method, see `MethodConfig`. With a checkpoint its frozen parameters have no storage yet."""
@@ -166,7 +76,7 @@ class GalaxyWalkerMethod(Method):
         super().__init__()
         self.config, self.inputs = config, inputs
         self.options = tuple(tuple(o.split("|")) for o in inputs.options)
-        self.model_config = config._config()
+        self.model_config = config.model_config()
         build = vlms.build_random if config.base is None else vlms.build_empty
         vlm = build(self.model_config).requires_grad_(False)
         layers = adapt(vlm, config.adapter)
@@ -175,18 +85,27 @@ class GalaxyWalkerMethod(Method):
                 layer.experts.load_mlp(vlms.read_mlp(config.base, block))
         if config.activation_checkpointing:
             vlm.activation_checkpointing_enable({"use_reentrant": False})
-        tokens = None
-        if inputs.spectrum_features or inputs.spaces:
+        tokens, (features, spaces) = None, config.geometry(inputs)
+        if inputs.spectrum_features or spaces:
             dim = int(self.model_config.text_config.hidden_size)
-            shape = (inputs.spectrum_features, inputs.geometry_features, inputs.spaces)
-            tokens = ModalTokens(*shape, dim, config.token_scale)
+            tokens = ModalTokens(inputs.spectrum_features, features, spaces, dim, config.token_scale)
         self.reader = GalaxyReader(vlm, tokens, config.image_side if inputs.channels else 0)
         self.loss_weights = nn.Parameter(torch.ones(2)) if config.loss_weights == "learned" else None
+        self.prompt: GeometryPrompt | None = None
+        if config.prompt is not None:
+            self.prompt = GeometryPrompt(config.prompt).requires_grad_(config.train_prompt)
+
+    def train(self, mode: bool = True) -> GalaxyWalkerMethod:
+        """As `nn.Module.train`; a frozen prompt drops nothing out."""
+        super().train(mode)
+        if self.prompt is not None and not self.config.train_prompt:
+            self.prompt.eval()
+        return self
 
     @cached_property
     def tokenizer(self) -> Any:
         """Of the model."""
-        return self.config._tokenizer()
+        return self.config.open_tokenizer()
 
     @cached_property
     def templates(self) -> Templates:
@@ -198,7 +117,7 @@ class GalaxyWalkerMethod(Method):
             self.model_config.image_token_id,
             grid=(1, grid, grid) if grid else None,
             image_tokens=self.reader.image_tokens,
-            placeholders=self.config._placeholders(inputs),
+            placeholders=self.config.shown_placeholders(inputs),
             has_spectrum=bool(inputs.spectrum_features),
             properties=inputs.targets,
             questions=inputs.questions,
@@ -242,14 +161,14 @@ class GalaxyWalkerMethod(Method):
         """Losses of one micro-batch.
 
         Args:
-            batch: `crop`, `spectrum_vector`, `geometry_vectors` as far as the views give them, `targets` and `answers`, and
-                what `prepare` adds.
+            batch: `crop`, `spectrum_vector`, `geometry_vectors` or neighbours, as far as the views give them, `targets` and
+                `answers`, and what `prepare` adds.
             scalars: None is read.
 
         Returns:
             Total and the terms `lm` and `number`, weighted.
         """
-        reading = self.reader(batch)
+        reading = self.reader(self.embed_neighbours(batch))
         index = batch["answer_index"]
         logits = self.reader.vlm.lm_head(reading.hidden.flatten(0, 1)[index - 1]).float()
         chosen = batch["input_ids"].flatten()[index]
@@ -279,6 +198,24 @@ class GalaxyWalkerMethod(Method):
     def _moments(self, values: tuple[float, ...], which: Tensor) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=which.device)[which]
 
+    def embed_neighbours(self, batch: Batch) -> Batch:
+        """The batch with `geometry_vectors` in place of its neighbours; as it is where it has none.
+
+        Samples of such a batch can be taken out and put together, which those of a batch with neighbours cannot.
+
+        Raises:
+            ValueError: It has none and the model reads them, or those of another number of graphs.
+        """
+        if self.prompt is None or "geometry_vectors" in batch:
+            return batch
+        hops = hops_of(batch, self.inputs.graphs, self.prompt.config.spaces)
+        features = batch["node_features"]
+        samples = torch.arange(len(batch["neighbours"]), device=features.device)
+        with torch.set_grad_enabled(self.config.train_prompt and torch.is_grad_enabled()):
+            vectors = self.prompt(features, samples, hops).tokens
+        others: Any = {name: x for name, x in batch.items() if name not in NODES}
+        return {**others, "geometry_vectors": vectors}
+
     def ask(self, batch: Batch, template: int) -> Batch:
         """The same galaxies, all with one prompt."""
         written = self.templates.batch(torch.full((self._samples(batch),), template))
@@ -298,14 +235,15 @@ class GalaxyWalkerMethod(Method):
         """Predicted properties, and the hidden state in front of the first answer. Call `eval()` first.
 
         Args:
-            batch: `crop`, `spectrum_vector` and `geometry_vectors`, as far as the method was trained on them.
+            batch: `crop`, `spectrum_vector`, and `geometry_vectors` or neighbours, as far as the method was trained on them.
 
         Returns:
             "hidden" [B, D], and "properties" [B, n] in the labels' units where properties were trained. Float32.
 
         Raises:
-            ValueError: The batch holds none of these.
+            ValueError: The batch lacks them.
         """
+        batch = self.embed_neighbours(batch)
         found: dict[str, Tensor] = {}
         numbers = []
         for place, first in enumerate(self.templates.first[: max(len(self.inputs.targets), 1)]):
@@ -321,6 +259,14 @@ class GalaxyWalkerMethod(Method):
             raw = torch.stack(numbers, 1)
             found["properties"] = raw * std + mean if self.config.standardise else raw
         return found
+
+    def encoders(self) -> dict[str, str]:
+        """The prompt, where it is part of the model."""
+        return {"prompt": "prompt."} if self.prompt is not None else {}
+
+    def starts_from(self) -> dict[str, Path]:
+        """`prompt_from`, where given."""
+        return {"prompt": self.config.prompt_from} if self.config.prompt_from is not None else {}
 
     def readouts(self) -> dict[str, Readout]:
         """The hidden state as an embedding, and the properties as predictions."""
@@ -344,7 +290,10 @@ class GalaxyWalkerMethod(Method):
     def flops_per_sample(self) -> float:
         """Matrix-product FLOPs of one training sample with the longest prompt, see `cost.flops_per_sample`."""
         experts = 1 if self.config.adapter.taking_part == ("euclidean",) else 3
-        return flops_per_sample(self.reader, int(self.templates.lengths.max()), experts)
+        prompt = (
+            self.prompt.config.flops(5) * (3 if self.config.train_prompt else 1) if self.prompt is not None else 0.0
+        )
+        return flops_per_sample(self.reader, int(self.templates.lengths.max()), experts) + prompt
 
     def activation_bytes(self, micro_batch: int, itemsize: int) -> int:
         """Estimate with the longest prompts, see `Method.activation_bytes`."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,15 @@ from transformers import AutoModelForImageTextToText
 
 from armillary.engine.config.config_json import from_json, to_json
 from armillary.engine.data.building.build import build
+from armillary.engine.data.building.sky_graph import build_graph
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.sky_graph.graph import GraphOptions
 from armillary.engine.data.sources.source import Sample
+from armillary.engine.data.views.vector_files import read_vectors
 from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.evaluate.embedding.encoder import Encoder
+from armillary.engine.weights.init_weights import init_encoder
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.galaxy_walker.adapter import attach
 from armillary.models.galaxy_walker.vlm import hashes
@@ -94,7 +99,7 @@ def tensors(folder: Path, step: int) -> dict[str, bytes]:
 
 def test_presets():
     presets = processes.presets("galaxy_walker_stage2")
-    assert set(presets) == {"RECIPE", "PUBLISHED", "SMOKE"}
+    assert set(presets) == {"RECIPE", "PUBLISHED", "LIVE", "SMOKE", "SMOKE_LIVE"}
     for name, preset in presets.items():
         assert from_json(json.loads(json.dumps(to_json(preset)))) == preset, name
     published = presets["PUBLISHED"]
@@ -102,6 +107,10 @@ def test_presets():
     assert published.scalars(250)["learning_rate"] == pytest.approx(1e-5, rel=0.01)
     assert published.method.adapter.experts == "published" and not published.method.standardise
     assert presets["RECIPE"].method.adapter.every == published.method.adapter.every == 4
+    first = processes.presets("galaxy_walker_stage1")
+    for live, stage1, features in (("LIVE", "RECIPE", 1024), ("SMOKE_LIVE", "SMOKE", 5)):
+        assert presets[live].method.prompt == first[stage1].method.prompt(features)
+        assert presets[live].views.neighbours.graphs == first[stage1].views.neighbours.graphs
 
 
 @pytest.mark.dist
@@ -160,3 +169,45 @@ def test_a_checkpoint_is_adapted_trained_resumed_and_opened_again(site):
 def test_trains_in_bfloat16_with_frozen_weights_in_it(site):
     losses = train(site, "bf16", "--train.precision", "bf16", "--train.steps", 2, "--method.loss-weights", "learned")
     assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_takes_over_the_prompt_of_stage_1(site):
+    """What a frozen prompt makes of neighbours is what stage 1 wrote into its file, to the last bit; a trained one moves."""
+    survey = site / "survey"
+    for space in ("euclidean", "hyperbolic", "spherical"):
+        build_graph(survey, GraphOptions(space=space, mode="leak-free"))
+    columns = ("--views.neighbours.columns", "bar_yes", "bar_no", "bar_votes")
+    first = f"--preset smoke --device cpu --telemetry.no-tensorboard --out {site} --data.path {survey} --name stage1"
+    first += " --views.targets redshift --train.steps 2 --train.global-batch 8 --train.micro-batch 8"
+    first += " --schedule.learning-rate.warmup-steps 1"
+    processes.run(processes.recipe(*first.split(), *columns, ranks=1, name="galaxy_walker_stage1"))
+    words = f"--preset smoke_live --device cpu --telemetry.no-tensorboard --out {site} --data.path {survey}"
+    words += f" --views.targets redshift --views.questions bar --views.image.global-size 24 --method.prompt-from {site / 'stage1'}"
+    words += " --train.steps 2 --train.global-batch 8 --train.micro-batch 4 --schedule.learning-rate.warmup-steps 1"
+    for name, more in (("frozen", []), ("trained", ["--method.train-prompt"])):
+        arguments = (*words.split(), *columns, "--name", name, *more)
+        processes.run(processes.recipe(*arguments, ranks=1, name="galaxy_walker_stage2"))
+    processes.armillary(
+        "embed", site / "stage1", "--data", survey, "--readout", "geometry", "-o", site / "live.parquet"
+    )
+    wanted = read_vectors(site / "live.parquet", Survey.load(survey))
+    made = {}
+    for name in ("frozen", "trained"):
+        encoder = Encoder.load(TrainedEncoder.open(site / name), Survey.load(survey), torch.device("cpu"))
+        batches = open_batches(survey, "test", encoder.view, 16, torch.device("cpu"))
+        found = [encoder.method.embed_neighbours(encoder.view(batch)) for batch in batches]
+        rows = torch.cat([batch["row"] for batch in found])
+        made[name] = torch.cat([batch["geometry_vectors"] for batch in found]).flatten(1)
+    assert torch.equal(made["frozen"], wanted[rows])
+    assert not torch.allclose(made["trained"], wanted[rows], atol=1e-4)
+    report = ("--tasks", "questions", "--resamples", 20, "--device", "cpu", "-o", site / "report-live")
+    assert "the likeliest option is right in" in processes.armillary("evaluate", site / "frozen", *report)
+    source, method, views = TrainedEncoder.open(site / "stage1"), encoder.method, encoder.run.views
+    other = replace(views, neighbours=replace(views.neighbours, columns=("bar_no", "bar_yes", "bar_votes")))
+    with pytest.raises(ValueError, match="views.neighbours.columns: must be those of its training, "):
+        init_encoder(method, "prompt", source, other, Survey.load(survey))
+    method.prompt.config = replace(method.prompt.config, curvature=0.5)
+    with pytest.raises(ValueError, match="method.prompt: must be that of its training, "):
+        init_encoder(method, "prompt", source, views, Survey.load(survey))

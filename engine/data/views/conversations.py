@@ -1,4 +1,4 @@
-"""Views for a language model that is asked about galaxies: a crop, embeddings made before, and what there is to ask.
+"""Views for a language model that is asked about galaxies: a crop, embeddings or neighbours, and what there is to ask.
 
 Questions are those of which the catalogue has votes, as Galaxy Zoo's: labels `<question>_<option>`, shares of the votes, and
 `<question>_votes`, their number. The right answer is the option of most votes, where enough of a galaxy's volunteers were
@@ -9,6 +9,7 @@ Shape legend: B samples, N rows of the catalogue, S geometries, F features, Q qu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from armillary.engine.data.format.columns import Columns, column_problems
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.data.views.multi_crop import MultiCrop
+from armillary.engine.data.views.neighbours import NeighbourInput, Neighbours
 from armillary.engine.data.views.objects import ObjectViews
 from armillary.engine.data.views.vector_files import read_vectors
 from armillary.models.method import Batch, BatchKey, InputSpec
@@ -40,6 +42,8 @@ class ConversationViews:
         geometry: The same of the neighbourhoods, one geometry behind the other in a vector, as stage 1 embeds them. None:
             none are shown.
         spaces: Number S of these geometries.
+        neighbours: Neighbours on the sky, which a model embeds itself, in place of that file; nothing is asked of galaxies that a
+            graph's buffer took out. None: not read.
         targets: Properties to ask for, standardised by the training split; a galaxy may lack any.
         questions: Questions with options to ask.
         asked: Least share of a galaxy's volunteers who were asked a question that is asked of it.
@@ -49,6 +53,7 @@ class ConversationViews:
     spectrum: Path | None = None
     geometry: Path | None = None
     spaces: int = 3
+    neighbours: Neighbours | None = None
     targets: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     asked: float = 0.5
@@ -61,7 +66,8 @@ class ConversationViews:
     @property
     def augmented(self) -> bool:
         """Whether anything depends on a random draw."""
-        return self.image is not None and self.image.augmented
+        sampled = self.neighbours is not None and any(self.neighbours.fan_outs)
+        return sampled or (self.image is not None and self.image.augmented)
 
     def problems(self, survey: Survey) -> list[str]:
         """Every rule these views break for a survey, as `views.field: rule, got value`; empty if none."""
@@ -72,6 +78,12 @@ class ConversationViews:
             path = getattr(self, name)
             if path is not None:
                 found += self._file_problems(name, path, survey)
+        if self.neighbours is not None:
+            found += self.neighbours.problems(survey)
+            both = sorted(set(self.neighbours.columns) & set(self.targets))
+            found += [f"views.neighbours.columns: must be none of the targets, got {name!r}" for name in both]
+            if self.geometry is not None:
+                found.append(f"views.geometry: must be None where there are views.neighbours, got {self.geometry}")
         for question in self.questions:
             if len(options_of(survey, question)) < 2:
                 have = ", ".join(n.removesuffix(VOTES) for n in survey.labels if n.endswith(VOTES)) or "none"
@@ -97,10 +109,15 @@ class ConversationViews:
         image = None if self.image is None else self.image.input_spec(survey)
         spectrum = 0 if self.spectrum is None else read_vectors(self.spectrum, survey).shape[1]
         geometry = 0 if self.geometry is None else read_vectors(self.geometry, survey).shape[1]
+        near = NeighbourInput.of(self.neighbours, survey) if self.neighbours else None
         return InputSpec(
             channels=image.channels if image else 0,
             global_size=image.global_size if image else 0,
             n_global=image.n_global if image else 1,
+            graphs=len(near.graphs) if near else 0,
+            node_features=near.features if near else 0,
+            node_mean=near.columns.mean if near and near.columns else (),
+            node_std=near.columns.std if near and near.columns else (),
             targets=self.targets,
             target_mean=targets.mean if targets else (),
             target_std=targets.std if targets else (),
@@ -115,8 +132,8 @@ class ConversationViews:
         """Fix the views for a survey and a device.
 
         Returns:
-            A function that gives a batch `crop`, `spectrum_vector`, `geometry_vectors`, `targets` and `answers`. Its attribute
-            `packed` says that it would rather have undecoded images.
+            A function that gives a batch `crop`, `spectrum_vector`, `geometry_vectors` or neighbours, `targets` and `answers`.
+            Its attribute `packed` says that it would rather have undecoded images.
 
         Raises:
             ValueError: The views break a rule for this survey.
@@ -134,7 +151,8 @@ class ConversationViews:
         if self.image is not None and not survey.bands:
             raise ValueError(f"survey {survey.name!r}: has no images, which the model reads")
         image = None if self.image is None else self.image.eval_input(survey, device)
-        return _ConversationInput(image=image, vectors=_Vectors.of(self, survey))
+        near = NeighbourInput.of(self.neighbours, survey) if self.neighbours else None
+        return _ConversationInput(image=image, neighbours=near, vectors=_Vectors.of(self, survey))
 
 
 def options_of(survey: Survey, question: str) -> tuple[str, ...]:
@@ -212,6 +230,7 @@ class _Conversations:
         self.crop = None if views.image is None else views.image.build(survey, device)
         self.packed = bool(getattr(self.crop, "packed", False))
         self.vectors = _Vectors.of(views, survey)
+        self.neighbours = NeighbourInput.of(views.neighbours, survey) if views.neighbours else None
         self.targets = Columns.read(survey, views.targets) if views.targets else None
         answers = [right_answers(survey, q, asked=views.asked) for q in views.questions]
         self.answers = torch.from_numpy(np.stack(answers, 1)) if answers else None
@@ -226,4 +245,9 @@ class _Conversations:
             out["targets"] = self.targets.of(batch["row"])
         if self.answers is not None:
             out["answers"] = self.answers[batch["row"].cpu()].to(batch["row"].device)
+        if self.neighbours is not None:
+            out = self.neighbours.of_batch(out, seed=key.seed, epoch=key.epoch)
+            for name, unknown in (("targets", math.nan), ("answers", -1)):
+                if name in out:
+                    out[name] = out[name].masked_fill(out["left_out"][:, None], unknown)  # type: ignore[literal-required]
         return out

@@ -64,7 +64,7 @@ def questions(study: Study, options: Options, encoders: Sequence[Encoder]) -> Ou
     encoder = encoders[place]
     method = encoder.method
     assert isinstance(method, GalaxyWalkerMethod)
-    batches = list(_batches(study, encoder, options.samples))
+    batches = list(_batches(study, encoder, method, options.samples))
     results, left_out = [], []
     for number, question in enumerate(method.inputs.questions):
         found = _ask(study, method, batches, number, options.resamples)
@@ -89,10 +89,11 @@ def questions(study: Study, options: Options, encoders: Sequence[Encoder]) -> Ou
     return Outcome(TASK, tuple(measures), (*lines, *left_out), tuple(sections))
 
 
-def _batches(study: Study, encoder: Encoder, samples: int) -> Iterator[Batch]:
-    device = next(encoder.method.parameters()).device
+def _batches(study: Study, encoder: Encoder, method: GalaxyWalkerMethod, samples: int) -> Iterator[Batch]:
+    device = next(method.parameters()).device
     for batch in first_samples(open_batches(study.folder, study.test_split, encoder.view, BATCH, device), samples):
-        yield encoder.view(batch)
+        with torch.no_grad():
+            yield method.embed_neighbours(encoder.view(batch))
 
 
 def _first(batches: Sequence[Batch], count: int) -> Batch:

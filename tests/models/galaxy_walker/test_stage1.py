@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from armillary.models.galaxy_walker.layers import Chart, ReleasedSAGE
+from armillary.models.galaxy_walker.geometry_prompt.layers import Chart, ReleasedSAGE
 from armillary.models.galaxy_walker.stage1 import Stage1
 from armillary.models.method import Batch, InputSpec
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from transformers import Qwen2VLImageProcessorPil
 
 from armillary.models.galaxy_walker import vlm as vlms
 from armillary.models.galaxy_walker.adapter import GeometryAdapter
+from armillary.models.galaxy_walker.geometry_prompt.network import GeometryPromptConfig
 from armillary.models.galaxy_walker.modal_tokens import ModalTokens
 from armillary.models.galaxy_walker.pixels import patches
-from armillary.models.galaxy_walker.prompt import parse_answer
+from armillary.models.galaxy_walker.prompt import _place, parse_answer
 from armillary.models.galaxy_walker.stage2 import GalaxyWalker
 
 TINY = GalaxyWalker(adapter=GeometryAdapter(every=2), image_side=56)
@@ -72,6 +74,13 @@ def test_draws_do_not_depend_on_the_batch(method):
     width = min(whole["input_ids"].shape[1], part["input_ids"].shape[1])
     assert torch.equal(whole["input_ids"][2:4, :width], part["input_ids"][:, :width])
     assert torch.equal(whole["asked"][2:4], part["asked"])
+
+
+def test_a_placeholder_stands_in_a_prompt_once(method):
+    with pytest.raises(ValueError, match="a placeholder must stand in it once, token .* stands there 2 times"):
+        len(TINY.build(replace(INPUTS, questions=("bar <|quad_end|>", "merging"))).templates.first)
+    with pytest.raises(ValueError, match="token 7 stands there 0 times"):
+        _place([1, 2], 7)
 
 
 def test_an_answer_that_is_no_option_is_refused(method):
@@ -149,6 +158,70 @@ def test_what_is_shown_matters_and_what_is_not_there_does_not(method):
     nothing = {k: v for k, v in batch.items() if k in ("row", "targets")}
     with pytest.raises(ValueError, match="reads images, embeddings of spectra or geometries"):
         method.encode(nothing)
+
+
+LIVE_INPUTS = replace(INPUTS, geometry_features=0, spaces=0, graphs=1, node_features=4)
+LIVE = replace(
+    TINY,
+    prompt=GeometryPromptConfig(features=4, hidden=6, out=5, tokens=8, dropout=0.5),
+    prompt_from=Path("runs/stage1"),
+)
+
+
+def live_galaxies():
+    """Galaxies with neighbours in place of geometry vectors."""
+    batch = galaxies(4)
+    del batch["geometry_vectors"]
+    g = torch.Generator().manual_seed(1)
+    near = torch.randint(-1, 9, (4, 1, 3, 3), generator=g)
+    return batch | {
+        "node_features": torch.randn(9, 4, generator=g),
+        "node_row": torch.arange(9),
+        "neighbours": near,
+        "left_out": torch.zeros(4, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_a_prompt_inside_embeds_the_neighbours(trained):
+    torch.manual_seed(0)
+    method = replace(LIVE, train_prompt=trained).build(LIVE_INPUTS).train()
+    batch = method.prepare(live_galaxies(), key(4))
+    embedded = method.embed_neighbours(batch)
+    assert embedded["geometry_vectors"].shape == (4, 3, 8) and not {"neighbours", "node_features"} & set(embedded)
+    # What is frozen drops nothing out, what is trained does.
+    assert torch.equal(embedded["geometry_vectors"], method.embed_neighbours(batch)["geometry_vectors"]) != trained
+    method.training_step(batch, {}).total.backward()
+    grads = [p.grad is not None and bool(p.grad.any()) for p in method.prompt.parameters()]
+    assert all(grads) if trained else not any(grads)
+    grouped = {n for g in method.parameter_groups() for n in g.params}
+    assert {n.startswith("prompt.") for n in grouped} == ({True, False} if trained else {False})
+    assert method.encoders() == {"prompt": "prompt."} and method.starts_from() == {"prompt": Path("runs/stage1")}
+    # The network that reads a file of the same vectors says the same.
+    same = TINY.build(INPUTS).eval()
+    same.load_state_dict({k: v for k, v in method.state_dict().items() if not k.startswith("prompt.")})
+    found, wanted = method.eval().encode(live_galaxies()), same.encode(method.embed_neighbours(live_galaxies()))
+    assert torch.equal(found["properties"], wanted["properties"])
+    with pytest.raises(ValueError, match=r"neighbours: must be \[B, 1, f1, 1 \+ f2\], got none"):
+        method.encode({"row": torch.arange(2)})
+
+
+@pytest.mark.parametrize(
+    "change, inputs, text",
+    [
+        ({}, {"graphs": 0}, "views.neighbours: must be given, because the geometry prompt reads neighbours"),
+        ({}, {"graphs": 2}, "views.neighbours.graphs: must be one, or one for each of 3 spaces, got 2"),
+        ({}, {"node_features": 5}, "prompt.features: must be the 5 features of the views' neighbours, got 4"),
+        ({"prompt": GeometryPromptConfig(features=4, out=0)}, {}, "prompt.out: must be at least 1, got 0"),
+        ({"prompt_from": None}, {}, "prompt_from: must name a run of stage 1"),
+        ({}, {"spaces": 3, "geometry_features": 8}, "views.geometry: must be None where a prompt makes the geometry tokens"),
+        ({"prompt": None}, {"spaces": 3}, "prompt_from: is for a prompt, got runs/stage1 without one"),
+        ({"prompt": None, "prompt_from": None}, {}, "prompt: must be given where views.neighbours are"),
+    ],
+)  # fmt: skip
+def test_rules_of_a_prompt_inside(change, inputs, text):
+    found = replace(LIVE, **change).problems(replace(LIVE_INPUTS, **inputs))
+    assert any(p.startswith(text) for p in found), found
 
 
 def test_raw_labels_and_replay_are_switches():

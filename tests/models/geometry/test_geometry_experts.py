@@ -103,6 +103,20 @@ def test_trains_alike_with_each_implementation(name, device):
     assert moved["triton"] == moved["reference"] == trained
 
 
+def test_a_thousand_steps_at_a_high_rate_stay_finite():
+    """Towards outputs that the sphere and the ball cannot give, from inputs a hundred times too long."""
+    config = GeometryFFN(dim=4, hidden=6, body="swiglu", bias=False, moebius_bias=True)
+    layer, x = GeometryExperts(config, "reference"), 100 * torch.randn(5, 4)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.3)
+    for _ in range(1000):
+        y, _ = layer(x)
+        loss = (y - 1000).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in layer.parameters())
+
+
 def test_shapes_and_state():
     layer = GeometryExperts(replace(SMALL, body="swiglu", moebius_bias=True))
     assert {name: list(p.shape) for name, p in layer.state_dict().items()} == {

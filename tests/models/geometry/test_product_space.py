@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from armillary.models.galaxy_walker.layers import Chart
+from armillary.models.galaxy_walker.geometry_prompt.layers import Chart
 from armillary.models.geometry.manifolds import Curvature, exp0, mobius_add
 from armillary.models.geometry.product_space import factor_distance, product_distance
 from armillary.models.geometry.sphere import exp_pole

@@ -1,14 +1,19 @@
 """Views of conversations: right answers from votes, embeddings by key, and what they refuse."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from armillary.engine.data.building.build import build
+from armillary.engine.data.building.sky_graph import build_graph
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.data.sky_graph.graph import GraphOptions, graph_file
 from armillary.engine.data.sources.source import Sample
 from armillary.engine.data.views.conversations import ConversationViews, options_of, right_answers
 from armillary.engine.data.views.multi_crop import MultiCrop
+from armillary.engine.data.views.neighbours import Neighbours
 from armillary.engine.data.views.stretch import ToRGB
 from armillary.engine.data.views.vector_files import read_vectors
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
@@ -124,6 +129,30 @@ def test_embeddings_alone_need_no_images(survey, tmp_path):
         "row", "position", "spectrum_vector", "geometry_vectors", "targets",
     }  # fmt: skip
     assert "geometry_vectors" in chosen.eval_view(survey, "cpu")(batch)
+
+
+def test_neighbours_in_place_of_a_file(survey, order, tmp_path):
+    """A galaxy that the graph's buffer took out is asked nothing."""
+    name = GraphOptions(mode="published", k=2).name
+    graph, _ = build_graph(survey.folder, GraphOptions(mode="published", k=2))
+    path, out = graph_file(survey.folder, name), order.index(2)
+    replace(graph, left_out=np.arange(6) == out).save(path)
+    near = Neighbours(graphs=(name,), columns=("bar_yes",), fan_outs=(2, 1))
+    chosen = views(tmp_path, image=None, geometry=None, neighbours=near)
+    assert chosen.problems(survey) == [] and chosen.augmented
+    spec = chosen.input_spec(survey)
+    assert (spec.graphs, spec.node_features, spec.spaces) == (1, 1, 0) and len(spec.node_mean) == 1
+    batch = {"row": torch.tensor([out, order.index(1)]), "position": torch.arange(2)}
+    made = chosen.build(survey, "cpu")(batch, BatchKey(0, 0, 0, 2))
+    assert made["neighbours"].shape == (2, 1, 2, 2) and made["left_out"].tolist() == [True, False]
+    assert made["targets"].isnan()[:, 0].tolist() == [True, False]
+    assert made["answers"].tolist() == [[-1, -1], [0, 1]]
+    shown = chosen.eval_view(survey, "cpu")(batch)
+    assert shown["node_features"].shape[1] == 1 and "geometry_vectors" not in shown
+    both = " ".join(views(tmp_path, neighbours=near, targets=("bar_yes",)).problems(survey))
+    assert "views.geometry: must be None where there are views.neighbours" in both
+    assert "views.neighbours.columns: must be none of the targets, got 'bar_yes'" in both
+    path.unlink()
 
 
 def test_broken_rules(survey, tmp_path):

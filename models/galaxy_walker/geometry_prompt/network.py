@@ -6,11 +6,11 @@ In every space two GraphSAGE layers work in the tangent space of the origin, whe
 
 The first takes features from flat space to the manifold, the second stays on it. LayerNorm and ReLU follow SAGE in the tangent
 space, as in the released code; that code applies SAGE to coordinates on the manifold, which is not defined there, and which
-`layers="released"` keeps for comparison (`layers.ReleasedSAGE`). Tangent vectors are divided by sqrt(width), so that they start well inside of the ball, and
-cut at sqrt(c) |u| = 2.3. The points of the last layer are read in the tangent space by one projection for all spaces.
+`layers="released"` keeps for comparison (`layers.ReleasedSAGE`). Tangent vectors are divided by sqrt(width), so that they start
+well inside of the ball, and cut at sqrt(c) |u| = 2.3. The points of the last layer are read in the tangent space by one projection for all spaces.
 
-Everything is float32, whatever autocast says, but products with weights of another dtype, which are in theirs. The sphere has one coordinate more than its tangent space
-(models/geometry/sphere.py), the ball as many. For a curvature c -> 0 both spaces give what the Euclidean one gives.
+Everything is float32, whatever autocast says, but products with weights of another dtype, which are in theirs. The sphere has one
+coordinate more than its tangent space (models/geometry/sphere.py), the ball as many. For a curvature c -> 0 both spaces give what the Euclidean one gives.
 
 Shape legend: N galaxies with features, F features, B samples of a batch, f1 and f2 neighbours, S spaces, D width of a layer.
 
@@ -19,7 +19,7 @@ Source: Galaxy-Walker (arXiv:2503.18578), equations 1 and 3; GraphSAGE: arXiv:17
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -27,16 +27,20 @@ import torch
 from torch import Tensor, nn
 
 from armillary.kernels.launch import Impl
-from armillary.models.galaxy_walker.layers import Chart, ReleasedSAGE, RiemannianSAGE
+from armillary.models.galaxy_walker.geometry_prompt.layers import Chart, ReleasedSAGE, RiemannianSAGE
 from armillary.models.geometry.manifolds import Curvature
+from armillary.models.method import Batch, InputSpec
 from armillary.models.rules import at_least, fractions, one_of, positive, refuse
 
-__all__ = ["Geometry", "GeometryPrompt", "GeometryPromptConfig", "Prompt"]
+__all__ = ["Geometry", "GeometryPrompt", "GeometryPromptConfig", "Hops", "Prompt", "graph_problems", "hops_of"]
 
 Geometry = Literal["euclidean", "spherical", "hyperbolic"]
 
 CURVATURE_BOUNDS = (0.01, 2.0)
 LAYERS = ("equation", "released")
+
+Hops = Mapping[str, tuple[Tensor, Tensor]]
+"""For each space the places of neighbours [B, f1] and of theirs [B, f1, f2], -1 where there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,34 @@ class Prompt(NamedTuple):
     points: tuple[Tensor, ...]
 
 
+def graph_problems(inputs: InputSpec, spaces: Sequence[str]) -> list[str]:
+    """Why views do not give the neighbours that a prompt of these spaces reads, as `field: rule, got value`; empty if they do."""
+    if not inputs.graphs:
+        return ["views.neighbours: must be given, because the geometry prompt reads neighbours, got None"]
+    if inputs.graphs not in (1, len(spaces)):
+        return [f"views.neighbours.graphs: must be one, or one for each of {len(spaces)} spaces, got {inputs.graphs}"]
+    return []
+
+
+def hops_of(batch: Batch, graphs: int, spaces: Sequence[str]) -> Hops:
+    """For each space the neighbours of a batch and theirs, as the prompt takes them; one graph serves all spaces.
+
+    Args:
+        batch: With `neighbours` of the views.
+        graphs: How many graphs the views read.
+        spaces: Of the prompt.
+
+    Raises:
+        ValueError: The batch has none, or those of another number of graphs.
+    """
+    near = batch.get("neighbours")
+    if near is None or near.ndim != 4 or near.shape[1] != graphs:
+        got = "none" if near is None else list(near.shape)
+        raise ValueError(f"neighbours: must be [B, {graphs}, f1, 1 + f2], got {got}")
+    parts = [near[:, 0 if near.shape[1] == 1 else i] for i in range(len(spaces))]
+    return {space: (part[..., 0], part[..., 1:]) for space, part in zip(spaces, parts, strict=True)}
+
+
 class GeometryPrompt(nn.Module):
     """The module.
 
@@ -136,7 +168,7 @@ class GeometryPrompt(nn.Module):
         nn.init.orthogonal_(self.projection.weight, gain=0.1)
         nn.init.zeros_(self.projection.bias)
 
-    def forward(self, features: Tensor, rows: Tensor, hops: Mapping[str, tuple[Tensor, Tensor]]) -> Prompt:
+    def forward(self, features: Tensor, rows: Tensor, hops: Hops) -> Prompt:
         """Tokens of a batch.
 
         Args:
@@ -170,7 +202,7 @@ class GeometryPrompt(nn.Module):
         """c of a space's manifold; of no meaning for the Euclidean one."""
         return self.curvature[space]() if space in self.curvature else self.config.curvature
 
-    def _check(self, features: Tensor, rows: Tensor, hops: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def _check(self, features: Tensor, rows: Tensor, hops: Hops) -> None:
         if features.ndim != 2 or features.shape[1] != self.config.features or rows.ndim != 1:
             got = f"{list(features.shape)} and {list(rows.shape)}"
             raise ValueError(f"features and rows: must be [N, {self.config.features}] and [B], got {got}")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from armillary.models.galaxy_walker.geometry_prompt import GeometryPrompt, GeometryPromptConfig
+from armillary.models.galaxy_walker.geometry_prompt.network import GeometryPrompt, GeometryPromptConfig
 from armillary.models.geometry.sphere import exp_pole, log_pole
 
 CONFIG = GeometryPromptConfig(features=7, hidden=6, out=5, tokens=8, dropout=0.0)
