@@ -24,7 +24,7 @@ help:
 	@echo "                        not marked slow; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six minutes)"
-	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
+	@echo "make soak               kill training, damage its files, fill its disk, start it twice; compare the bits (half an hour or more)"
 	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
 	@echo "make bench              benchmarks of loader and training step on this machine"

@@ -1,11 +1,13 @@
-"""Ten deaths a ZeRO stage, many of them inside a save, must not change one bit of a run's last checkpoint.
+"""Deaths, lost and damaged files, full disks and second jobs: none may change one bit of a run's last checkpoint.
 
-    python tests/soak.py [--stages 1 2 3] [--kills 10] [--seed 0]
+    python tests/soak.py [--stages 1 2 3] [--kills 16] [--seed 0]
     python tests/soak.py --exits 200 [--stages 1 2 3]
 
-For each stage a two-rank run goes through once undisturbed. Its twin is killed with SIGKILL again and again, one rank or
-both, at a random moment of a step or at a chosen point of a save, and started again by the same command. Prints one line
-a death and exits with 1 where the last checkpoints differ.
+For each stage a two-rank run goes through once undisturbed. Its twin meets every harm of `HARMS` in turn, at random moments, and
+is started again by the same command: SIGKILL of one rank, of both, or of the launcher; SIGTERM and SIGHUP; a death at a chosen
+point of a save; `latest` lost or garbled; a bit flipped in each file of a checkpoint, which must be refused by name; a disk that is
+full in a save or between two; a second job, which must be refused. Prints one line a harm and exits with 1 where the last
+checkpoints differ or an end is another than the documented one.
 
 With `--exits` nothing is killed: so many two-rank runs of two steps a stage must all leave with exit code 0. Ranks are forked, so
 that the imports are paid once, and end as any Python process does.
@@ -22,11 +24,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "support" / "toy.py"
-STEPS, EVERY = 60, 3
+STEPS, EVERY = 120, 3
 POINTS = ("shard", "state", "latest")
 
 sys.path.insert(0, str(SCRIPT.parent))
@@ -56,11 +61,15 @@ def leave(folder: Path, stage: int, runs: int) -> bool:
     return set(codes) == {0}
 
 
+def command(name: str, stage: int) -> list[str]:
+    """Arguments of the run."""
+    arguments = ["--name", name, "--train.zero-stage", str(stage), "--train.steps", str(STEPS)]
+    return [*arguments, "--checkpoint.every-steps", str(EVERY), "--telemetry.every-steps", "1"]
+
+
 def launch(folder: Path, name: str, stage: int, **environment: str) -> list[fork_server.Rank]:
     """Start two ranks."""
-    arguments = ["--name", name, "--train.zero-stage", str(stage), "--train.steps", str(STEPS)]
-    arguments += ["--checkpoint.every-steps", str(EVERY)]
-    return fork_server.start(SCRIPT, arguments, **places(folder), STEP_SECONDS="0.03", **environment)
+    return fork_server.start(SCRIPT, command(name, stage), **places(folder), STEP_SECONDS="0.03", **environment)
 
 
 def end(processes: list[fork_server.Rank], seconds: float) -> list[int]:
@@ -76,8 +85,8 @@ def end(processes: list[fork_server.Rank], seconds: float) -> list[int]:
 
 def newest(folder: Path, name: str) -> int:
     """Step of the newest checkpoint."""
-    pointer = folder / name / "checkpoints" / "latest"
-    return int(pointer.read_text().removeprefix("step-")) if pointer.is_file() else 0
+    checkpoints = (folder / name / "checkpoints").glob("step-*")
+    return max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)
 
 
 def kill_in_a_save(folder: Path, name: str, stage: int, draw: random.Random) -> str:
@@ -90,18 +99,119 @@ def kill_in_a_save(folder: Path, name: str, stage: int, draw: random.Random) -> 
     return f"rank {rank} before {point} of step {step}"
 
 
-def kill_any_time(folder: Path, name: str, stage: int, draw: random.Random) -> str:
-    """Die a random moment after training has gone on."""
+def under_way(folder: Path, name: str, stage: int, draw: random.Random) -> list[fork_server.Rank]:
+    """Ranks that have saved a checkpoint, at a random moment after it."""
     before = newest(folder, name)
     processes = launch(folder, name, stage)
     while newest(folder, name) == before and all(p.poll() is None for p in processes):
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 0.3))
+    return processes
+
+
+def kill_any_time(folder: Path, name: str, stage: int, draw: random.Random) -> str:
+    """Die a random moment after training has gone on."""
+    processes = under_way(folder, name, stage, draw)
     victims = draw.choice(([0], [1], [0, 1]))
     for v in victims:
         os.killpg(processes[v].pid, signal.SIGKILL)
     end(processes, 30)
-    return f"ranks {victims} some time after step {newest(folder, name)}"
+    return f"SIGKILL to ranks {victims} some time after step {newest(folder, name)}"
+
+
+def kill_the_launcher(folder: Path, name: str, stage: int, draw: random.Random) -> str:
+    """The launcher dies; its ranks go on by themselves, and own the folder while they do."""
+    environment = fork_server.environments(0, places(folder) | {"STEP_SECONDS": "0.1"})[0]
+    program = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    program += ["--master_port", environment["MASTER_PORT"], str(SCRIPT), *command(name, stage)]
+    before, launcher = newest(folder, name), fork_server.popen(program, environment)
+    while newest(folder, name) == before and launcher.poll() is None:
+        time.sleep(0.05)
+    started = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    codes = end(launch(folder, name, stage), 60)
+    time.sleep(draw.uniform(0, 1))
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(started, 30)
+    launcher.communicate()
+    assert codes == [2, 2], f"a job beside the ranks of a dead launcher ended with {codes}"
+    return f"SIGKILL to the launcher after step {before}; its ranks kept their folder until step {newest(folder, name)}"
+
+
+def ask_to_stop(folder: Path, name: str, stage: int, draw: random.Random) -> str:
+    """SIGTERM, or a closed terminal."""
+    processes, number = under_way(folder, name, stage, draw), draw.choice((signal.SIGTERM, signal.SIGHUP))
+    os.kill(processes[draw.choice((0, 1))].pid, number)
+    codes = end(processes, 60)
+    assert codes == [75, 75], f"{number.name} ended with {codes}"
+    return f"{number.name}, saved at step {newest(folder, name)}"
+
+
+def lose_latest(folder: Path, name: str, stage: int, draw: random.Random) -> str:
+    """A killed run whose `latest` is gone, or nothing that can be read."""
+    kill_any_time(folder, name, stage, draw)
+    pointer = folder / name / "checkpoints" / "latest"
+    text = pointer.read_text()
+    pointer.unlink()
+    if garbled := draw.choice((True, False)):
+        pointer.write_bytes(draw.randbytes(40))
+    return f"`latest` ({text}) {'garbled' if garbled else 'lost'}"
+
+
+def flip_bits(folder: Path, name: str, stage: int, draw: random.Random) -> str:
+    """A bit turns round in each file of the newest checkpoint: refused by name with exit code 4; then all is repaired."""
+    kill_any_time(folder, name, stage, draw)
+    checkpoint = folder / name / "checkpoints" / f"step-{newest(folder, name):08d}"
+    files = sorted(checkpoint.iterdir())
+    for path in files:
+        whole = path.read_bytes()
+        bit = draw.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        processes = launch(folder, name, stage)
+        codes = end(processes, 60)
+        said = "".join(p.communicate()[0] for p in processes)
+        assert codes == [4, 4] and checkpoint.name in said and "Traceback" not in said, f"{path.name}: {codes}\n{said}"
+        path.write_bytes(whole)
+    return f"a bit flipped in each of {len(files)} files of {checkpoint.name}: refused by name"
+
+
+def fill_the_disk(folder: Path, name: str, stage: int, draw: random.Random) -> str:
+    """No room in a save, or from a step between two saves on: exit code 4."""
+    step = newest(folder, name) + EVERY + draw.choice((0, 1, 2))
+    kind = draw.choice(("full", "quota")) if step % EVERY == 0 else "quota"
+    codes = end(launch(folder, name, stage, FAULT=f"{kind}@{step}"), 60)
+    assert codes == [4, 4], f"a full disk ended with {codes}"
+    return f"disk full from step {step} on"
+
+
+def start_a_second_job(folder: Path, name: str, stage: int, draw: random.Random) -> str:
+    """A job in the folder of another is refused with exit code 2, and the first goes on until it is killed."""
+    processes = under_way(folder, name, stage, draw)
+    codes = end(launch(folder, name, stage), 60)
+    alive = [p.poll() is None for p in processes]
+    for p in processes:
+        if p.poll() is None:
+            os.killpg(p.pid, signal.SIGKILL)
+    ended = end(processes, 30)
+    assert codes == [2, 2], f"a second job ended with {codes}"
+    assert all(alive) or ended == [0, 0], f"the first job did not outlive the second: {ended}"
+    return f"a second job, refused; the first killed after step {newest(folder, name)}"
+
+
+HARMS = (
+    kill_any_time,
+    kill_in_a_save,
+    lose_latest,
+    ask_to_stop,
+    flip_bits,
+    fill_the_disk,
+    start_a_second_job,
+    kill_the_launcher,
+)
 
 
 def soak(folder: Path, stage: int, kills: int, draw: random.Random) -> bool:
@@ -112,10 +222,9 @@ def soak(folder: Path, stage: int, kills: int, draw: random.Random) -> bool:
     assert end(launch(folder, calm, stage), 120) == [0, 0], "the undisturbed run failed"
     for number in range(kills):
         if newest(folder, tried) >= STEPS - 2 * EVERY:
-            print(f"ZeRO-{stage}: {number} deaths, then too near the end for more")
+            print(f"ZeRO-{stage}: {number} harms, then too near the end for more")
             break
-        kill = kill_in_a_save if number % 2 else kill_any_time
-        print(f"ZeRO-{stage}: death {number + 1}: {kill(folder, tried, stage, draw)}", flush=True)
+        print(f"ZeRO-{stage}: harm {number + 1}: {HARMS[number % len(HARMS)](folder, tried, stage, draw)}", flush=True)
     processes = launch(folder, tried, stage)
     codes = end(processes, 120)
     if codes != [0, 0]:
@@ -131,7 +240,7 @@ def main() -> int:
     """Run the stages asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=2 * len(HARMS), help="harms a stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exits", type=int, help="runs that end by themselves, in place of kills")
     asked = parser.parse_args()

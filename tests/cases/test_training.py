@@ -137,14 +137,14 @@ def test_a_run_folder_that_is_deleted(tmp_path):
 
 
 @pytest.mark.case(
-    kind="exclusive use", inputs="embed, export into a file that another writes", right="exit 2, the writer named"
+    kind="exclusive use", inputs="export, data export into a file that another writes", right="exit 2, the writer named"
 )
-@pytest.mark.parametrize("command", ["embed", "export"])
-def test_a_file_in_use(tmp_path, capsys, command):
-    out = tmp_path / "out.parquet"
+def test_a_file_in_use(tmp_path, build, capsys):
+    out, survey = tmp_path / "out.parquet", build(cutouts(tmp_path / "s")).folder
     with exclusive_file(out):
-        assert run(command, tmp_path / "run", "-o", out) == 2
-    assert f"{out}: in use by" in capsys.readouterr().err
+        for words in (("export", tmp_path / "run"), ("data", "export", survey, "--format", "parquet", "--no-progress")):
+            assert run(*words, "-o", out) == 2
+            assert f"{out}: in use by" in capsys.readouterr().err
 
 
 @pytest.mark.case(kind="exclusive use", inputs="a token cache that another run fills", right="refused, the run named")

@@ -5,8 +5,10 @@ import re
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import toy
 
@@ -47,6 +49,45 @@ def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_last_whole_
     again = site.go("--name", "damaged")
     assert again.code == 0, again.output
     assert toy.digest(site.checkpoint("damaged", 8)) == toy.digest(site.checkpoint(name, 8))
+
+
+def test_a_closed_terminal_a_full_disk_and_a_lost_pointer_cost_nothing(site, reference):
+    """SIGHUP saves and stops; a disk that is full between two saves ends with 4; without `latest` the newest is taken."""
+    name = "harmed"
+    running = site.start("--name", name, STEP_SECONDS="0.3")
+    while not (site.runs / name / "checkpoints" / "latest").exists():
+        assert all(p.poll() is None for p in running), site.wait(running).output
+        time.sleep(0.02)
+    os.kill(running[1].pid, signal.SIGHUP)
+    stopped = site.wait(running)
+    assert stopped.code == 75 and "the same command continues" in stopped.output
+    full = site.go("--name", name, "--telemetry.every-steps", "1", FAULT="quota@6")
+    assert full.code == 4 and "No space left" in full.output and "Traceback" not in full.output
+    (site.runs / name / "checkpoints" / "latest").unlink()
+    again = site.go("--name", name)
+    assert again.code == 0, again.output
+    assert toy.digest(site.checkpoint(name, 8)) == toy.digest(site.checkpoint(reference[0], 8))
+    assert [line["step"] for line in site.metrics(name)] == list(range(1, 9))
+
+
+def test_ranks_whose_launcher_died_keep_their_folder(site, reference):
+    name = "orphans"
+    launcher = site.start("--name", name, launcher=True, STEP_SECONDS="0.5")
+    while not (site.runs / name / ".lock").exists():
+        assert launcher[0].poll() is None, site.wait(launcher).output
+        time.sleep(0.05)
+    ranks = psutil.Process(launcher[0].pid).children(recursive=True)
+    launcher[0].kill()
+    try:
+        second = site.go("--name", name)
+        assert second.code == 2 and f"{name}: in use by" in second.output, second.output
+        assert not psutil.wait_procs(ranks, 100)[1]  # they end as if it lived
+    finally:
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
+        site.wait(launcher)
+    assert toy.digest(site.checkpoint(name, 8)) == toy.digest(site.checkpoint(reference[0], 8))
 
 
 def test_trainings_follow_each_other_in_one_process(site):
