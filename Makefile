@@ -17,7 +17,7 @@ help:
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make demo-mosaic        photometry, masses, histories: any of them from any: runs/demo-mosaic/report.html"
 	@echo "make demo-mmae          fill in images and spectra, and say redshifts: runs/demo-mmae/report.html (SEED=1: another seed)"
-	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html"
+	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html (SEED=1)"
 	@echo "make test               all tests"
 	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
 	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
@@ -109,14 +109,14 @@ demo-galaxy-walker: install
 	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode leak-free && \
 	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode leak-free --shuffle-seed 0 || exit 1; done
 	rm -rf $(addprefix $(WALKER)/,alone neighbours shuffled)
-	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name alone --views.neighbours.fan-outs 0 0
-	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name neighbours
-	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name shuffled $(shuffled)
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --seed $(SEED) --name alone --views.neighbours.fan-outs 0 0
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --seed $(SEED) --name neighbours
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --seed $(SEED) --name shuffled $(shuffled)
 	$(BIN)/armillary evaluate $(WALKER)/alone --data $(WALKER)/survey --out $(WALKER) \
 	  --compare $(WALKER)/neighbours $(WALKER)/shuffled --tasks ablation
 	$(BIN)/armillary embed $(WALKER)/neighbours --data $(WALKER)/survey --readout geometry -o $(WALKER)/geometry.parquet
 	rm -rf $(WALKER)/stage2
-	$(call train,galaxy_walker_stage2,smoke,$(WALKER)) --name stage2 --views.geometry $(WALKER)/geometry.parquet
+	$(call train,galaxy_walker_stage2,smoke,$(WALKER)) --seed $(SEED) --name stage2 --views.geometry $(WALKER)/geometry.parquet
 	$(BIN)/armillary evaluate $(WALKER)/stage2 --data $(WALKER)/survey --out $(WALKER)/stage2/evaluation \
 	  --tasks properties questions --labels redshift log_mstar
 

@@ -63,7 +63,7 @@ def embed(
     from armillary.engine.embed.group import joined
     from armillary.engine.embed.parts import Parts
     from armillary.engine.embed.survey import embed_to_file, embed_to_folder
-    from armillary.engine.exclusive import InUse, exclusive
+    from armillary.engine.exclusive import InUse, exclusive, exclusive_file
 
     trust(*package)
     one_file = out.suffix == ".parquet"
@@ -72,20 +72,25 @@ def embed(
         group.all(lambda: _check_place(out, one_file, me.world, batch, part_rows) if group.first else None)
         job = group.all(lambda: _open(run, data, split, untrained, readout, batch, precision, device, me))
         counts = {name: job.embedder.survey.count(name) for name in job.splits}
+
+        def own() -> None:
+            if not group.first:
+                return
+            try:
+                if one_file:
+                    held.enter_context(exclusive_file(out))
+                else:
+                    out.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(exclusive(out))
+            except InUse as error:
+                raise ValueError(str(error)) from error
+
         if one_file:
+            group.all(own)
             rows, width = group.all(lambda: embed_to_file(job.embedder, job.splits, out, group))
         else:
             parts = Parts(out, counts, part_rows, job.embedder.metadata)
             group.require_same("embeddings", json.dumps({**parts.metadata, **counts}))
-
-            def own() -> None:
-                if group.first:
-                    out.mkdir(parents=True, exist_ok=True)
-                    try:
-                        held.enter_context(exclusive(out))
-                    except InUse as error:
-                        raise ValueError(str(error)) from error
-
             group.all(own)
             rows, width = embed_to_folder(job.embedder, parts, job.width, group)
         if group.first:

@@ -14,6 +14,7 @@ import tyro
 
 from armillary.engine.atomic_file import require_writable
 from armillary.engine.evaluate.study.options import Options
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.user_code import Packages, trust
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def report(
         log=log,
     )
     reasons = dict.fromkeys(options.tasks or REPORTED, "")
-    return _tell(report_study(study, reasons, options, out, {log.name: log}), out)
+    with exclusive_file(out):
+        return _tell(report_study(study, reasons, options, out, {log.name: log}), out)
 
 
 def calibrate(

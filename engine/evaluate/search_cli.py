@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.user_code import Packages, trust
 
 if TYPE_CHECKING:
@@ -134,10 +135,11 @@ def _build(path: Path, kind: Literal["exact", "ivfpq", "auto"], folder: Path | N
     if folder is None:
         return Index.read_files([path], kind=kind)
     kept = folder.with_name(f".{folder.name}.vectors.npy")
-    try:
-        built = Index.read_files([path], kind=kind, keep=kept)
-        built.save(folder)
-    finally:
-        kept.unlink(missing_ok=True)
+    with exclusive_file(folder):
+        try:
+            built = Index.read_files([path], kind=kind, keep=kept)
+            built.save(folder)
+        finally:
+            kept.unlink(missing_ok=True)
     print(f"{folder}: index of {len(built):,} vectors, {built.plan.kind}")
     return Index.load(folder)

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armillary.engine.atomic_file import atomic_path
+from armillary.engine.atomic_file import atomic_path, require_writable
 from armillary.engine.data.sources.tables.catalogue import Catalogue
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.query.answers_file import QUANTILES, AnswersFile
 from armillary.engine.query.column_map import some
 from armillary.engine.query.inputs import Inputs, Part, SurveyInputs, TableInputs, known, part_of
@@ -137,6 +138,7 @@ def query(
     paths = [Path(table)] if isinstance(table, str | Path) else [Path(p) for p in table]
     if out.resolve() in [p.resolve() for p in paths]:
         raise ValueError(f"out: {out} is the table itself; give another name")
+    require_writable(out)
     if len(paths) == 1 and (paths[0] / "survey.json").is_file():
         for field, value in (("column", columns), ("unit", units), ("missing", missing), ("key", keys), ("hdu", hdu)):
             if value:
@@ -172,8 +174,8 @@ def query(
         "table": [str(p) for p in paths],
     }
     total = answered = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
     with (
+        exclusive_file(out),
         atomic_path(out) as temporary,
         AnswersFile(temporary, inputs.identifiers, given, wanted, draws * keep_draws, about) as file,
     ):

@@ -108,7 +108,7 @@ def _numbers(run: Run, world: int) -> list[str]:
 
     rule("name", run.name, re.fullmatch(r"[\w.+-]+", run.name) is not None and run.name.strip(".") != "",
          "of letters, digits and _ . + - only, because it names a folder")  # fmt: skip
-    at_least("seed", run.seed, 0)
+    rule("seed", run.seed, 0 <= run.seed < 2**64, "in 0 .. 2^64 - 1")
     at_least("data.threads", run.data.threads, 1)
     at_least("data.prefetch", run.data.prefetch, 1)
     above_zero("optim.lr", run.optim.lr)

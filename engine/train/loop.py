@@ -52,15 +52,17 @@ class BatchSource(Protocol):
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT instead of dying of them; a SIGINT after either interrupts at once.
+    """Remembers SIGTERM, SIGINT and SIGHUP instead of dying of them; a SIGINT after any interrupts at once.
 
-    Python hears signals in its main thread only; a training in another thread leaves them to that one.
+    SIGHUP comes when a terminal is closed; under nohup, which ignores it, it stays ignored. Python hears signals in its main thread only; a training in another thread leaves them to that one.
     """
 
     def __init__(self) -> None:
         self.asked = False
         hears = threading.current_thread() is threading.main_thread()
-        self._kept = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT) if hears}
+        signals = [signal.SIGTERM, signal.SIGINT]
+        signals += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+        self._kept = {s: signal.signal(s, self._note) for s in signals if hears}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:

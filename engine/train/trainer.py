@@ -91,7 +91,7 @@ def train(
 
     Raises:
         BadInput: Found before any process group is started.
-        Stopped: After SIGTERM or SIGINT and a checkpoint.
+        Stopped: After SIGTERM, SIGINT or SIGHUP and a checkpoint.
         NonFinite: After `train.max_bad_steps` skipped steps in a row.
         CheckpointError: A checkpoint could not be written or read.
     """
@@ -119,6 +119,8 @@ def train(
         try:
             _own(run.folder, newest, me, leaving)
             resume.agree(newest, me.rank, run.checkpoint.verify)
+            if newest is None and restore is not None:
+                portable.agree(restore, me.rank, me.world)
             _materialise(run, method, device, me)
             sharded = Sharded(run, method, device)
             progress, note, set_random = _begin(run, sharded, newest, restore)
@@ -145,7 +147,8 @@ def train(
                 with _or_checkpoint_error(
                     f"{EXPORT}, which `armillary export {run.folder}` makes from the checkpoint,"
                 ):
-                    export_encoder(TrainedEncoder.open(run.folder), run.folder / EXPORT)
+                    # hashed as it was written, or by `agree`
+                    export_encoder(TrainedEncoder.open(run.folder, verify=False), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
             if loop.best is not None:
                 meter.say(f"best by {loop.best.name}: {loop.best.score:.3f} at step {loop.best.step}")
@@ -238,7 +241,7 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int, rest
 def _restorable(run: Run, known: dict[str, Any], restore: Path) -> list[str]:
     """Why a portable export cannot be continued by this run: its position in the data would have no meaning."""
     try:
-        state = portable.open_portable(restore)[1]
+        state = portable.open_portable(restore, verify=False)[1]
         batch = int(state["run"]["train"]["global_batch"])
     except (CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
         return [f"--restore: {error}"]

@@ -12,21 +12,34 @@ import pyarrow.parquet as pq
 from armillary.engine.data.format.survey import Survey
 from armillary.models.file_hash import sha256_of
 
-__all__ = ["CatalogKeys", "catalog_problem", "read_catalog"]
+__all__ = ["CatalogKeys", "catalog_file", "catalog_problem", "read_catalog"]
 
 CATALOG = "catalog.parquet"
 
 
 def read_catalog(survey: Survey | Path | str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read catalog.parquet after a look at its checksum, which is taken once a process for a file that does not change.
+    """Read catalog.parquet after a look at its checksum. Raises as `catalog_file`, and ValueError where it is not readable.
 
     Args:
         survey: Loaded from its folder; or the folder.
         columns: Only these.
+    """
+    path = catalog_file(survey)
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not readable: {error}") from error
+
+
+def catalog_file(survey: Survey | Path | str) -> Path:
+    """The catalogue's file, compared with its checksum, which is taken once a process for a file that does not change.
+
+    Args:
+        survey: Loaded from its folder; or the folder.
 
     Raises:
         FileNotFoundError: It is missing.
-        ValueError: It is not the one that the survey was built with, or not readable.
+        ValueError: It is not the one that the survey was built with.
     """
     described = survey if isinstance(survey, Survey) else Survey.load(survey)
     assert described.folder is not None, "a survey that was loaded from its folder"
@@ -35,10 +48,7 @@ def read_catalog(survey: Survey | Path | str, columns: Sequence[str] | None = No
         raise FileNotFoundError(f"{path}: missing; check the survey with `armillary data check {described.folder}`")
     if problem := catalog_problem(described):
         raise ValueError(f"{path}: {problem}")
-    try:
-        return pq.read_table(path, columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not readable: {error}") from error
+    return path
 
 
 class CatalogKeys:
@@ -47,15 +57,11 @@ class CatalogKeys:
     Args:
         survey: Loaded from its folder.
 
-    Raises:
-        ValueError: As for `read_catalog`.
+    Raises as `catalog_file`.
     """
 
     def __init__(self, survey: Survey) -> None:
-        assert survey.folder is not None, "a survey that was loaded from its folder"
-        if problem := catalog_problem(survey):
-            raise ValueError(f"{survey.folder / CATALOG}: {problem}")
-        self._file = pq.ParquetFile(survey.folder / CATALOG)
+        self._file = pq.ParquetFile(catalog_file(survey))
         groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
         self._ends = np.cumsum(groups, dtype=np.int64)
         self._group, self._keys = -1, pa.chunked_array([], pa.string())

@@ -23,6 +23,7 @@ from armillary.engine.atomic_file import write_json
 from armillary.engine.choices import check_choice
 
 __all__ = [
+    "BORDER",
     "CATALOG_COLUMNS",
     "FORMAT_VERSION",
     "MODALITIES",
@@ -36,6 +37,9 @@ __all__ = [
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had images only
+
+BORDER = "border"
+"""Split of samples whose cutouts overlap one that is held out: nothing is trained or tested on them."""
 
 MODALITIES = {"image": "img", "spectrum": "spc", "vectors": "vec"}
 """What a sample may hold, in stored order, and the extension of its member in a shard."""

@@ -37,12 +37,12 @@ def read_vectors(path: Path, survey: Survey) -> Tensor:
 def _read(path: Path, folder: Path, *_: int) -> Tensor:
     import pyarrow as pa  # here, since recipes import this module; it starts threads, and most runs read no vectors
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
+    from armillary.engine.data.format.catalog import read_catalog
     from armillary.engine.data.format.embedding_files import EmbeddingFiles, vectors_of
 
     files = EmbeddingFiles.open(path)
-    keys = pq.read_table(folder / "catalog.parquet", columns=["key"])["key"].cast(pa.large_string())
+    keys = read_catalog(folder, ["key"])["key"].cast(pa.large_string())
     place = pc.index_in(files.keys(), value_set=keys).to_pandas().to_numpy(np.float64, na_value=np.nan)
     found, at = torch.full((len(keys), files.dimensions), torch.nan), 0
     if not (place == place).any():

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from armillary.engine.atomic_file import atomic_path
+from armillary.engine.data.format.catalog import read_catalog
 from armillary.engine.data.format.embedding_files import EmbeddingFiles, EmbeddingWriter, vectors_of
 
 __all__ = ["Embeddings", "stack_splits"]
@@ -104,7 +104,7 @@ def stack_splits(
         parts: By split, [n] catalogue rows and [n, D] vectors.
         metadata: What the file shall say of itself.
     """
-    catalogue: Any = pq.read_table(survey_dir / "catalog.parquet", columns=["key"])["key"]
+    catalogue: Any = read_catalog(survey_dir, ["key"])["key"]
     rows = np.concatenate([rows for rows, _ in parts.values()])
     return Embeddings(
         key=np.array(catalogue.take(rows).to_pylist(), dtype=object),

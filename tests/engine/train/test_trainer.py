@@ -91,7 +91,7 @@ def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):
         trainer.train(run, init_from=tmp_path / "x.safetensors", open_loader=toy.open_toy_loader)
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_and_a_second_interrupts(first):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     stop = StopRequest()
@@ -197,6 +197,18 @@ def test_a_master_that_nobody_knows_is_refused_before_the_group_waits(monkeypatc
     assert launch_problems()[0].startswith("MASTER_ADDR: must be a machine that ")
     monkeypatch.setenv("RANK", "first")
     assert launch_problems() == ["RANK: must be a whole number, got 'first'"]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked
+        stop.forget()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_training_in_a_thread_leaves_signals_alone():
