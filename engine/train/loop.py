@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -185,5 +186,17 @@ class Loop:
         self.progress.applied = self.sharded.layout.applied_steps
         folder = self.run.folder / "checkpoints"
         checkpoint.save(folder, self.sharded.layout, self.progress, self.run, self.known)
+        self._keep_record()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         self.meter.restart_clock(self.loader.wait_seconds)
+
+    def _keep_record(self) -> None:
+        """Write run.json again where somebody has moved or deleted the run's folder under way."""
+        record = self.run.folder / "run.json"
+        if self.sharded.rank == 0 and not record.exists():
+            with suppress(OSError):  # the checkpoint, which was written, has it too
+                self.run.save(record, **self.known, world=self.sharded.layout.world)
+            self.meter.say(
+                f"{self.run.folder}: was moved or deleted while the run was under way; it goes on in a new one",
+                loud=True,
+            )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from armillary.engine.atomic_file import require_writable
 from armillary.engine.config.config_json import from_json, packages_of, to_json
 from armillary.engine.config.provenance import facts
 from armillary.engine.config.randomness import seed_everything
@@ -199,6 +200,9 @@ def _own(folder: Path, newest: Path | None, me: Ranks, leaving: ExitStack) -> No
         try:
             folder.mkdir(parents=True, exist_ok=True)
             leaving.enter_context(exclusive(folder))
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            for name in ("metrics.jsonl", "run.json"):
+                require_writable(folder / name)
             if latest(folder / "checkpoints") != newest:
                 said = [f"out: {folder}: another job wrote there while this one started; start again"]
         except (InUse, OSError) as error:
