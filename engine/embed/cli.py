@@ -70,8 +70,6 @@ def embed(
     with joined() as group, ExitStack() as held:
         me = group.me
         group.all(lambda: _check_place(out, one_file, me.world, batch, part_rows) if group.first else None)
-        job = group.all(lambda: _open(run, data, split, untrained, readout, batch, precision, device, me))
-        counts = {name: job.embedder.survey.count(name) for name in job.splits}
 
         def own() -> None:
             if not group.first:
@@ -87,6 +85,9 @@ def embed(
 
         if one_file:
             group.all(own)
+        job = group.all(lambda: _open(run, data, split, untrained, readout, batch, precision, device, me))
+        counts = {name: job.embedder.survey.count(name) for name in job.splits}
+        if one_file:
             rows, width = group.all(lambda: embed_to_file(job.embedder, job.splits, out, group))
         else:
             parts = Parts(out, counts, part_rows, job.embedder.metadata)
