@@ -8,7 +8,7 @@ RUNS := runs
 # Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo demo-astroclip demo-mmae demo-mosaic demo-galaxy-walker test cases check test-cpus test-cluster soak lint format bench bench-gpu clean
+.PHONY: docs install demo demo-astroclip demo-mmae demo-mosaic demo-galaxy-walker test cases check test-cpus test-cluster soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six minutes)"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
+	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
 	@echo "make bench              benchmarks of loader and training step on this machine"
 	@echo "make bench-gpu          tests and times of all kernels on one GPU, in eight minutes"
@@ -154,6 +155,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+# The notice that it leaves out is about a successor of mkdocs.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -167,4 +172,4 @@ bench-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
-	rm -rf build $(RUNS)/demo $(addprefix $(RUNS)/demo-,astroclip mmae mosaic galaxy-walker) armillary/_C*.so
+	rm -rf build site $(RUNS)/demo $(addprefix $(RUNS)/demo-,astroclip mmae mosaic galaxy-walker) armillary/_C*.so

@@ -16,6 +16,8 @@ Backends (`backend=`):
                 sequences that differ little enough are padded there into one batch.
     dense       One score matrix over all tokens with a block mask: the reference, any device and float dtype.
     auto        flash_attn where it is installed and applies (CUDA, bf16 or fp16), else torch.
+    triton      As auto. Self-attention never comes here then: `armillary.kernels.tokens.packed_attention`, which "auto" takes
+                for short sequences on a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from torch import Tensor
 
 __all__ = ["BACKENDS", "Backend", "PackedSequences", "attention", "attention_reference", "check_backend"]
 
-Backend = Literal["auto", "flash_attn", "torch", "dense"]
+Backend = Literal["auto", "triton", "flash_attn", "torch", "dense"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 HALF = (torch.bfloat16, torch.float16)
 MAX_SCORES_BYTES = 256 << 20  # of one run on a CPU
@@ -136,7 +138,7 @@ def attention(
         raise ValueError(f"backend: flash_attn needs CUDA tensors in bf16 or fp16, got {q.dtype} on {q.device}")
     if backend == "dense":
         return attention_reference(q, k, v, layout, query_layout=query_layout)
-    if backend == "flash_attn" or (backend == "auto" and half_on_cuda and _flash_attn() is not None):
+    if backend == "flash_attn" or (backend in ("auto", "triton") and half_on_cuda and _flash_attn() is not None):
         flash = _flash_attn()
         if flash is None:
             raise ImportError("attention backend flash_attn: install flash-attn (2 or 4), or use backend torch")

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -92,6 +93,14 @@ def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):
         trainer.train(run, init_from=tmp_path / "x.safetensors", open_loader=toy.open_toy_loader)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "checkpoints"])
+def test_what_is_in_the_way_of_a_run_is_said_before_work(run, one_process, name):
+    run.folder.mkdir(parents=True)
+    (run.folder / name).touch() if name == "checkpoints" else (run.folder / name).mkdir()
+    with ExitStack() as leaving, pytest.raises(BadInput, match=f"out: .*{name}"):
+        trainer._own(run.folder, None, ranks(), leaving)
+
+
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_and_a_second_interrupts(first):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -127,6 +136,17 @@ def test_skipped_steps_are_told_and_counted_out(run):
     loop.progress.bad_in_a_row = 10
     with pytest.raises(NonFinite, match="10 steps in a row.*train.max_bad_steps = 10"):
         loop._judge(bad)
+
+
+def test_a_run_whose_folder_was_deleted_has_its_record_again(run):
+    loop = Loop.__new__(Loop)
+    loop.run, loop.meter, loop.known = run, FakeMeter(), {"survey": "s"}
+    loop.sharded = SimpleNamespace(rank=0, layout=SimpleNamespace(world=2))
+    run.folder.mkdir(parents=True)
+    for _ in range(2):
+        loop._keep_record()
+    assert type(run).load(run.folder) == run
+    assert len(loop.meter.said) == 1 and "was moved or deleted" in loop.meter.said[0]
 
 
 def test_a_checkpoint_by_time_is_rank_0s_decision(run):
