@@ -1,19 +1,20 @@
 """Prove and time every kernel on one GPU, in at most eight minutes.
 
-    python benchmarks/gpu                          # the tests, all operations, the ViT-L step; tables
+    python benchmarks/gpu                          # the tests, the engine, all operations, the ViT-L step; tables
     python benchmarks/gpu --only geometry_ffn      # one operation (or several, or step)
     python benchmarks/gpu --tune linear_gelu       # search better launch settings, print the best of each table
     python benchmarks/gpu --device cpu --smoke     # the same code at tiny sizes under Triton's interpreter, untimed
 
 First the gpu-marked tests of every operation run. Then each operation is compared with float64 on the very inputs that
 are timed, and timed against eager PyTorch and torch.compile: forward, backward and both, medians and percentiles,
-memory, share of the measured copy bandwidth or matrix-product rate. Last come tables. An operation that fails its tests
+memory, share of the measured copy bandwidth or matrix-product rate. Where DeepSpeed is installed the recipe of ViT-L/12 itself
+runs on a simulated survey: rates, memory, and whether a stopped run continues to the same bits. Last come tables. An operation that fails its tests
 or its comparison is reported as FAILED and not timed. Jobs run in the order of their importance until --budget-s is
 used up; a job that crashes or hangs takes nothing else down.
 
 Results go to benchmarks/results/<device>/: gpu.csv, which grows row by row, and gpu.md, made from it. Needs torch, triton,
 numpy, pytest and this project's C++ extension, which is built if it is missing (that needs pybind11, setuptools and a C++
-compiler). Neither the network nor DALI, DeepSpeed or an installation of Armillary.
+compiler). Neither the network nor DALI or an installation of Armillary; DeepSpeed and tyro for the engine alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu (cuda)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, every way once, nothing timed")
-    parser.add_argument("--only", nargs="+", metavar="OP", help="these operations (see benchmarks/cases), or step")
+    parser.add_argument(
+        "--only", nargs="+", metavar="OP", help="these operations (see benchmarks/cases), step or engine"
+    )
     parser.add_argument("--tune", metavar="OP", help="search launch settings of this operation")
     parser.add_argument("--budget-s", type=float, default=450.0, help="seconds after which no new job starts (450)")
     parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results/<device>)")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from cases import OPERATIONS, load
 from common import append_rows
+from gpu.engine import SMOKE_TRIALS, TRIALS, Trial, engine_rows
 from gpu.job import Job, Row
 from gpu.table import read_rows, write_table
 from gpu.work import VARIANTS, work
@@ -59,12 +61,12 @@ class Run:
         """Tests, cases and step; then the tables. 1 where something failed.
 
         Args:
-            only: Operations, or "step"; all if absent.
+            only: Operations, "step" or "engine"; all if absent.
         """
-        unknown = [name for name in only or () if name not in (*OPERATIONS, "step")]
+        unknown = [name for name in only or () if name not in (*OPERATIONS, "step", "engine")]
         if unknown:
             raise SystemExit(
-                f"--only: no such operation: {', '.join(unknown)}; there are {', '.join(OPERATIONS)}, step"
+                f"--only: no such operation: {', '.join(unknown)}; there are {', '.join(OPERATIONS)}, step, engine"
             )
         wanted = [name for name in OPERATIONS if only is None or name in only]
         sound = self.test(wanted)
@@ -75,9 +77,20 @@ class Run:
         queue = order(jobs)
         if only is not None and "step" not in only:
             queue = [job for job in queue if job.kind != "step"]
-        self.work([Job("limits", "limits", variant=""), *queue])
+        trials = SMOKE_TRIALS if self.smoke else TRIALS
+        trials = trials if only is None or "engine" in only else ()
+        self.work([Job("limits", "limits", variant="")])
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine(Path(folder), trials[:2])
+            self.work(queue)
+            self.engine(Path(folder), trials[2:])
         print(f"\n{write_table(self.out)}")
         return int(self.failed)
+
+    def engine(self, folder: Path, trials: Sequence[Trial]) -> None:
+        """Run recipes on the device."""
+        for row in engine_rows(folder, trials, self.deadline, self.smoke):
+            self.add([row])
 
     def tune(self, operation: str) -> int:
         """Search launch settings of an operation, for each of its shapes."""

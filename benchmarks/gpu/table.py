@@ -12,6 +12,7 @@ from armillary.engine.atomic_file import write_text
 __all__ = ["Target", "latest", "read_rows", "targets", "write_table"]
 
 PHASES = ("teacher", "student", "heads+losses", "backward", "clip", "optimizer", "copy")
+ENGINE_COLUMNS = (("images_per_s", "{:,.0f}"), ("ms_per_image", "{:.2f}"), ("peak_mib", "{:,.0f}"), ("loss", "{:.3f}"))
 Row = dict[str, str]
 
 
@@ -109,7 +110,7 @@ PLAIN = "three plain FFNs"
 def write_table(folder: Path) -> str:
     """Write gpu.md beside gpu.csv and return it."""
     rows = latest(read_rows(folder))
-    parts = [_heading(rows), _targets(rows), _cases(rows), _step(rows), _troubles(rows)]
+    parts = [_heading(rows), _targets(rows), _cases(rows), _step(rows), _engine(rows), _troubles(rows)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_text(folder / "gpu.md", text)
     return text
@@ -213,6 +214,21 @@ def _step(rows: Sequence[Row]) -> str:
     head = ["variant", "batch", "ms a step", "predicted", "images/s", "% of GEMM rate"]
     head += [f"{phase}, ms an image" for phase in PHASES] + ["peak MiB"]
     return f"## Step of DINOv2, ViT-L/12, bf16\n\n{_table(head, lines)}"
+
+
+def _engine(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["shape"],
+            *(_cell(number(row, column), form) for column, form in ENGINE_COLUMNS),
+            row.get("same_bits") or "",
+        ]
+        for row in rows
+        if row["kind"] == "engine" and row["status"] == "ok"
+    ]
+    head = ["recipe of ViT-L/12", "images/s", "ms an image", "peak MiB", "last loss", "same bits"]
+    text = "Medians over the steps after the first eight, loader included."
+    return f"## The engine\n\n{text}\n\n{_table(head, lines)}" if lines else ""
 
 
 def _troubles(rows: Sequence[Row]) -> str:

@@ -41,7 +41,7 @@ def test_smoke_walks_through_everything_and_times_nothing(tmp_path):
     rows = read(tmp_path)
     assert [row for row in rows if row["status"] != "ok"] == []
     assert ran.returncode == 0, ran.stderr
-    assert {row["operation"] for row in rows} == {*OPERATIONS, "limits", "step"}
+    assert {row["operation"] for row in rows} == {*OPERATIONS, "limits", "step", "engine"}
     assert {row["variant"] for row in rows if row["kind"] == "step"} == {"eager", "triton", "compiled"}
     assert all(row["error"] for row in rows if row["kind"] == "case" and row["variant"] == "triton")
     assert not [(name, value) for row in rows for name, value in row.items() if name.endswith(MEASURED) and value]

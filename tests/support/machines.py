@@ -131,8 +131,8 @@ class Machines:
                               text=True, timeout=timeout, stdin=subprocess.DEVNULL)  # fmt: skip
 
     def start(self, machine: str, command: Sequence[str | Path], log: Path) -> subprocess.Popen[bytes]:
-        """Start the user's command in a machine; what it says goes to a file."""
-        with open(log, "wb") as output:
+        """Start the user's command in a machine; what it says is added to a file."""
+        with open(log, "ab") as output:
             return subprocess.Popen(self._enter(machine, command), cwd=ROOT, env=self.environment, stdout=output,
                                     stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)  # fmt: skip
 
