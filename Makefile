@@ -8,7 +8,7 @@ RUNS := runs
 # Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo demo-astroclip demo-mmae demo-mosaic demo-galaxy-walker test cases check test-cpus soak lint format bench bench-gpu clean
+.PHONY: docs install demo demo-astroclip demo-mmae demo-mosaic demo-galaxy-walker test cases check test-cpus test-cluster soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,7 +23,9 @@ help:
 	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
 	@echo "                        not marked slow; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
+	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six minutes)"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
+	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
 	@echo "make bench              benchmarks of loader and training step on this machine"
 	@echo "make bench-gpu          tests and times of all kernels on one GPU, in eight minutes"
@@ -122,7 +124,7 @@ demo-galaxy-walker: install
 
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist and not cluster"
 	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist $$(grep -rl "pytest.mark.dist" tests --include="test_*.py")
 
 # Part of `make test`, too; here with their table.
@@ -134,11 +136,15 @@ cases: install
 CHANGED_KERNELS = $(shell git status --porcelain kernels tests/kernels 2>&1)
 check: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile \
-	  -m "not dist and not slow and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
+	  -m "not dist and not cluster and not slow and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
 
 # The numeric modules as other processors would run them.
 test-cpus: install
 	$(BIN)/python tests/cpus.py
+
+# Needs root and `apt-get install --no-install-recommends iproute2 openssh-server pdsh munge slurm-wlm`; without them it skips.
+test-cluster: install
+	$(BIN)/python -m pytest -q tests/cluster
 
 soak: install
 	$(BIN)/python tests/soak.py
@@ -148,6 +154,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# The notice that it leaves out is about a successor of mkdocs.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -162,4 +172,4 @@ bench-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
-	rm -rf build $(RUNS)/demo $(addprefix $(RUNS)/demo-,astroclip mmae mosaic galaxy-walker) armillary/_C*.so
+	rm -rf build site $(RUNS)/demo $(addprefix $(RUNS)/demo-,astroclip mmae mosaic galaxy-walker) armillary/_C*.so

@@ -61,6 +61,7 @@ COMMANDS = {
     "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
     "query": ("armillary.engine.query.cli", "query", "quantities of galaxies, given others, from a run"),
     "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
+    "completion": ("armillary.engine.completion", "completion", "commands and options for the shell's tab key"),
 }
 """Name: (module, function, one line of help)."""
 

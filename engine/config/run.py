@@ -13,6 +13,7 @@ import torch
 
 from armillary.engine.atomic_file import write_json
 from armillary.engine.config.config_json import from_json, to_json
+from armillary.engine.config.evals import KNN
 from armillary.engine.config.schedule import Schedules
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.kernels.launch import Impl
@@ -139,12 +140,15 @@ class Checkpointing:
         every_steps: Steps between checkpoints.
         every_minutes: Additionally after so many minutes; None: by steps only.
         keep: Newest checkpoints that stay.
+        keep_best: Name of one of the run's `evals`, such as "knn/redshift": the checkpoint with its highest score stays as well,
+            and is written when that score is found.
         verify: Before resuming, each rank compares the hash of its own file, not only the sizes of all.
     """
 
     every_steps: int = 1000
     every_minutes: float | None = None
     keep: int = 2
+    keep_best: str | None = None
     verify: bool = True
 
 
@@ -177,6 +181,7 @@ class Run:
         train: Length, batch and numerics.
         checkpoint: Saving.
         telemetry: Logging.
+        evals: What the run evaluates of itself while it trains.
         device: "auto" asks for a GPU and does not fall back to the CPU by itself.
         out: Folder of runs; shared by all machines of the run.
         seed: Of initialisation, data order, augmentation and dropout.
@@ -191,6 +196,7 @@ class Run:
     train: Training
     checkpoint: Checkpointing = Checkpointing()
     telemetry: Telemetry = Telemetry()
+    evals: tuple[KNN, ...] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"
     out: Path = Path("runs")
     seed: int = 0

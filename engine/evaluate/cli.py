@@ -139,7 +139,7 @@ def calibrate(
         data: Survey; the run's own where absent.
         split: Its split; neither that of the training nor the one that answers will be judged on.
         given: What a question gives, comma-separated, such as photometry_lsst,sfh[0:18]; repeatable. By default the questions
-            that the run's masks follow.
+            that the run's masks follow, and those that the task `queries` asks of any run.
         want: Quantities to correct; all that are not given as a whole where none is named.
         samples: Samples to use, at most.
         steps: Steps of a correction; each needs two samples or more.

@@ -80,7 +80,13 @@ class TokenCacheFill:
         mine = {"format": FORMAT, **self.layout.to_json(), "chunk": self.chunk, **self.made_of}
         mine = json.loads(json.dumps(mine))
         if plan.exists():
-            refuse_difference(self.folder, json.loads(plan.read_text()), mine)
+            try:
+                theirs = json.loads(plan.read_text())
+            except ValueError as error:
+                raise TokenCacheError(
+                    f"data.token_cache: {plan} is damaged ({error}); delete {self.folder} to fill it anew"
+                ) from error
+            refuse_difference(self.folder, theirs, mine)
         elif strangers := [p.name for p in self.folder.iterdir() if p != self.work and p.name != LOCK]:
             raise TokenCacheError(
                 f"data.token_cache: must be an empty folder or a token cache, got {self.folder} with {strangers[0]}"

@@ -6,15 +6,18 @@ acts, or leaves everything as it was where a number is not finite; the teacher f
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from armillary.engine.config.run import Run
+from armillary.engine.train.evals import Evals
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.weights import checkpoint
 from armillary.engine.zero.deepspeed_engine import Sharded, StepStatus
@@ -86,11 +89,16 @@ class Loop:
         known: dict[str, Any],
         stop: StopRequest,
         saved: Path | None,
+        evals: Evals,
     ):
         self.run, self.sharded, self.loader, self.meter = run, sharded, loader, meter
-        self.progress, self.known, self.stop = progress, known, stop
+        self.progress, self.known, self.stop, self.evals = progress, known, stop, evals
+        self.best: checkpoint.Best | None = None
+        if run.checkpoint.keep_best is not None:
+            self.best = checkpoint.agreed_best(run.folder / "checkpoints", run.checkpoint.keep_best, progress.step)
         self.saved_step = progress.step if saved is not None else -1
         self.saved_at = time.monotonic()
+        self.results: dict[str, float] = {}
 
     def go(self) -> None:
         """Run the steps that are left."""
@@ -102,7 +110,8 @@ class Loop:
                 first = False
             stopping, due = status.flags
             self._judge(status)
-            if stopping or due or self.progress.step % self.run.checkpoint.every_steps == 0:
+            better = self._note_best()
+            if better or stopping or due or self.progress.step % self.run.checkpoint.every_steps == 0:
                 self.save()
             if stopping:
                 self.meter.say(f"stopped by a signal at step {self.progress.step}; the same command continues")
@@ -125,14 +134,29 @@ class Loop:
         progress.step += 1
         progress.skipped += not status.finite
         progress.bad_in_a_row = 0 if status.finite else progress.bad_in_a_row + 1
+        self.results = self.evals.results(progress.step)
+        self.meter.pause(self.results.get("eval/seconds", 0.0))
         norms = {f"grad_norm/{name}": norm for name, norm in status.norms.items()}
-        self.meter.end_step(progress.step, {**norms, **scalars, "skipped": progress.skipped}, self.loader.wait_seconds)
+        self.meter.end_step(
+            progress.step, {**norms, **scalars, "skipped": progress.skipped, **self.results}, self.loader.wait_seconds
+        )
         return status
 
     def _due(self) -> bool:
         """Rank 0's clock says when a checkpoint by time is due."""
         minutes = self.run.checkpoint.every_minutes
         return minutes is not None and self.sharded.rank == 0 and time.monotonic() - self.saved_at > 60 * minutes
+
+    def _note_best(self) -> bool:
+        """Whether this step has the highest score so far; then it is noted, before its checkpoint takes the former's place."""
+        name = self.run.checkpoint.keep_best
+        score = self.results.get(f"eval/{name}", math.nan)
+        if name is None or math.isnan(score) or (self.best is not None and score <= self.best.score):
+            return False
+        self.best = checkpoint.Best(name, score, self.progress.step)
+        checkpoint.write_best(self.run.folder / "checkpoints", self.best)
+        self.meter.say(f"step {self.progress.step} is the best so far by {name}; its checkpoint stays")
+        return True
 
     def _judge(self, status: StepStatus) -> None:
         if status.finite:
@@ -162,5 +186,17 @@ class Loop:
         self.progress.applied = self.sharded.layout.applied_steps
         folder = self.run.folder / "checkpoints"
         checkpoint.save(folder, self.sharded.layout, self.progress, self.run, self.known)
+        self._keep_record()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         self.meter.restart_clock(self.loader.wait_seconds)
+
+    def _keep_record(self) -> None:
+        """Write run.json again where somebody has moved or deleted the run's folder under way."""
+        record = self.run.folder / "run.json"
+        if self.sharded.rank == 0 and not record.exists():
+            with suppress(OSError):  # the checkpoint, which was written, has it too
+                self.run.save(record, **self.known, world=self.sharded.layout.world)
+            self.meter.say(
+                f"{self.run.folder}: was moved or deleted while the run was under way; it goes on in a new one",
+                loud=True,
+            )

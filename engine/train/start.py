@@ -99,7 +99,9 @@ def run_to_exit_code(
     """
     from armillary.engine.train import trainer
     from armillary.engine.train.loop import NonFinite, Stopped
+    from armillary.engine.weights.checkpoint import latest
     from armillary.engine.weights.verify import CheckpointError
+    from armillary.engine.zero.processes import lost_ranks
 
     me = trainer.ranks()
     loaders = {} if open_loader is None else {"open_loader": open_loader}
@@ -114,8 +116,12 @@ def run_to_exit_code(
         code, message = EXIT_NON_FINITE, f"{run.name}: stopped: {error}"
     except CheckpointError as error:
         code, message = EXIT_CHECKPOINT, f"{run.name}: {error}"
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
+        if (advice := lost_ranks(error, run.train.timeout_minutes)) is not None:
+            saved = latest(run.folder / "checkpoints")
+            goes_on = "begins anew" if saved is None else f"continues from {saved.name}"
+            print(f"{run.name}: {advice}. Then the same command {goes_on}", file=sys.stderr)
         sys.stderr.flush()
         if me.world > 1:
             # Communication that is under way would keep this process from ending, and with it the launcher and all ranks.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from armillary.engine.atomic_file import require_writable
 from armillary.engine.config.config_json import from_json, packages_of, to_json
 from armillary.engine.config.provenance import facts
 from armillary.engine.config.randomness import seed_everything
@@ -19,6 +20,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.exclusive import InUse, exclusive
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
+from armillary.engine.train.evals import Evals
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.memory import free_bytes, memory_of
 from armillary.engine.train.telemetry import Meter
@@ -137,7 +139,8 @@ def train(
             leaving.callback(meter.close)
             for line in (*([] if memory is None else [memory.line()]), *note):
                 meter.say(line)
-            loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
+            evals = Evals(run, sharded.method, survey, device, me, meter.say)
+            loop = Loop(run, sharded, loader, meter, progress, known, stop, newest, evals)
             set_random()
             loop.go()
             loop.save()
@@ -148,6 +151,8 @@ def train(
                     # hashed as it was written, or by `agree`
                     export_encoder(TrainedEncoder.open(run.folder, verify=False), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
+            if loop.best is not None:
+                meter.say(f"best by {loop.best.name}: {loop.best.score:.3f} at step {loop.best.step}")
         except (BadInput, Stopped, NonFinite, CheckpointError):  # all ranks are here
             (sharded.destroy if sharded is not None else end_processes)()
             raise
@@ -195,6 +200,9 @@ def _own(folder: Path, newest: Path | None, me: Ranks, leaving: ExitStack) -> No
         try:
             folder.mkdir(parents=True, exist_ok=True)
             leaving.enter_context(exclusive(folder))
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            for name in ("metrics.jsonl", "run.json"):
+                require_writable(folder / name)
             if latest(folder / "checkpoints") != newest:
                 said = [f"out: {folder}: another job wrote there while this one started; start again"]
         except (InUse, OSError) as error:

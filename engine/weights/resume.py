@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "out",
     "telemetry",
     "checkpoint",
+    "evals",
     "data.path",
     "data.reader",
     "data.threads",
@@ -64,6 +65,9 @@ def open_archive(folder: Path, hashed: Sequence[str] | None = None) -> tuple[Arc
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
             raise CheckpointError(f"{folder}: checkpoint format {state['format']}, this program reads {FORMAT}")
+        if lacking := [name for name in ("run", "survey", "world") if name not in state]:
+            raise KeyError(f"state.json has no {lacking[0]!r}")
+        Progress(**state["progress"])
         # those that were checked, and none that lies beside them
         return Archive([folder / name for name in listed_files(folder) if name.endswith(".safetensors")]), state
     except (ValueError, KeyError, TypeError) as error:

@@ -69,8 +69,8 @@ class TrainedEncoder:
         """Open an encoder and read its record.
 
         Args:
-            path: A run's folder (its newest checkpoint, else its export), an exported file, a published file (see
-                `public_checkpoints`) or one on the hub, hf://OWNER/REPO/FILE.
+            path: A run's folder (its newest checkpoint, else its export), a checkpoint's own, an exported file, a published file
+                (see `public_checkpoints`) or one on the hub, hf://OWNER/REPO/FILE.
             verify: Compare the hashes of a checkpoint; not where this process has just done so.
 
         Raises:
@@ -80,7 +80,7 @@ class TrainedEncoder:
         """
         path = fetch(path)
         if path.is_dir():
-            newest = latest(path / "checkpoints")
+            newest = path if (path / "manifest.json").is_file() else latest(path / "checkpoints")
             if newest is not None:
                 archive, state = open_archive(newest, hashed=None if verify else ["state.json"])
                 return cls(newest, archive, state | {"step": state["progress"]["step"]})
@@ -157,7 +157,7 @@ class TrainedEncoder:
                 for question in written["questions"]:
                     steps = {name: torch.tensor(values) for name, values in question["corrections"].items()}
                     method.correct_answers(tuple(question["given"]), steps)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path}: not corrections of this run's answers ({error!r}); delete it, or calibrate again"
             ) from error

@@ -25,6 +25,7 @@ __all__ = [
     "end_processes",
     "gpu_of",
     "launch_problems",
+    "lost_ranks",
     "ranks",
     "share_cpus",
     "start_processes",
@@ -173,6 +174,25 @@ def share_cpus(me: Ranks) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def lost_ranks(error: BaseException, minutes: float) -> str | None:
+    """What to look at after an error that says that other ranks do not answer; None for any other error.
+
+    Args:
+        error: What a collective, or the making of the group, raised. Gloo's errors have no class of their own.
+        minutes: How long ranks wait for each other.
+    """
+    if not (
+        isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    ):
+        return None
+    me = ranks()
+    return (
+        f"other ranks are gone, or did not answer for train.timeout_minutes = {minutes:g}. This is rank {me.rank} of {me.world} on "
+        f"{socket.gethostname()}; rank 0 is on {os.environ.get('MASTER_ADDR')}. Look at the first error among the outputs of all "
+        "ranks, whether the machines still reach each other, and what their kernels say (dmesg: memory that ran out, a lost GPU)"
+    )
 
 
 def end_processes() -> None:

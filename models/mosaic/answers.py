@@ -6,7 +6,8 @@ token are drawn together, as its copula says. Medians are those of a token's own
 other answers; of quantities with levels they are the medians of the draws.
 
 Where held-out samples showed how often truths fell where, each entry's own distribution is corrected by that: a draw x becomes
-Q(F(x)), with Q the corrected quantile function, which keeps the order of draws and so what belongs together.
+Q(F(x)), with Q the corrected quantile function, which keeps the order of draws and so what belongs together. Of quantities with
+levels these are entries, levels and what is left of components, so that single components may stay somewhat off.
 
 Parts of a wanted quantity that are given are handed back as they were given.
 
@@ -156,7 +157,8 @@ def _answer(
             medians_of = torch.cat([own[t].median() for t in range(span.tokens.start, span.tokens.stop)], dim=1)
             median = torch.where(given.isnan(), scaling.inverse(medians_of.to(shown)), given)
         values[name], medians[name] = drawn.float(), median.float()
-    return Answer(values, medians)
+    scalars = [layout.span(name) for name in dict.fromkeys(want) if layout.span(name).quantity.size == 1]
+    return Answer(values, medians, {s.quantity.name: own[s.tokens.start] for s in scalars})
 
 
 def _with_given(layout: Layout, token: int, new: Tensor, given: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from plain import FACTS, progress, scrambled
+from plain import FACTS, flip, progress, scrambled, write_world
 from safetensors.torch import load_file, save_file
 
 from armillary.engine.config.config_json import to_json
@@ -42,17 +42,6 @@ def saved(run, folder, one_process):
     layout = scrambled(run)
     layout.refresh_teacher()
     return checkpoint.save(folder, layout, progress(), run, FACTS), layout
-
-
-def write_world(run, folder, world, step=3):
-    """A checkpoint of several ranks, without processes."""
-    temporary = folder / "tmp-x"
-    temporary.mkdir(parents=True)
-    layouts = [scrambled(run, rank=r, world=world) for r in range(world)]
-    records = [checkpoint._write_shard(temporary / f"shard-{r:05d}.safetensors", x) for r, x in enumerate(layouts)]
-    final = folder / f"step-{step:08d}"
-    checkpoint._finish(folder, temporary, final, records, progress(step), run, FACTS | {"world": world})
-    return final
 
 
 def test_everything_comes_back(run, saved):
@@ -132,13 +121,6 @@ def test_there_is_no_latest_in_an_empty_folder(tmp_path):
 def grow(path):
     with open(path, "ab") as f:
         f.write(b"x")
-
-
-def flip(path, place=-5):
-    """Turn one bit round."""
-    data = bytearray(path.read_bytes())
-    data[place] ^= 0x40
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
