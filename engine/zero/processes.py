@@ -20,7 +20,7 @@ from datetime import timedelta
 
 import torch
 
-__all__ = ["Ranks", "end_processes", "launch_problems", "ranks", "start_processes", "take_slurm_ranks"]
+__all__ = ["Ranks", "end_processes", "launch_problems", "ranks", "set_timeout", "start_processes", "take_slurm_ranks"]
 
 PORTS = 20_000, 60_000
 """Range of the ports that a Slurm step derives from its number."""
@@ -159,6 +159,13 @@ def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.de
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=minutes), verbose=False)
     return torch.device("cuda", _gpu(me)) if device == "cuda" else torch.device("cpu")
+
+
+def set_timeout(minutes: float) -> None:
+    """Change how long ranks wait for each other, in every group, from the next call on; all ranks together."""
+    group = torch.distributed.distributed_c10d
+    for one in group._world.pg_map:
+        group._set_pg_timeout(timedelta(minutes=minutes), one)
 
 
 def end_processes() -> None:
