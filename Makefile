@@ -8,7 +8,7 @@ RUNS := runs
 # Written once, compiled modules spare each of the many processes of the tests a second; an empty value means "write them".
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo demo-astroclip demo-mmae demo-mosaic demo-galaxy-walker test cases check test-cpus soak lint format bench bench-gpu clean
+.PHONY: docs install demo demo-astroclip demo-mmae demo-mosaic demo-galaxy-walker test cases check test-cpus test-cluster soak lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,13 +17,15 @@ help:
 	@echo "make demo-astroclip     images, spectra, their alignment and every evaluation: runs/demo-astroclip/report.html"
 	@echo "make demo-mosaic        photometry, masses, histories: any of them from any: runs/demo-mosaic/report.html"
 	@echo "make demo-mmae          fill in images and spectra, and say redshifts: runs/demo-mmae/report.html (SEED=1: another seed)"
-	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html"
+	@echo "make demo-galaxy-walker neighbours on a simulated sky, with and without: runs/demo-galaxy-walker/report.html (SEED=1)"
 	@echo "make test               all tests"
 	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
 	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
 	@echo "                        not marked slow; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
+	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six minutes)"
 	@echo "make soak               kill the training job at random moments and compare the bits (20+ minutes)"
+	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
 	@echo "make bench              benchmarks of loader and training step on this machine"
 	@echo "make bench-gpu          tests and times of all kernels on one GPU, in eight minutes"
@@ -109,20 +111,20 @@ demo-galaxy-walker: install
 	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode leak-free && \
 	  $(BIN)/armillary data graph $(WALKER)/survey --space $$space --mode leak-free --shuffle-seed 0 || exit 1; done
 	rm -rf $(addprefix $(WALKER)/,alone neighbours shuffled)
-	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name alone --views.neighbours.fan-outs 0 0
-	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name neighbours
-	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --name shuffled $(shuffled)
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --seed $(SEED) --name alone --views.neighbours.fan-outs 0 0
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --seed $(SEED) --name neighbours
+	$(call train,galaxy_walker_stage1,smoke,$(WALKER)) --seed $(SEED) --name shuffled $(shuffled)
 	$(BIN)/armillary evaluate $(WALKER)/alone --data $(WALKER)/survey --out $(WALKER) \
 	  --compare $(WALKER)/neighbours $(WALKER)/shuffled --tasks ablation
 	$(BIN)/armillary embed $(WALKER)/neighbours --data $(WALKER)/survey --readout geometry -o $(WALKER)/geometry.parquet
 	rm -rf $(WALKER)/stage2
-	$(call train,galaxy_walker_stage2,smoke,$(WALKER)) --name stage2 --views.geometry $(WALKER)/geometry.parquet
+	$(call train,galaxy_walker_stage2,smoke,$(WALKER)) --seed $(SEED) --name stage2 --views.geometry $(WALKER)/geometry.parquet
 	$(BIN)/armillary evaluate $(WALKER)/stage2 --data $(WALKER)/survey --out $(WALKER)/stage2/evaluation \
 	  --tasks properties questions --labels redshift log_mstar
 
 # A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not dist and not cluster"
 	$(BIN)/python -m pytest -q -n logical --dist loadfile -m dist $$(grep -rl "pytest.mark.dist" tests --include="test_*.py")
 
 # Part of `make test`, too; here with their table.
@@ -134,11 +136,15 @@ cases: install
 CHANGED_KERNELS = $(shell git status --porcelain kernels tests/kernels 2>&1)
 check: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile \
-	  -m "not dist and not slow and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
+	  -m "not dist and not cluster and not slow and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
 
 # The numeric modules as other processors would run them.
 test-cpus: install
 	$(BIN)/python tests/cpus.py
+
+# Needs root and `apt-get install --no-install-recommends iproute2 openssh-server pdsh munge slurm-wlm`; without them it skips.
+test-cluster: install
+	$(BIN)/python -m pytest -q tests/cluster
 
 soak: install
 	$(BIN)/python tests/soak.py
@@ -148,6 +154,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# The notice that it leaves out is about a successor of mkdocs.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -162,4 +172,4 @@ bench-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu
 
 clean:
-	rm -rf build $(RUNS)/demo $(addprefix $(RUNS)/demo-,astroclip mmae mosaic galaxy-walker) armillary/_C*.so
+	rm -rf build site $(RUNS)/demo $(addprefix $(RUNS)/demo-,astroclip mmae mosaic galaxy-walker) armillary/_C*.so

@@ -18,6 +18,7 @@ input; 4 damaged weights.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ import tyro
 
 import armillary
 from armillary.engine.command_line import refuse_repeats, repeatable
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.user_code import Packages, trust
 from armillary.engine.weights.verify import CheckpointError
 
@@ -47,7 +49,7 @@ COMMANDS = {
         "simulate_photometry",
         "the same as photometry and star-formation histories",
     ),
-    "embed": ("armillary.engine.evaluate.cli", "embed", "embeddings of a survey by a run's encoder"),
+    "embed": ("armillary.engine.embed.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
     "calibrate": (
         "armillary.engine.evaluate.cli",
@@ -55,9 +57,11 @@ COMMANDS = {
         "correct a run's answers by held-out samples",
     ),
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
+    "runs": ("armillary.engine.evaluate.runs_cli", "runs", "runs of a folder as a table; how two differ"),
     "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
     "query": ("armillary.engine.query.cli", "query", "quantities of galaxies, given others, from a run"),
     "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
+    "completion": ("armillary.engine.completion", "completion", "commands and options for the shell's tab key"),
 }
 """Name: (module, function, one line of help)."""
 
@@ -72,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and re.match("--local[-_]rank=", words[0]):  # put there by launchers, also in LOCAL_RANK
+        del words[0]
     if words in (["--version"], ["version"]):
         print(f"armillary {armillary.__version__}")
         return 0
@@ -119,20 +125,26 @@ def export(
     run: tyro.conf.Positional[Path],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     *,
-    format: Literal["safetensors", "dinov2", "specformer", "portable"] = "safetensors",
+    format: Literal["safetensors", "dinov2", "specformer", "portable", "hf", "onnx"] = "safetensors",
     block_chunks: int = 0,
+    push: str | None = None,
+    licence: str = "",
     package: Packages = (),
 ) -> int:
     """Take the encoder, or everything, out of a run's newest checkpoint.
 
     Args:
         run: Folder of the run; for the encoder also a file exported before.
-        out: File to write.
+        out: File to write; with hf, a folder.
         format: safetensors is the encoder with the run's record. dinov2 is its backbone under the names of published
             DINOv2 files, .safetensors or .pth. specformer is a spectrum encoder under the names of AstroCLIP's,
             .safetensors or .ckpt. portable is weights, optimizer, average, loader and counters, from which --restore of a
-            recipe continues with another number of ranks or another ZeRO stage.
+            recipe continues with another number of ranks or another ZeRO stage. hf is a folder for Hugging Face, which
+            `transformers.AutoModel.from_pretrained` opens without armillary, with a model card. onnx is the encoder for
+            programs without PyTorch.
         block_chunks: With dinov2, the other program's block_chunks.
+        push: With hf, a repository OWNER/NAME of the hub that the folder is uploaded to (private, where it is made).
+        licence: With hf, licence of the weights for the model card, as the hub calls it, such as cc-by-4.0.
         package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
     """
     from armillary.engine.weights.export import export_dinov2, export_encoder, export_specformer
@@ -142,17 +154,41 @@ def export(
     trust(*package)
     if block_chunks and format != "dinov2":
         raise ValueError(f"block_chunks: must be 0 without --format dinov2, got {block_chunks}")
-    if format == "portable":
-        export_portable(find_checkpoint(run), out)
-    else:
-        encoder = TrainedEncoder.open(run)
-        if format == "dinov2":
-            export_dinov2(encoder, out, block_chunks)
-        elif format == "specformer":
-            export_specformer(encoder, out)
+    if (push or licence) and format != "hf":
+        raise ValueError("push, licence: must be left out without --format hf")
+    if format == "hf":
+        return _export_hub(run, out, push, licence)
+    with exclusive_file(out):
+        if format == "portable":
+            export_portable(find_checkpoint(run), out)
         else:
-            export_encoder(encoder, out)
+            encoder = TrainedEncoder.open(run)
+            if format == "dinov2":
+                export_dinov2(encoder, out, block_chunks)
+            elif format == "specformer":
+                export_specformer(encoder, out)
+            elif format == "onnx":
+                from armillary.engine.hub.onnx_file import export_onnx
+
+                export_onnx(encoder, out)
+            else:
+                export_encoder(encoder, out)
     print(f"{out}: {out.stat().st_size / 2**20:,.1f} MiB")
+    return 0
+
+
+def _export_hub(run: Path, out: Path, push: str | None, licence: str) -> int:
+    from armillary.engine.hub.folder import export_folder
+    from armillary.engine.weights.hub import check_repo, upload
+    from armillary.engine.weights.trained_encoder import TrainedEncoder
+
+    if push:
+        check_repo(push)
+    figures = run / "evaluation" / "metrics.parquet"
+    export_folder(TrainedEncoder.open(run), out, licence=licence, figures=figures if figures.is_file() else None)
+    print(f"{out}: {sum(p.stat().st_size for p in out.iterdir() if p.is_file()) / 2**20:,.1f} MiB")
+    if push:
+        print(upload(out, push))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Flags that are given twice: they add up where the command says so, and are refused elsewhere; none is dropped."""
+"""Flags that are given twice: they add up where a command says so, and are refused elsewhere; none is dropped without a word."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-__all__ = ["refuse_repeats", "repeatable"]
+__all__ = ["refuse_repeats", "repeatable", "repeated"]
 
 
 def repeatable(command: Callable[..., Any]) -> set[str]:
@@ -34,7 +34,11 @@ def refuse_repeats(words: Sequence[str], allowed: Collection[str] = ()) -> None:
     Raises:
         ValueError: A flag occurs twice.
     """
-    names = [w.split("=", 1)[0].replace("_", "-") for w in words if w.startswith("--") and len(w) > 2]
-    twice = [name for name, count in Counter(names).items() if count > 1 and name not in allowed]
-    if twice:
+    if twice := [name for name in repeated(words) if name not in allowed]:
         raise ValueError(f"{twice[0]} is given twice; give it once, with all its values")
+
+
+def repeated(words: Sequence[str]) -> list[str]:
+    """Flags that occur more than once in a command line."""
+    names = [w.split("=", 1)[0].replace("_", "-") for w in words if w.startswith("--") and len(w) > 2]
+    return [name for name, count in Counter(names).items() if count > 1]

@@ -1,7 +1,7 @@
-"""One owner at a time for a folder that a run, a build, a cache or an evaluation writes.
+"""One owner at a time for a folder or file that a run, a build, a cache, a command or an evaluation writes.
 
-The owner holds a lock of the operating system (flock) on the file `.lock` in the folder, which says who it is: host, process,
-command. Such a lock ends with its process, so a crash frees it. Network file systems carry flock between hosts where they
+The owner holds a lock of the operating system (flock) on the file `.lock` in the folder, or `.NAME.lock` beside a file, which says
+who it is: host, process, command. Such a lock ends with its process, so a crash frees it. Network file systems carry flock between hosts where they
 are mounted so (NFS since Linux 2.6.12, Lustre with `flock`, GPFS); one that has none falls back to the file itself: then a
 file left by a process of this host that has ended is taken over, and one of another host is refused by name.
 """
@@ -21,7 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LOCK", "InUse", "exclusive"]
+from armillary.engine.atomic_file import require_writable
+
+__all__ = ["LOCK", "InUse", "exclusive", "exclusive_file", "is_owned"]
 
 LOCK = ".lock"
 WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -29,7 +31,7 @@ WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 class InUse(RuntimeError):
-    """Another process owns the folder; the message names it."""
+    """Another process owns the folder or file; the message names it."""
 
 
 @contextmanager
@@ -40,8 +42,27 @@ def exclusive(folder: Path | str) -> Iterator[None]:
         InUse: Another process owns it.
         OSError: The folder cannot be written.
     """
-    path = Path(folder) / LOCK
-    descriptor = _take(path)
+    with _owned(Path(folder) / LOCK, Path(folder)):
+        yield
+
+
+@contextmanager
+def exclusive_file(file: Path | str) -> Iterator[None]:
+    """Own the name of a file, or of a folder that appears as a whole, for the length of a block.
+
+    Raises:
+        InUse: Another process is writing it.
+        OSError: It cannot be written; see `require_writable`.
+    """
+    file = Path(file)
+    require_writable(file)
+    with _owned(file.with_name(f".{file.name}{LOCK}"), file):
+        yield
+
+
+@contextmanager
+def _owned(path: Path, what: Path) -> Iterator[None]:
+    descriptor = _take(path, what)
     try:
         yield
     finally:
@@ -51,7 +72,27 @@ def exclusive(folder: Path | str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(path: Path) -> int:
+def is_owned(folder: Path | str) -> bool:
+    """Whether a process owns the folder now; nothing is written, and a lock left by a crash does not count."""
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        owner = _read(descriptor)
+        return bool(owner) and not _ended(owner)
+    finally:
+        os.close(descriptor)
+
+
+def _take(path: Path, what: Path) -> int:
     """An open, locked descriptor of the file, which names this process."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -59,13 +100,13 @@ def _take(path: Path) -> int:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise _in_use(path, _read(descriptor)) from error
+                raise _in_use(what, _read(descriptor)) from error
             except OSError as error:
                 if error.errno not in WITHOUT_LOCKS:
                     raise
                 owner = _read(descriptor)
                 if owner and not _ended(owner):
-                    raise _in_use(path, owner, f"; if that process is gone, delete {path}") from error
+                    raise _in_use(what, owner, f"; if that process is gone, delete {path}") from error
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # else its last owner has just removed it
                 _write(descriptor)
                 return descriptor
@@ -108,8 +149,8 @@ def _ended(owner: dict[str, Any]) -> bool:
     return False
 
 
-def _in_use(path: Path, owner: dict[str, Any], advice: str = "") -> InUse:
+def _in_use(what: Path, owner: dict[str, Any], advice: str = "") -> InUse:
     who = "another process"
     if owner:
         who = f"{owner.get('command')!r} (process {owner.get('process')} on {owner.get('host')}, since {owner.get('since')})"
-    return InUse(f"{path.parent}: in use by {who}; wait for it or choose another folder{advice}")
+    return InUse(f"{what}: in use by {who}; wait for it or choose another name{advice}")

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Answer", "Quantity", "Questions", "Scaling", "ScalingKind"]
+__all__ = ["Answer", "Distribution", "Quantity", "Questions", "Scaling", "ScalingKind"]
 
 ScalingKind = Literal["linear", "log10", "log1p", "asinh", "shape"]
 
@@ -216,6 +216,19 @@ class Questions:
     want: tuple[Quantity, ...]
 
 
+class Distribution(Protocol):
+    """Distributions [B] or [B, 1] of the scaled entry of a scalar; `armillary.models.masked.density` has some."""
+
+    def cdf(self, x: Tensor) -> Tensor:
+        """Cumulative probabilities [..., m] at x [..., m]."""
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """Numbers [..., m] below which probabilities [..., m], in [0, 1], lie."""
+
+    def median(self) -> Tensor:
+        """[...] medians."""
+
+
 @dataclass(frozen=True, eq=False)
 class Answer:
     """Joint draws from a method's distribution of what was asked, given what was given.
@@ -223,10 +236,12 @@ class Answer:
     Attributes:
         draws: [B, S, n] float32 by name, in the quantity's unit. Draw s of one belongs to draw s of the others.
         median: [B, n] float32 by name, of each component's own distribution; from the draws where it has no closed form.
+        densities: Of scalars, by name, where the method has them: what each is drawn from, given what was given alone.
     """
 
     draws: dict[str, Tensor]
     median: dict[str, Tensor]
+    densities: dict[str, Distribution] = field(default_factory=dict)
 
     def quantile(self, name: str, probability: float) -> Tensor:
         """[B, n] of the draws of one quantity, linear between them; NaN where a draw is."""

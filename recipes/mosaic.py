@@ -131,7 +131,7 @@ HEADLINE = replace(
         SMOKE.method,
         depth=2,
         weights=(("redshift", 3.0), ("stellar_mass", 3.0)),
-        masking=Masking(questions=QUESTIONS, question_share=0.6, asked=0.25),
+        masking=Masking(questions=QUESTIONS, question_share=0.8, asked=0.1),
     ),
     views=ObjectViews(quantities=tuple(q for q in SMOKE.views.quantities if q.name not in ("halo_mass", "sed"))),
     train=replace(SMOKE.train, steps=900),

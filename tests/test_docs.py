@@ -1,6 +1,9 @@
 """What the documentation points at is there."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,18 @@ def test_the_folders_of_the_readme_are_all_there():
     assert len(named) > 15
     found = [name for name in named if any(ROOT.glob(name)) or any(ROOT.glob(f"engine/data/{name}"))]
     assert found == named
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """Its pages; `make docs` builds the reference of all modules, too."""
+    pytest.importorskip("material")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        env=os.environ | {"ARMILLARY_DOCS": "pages", "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    built = {path.stem for path in (tmp_path / "site").glob("*.html")}
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} | {"index", "contributing", "changelog"} <= built

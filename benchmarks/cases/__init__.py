@@ -43,6 +43,7 @@ _BY_IMPORTANCE = (
         ("tests/kernels/objective/test_prototype_loss.py", "tests/kernels/objective/test_prototype_rows.py"),
     ),
     Operation("tokens.residual_norm", ("tests/kernels/tokens/test_residual_norm.py",)),
+    Operation("tokens.packed_attention", ("tests/kernels/tokens/test_packed_attention.py",)),
     Operation("pixels.decode", ("tests/kernels/pixels/test_decode.py",)),
     Operation("pixels.decode_views", ("tests/kernels/pixels/test_decode_views.py",)),
     Operation("adamw_ema", ("tests/kernels/test_adamw_ema.py",)),

@@ -16,7 +16,9 @@ on two splits, each without neighbours, with them, and with shuffled ones:
     random    a random fifth; galaxies also see labels of neighbours: of training galaxies (leak-free), or of all of them
               (published: one graph over training and test galaxies). The difference of these two is the leak.
 
-Settings were fixed before the runs and not tuned. Intervals as in the task `ablation`. Writes report.html and CSV.
+Settings were fixed before the runs and not tuned. Intervals as in the task `ablation`. Predictions of a run are kept as soon as it is
+trained, and a table's rows go into the CSV as soon as its runs are: the same command goes on where an earlier one was ended. Writes
+report.html at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import append_rows, csv_option
 
+from armillary.engine.atomic_file import atomic_open
 from armillary.engine.config.randomness import seed_everything
 from armillary.engine.data.building.build import build
 from armillary.engine.data.building.sky_graph import build_graph
@@ -133,9 +136,11 @@ VARIANTS = {
 }
 
 
-def surveys(folder: Path, out: Path) -> Iterator[tuple[str, str, Path]]:
-    """Name, split and folder of each survey with its graphs; made where they are not there yet."""
+def surveys(folder: Path, out: Path, wanted: Collection[str]) -> Iterator[tuple[str, str, Path]]:
+    """Name, split and folder of each wanted survey with its graphs; made where they are not there yet."""
     for name, table in (("sdss", sdss), ("gz2", gz2)):
+        if name not in wanted:
+            continue
         path = out / f"{name}.parquet"
         if not path.is_file():
             pq.write_table(table(folder), path)
@@ -154,8 +159,8 @@ def surveys(folder: Path, out: Path) -> Iterator[tuple[str, str, Path]]:
             yield name, split, survey
 
 
-def predictions(folder: Path, label: str, neighbours: Neighbours, steps: int, seed: int) -> Mapping[int, float]:
-    """Predicted label of every test galaxy, by row."""
+def predictions(folder: Path, label: str, neighbours: Neighbours, steps: int, seed: int) -> np.ndarray:
+    """Predicted labels of the test galaxies, in the order of their rows."""
     survey, count = Survey.load(folder), LABELS[label].classes
     views = ObjectViews(neighbours=neighbours, targets=(label,))
     seed_everything(seed)
@@ -174,11 +179,12 @@ def predictions(folder: Path, label: str, neighbours: Neighbours, steps: int, se
             optimizer.step()
             schedule.step()
     method.eval()
-    view, found = views.eval_view(survey, "cpu"), {}
+    view = views.eval_view(survey, "cpu")
+    rows, values = [], []
     for batch in SequentialCatalogLoader(folder, split="test", batch=2048, device="cpu"):
-        values = method.encode(view(batch))["prediction"][:, 0]
-        found |= dict(zip(batch["row"].tolist(), values.tolist(), strict=True))
-    return found
+        rows.append(batch["row"].numpy())
+        values.append(method.encode(view(batch))["prediction"][:, 0].numpy())
+    return np.concatenate(values)[np.concatenate(rows).argsort()]
 
 
 def main() -> None:
@@ -193,18 +199,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, object]] = []
     sections = []
-    for name, split, folder in surveys(args.data, args.out):
+    for name, split, folder in surveys(args.data, args.out, {LABELS[label].survey for label in args.labels}):
         catalogue = pq.read_table(folder / "catalog.parquet")
         test = np.flatnonzero(catalogue["split"].to_numpy(zero_copy_only=False) == "test")
         for label in (x for x in args.labels if LABELS[x].survey == name):
             start, runs = time.process_time(), []
+            kept = args.out / f"{name}-{split}-{label}-{args.steps}-steps"
+            kept.mkdir(exist_ok=True)
             for about, variant in VARIANTS[split].items():
                 for seed in args.seeds:
-                    found = predictions(folder, label, variant.view(label), args.steps, seed)
-                    values = np.array([found[row] for row in test.tolist()])
-                    runs.append(RunResult(f"{about}, seed {seed}", seed, {"neighbours": about}, {label: values}, {}))
+                    file = kept / f"{about}-{seed}.npy"
+                    if not file.is_file():
+                        with atomic_open(file) as opened:
+                            np.save(opened, predictions(folder, label, variant.view(label), args.steps, seed))
+                    runs.append(RunResult(file.stem, seed, {"neighbours": about}, {label: np.load(file)}, {}))
             truth = {label: catalogue[label].to_numpy()[test]}
             outcome = compare(runs, truth, resamples=300)
             if split == "random":
@@ -212,11 +221,14 @@ def main() -> None:
                 print("the leak:", *compare(chosen, truth, resamples=300).lines, flush=True)
             for measure in outcome.measures:
                 print(f"{name} {split:10} {measure.features:42} {measure.target:9} {measure.metric:15} {measure.value:+.4f} ± {measure.error:.4f}  n {measure.samples:,}", flush=True)  # fmt: skip
-                rows.append(
+            if not (written := kept / "in-csv").is_file():
+                append_rows(args.csv, [
                     {"benchmark": "sky_catalogues", "device": "cpu", "survey": name, "split": split, "steps": args.steps,
                      "seeds": len(args.seeds), "variant": measure.features, "label": label, "metric": measure.metric,
                      "value": measure.value, "error": measure.error, "samples": measure.samples}
-                )  # fmt: skip
+                    for measure in outcome.measures
+                ])  # fmt: skip
+                written.touch()
             print(f"{name} {split} {label}: {time.process_time() - start:.0f} CPU s", flush=True)
             title = f"{label} of {name}, split {split}"
             sections += [s.replace("What is each setting worth?", title, 1) for s in outcome.sections]
@@ -224,8 +236,7 @@ def main() -> None:
         "Neighbours on the sky", "Real catalogues; settings as in benchmarks/galaxy_walker/sky_catalogues.py."
     )
     write_page(args.out / "report.html", "Neighbours on the sky", head, sections)
-    append_rows(args.csv, rows)
-    print(f"report: {args.out / 'report.html'}; appended {len(rows)} rows to {args.csv}")
+    print(f"report: {args.out / 'report.html'}; rows are in {args.csv}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from cases import OPERATIONS, load
 from common import append_rows
+from gpu.job import Job, Row
 from gpu.table import read_rows, write_table
-from gpu.work import VARIANTS, Job, Row, work
+from gpu.work import VARIANTS, work
 
 __all__ = ["Run", "order"]
 

@@ -16,14 +16,14 @@ import gc
 import importlib.util
 import math
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 from cases import load
 from cases.case import Case, word
 from gpu.check import Wrong, check, run_once
+from gpu.job import Job, Row
 from gpu.measure import Measurement, device_limits, measure, passes_of
 from gpu.tune import tune_rows
 from step_methods import CROPS, MODELS, DINOv2Subject
@@ -34,9 +34,7 @@ from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.method import InputSpec
 from armillary.models.vit.vit import ViT
 
-__all__ = ["VARIANTS", "Job", "Row", "case_rows", "step_rows", "work"]
-
-Row = dict[str, Any]
+__all__ = ["VARIANTS", "case_rows", "step_rows", "work"]
 
 VARIANTS = ("eager", "triton", "compiled")
 PREDICTED_MS = {"eager": 253.0, "compiled": 227.0}  # of 96 images
@@ -50,32 +48,6 @@ TINY = DINOv2(
     koleo_weight=0.0,
 )
 TINY_INPUTS = InputSpec(channels=3, global_size=8, n_global=2, local_size=4, n_local=1)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A piece of work that fails or succeeds alone.
-
-    Attributes:
-        kind: "limits", "case", "step" or "tune".
-        operation: The operation; "limits" and "step" for these.
-        shape: Of the case, for the row of a job that fails.
-        index: Of the case among the operation's.
-        variant: Of the step.
-        limit_s: Seconds after which it counts as hanging.
-    """
-
-    kind: str
-    operation: str
-    shape: str = ""
-    index: int = 0
-    variant: str = "triton"
-    limit_s: float = 180.0
-
-    def row(self, status: str) -> Row:
-        """The row of this job when it did not get to write its own."""
-        cells = {"kind": self.kind, "operation": self.operation, "shape": self.shape, "variant": self.variant}
-        return {**cells, "status": status}
 
 
 def work(pipe: Connection, jobs: list[Job], device: str, smoke: bool) -> None:
@@ -209,7 +181,7 @@ def configuration(variant: str, smoke: bool) -> DINOv2:
     return replace(config, attention=attention, impl="triton" if variant == "triton" else "reference")
 
 
-def step_rows(variant: str, device: torch.device, smoke: bool) -> list[dict[str, Any]]:
+def step_rows(variant: str, device: torch.device, smoke: bool) -> list[Row]:
     """One row: the largest micro-batch that fits, milliseconds an image of each phase, memory; first loss and gradient.
 
     Args:
@@ -231,7 +203,7 @@ def step_rows(variant: str, device: torch.device, smoke: bool) -> list[dict[str,
     raise AssertionError("unreachable")
 
 
-def _step_row(variant: str, device: torch.device, batch: int, smoke: bool) -> dict[str, Any]:
+def _step_row(variant: str, device: torch.device, batch: int, smoke: bool) -> Row:
     torch.manual_seed(0)
     subject = DINOv2Subject(configuration(variant, smoke), TINY_INPUTS if smoke else CROPS)
     training = Training(subject, "fp32" if smoke else "bf16", device, batch)
@@ -242,7 +214,7 @@ def _step_row(variant: str, device: torch.device, batch: int, smoke: bool) -> di
     first = {"loss": training.loss, "grad_norm": math.hypot(*training.optimizer.norms.values())}
     for i in range(1, 1 if smoke else WARMUP):
         training.step(batches[i % 2])
-    row: dict[str, Any] = {
+    row: Row = {
         "operation": "step",
         "variant": variant,
         "shape": "tiny" if smoke else "ViT-L/12 2x144 + 8x60 V=65536",

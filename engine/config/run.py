@@ -13,6 +13,7 @@ import torch
 
 from armillary.engine.atomic_file import write_json
 from armillary.engine.config.config_json import from_json, to_json
+from armillary.engine.config.evals import KNN
 from armillary.engine.config.schedule import Schedules
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.kernels.launch import Impl
@@ -121,8 +122,8 @@ class Training:
         max_bad_steps: Steps in a row with a non-finite loss or gradient, all skipped, after which the run stops.
         timeout_minutes: How long ranks wait for each other at the start and to write, before the run ends; a link that is cut
             is noticed by nothing else.
-        step_timeout_minutes: The same in steps, after the first one, which compiles; after half of it the ranks that do not
-            come are named.
+        step_timeout_minutes: The same in steps, where it is shorter, after the first one, which compiles; after half of it the
+            ranks that do not come are named.
     """
 
     steps: int
@@ -144,12 +145,15 @@ class Checkpointing:
         every_steps: Steps between checkpoints.
         every_minutes: Additionally after so many minutes; None: by steps only.
         keep: Newest checkpoints that stay.
+        keep_best: Name of one of the run's `evals`, such as "knn/redshift": the checkpoint with its highest score stays as well,
+            and is written when that score is found.
         verify: Before resuming, each rank compares the hash of its own file, not only the sizes of all.
     """
 
     every_steps: int = 1000
     every_minutes: float | None = None
     keep: int = 2
+    keep_best: str | None = None
     verify: bool = True
 
 
@@ -208,6 +212,7 @@ class Run:
         checkpoint: Saving.
         telemetry: Logging.
         profile: Tracing.
+        evals: What the run evaluates of itself while it trains.
         device: "auto" asks for a GPU and does not fall back to the CPU by itself.
         out: Folder of runs; shared by all machines of the run.
         seed: Of initialisation, data order, augmentation and dropout.
@@ -223,6 +228,7 @@ class Run:
     checkpoint: Checkpointing = Checkpointing()
     telemetry: Telemetry = Telemetry()
     profile: Profile = Profile()
+    evals: tuple[KNN, ...] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"
     out: Path = Path("runs")
     seed: int = 0

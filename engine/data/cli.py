@@ -67,7 +67,8 @@ def build(
         samples_per_shard: Samples of a tar.
         split: key, random:SEED, sky or healpix[:NSIDE] (a share of keys, of samples, or of cells of the sky is the test
             split), auto (sky for samples that have a position, key for the others), source (the column split of the
-            labels), or COLUMN:LOW:HIGH (that range is the test split, such as ra:120:150).
+            labels), or COLUMN:LOW:HIGH (that range is the test split, such as ra:120:150). By position, samples of train
+            whose cutouts overlap one of the test split are the split border, which nothing is trained on.
         test_fraction: Share of the test split, where it is one; 0.1 by default.
         validation_fraction: Share of the split `validation`, likewise; none by default.
         seed: Keys the shuffle.
@@ -182,14 +183,15 @@ def kinds() -> int:
 def leaks(
     survey: tyro.conf.Positional[Path],
     *,
-    radius_arcsec: float = 2.0,
+    radius_arcsec: float | None = None,
     identifiers: tuple[str, ...] = (),
 ) -> int:
     """Look for objects that are in two splits, or have a near neighbour in another. The exit status is 1 if there are any.
 
     Args:
         survey: Folder of the survey.
-        radius_arcsec: Samples closer than this count as one object.
+        radius_arcsec: Samples closer than this are named; by default those within 2 arcsec, which are taken for one object, and
+            those whose cutouts may overlap (within the cutout's diagonal).
         identifiers: Labels whose values name objects.
     """
     from armillary.engine.data.inspect.leakage import find_leaks
@@ -198,7 +200,8 @@ def leaks(
     for leak in found:
         print(leak)
     if not found:
-        print(f"{survey}: the splits share nothing within {radius_arcsec:g} arcsec")
+        within = "2 arcsec, nor within the size of a cutout" if radius_arcsec is None else f"{radius_arcsec:g} arcsec"
+        print(f"{survey}: the splits share nothing within {within}")
     return 1 if found else 0
 
 

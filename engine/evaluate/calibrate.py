@@ -17,6 +17,8 @@ from armillary.engine.atomic_file import write_json
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.embedding.embed import first_samples, open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder
+from armillary.engine.evaluate.queries.question import default_queries
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.weights.trained_encoder import CALIBRATION, TrainedEncoder
 from armillary.models.masked.recalibration import recalibration
 
@@ -56,29 +58,35 @@ def calibrate(
             f"split: must be one of {survey.name} ({', '.join(splits)}) that {source.run.name} was not trained on, got "
             f"{split!r}; `armillary data build --validation-fraction 0.1` makes a validation split"
         )
-    questions = questions or getattr(getattr(source.run.method, "masking", None), "questions", ())
+    if not questions:
+        trained = getattr(getattr(source.run.method, "masking", None), "questions", ())
+        judged = [q.given for q in default_queries(asked, {q.name for q in asked.want})]
+        questions = tuple(dict.fromkeys([*trained, *judged]))
     if not questions:
         raise ValueError("given: must name what questions give, as the run's masks follow none")
     encoder = Encoder.load(source, survey, torch.device("cpu"))
     assert survey.folder is not None
     opened = open_batches(survey.folder, split, encoder.view, BATCH, torch.device("cpu"))
     batches = [encoder.view(batch) for batch in first_samples(opened, samples)]
-    found: list[dict[str, Any]] = []
-    said = []
-    for given in questions:
-        corrections = {}
-        for name in want or [q.name for q in asked.want if q.name not in given]:
-            pit = torch.cat([encoder.method.answer_pit(batch, given, name) for batch in batches])
-            known = ~pit.isnan()
-            # What is given of the quantity itself, or hardly ever known, stays as it is.
-            enough = known.sum(0) >= 2 * steps
-            corrected = torch.linspace(0, 1, steps + 1).repeat(pit.shape[1], 1)
-            if bool(enough.any()):
-                corrected[enough] = recalibration(pit[:, enough], steps).float()
-                corrections[name] = corrected.tolist()
-                inside = ((pit > 0.16) & (pit < 0.84))[known].float().mean()
-                said.append(f"{name} given {', '.join(given)}: 68 % intervals held {inside:.2f} of {len(pit)} samples")
-        found.append({"given": list(given), "corrections": corrections})
-    record = {"step": source.record["step"], "survey": survey.name, "split": split, "questions": found}
-    write_json(run / CALIBRATION, record)
+    with exclusive_file(run / CALIBRATION):
+        found: list[dict[str, Any]] = []
+        said = []
+        for given in questions:
+            corrections = {}
+            for name in want or [q.name for q in asked.want if q.name not in given]:
+                pit = torch.cat([encoder.method.answer_pit(batch, given, name) for batch in batches])
+                known = ~pit.isnan()
+                # What is given of the quantity itself, or hardly ever known, stays as it is.
+                enough = known.sum(0) >= 2 * steps
+                corrected = torch.linspace(0, 1, steps + 1).repeat(pit.shape[1], 1)
+                if bool(enough.any()):
+                    corrected[enough] = recalibration(pit[:, enough], steps).float()
+                    corrections[name] = corrected.tolist()
+                    inside = ((pit > 0.16) & (pit < 0.84))[known].float().mean()
+                    said.append(
+                        f"{name} given {', '.join(given)}: 68 % intervals held {inside:.2f} of {len(pit)} samples"
+                    )
+            found.append({"given": list(given), "corrections": corrections})
+        record = {"step": source.record["step"], "survey": survey.name, "split": split, "questions": found}
+        write_json(run / CALIBRATION, record)
     return [*said, f"corrections are in {run / CALIBRATION}"]

@@ -1,4 +1,4 @@
-"""Commands `armillary embed`, `armillary evaluate`, `armillary calibrate` and `armillary report`.
+"""Commands `armillary evaluate`, `armillary calibrate` and `armillary report`.
 
 The top-level command (`armillary.engine.cli`) makes options of their arguments, takes their exit status and turns the
 errors that bad input raises (ValueError, OSError) into a message and exit status 2.
@@ -14,6 +14,7 @@ import tyro
 
 from armillary.engine.atomic_file import require_writable
 from armillary.engine.evaluate.study.options import Options
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.user_code import Packages, trust
 
 if TYPE_CHECKING:
@@ -21,76 +22,11 @@ if TYPE_CHECKING:
 
     from armillary.engine.evaluate.study.study import Outcome
 
-__all__ = ["calibrate", "embed", "evaluate", "report"]
+__all__ = ["DeviceName", "calibrate", "choose_device", "evaluate", "report"]
 
 DEFAULTS = Options()
 REPORTED = ("baselines", "collapse", "pictures")
 DeviceName = Literal["auto", "cuda", "cpu"]
-OutFile = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-
-
-def embed(
-    run: tyro.conf.Positional[Path],
-    out: OutFile,
-    *,
-    data: Path | None = None,
-    split: tuple[str, ...] = (),
-    untrained: bool = False,
-    readout: str | None = None,
-    batch: int = 256,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    device: DeviceName = "auto",
-    package: Packages = (),
-) -> int:
-    """Embed a survey with a trained run and write a Parquet file (key, split, vector).
-
-    Args:
-        run: Folder of the run, an encoder exported from one, or a published file of DINOv2, SpecFormer or AstroCLIP, which
-            needs --data.
-        out: The Parquet file to write.
-        data: Folder of the survey; by default the one that the run was trained on.
-        split: Splits to embed; all by default.
-        untrained: Use the untrained twin: the same configuration, freshly initialised with the run's seed.
-        readout: Which of the method's embeddings; its default otherwise.
-        batch: Samples at a time.
-        precision: bf16 runs the encoder under autocast, on a GPU some ten times faster; embeddings differ by some 1e-2.
-        device: Where to run; auto takes a GPU where there is one.
-        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
-    """
-    import torch
-
-    from armillary.engine.data.format.survey import Survey
-    from armillary.engine.evaluate.baselines.judge import TRAINED, UNTRAINED
-    from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
-    from armillary.engine.evaluate.embedding.embeddings import stack_splits
-    from armillary.engine.evaluate.embedding.encoder import Encoder
-    from armillary.engine.evaluate.embedding.published import PublishedEncoder
-    from armillary.engine.weights.trained_encoder import TrainedEncoder
-
-    trust(*package)
-    require_writable(out)
-    source = TrainedEncoder.open(run)
-    if source.is_published and data is None:
-        raise ValueError(f"data: must name the survey to embed, because {run} comes without one; give --data")
-    data = data or source.run.data.path
-    survey, where = Survey.load(data), choose_device(device)
-    if source.is_published:
-        source = PublishedEncoder(source, survey)
-    have = tuple(dict.fromkeys(s.split for s in survey.shards))
-    for name in split:
-        if name not in have:
-            raise ValueError(f"split: no samples in {name!r}; the survey has {', '.join(have)}")
-    encoder = Encoder.load(source, survey, where, trained=not untrained)
-    pipeline, parts = encoder.pipeline(readout), {}
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for name in split or have:
-        batches = open_batches(data, name, pipeline.view, batch, where)
-        parts[name] = next(iter(embed_readouts(pipeline, batches, precision=dtype).values()))
-    about = {"features": UNTRAINED if untrained else TRAINED, **encoder.metadata, "readout": readout or "default"}
-    embeddings = stack_splits(data, parts, about)
-    embeddings.save(out)
-    print(f"{out}: {len(embeddings):,} embeddings of {embeddings.vector.shape[1]} dimensions")
-    return 0
 
 
 def evaluate(
@@ -149,7 +85,7 @@ def report(
     Args:
         run: Folder of the run.
         data: Folder of the survey; by default the one that the run was trained on.
-        embeddings: Parquet files of `armillary embed` or `evaluate`, the trained encoder's first.
+        embeddings: Files or folders of `armillary embed` or `evaluate`, the trained encoder's first.
         out: The page to write.
         options: Tasks (by default baselines, collapse and pictures), labels, splits, limits.
         package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
@@ -181,7 +117,8 @@ def report(
         log=log,
     )
     reasons = dict.fromkeys(options.tasks or REPORTED, "")
-    return _tell(report_study(study, reasons, options, out, {log.name: log}), out)
+    with exclusive_file(out):
+        return _tell(report_study(study, reasons, options, out, {log.name: log}), out)
 
 
 def calibrate(
@@ -202,7 +139,7 @@ def calibrate(
         data: Survey; the run's own where absent.
         split: Its split; neither that of the training nor the one that answers will be judged on.
         given: What a question gives, comma-separated, such as photometry_lsst,sfh[0:18]; repeatable. By default the questions
-            that the run's masks follow.
+            that the run's masks follow, and those that the task `queries` asks of any run.
         want: Quantities to correct; all that are not given as a whole where none is named.
         samples: Samples to use, at most.
         steps: Steps of a correction; each needs two samples or more.

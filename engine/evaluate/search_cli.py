@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.user_code import Packages, trust
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ def search(
     """Find the objects most similar to one: of the survey, of another modality, or in a file.
 
     Args:
-        embeddings: File of `armillary embed`, or the folder of an index that --save-index wrote.
+        embeddings: File or folder of `armillary embed`, or the folder of an index that --save-index wrote.
         query: Key of an object, or a file with one: a FITS cutout, a picture, a spectrum.
         k: Answers.
-        query_embeddings: Look the key up in this file instead: another modality of the same aligned encoder.
+        query_embeddings: Look the key up in this file or folder instead: another modality of the same aligned encoder.
         run: The run that made the embeddings, to embed a query that is a file.
         readout: Which of the run's embeddings to make of the file; by default the one that fits.
         kind: What a query that is a file holds, of those of `armillary data kinds`; by default seen from its name. module:class,
@@ -71,7 +72,8 @@ def search(
     for_files = run is not None or readout is not None or kind != "auto" or bool(option)
     _check(query, from_file, for_files, embeddings, query_embeddings, run, data, out, save_index)
     survey = None if data is None else Survey.load(data)
-    found = Index.load(embeddings) if embeddings.is_dir() else _build(embeddings, index, save_index)
+    indexed = _is_index(embeddings)
+    found = Index.load(embeddings) if indexed else _build(embeddings, index, save_index)
     if from_file:
         assert run is not None
         one = query_from_file(
@@ -81,7 +83,7 @@ def search(
         one = query_by_key(found, query, (query_embeddings,))
     else:
         # Codes do not give vectors back, but the file that was indexed has them.
-        codes = not found.has_vectors and embeddings.is_file()
+        codes = not found.has_vectors and not indexed
         one = query_by_key(found, query, (embeddings,) if codes else ())
     answers = found.search(one.vector, k, leave_out=None if one.own is None else np.array([one.own]))
     rows = None if data is None else catalogue_rows(data, [one.name, *answers.key[0]])
@@ -111,13 +113,20 @@ def _check(
         raise ValueError(f"query_embeddings: are for a query by key, but {query} is a file")
     if not from_file and for_files:
         raise ValueError(f"query: there is no file {query!r}, and a key takes no --run, --readout, --kind or --option")
-    if save_index is not None and (embeddings.is_dir() or save_index.exists()):
-        problem = f"{embeddings} is an index already" if embeddings.is_dir() else f"{save_index} exists already"
+    if save_index is not None and (_is_index(embeddings) or save_index.exists()):
+        problem = f"{embeddings} is an index already" if _is_index(embeddings) else f"{save_index} exists already"
         raise ValueError(f"save_index: {problem}")
     if out is not None and out.suffix not in (".parquet", ".html"):
         raise ValueError(f"out: must end in .parquet or .html, got {out}")
     if out is not None and out.suffix == ".html" and data is None:
         raise ValueError("out: a page shows pictures; give the survey with --data")
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a folder is an index, and no embeddings in parts."""
+    from armillary.engine.data.format.embedding_files import FILL, RECORD
+
+    return path.is_dir() and not (path / RECORD).is_file() and not (path / FILL).is_dir()
 
 
 def _build(path: Path, kind: Literal["exact", "ivfpq", "auto"], folder: Path | None) -> Index:
@@ -126,10 +135,11 @@ def _build(path: Path, kind: Literal["exact", "ivfpq", "auto"], folder: Path | N
     if folder is None:
         return Index.read_files([path], kind=kind)
     kept = folder.with_name(f".{folder.name}.vectors.npy")
-    try:
-        built = Index.read_files([path], kind=kind, keep=kept)
-        built.save(folder)
-    finally:
-        kept.unlink(missing_ok=True)
+    with exclusive_file(folder):
+        try:
+            built = Index.read_files([path], kind=kind, keep=kept)
+            built.save(folder)
+        finally:
+            kept.unlink(missing_ok=True)
     print(f"{folder}: index of {len(built):,} vectors, {built.plan.kind}")
     return Index.load(folder)

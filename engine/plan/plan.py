@@ -198,7 +198,7 @@ def plan_of(run: Run, gpu: str, world: int) -> Plan:
     images = run.train.steps * run.train.global_batch
     notes = list(inputs.assumed)
     limit = round((1 - RESERVE) * card.memory_gib * GIB)
-    step = DryStep(run, inputs, card)
+    step = _counted(run, inputs, card, notes)
     sizes = Sizes.of(step.method)
     if run.train.micro_batch == "auto":
         batch = largest_micro_batch(run, step, world, limit)
@@ -208,13 +208,39 @@ def plan_of(run: Run, gpu: str, world: int) -> Plan:
     variants, dry = [], step
     for name, other in _variants(run):
         if other.method != dry.run.method:
-            dry = DryStep(other, inputs, card)
+            dry = DryStep(other, inputs, step.gpu)
         need = _need(other, dry, sizes, world)
         variants.append(Variant(name, need.memory(run.micro_batch, limit), need.largest(limit)))
     return Plan(
         run, tuple(notes), card, world, inputs, sizes, step.count(run.micro_batch), step.method.flops_per_sample(),
         tuple(variants), images, (network(card), network(card, "one")),
     )  # fmt: skip
+
+
+def _counted(run: Run, inputs: Inputs, card: Gpu, notes: list[str]) -> DryStep:
+    """The step on tensors that pass for the GPU's; on the CPU where the method asks its device for numbers.
+
+    Raises:
+        ValueError: It cannot be run there either.
+    """
+    samples = 4 if run.train.micro_batch == "auto" else max(1, run.micro_batch // 2)
+    try:
+        step = DryStep(run, inputs, card)
+        step.count(samples)
+        return step
+    except NotImplementedError:  # a meta tensor has no numbers
+        notes.append(
+            "the method asks its device for numbers: its step was counted on this CPU, by the plain code path, which keeps more"
+        )
+    try:
+        step = DryStep(run, inputs, None)
+        step.count(samples)
+        return step
+    except NotImplementedError as error:
+        raise ValueError(
+            f"method: {type(run.method).__name__} cannot be planned: it asks its device for numbers, and its frozen weights are not "
+            "here"
+        ) from error
 
 
 def largest_micro_batch(run: Run, step: DryStep, world: int, limit: int) -> int:

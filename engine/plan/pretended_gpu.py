@@ -8,6 +8,7 @@ of ragged sequences, which float32 attention asks for, are taken as equal; and w
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,6 +30,11 @@ from armillary.kernels.tokens import attention
 from armillary.kernels.tokens.attention import PackedSequences
 
 __all__ = ["pretended_gpu"]
+
+ATTENTION = {
+    "packed_attention_fwd_kernel": (2, 4), "whole_bwd_kernel": (5, 7), "queries_bwd_kernel": (3, 6), "keys_bwd_kernel": (4, 7),
+}  # fmt: skip
+"""Products that a Triton kernel of attention makes of a block of rows with all others, and blocks it reads and writes."""
 
 
 @contextmanager
@@ -119,9 +125,11 @@ def _noted(counting: Counting) -> Any:
         tensors = [x for x in given.values() if isinstance(x, Tensor)]
         if strange := [x.device for x in tensors if x.device.type != "meta"]:
             raise ValueError(f"{self.fn.__name__}: was given a tensor on {strange[0]} beside those of the GPU")
-        kind = _kind(self)
-        flops = _product_flops(given) if kind == "fused product" else 0
-        counting.add(f"triton {self.fn.__name__}", kind, tensors, flops)
+        name, kind = self.fn.__name__, _kind(self)
+        flops, size = _product_flops(given) if kind == "fused product" else 0, None
+        if name in ATTENTION:
+            flops, size = _attention_work(name, given, math.prod(grid))
+        counting.add(f"triton {name}", kind, tensors, flops, size)
 
     return run
 
@@ -135,6 +143,15 @@ def _kind(kernel: Any) -> Kind:
     called = [kernel.fn.__globals__.get(name) for name in re.findall(r"\b(\w+)\(", source)]
     inner = [x for x in called if isinstance(x, JITFunction | InterpretedFunction) and x is not kernel]
     return "fused product" if "tl.dot" in source or any(_kind(x) != "bytes" for x in inner) else "bytes"
+
+
+def _attention_work(name: str, given: Mapping[str, Any], programs: int) -> tuple[int, int]:
+    """FLOPs and bytes of a kernel over blocks of rows of one head, padding included: it is given all, and takes some."""
+    products, rows = ATTENTION[name]
+    block = given["BLOCK"] * given["DIM"] * programs
+    return 2 * products * block * given["BLOCK"] * given.get("blocks", 1), rows * block * given[
+        "qkv_ptr"
+    ].element_size()
 
 
 def _product_flops(given: Mapping[str, Any]) -> int:

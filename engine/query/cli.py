@@ -28,6 +28,7 @@ def query(
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     draws: int = 200,
     keep_draws: bool = False,
+    qp: Path | None = None,
     column: Pairs = (),
     unit: Pairs = (),
     missing: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = (),
@@ -52,6 +53,7 @@ def query(
         out: File to write; by default the table's name with -answers.parquet, in the working folder.
         draws: Draws from the joint distribution that quantiles are taken from.
         keep_draws: Write the draws as well.
+        qp: Folder for the distributions of wanted scalars, such as p(z), as HDF5 files that the qp library reads.
         column: NAME=COLUMN, or NAME=COLUMN,COLUMN,... for a vector: columns that are not called as the quantity; NAME_err=
             for its errors (by default COLUMN_err). Repeatable.
         unit: COLUMN=UNIT where the file states none or a wrong one, such as mag_g=mag(AB). Repeatable.
@@ -82,6 +84,7 @@ def query(
         want=_names(want),
         draws=draws,
         keep_draws=keep_draws,
+        qp=qp,
         columns={name: _names(text) for name, text in _pairs("column", column).items()},
         units=_pairs("unit", unit),
         missing=missing or None,
@@ -99,6 +102,8 @@ def query(
     if done.answered < done.rows:
         print(f"{done.rows - done.answered:,} rows have nothing known of what is given: their answers are NaN")
     print(f"{done.path}: answers for {done.answered:,} of {done.rows:,} rows")
+    if qp is not None:
+        print(f"{qp}: distributions, for qp.read")
     return 0
 
 

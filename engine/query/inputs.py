@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from armillary.engine.data.format.catalog import catalog_file
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.tables.catalogue import Catalogue
 from armillary.engine.data.views.quantities import QuantityReader
@@ -201,7 +202,7 @@ class SurveyInputs:
         image = view.image if "image" in given else None
         self._view = replace(view, image=image, spectrum="spectrum" in given, quantities=quantities)
         self._folder, self._splits, self._device = folder, tuple(splits) or have, device
-        self._catalogue = Catalogue(folder / "catalog.parquet")
+        self._catalogue = Catalogue(catalog_file(survey))
         self._given, self._quantities = tuple(given), source.inputs.quantities
         self.identifiers = {"row": pa.int64(), "key": pa.string(), "split": pa.string()}
         self.notes: list[str] = []

@@ -21,15 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armillary.engine.atomic_file import atomic_path
+from armillary.engine.atomic_file import atomic_path, require_writable
 from armillary.engine.data.sources.tables.catalogue import Catalogue
+from armillary.engine.evaluate.posterior.qp_files import DensityRows
+from armillary.engine.exclusive import exclusive_file
 from armillary.engine.query.answers_file import QUANTILES, AnswersFile
 from armillary.engine.query.column_map import some
 from armillary.engine.query.inputs import Inputs, Part, SurveyInputs, TableInputs, known, part_of
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.kernels.pixels.philox import check_seed
 from armillary.models.method import Batch, Method
-from armillary.models.quantities import Answer, Quantity, Questions
+from armillary.models.quantities import Answer, Distribution, Quantity, Questions
 
 __all__ = ["Queried", "describe_questions", "open_questions", "query"]
 
@@ -89,6 +91,7 @@ def query(
     want: Sequence[str],
     draws: int = 200,
     keep_draws: bool = False,
+    qp: Path | str | None = None,
     columns: Mapping[str, Sequence[str]] | None = None,
     units: Mapping[str, str] | None = None,
     missing: Sequence[float] | None = None,
@@ -110,6 +113,8 @@ def query(
         want: Quantities.
         draws: Draws S that quantiles are taken from.
         keep_draws: Write the draws as well.
+        qp: Folder for the distributions of wanted scalars, NAME.hdf5 each, that the qp library reads: a row for each row with
+            an answer, with its number and identifiers.
         columns: Columns of a table by name of a quantity, where they are called otherwise; of its errors under NAME_err, of
             its axis under NAME_axis.
         units: Units by column, where the file has none or a wrong one.
@@ -137,6 +142,7 @@ def query(
     paths = [Path(table)] if isinstance(table, str | Path) else [Path(p) for p in table]
     if out.resolve() in [p.resolve() for p in paths]:
         raise ValueError(f"out: {out} is the table itself; give another name")
+    require_writable(out)
     if len(paths) == 1 and (paths[0] / "survey.json").is_file():
         for field, value in (("column", columns), ("unit", units), ("missing", missing), ("key", keys), ("hdu", hdu)):
             if value:
@@ -162,6 +168,10 @@ def query(
             f"given: nothing is known of {' and '.join(absent)} in any row of {some([str(p) for p in paths], 3)}; "
             "leave it out, or name other columns"
         )
+    densities = {q.name: DensityRows(q) for q in wanted if q.size == 1 and qp is not None}
+    if qp is not None and not densities:
+        raise ValueError(f"qp: holds distributions of numbers, but {', '.join(q.name for q in wanted)} are vectors")
+    answered_rows: list[dict[str, np.ndarray]] = []
     method = source.method.to(device)
     rows = max(1, min(batch, MOST_NUMBERS // (draws * max(q.size for q in wanted))))
     about = {
@@ -172,8 +182,8 @@ def query(
         "table": [str(p) for p in paths],
     }
     total = answered = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
     with (
+        exclusive_file(out),
         atomic_path(out) as temporary,
         AnswersFile(temporary, inputs.identifiers, given, wanted, draws * keep_draws, about) as file,
     ):
@@ -184,9 +194,16 @@ def query(
             quantiles = {n: {q.name: answer.quantile(q.name, p).numpy() for q in wanted} for n, p in QUANTILES.items()}
             median, drawn = ({n: x.numpy() for n, x in kind.items()} for kind in (answer.median, answer.draws))
             file.write(part.identifiers, there, median, quantiles, drawn)
+            if densities and any_known.any():
+                for name, held in densities.items():
+                    held.add(_density(method, answer, name))
+                named = {n: np.array(x.to_pylist())[any_known] for n, x in part.identifiers.items()}
+                answered_rows.append(named)
             total += len(part.batch["row"])
             answered += int(any_known.sum())
         refused = {name: count for name, count in inputs.refused.items() if count}
+        for name, held in densities.items():
+            held.write(Path(qp or "") / f"{name}.hdf5", _stacked(answered_rows))
         file.finish({"rows": total, "answered": answered, "refused": refused})
     return Queried(out, total, answered, refused, tuple(inputs.notes))
 
@@ -255,4 +272,15 @@ def _answer(
                     f"{type(method).__name__}.answer: {q.name!r} is not finite for all rows with known inputs"
                 )
             found[q.name][at], median[q.name][at] = drawn, middle
+        return Answer(found, median, answer.densities)
     return Answer(found, median)
+
+
+def _density(method: Method, answer: Answer, name: str) -> Distribution:
+    if name not in answer.densities:
+        raise ValueError(f"qp: {type(method).__name__} says no distribution of {name} but draws; leave it out")
+    return answer.densities[name]
+
+
+def _stacked(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -126,7 +126,7 @@ class TokenCache:
             record = json.loads((folder / "tokens.json").read_text())
             self.layout, self.made_of = TokenLayout.from_json(record), record["made_of"]
             wanted, complete = record["crc"], record["complete"] and record["format"] == FORMAT
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TokenCacheError(
                 f"data.token_cache: must be a complete token cache, got {folder} ({error})"
             ) from error

@@ -3,27 +3,27 @@
 FOLDER/.fill/
   plan.json              what will be in the folder
   chunk-000000 ...       CRC-32s of a finished chunk's rows
-  lock                   held by the run that fills
 
+The run that fills owns the folder (see `engine.exclusive`).
 A chunk's numbers reach the disk before its file of CRCs gets its name, so a fill that is killed at any moment goes on with
 the chunks that have none.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from armillary.engine.atomic_file import atomic_open, write_bytes, write_json
+from armillary.engine.exclusive import LOCK, InUse, exclusive
 from armillary.engine.token_cache.cache import DTYPES, FORMAT, TokenCacheError, TokenLayout, refuse_difference
 
 __all__ = ["CHUNK_BYTES", "TokenCacheFill"]
@@ -49,13 +49,13 @@ class TokenCacheFill:
 
     @contextmanager
     def prepared(self, usage: Callable[[Path], Any] = shutil.disk_usage) -> Iterator[None]:
-        """Make the folder or continue it, and hold its lock.
+        """Make the folder or continue it, and own it.
 
         Args:
             usage: `shutil.disk_usage`.
 
         Raises:
-            TokenCacheError: The folder holds something else, another run fills it, or the disk is too full.
+            TokenCacheError: The folder holds something else, another run fills it (and is named), or the disk is too full.
         """
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -63,13 +63,11 @@ class TokenCacheFill:
             raise TokenCacheError(
                 f"data.token_cache: must be a folder that can be written to, got {self.folder} ({error})"
             ) from error
-        with open(self.work / "lock", "w") as lock:
+        with ExitStack() as owned:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise TokenCacheError(
-                    f"data.token_cache: {self.folder} is being filled by another run; wait for it"
-                ) from error
+                owned.enter_context(exclusive(self.folder))
+            except InUse as error:
+                raise TokenCacheError(f"data.token_cache: {error}") from error
             try:
                 self._continue_or_begin(usage)
                 yield
@@ -82,8 +80,14 @@ class TokenCacheFill:
         mine = {"format": FORMAT, **self.layout.to_json(), "chunk": self.chunk, **self.made_of}
         mine = json.loads(json.dumps(mine))
         if plan.exists():
-            refuse_difference(self.folder, json.loads(plan.read_text()), mine)
-        elif strangers := [p.name for p in self.folder.iterdir() if p != self.work]:
+            try:
+                theirs = json.loads(plan.read_text())
+            except ValueError as error:
+                raise TokenCacheError(
+                    f"data.token_cache: {plan} is damaged ({error}); delete {self.folder} to fill it anew"
+                ) from error
+            refuse_difference(self.folder, theirs, mine)
+        elif strangers := [p.name for p in self.folder.iterdir() if p != self.work and p.name != LOCK]:
             raise TokenCacheError(
                 f"data.token_cache: must be an empty folder or a token cache, got {self.folder} with {strangers[0]}"
             )

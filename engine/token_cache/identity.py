@@ -97,11 +97,17 @@ def compare_probe(folder: Path, probe: dict[str, Tensor], precision: str) -> Non
     Raises:
         TokenCacheError: They differ by more than rounding.
     """
-    before = load_file(folder / "probe.safetensors")
+    try:
+        before = load_file(folder / "probe.safetensors")
+        before = {name: before[name] for name in probe}
+    except Exception as error:  # safetensors has an exception of its own for damaged files
+        raise TokenCacheError(
+            f"data.token_cache: {folder / 'probe.safetensors'} is damaged ({error}); delete {folder} to fill it anew"
+        ) from error
     for name, now in probe.items():
-        error = float((now - before[name]).norm() / before[name].norm().clamp(min=1e-30))
-        if not error <= TOLERANCE[precision]:
+        difference = float((now - before[name]).norm() / before[name].norm().clamp(min=1e-30))
+        if not difference <= TOLERANCE[precision]:
             raise TokenCacheError(
-                f"data.token_cache: {folder} was filled by an encoder that gives other {name} (relative difference {error:.2g} "
+                f"data.token_cache: {folder} was filled by an encoder that gives other {name} (relative difference {difference:.2g} "
                 "on made-up samples, from a setting that the weights do not show); choose another folder"
             )

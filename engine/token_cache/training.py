@@ -31,7 +31,7 @@ from armillary.engine.token_cache.fill import TokenCacheFill
 from armillary.engine.token_cache.identity import compare_probe, made_of, probe_tokens
 from armillary.models.method import Batch, Method
 
-__all__ = ["Interrupted", "TokenCacheError", "cached_tokens", "fill_token_cache"]
+__all__ = ["Interrupted", "TokenCacheError", "cached_tokens", "evaluating", "fill_token_cache"]
 
 SAY_EVERY_S = 30.0
 
@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def _evaluating(method: Method) -> Iterator[None]:
+def evaluating(method: Method) -> Iterator[None]:
     """Eval mode inside; then every module is in the mode that it was in."""
     modes = [(module, module.training) for module in method.modules()]
     method.eval()
@@ -100,7 +100,7 @@ def fill_token_cache(
     assert run.data.token_cache is not None
     folder = run.data.token_cache
     plan = EpochOrder.of(survey, run.data.split, shuffle=False)
-    with _evaluating(method):
+    with evaluating(method):
         inputs = run.views.input_spec(survey)
         probe: dict[str, Tensor] = {}
         _together(lambda: probe.update(probe_tokens(method, inputs, device)))

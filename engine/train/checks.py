@@ -16,6 +16,7 @@ from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.plan.memory import Sizes
 from armillary.engine.token_cache.identity import encoder_prefixes
+from armillary.engine.train.evals import eval_problems, readout_problems
 from armillary.engine.zero.optim import build_groups
 from armillary.kernels.launch import overrides
 from armillary.models.method import Method
@@ -57,7 +58,10 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
             return [*found, f"views: must be an object with a method `{name}`, got {type(run.views).__name__}"]
     views = _in_section("views", run.views.problems(survey))
     method = [] if views else _in_section("method", run.method.problems(run.views.input_spec(survey)))
-    return found + views + method
+    evals = eval_problems(run, survey)
+    for split in sorted({knn.split for knn in run.evals}):
+        evals += _shards(survey, split)
+    return found + views + method + evals
 
 
 def _shards(survey: Survey, split: str) -> list[str]:
@@ -105,7 +109,7 @@ def _numbers(run: Run, world: int) -> list[str]:
 
     rule("name", run.name, re.fullmatch(r"[\w.+-]+", run.name) is not None and run.name.strip(".") != "",
          "of letters, digits and _ . + - only, because it names a folder")  # fmt: skip
-    at_least("seed", run.seed, 0)
+    rule("seed", run.seed, 0 <= run.seed < 2**64, "in 0 .. 2^64 - 1")
     at_least("data.threads", run.data.threads, 1)
     at_least("data.prefetch", run.data.prefetch, 1)
     above_zero("optim.lr", run.optim.lr)
@@ -234,7 +238,7 @@ def method_problems(run: Run, method: Method) -> list[str]:
         for name, p in method.named_parameters()
         if p.ndim == 0
     ]
-    found += _frozen(run, method)
+    found += _frozen(run, method) + readout_problems(run, method)
     try:
         build_groups(method)
     except ValueError as error:
@@ -252,8 +256,9 @@ def space_problems(run: Run, method: Method, usage: Callable[[Path], object] = s
     """
     size = Sizes.of(method).checkpoint
     folder = run.folder.absolute()
+    kept = run.checkpoint.keep + (run.checkpoint.keep_best is not None)
     there = len(list((folder / "checkpoints").glob("step-*")))
-    needed = size * max(1, run.checkpoint.keep + 1 - there)
+    needed = size * max(1, kept + 1 - there)
     free = int(usage(next(p for p in [folder, *folder.parents] if p.exists())).free)  # type: ignore[attr-defined]
     if free >= needed:
         return []

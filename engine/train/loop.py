@@ -7,16 +7,18 @@ acts, or leaves everything as it was where a number is not finite; the teacher f
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from armillary.engine.config.run import Run
+from armillary.engine.train.evals import Evals
 from armillary.engine.train.profile import StepProfile
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.train.watch import Watch
@@ -58,15 +60,17 @@ class BatchSource(Protocol):
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT instead of dying of them; a SIGINT after either interrupts at once.
+    """Remembers SIGTERM, SIGINT and SIGHUP instead of dying of them; a SIGINT after any interrupts at once.
 
-    Python hears signals in its main thread only; a training in another thread leaves them to that one.
+    SIGHUP comes when a terminal is closed; under nohup, which ignores it, it stays ignored. Python hears signals in its main thread only; a training in another thread leaves them to that one.
     """
 
     def __init__(self) -> None:
         self.asked = False
         hears = threading.current_thread() is threading.main_thread()
-        self._kept = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT) if hears}
+        signals = [signal.SIGTERM, signal.SIGINT]
+        signals += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+        self._kept = {s: signal.signal(s, self._note) for s in signals if hears}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
@@ -108,11 +112,16 @@ class Loop:
         known: dict[str, Any],
         stop: StopRequest,
         saved: Path | None,
+        evals: Evals,
     ):
         self.run, self.sharded, self.loader, self.meter = run, sharded, loader, meter
-        self.progress, self.known, self.stop = progress, known, stop
+        self.progress, self.known, self.stop, self.evals = progress, known, stop, evals
+        self.best: checkpoint.Best | None = None
+        if run.checkpoint.keep_best is not None:
+            self.best = checkpoint.agreed_best(run.folder / "checkpoints", run.checkpoint.keep_best, progress.step)
         self.saved_step = progress.step if saved is not None else -1
         self.saved_at = time.monotonic()
+        self.results: dict[str, float] = {}
 
     def go(self) -> None:
         """Run the steps that are left."""
@@ -133,6 +142,7 @@ class Loop:
 
     def _steps(self, watch: Watch, trace: StepProfile) -> None:
         train = self.run.train
+        in_steps = min(train.step_timeout_minutes, train.timeout_minutes)
         batches, first = iter(self.loader), True
         while self.progress.step < train.steps:
             trace.before(self.progress.step)
@@ -143,13 +153,14 @@ class Loop:
             if first:  # the first step builds caches and compiles
                 self.meter.restart_clock(self.loader.wait_seconds)
                 first = False
-                self._wait_at_most(train.step_timeout_minutes, watch)
+                self._wait_at_most(in_steps, watch)
             stopping, due = status.flags
             self._judge(status)
-            if stopping or due or self.progress.step % self.run.checkpoint.every_steps == 0:
+            better = self._note_best()
+            if better or stopping or due or self.progress.step % self.run.checkpoint.every_steps == 0:
                 self._wait_at_most(train.timeout_minutes, watch, "the checkpoint")
                 self.save()
-                self._wait_at_most(train.step_timeout_minutes, watch)
+                self._wait_at_most(in_steps, watch)
             if stopping:
                 self.meter.say(f"stopped by a signal at step {self.progress.step}; the same command continues")
                 raise Stopped
@@ -184,14 +195,29 @@ class Loop:
         progress.step += 1
         progress.skipped += not status.finite
         progress.bad_in_a_row = 0 if status.finite else progress.bad_in_a_row + 1
+        self.results = self.evals.results(progress.step)
+        self.meter.pause(self.results.get("eval/seconds", 0.0))
         norms = {f"grad_norm/{name}": norm for name, norm in status.norms.items()}
-        self.meter.end_step(progress.step, {**norms, **scalars, "skipped": progress.skipped}, self.loader.wait_seconds)
+        self.meter.end_step(
+            progress.step, {**norms, **scalars, "skipped": progress.skipped, **self.results}, self.loader.wait_seconds
+        )
         return status
 
     def _due(self) -> bool:
         """Rank 0's clock says when a checkpoint by time is due."""
         minutes = self.run.checkpoint.every_minutes
         return minutes is not None and self.sharded.rank == 0 and time.monotonic() - self.saved_at > 60 * minutes
+
+    def _note_best(self) -> bool:
+        """Whether this step has the highest score so far; then it is noted, before its checkpoint takes the former's place."""
+        name = self.run.checkpoint.keep_best
+        score = self.results.get(f"eval/{name}", math.nan)
+        if name is None or math.isnan(score) or (self.best is not None and score <= self.best.score):
+            return False
+        self.best = checkpoint.Best(name, score, self.progress.step)
+        checkpoint.write_best(self.run.folder / "checkpoints", self.best)
+        self.meter.say(f"step {self.progress.step} is the best so far by {name}; its checkpoint stays")
+        return True
 
     def _judge(self, status: StepStatus) -> None:
         if status.finite:
@@ -221,5 +247,17 @@ class Loop:
         self.progress.applied = self.sharded.layout.applied_steps
         folder = self.run.folder / "checkpoints"
         checkpoint.save(folder, self.sharded.layout, self.progress, self.run, self.known)
+        self._keep_record()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         self.meter.restart_clock(self.loader.wait_seconds)
+
+    def _keep_record(self) -> None:
+        """Write run.json again where somebody has moved or deleted the run's folder under way."""
+        record = self.run.folder / "run.json"
+        if self.sharded.rank == 0 and not record.exists():
+            with suppress(OSError):  # the checkpoint, which was written, has it too
+                self.run.save(record, **self.known, world=self.sharded.layout.world)
+            self.meter.say(
+                f"{self.run.folder}: was moved or deleted while the run was under way; it goes on in a new one",
+                loud=True,
+            )

@@ -5,7 +5,7 @@ A recipe ends in `main(RECIPE, smoke=SMOKE, ...)`. The command line chooses a pr
     deepspeed recipes/dinov2_vitl.py --preset smoke --optim.lr 1e-4
 
 Exit codes: 0 done; 1 crashed; 2 bad input, said before anything starts; 3 stopped because losses or gradients stayed
-non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM or SIGINT after saving (run it again).
+non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM, SIGINT or SIGHUP after saving (run it again).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from armillary.engine.command_line import repeated
 from armillary.engine.config.run import Run
 
 __all__ = ["EXIT_BAD_INPUT", "EXIT_CHECKPOINT", "EXIT_NON_FINITE", "EXIT_STOPPED", "main", "run_to_exit_code", "start"]
@@ -70,6 +71,8 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
     own.add_argument("--plan.out", dest="plan_out", type=Path, default=None)
     own.add_argument("--local_rank", "--local-rank", type=int, default=None)  # put there by launchers, also in RANK
     first = os.environ.get("RANK", "0") == "0"
+    for flag in repeated(arguments) if first else []:
+        print(f"{recipe.name}: {flag} is given more than once: the last one counts", file=sys.stderr)
     try:
         with _Muted(not first):
             chosen, rest = own.parse_known_args(list(arguments))
@@ -131,7 +134,9 @@ def run_to_exit_code(
     """
     from armillary.engine.train import trainer
     from armillary.engine.train.loop import NonFinite, Stopped
+    from armillary.engine.weights.checkpoint import latest
     from armillary.engine.weights.verify import CheckpointError
+    from armillary.engine.zero.processes import lost_ranks
 
     me = trainer.ranks()
     loaders = {} if open_loader is None else {"open_loader": open_loader}
@@ -146,8 +151,12 @@ def run_to_exit_code(
         code, message = EXIT_NON_FINITE, f"{run.name}: stopped: {error}"
     except CheckpointError as error:
         code, message = EXIT_CHECKPOINT, f"{run.name}: {error}"
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
+        if (advice := lost_ranks(error, run.train.timeout_minutes)) is not None:
+            saved = latest(run.folder / "checkpoints")
+            goes_on = "begins anew" if saved is None else f"continues from {saved.name}"
+            print(f"{run.name}: {advice}. Then the same command {goes_on}", file=sys.stderr)
         sys.stderr.flush()
         if me.world > 1:
             # Communication that is under way would keep this process from ending, and with it the launcher and all ranks.

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from armillary.engine.atomic_file import write_text
+from armillary.engine.atomic_file import write_bytes
 from armillary.engine.config.run import Run
 from armillary.engine.plan.gpus import GPUS
 from armillary.kernels.launch import overrides
@@ -72,19 +72,23 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():  # after a power cut the last may be no text
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    write_text(path, "".join(line + "\n" for line in kept))
+    write_bytes(path, b"".join(line + b"\n" for line in kept))
 
 
 class LineFile:
-    """A file that lines are appended to; what cannot be written stays in memory and goes first the next time."""
+    """A file that lines are appended to; what cannot be written stays in memory and goes first the next time.
+
+    Where somebody has moved or deleted the file, or its folder, it is begun anew under its name.
+    """
 
     def __init__(self, path: Path):
+        self._path = path
         self._file = open(path, "ab", buffering=0)
         self._waiting = b""
 
@@ -96,6 +100,10 @@ class LineFile:
         """
         self._waiting += line.encode() + b"\n"
         try:
+            if not self._path.exists():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file.close()
+                self._file = open(self._path, "ab", buffering=0)
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
@@ -274,6 +282,10 @@ class Meter:
         every = [torch.empty_like(values) for _ in range(self.world)]
         dist.all_gather(every, values)
         return sum(float(v[0]) for v in every) / self.world, max(float(v[1]) for v in every)
+
+    def pause(self, seconds: float) -> None:
+        """Leave what went into something else than steps out of the throughput."""
+        self._began += seconds
 
     def restart_clock(self, waited: float) -> None:
         """Leave what has passed since the last flush (start-up, a checkpoint) out of the throughput."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from armillary.engine.atomic_file import require_writable
 from armillary.engine.config.config_json import from_json, packages_of, to_json
 from armillary.engine.config.provenance import facts
 from armillary.engine.config.randomness import seed_everything
@@ -20,6 +21,7 @@ from armillary.engine.exclusive import InUse, exclusive
 from armillary.engine.plan.memory import free_bytes, memory_of
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
+from armillary.engine.train.evals import Evals
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.user_code import trust
@@ -90,7 +92,7 @@ def train(
 
     Raises:
         BadInput: Found before any process group is started.
-        Stopped: After SIGTERM or SIGINT and a checkpoint.
+        Stopped: After SIGTERM, SIGINT or SIGHUP and a checkpoint.
         NonFinite: After `train.max_bad_steps` skipped steps in a row.
         CheckpointError: A checkpoint could not be written or read.
     """
@@ -118,6 +120,8 @@ def train(
         try:
             _own(run.folder, newest, me, leaving)
             resume.agree(newest, me.rank, run.checkpoint.verify)
+            if newest is None and restore is not None:
+                portable.agree(restore, me.rank, me.world)
             _materialise(run, method, device, me)
             sharded = Sharded(run, method, device)
             progress, note, set_random = _begin(run, sharded, newest, restore)
@@ -135,7 +139,8 @@ def train(
             leaving.callback(meter.close)
             for line in (*([] if memory is None else [memory.line()]), *note):
                 meter.say(line)
-            loop = Loop(run, sharded, loader, meter, progress, known, stop, newest)
+            evals = Evals(run, sharded.method, survey, device, me, meter.say)
+            loop = Loop(run, sharded, loader, meter, progress, known, stop, newest, evals)
             set_random()
             loop.go()
             loop.save()
@@ -143,8 +148,11 @@ def train(
                 with _or_checkpoint_error(
                     f"{EXPORT}, which `armillary export {run.folder}` makes from the checkpoint,"
                 ):
-                    export_encoder(TrainedEncoder.open(run.folder), run.folder / EXPORT)
+                    # hashed as it was written, or by `agree`
+                    export_encoder(TrainedEncoder.open(run.folder, verify=False), run.folder / EXPORT)
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
+            if loop.best is not None:
+                meter.say(f"best by {loop.best.name}: {loop.best.score:.3f} at step {loop.best.step}")
         except (BadInput, Stopped, NonFinite, CheckpointError):  # all ranks are here
             (sharded.destroy if sharded is not None else end_processes)()
             raise
@@ -192,6 +200,9 @@ def _own(folder: Path, newest: Path | None, me: Ranks, leaving: ExitStack) -> No
         try:
             folder.mkdir(parents=True, exist_ok=True)
             leaving.enter_context(exclusive(folder))
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            for name in ("metrics.jsonl", "run.json"):
+                require_writable(folder / name)
             if latest(folder / "checkpoints") != newest:
                 said = [f"out: {folder}: another job wrote there while this one started; start again"]
         except (InUse, OSError) as error:
@@ -234,7 +245,7 @@ def _startable(run: Run, method: Method, known: dict[str, Any], world: int, rest
 def _restorable(run: Run, known: dict[str, Any], restore: Path) -> list[str]:
     """Why a portable export cannot be continued by this run: its position in the data would have no meaning."""
     try:
-        state = portable.open_portable(restore)[1]
+        state = portable.open_portable(restore, verify=False)[1]
         batch = int(state["run"]["train"]["global_batch"])
     except (CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
         return [f"--restore: {error}"]

@@ -1,6 +1,7 @@
 """Checkpoints: atomic, checked, exact. They are written here and read in `resume`.
 
     RUN/checkpoints/
+      best.json                  where a run keeps its best one: step, score and what was scored
       latest                     name of the newest complete checkpoint; replaced last
       step-00000100/
         shard-00000.safetensors  what rank 0 owns: fp32 weights, moments and average of its fragments, its buffers and
@@ -27,11 +28,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from armillary.engine.atomic_file import sync_folder, write_bytes, write_text
+from armillary.engine.atomic_file import sync_folder, write_bytes, write_json, write_text
 from armillary.engine.config.config_json import to_json
 from armillary.engine.config.randomness import random_states
 from armillary.engine.config.run import Run
@@ -39,7 +40,7 @@ from armillary.engine.weights.tensors import Entry, write_tensors
 from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.partition import ZeroPartition, persistent_buffers
 
-__all__ = ["FORMAT", "Progress", "latest", "save", "shard_name"]
+__all__ = ["FORMAT", "Best", "Progress", "agreed_best", "latest", "read_best", "save", "shard_name", "write_best"]
 
 FORMAT = 1
 
@@ -61,6 +62,55 @@ class Progress:
     bad_in_a_row: int = 0
     applied: int = 0
     loader: dict[str, Any] = field(default_factory=dict)
+
+
+class Best(NamedTuple):
+    """The best checkpoint so far, by an evaluation of the run.
+
+    Attributes:
+        name: What was scored.
+        score: Its score; higher is better.
+        step: Of the checkpoint.
+    """
+
+    name: str
+    score: float
+    step: int
+
+
+def read_best(folder: Path) -> Best | None:
+    """What `write_best` noted in RUN/checkpoints; None where there is none, or its checkpoint is gone."""
+    with suppress(OSError, ValueError, TypeError):
+        found = Best(**json.loads((folder / "best.json").read_text()))
+        return found if (folder / _step_name(found.step)).is_dir() else None
+    return None
+
+
+def agreed_best(folder: Path, name: str, step: int) -> Best | None:
+    """The best checkpoint by `name` of a run that goes on at `step`, as rank 0 sees it; all ranks together."""
+    found = [read_best(folder)]
+    dist.broadcast_object_list(found)
+    best = found[0]
+    return best if best is not None and best.name == name and best.step <= step else None
+
+
+def write_best(folder: Path, best: Best) -> None:
+    """Note which checkpoint is the best one, which then stays; all ranks together.
+
+    Raises:
+        CheckpointError: It could not be written.
+    """
+
+    def write() -> None:
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "best.json", best._asdict())
+
+    _together(write, folder)
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def shard_name(rank: int) -> str:
@@ -108,7 +158,7 @@ def save(folder: Path, layout: ZeroPartition, progress: Progress, run: Run, fact
         CheckpointError: It could not be written; earlier checkpoints are untouched.
     """
     rank, world = layout.rank, layout.world
-    final = folder / f"step-{progress.step:08d}"
+    final = folder / _step_name(progress.step)
     temporary = folder / f"tmp-{final.name}"
 
     def prepare() -> None:
@@ -181,11 +231,12 @@ def _finish(
 
 
 def _retain(folder: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints; never the one that `latest` names."""
-    named = latest(folder)
+    """Delete all but the newest checkpoints; never the one that `latest` names, nor the best one."""
+    best = read_best(folder)
+    named = {latest(folder), None if best is None else folder / _step_name(best.step)}
     complete = sorted(p for p in folder.glob("step-*") if p.is_dir())
     for old in complete[:-keep]:
-        if old != named:
+        if old not in named:
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -21,12 +21,12 @@ from armillary.engine.atomic_file import atomic_path
 from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.run import Run
 from armillary.engine.weights.checkpoint import Progress, latest
-from armillary.engine.weights.resume import open_archive, restore_layout
+from armillary.engine.weights.resume import agree_all, open_archive, restore_layout
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
-from armillary.engine.weights.verify import CheckpointError, check_seal
+from armillary.engine.weights.verify import SEAL, CheckpointError, check_files, check_seal, listed_files
 from armillary.engine.zero.partition import ZeroPartition
 
-__all__ = ["changes", "export_portable", "find_checkpoint", "open_portable", "restore"]
+__all__ = ["agree", "changes", "export_portable", "find_checkpoint", "open_portable", "restore"]
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -73,8 +73,12 @@ def _reader(archive: Archive, key: str) -> Callable[[], Tensor]:
     return lambda: archive.whole(key)
 
 
-def open_portable(path: Path) -> tuple[Archive, dict[str, Any]]:
+def open_portable(path: Path, verify: bool = True) -> tuple[Archive, dict[str, Any]]:
     """Open a portable file, or the newest checkpoint of a run's folder, for reading.
+
+    Args:
+        path: The file or folder.
+        verify: Compare hashes; else `agree` does.
 
     Returns:
         (its tensors, its state)
@@ -83,18 +87,47 @@ def open_portable(path: Path) -> tuple[Archive, dict[str, Any]]:
         CheckpointError: It is neither.
     """
     if path.is_dir():
-        return open_archive(find_checkpoint(path))
+        return open_archive(find_checkpoint(path), hashed=None if verify else ["state.json"])
     try:
         archive = Archive([path])
         state = json.loads(archive.metadata[0]["state"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not a portable export: {error}") from error
-    check_seal(path, archive.metadata[0])
+    if verify:
+        check_seal(path, archive.metadata[0])
     return archive, state
 
 
+def agree(path: Path, rank: int, world: int) -> None:
+    """Make sure that all ranks restore the same, and that it is as it was written: each file is hashed by one rank.
+
+    Args:
+        path: As for `open_portable`.
+        rank: This rank.
+        world: Ranks.
+
+    Raises:
+        CheckpointError: On all ranks.
+    """
+    found, error = "none", None
+    try:
+        if path.is_dir():
+            folder = find_checkpoint(path)
+            names = listed_files(folder)
+            found = f"{folder.name} of {len(names)} files"
+            check_files(folder, names[rank::world])
+        else:
+            metadata = Archive([path]).metadata[0]
+            found = metadata.get(SEAL, "a file without a seal")
+            if rank == 0:
+                check_seal(path, metadata)
+    except (CheckpointError, OSError, ValueError) as caught:
+        error = f"--restore: {caught}"
+    agree_all(found, error, f"--restore: all ranks must find the same at {path}, got {{}}")
+
+
 def restore(path: Path, layout: ZeroPartition) -> tuple[Progress, dict[str, Any]]:
-    """Fill this rank's shards from a portable file (or a checkpoint of any number of ranks).
+    """Fill this rank's shards from a portable file (or a checkpoint of any number of ranks) that was checked (see `agree`).
 
     Args:
         path: Portable file, or a run's or checkpoint's folder.
@@ -106,7 +139,7 @@ def restore(path: Path, layout: ZeroPartition) -> tuple[Progress, dict[str, Any]
     Raises:
         CheckpointError: Its parameters are not the method's.
     """
-    archive, state = open_portable(path)
+    archive, state = open_portable(path, verify=False)
     restore_layout(archive, layout)
     progress = Progress(**state["progress"])
     layout.applied_steps = progress.applied

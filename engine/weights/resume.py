@@ -15,16 +15,26 @@ from armillary.engine.config.randomness import set_random_states
 from armillary.engine.config.run import Run
 from armillary.engine.weights.checkpoint import FORMAT, Progress, shard_name
 from armillary.engine.weights.tensors import Archive
-from armillary.engine.weights.verify import CheckpointError, check_files
+from armillary.engine.weights.verify import CheckpointError, check_files, listed_files
 from armillary.engine.zero.partition import ZeroPartition, persistent_buffers
 
-__all__ = ["MAY_CHANGE", "agree", "load", "load_random", "open_archive", "restore_layout", "same_run_problems"]
+__all__ = [
+    "MAY_CHANGE",
+    "agree",
+    "agree_all",
+    "load",
+    "load_random",
+    "open_archive",
+    "restore_layout",
+    "same_run_problems",
+]
 
 MAY_CHANGE = (
     "name",
     "out",
     "telemetry",
     "checkpoint",
+    "evals",
     "data.path",
     "data.reader",
     "data.threads",
@@ -57,7 +67,11 @@ def open_archive(folder: Path, hashed: Sequence[str] | None = None) -> tuple[Arc
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
             raise CheckpointError(f"{folder}: checkpoint format {state['format']}, this program reads {FORMAT}")
-        return Archive(sorted(folder.glob("shard-*.safetensors"))), state
+        if lacking := [name for name in ("run", "survey", "world") if name not in state]:
+            raise KeyError(f"state.json has no {lacking[0]!r}")
+        Progress(**state["progress"])
+        # those that were checked, and none that lies beside them
+        return Archive([folder / name for name in listed_files(folder) if name.endswith(".safetensors")]), state
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: must be a checkpoint, got one that cannot be read: {error}") from error
 
@@ -80,16 +94,31 @@ def agree(folder: Path | None, rank: int, verify: bool) -> None:
             check_files(folder, ["state.json", shard_name(rank)] if verify else ["state.json"])
         except (CheckpointError, OSError) as caught:
             error = str(caught)
+    agree_all(
+        found,
+        error,
+        "all ranks must find the same newest checkpoint, got {}. `out` must be one folder that all machines share; where its "
+        "cache lags behind, start again",
+    )
+
+
+def agree_all(found: str, error: str | None, rule: str) -> None:
+    """Compare what the ranks found, and raise on all of them where one met an error.
+
+    Args:
+        found: What this rank found.
+        error: What went wrong on this rank.
+        rule: What to say where they differ; {} stands for what each one found.
+
+    Raises:
+        CheckpointError: On all ranks.
+    """
     gathered: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
     dist.all_gather_object(gathered, (found, error))
     if errors := [text for _, text in gathered if text is not None]:
         raise CheckpointError(errors[0])
     if len({name for name, _ in gathered}) > 1:
-        said = "; ".join(f"rank {i} {name}" for i, (name, _) in enumerate(gathered))
-        raise CheckpointError(
-            f"all ranks must find the same newest checkpoint, got {said}. `out` must be one folder that all machines share; "
-            "where its cache lags behind, start again"
-        )
+        raise CheckpointError(rule.format("; ".join(f"rank {i} {name}" for i, (name, _) in enumerate(gathered))))
 
 
 def same_run_problems(state: dict[str, Any], run: Run, world: int, facts: dict[str, Any], folder: Path) -> list[str]:

@@ -18,12 +18,14 @@ from torch import Tensor
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.weights.checkpoint import latest
+from armillary.engine.weights.hub import fetch
 from armillary.engine.weights.public_checkpoints import read_state_dict
 from armillary.engine.weights.resume import open_archive
 from armillary.engine.weights.tensors import Archive
 from armillary.engine.weights.verify import check_seal
 from armillary.engine.zero.partition import persistent_buffers
 from armillary.models.method import InputSpec, Method
+from armillary.models.vit.transformers_names import from_transformers, is_transformers
 
 __all__ = [
     "CALIBRATION",
@@ -63,23 +65,24 @@ class TrainedEncoder:
         self._archive = archive
 
     @classmethod
-    def open(cls, path: Path | str) -> TrainedEncoder:
+    def open(cls, path: Path | str, verify: bool = True) -> TrainedEncoder:
         """Open an encoder and read its record.
 
         Args:
-            path: A run's folder (its newest checkpoint, else its export), an exported file, or a published file
-                (see `public_checkpoints`).
+            path: A run's folder (its newest checkpoint, else its export), a checkpoint's own, an exported file, a published file
+                (see `public_checkpoints`) or one on the hub, hf://OWNER/REPO/FILE.
+            verify: Compare the hashes of a checkpoint; not where this process has just done so.
 
         Raises:
             FileNotFoundError: There is neither.
             CheckpointError: The checkpoint or the exported file is damaged.
             ValueError: The file is not readable.
         """
-        path = Path(path)
+        path = fetch(path)
         if path.is_dir():
-            newest = latest(path / "checkpoints")
+            newest = path if (path / "manifest.json").is_file() else latest(path / "checkpoints")
             if newest is not None:
-                archive, state = open_archive(newest)
+                archive, state = open_archive(newest, hashed=None if verify else ["state.json"])
                 return cls(newest, archive, state | {"step": state["progress"]["step"]})
             if not (path / EXPORT).is_file():
                 raise FileNotFoundError(f"{path}: this folder holds no checkpoint and no {EXPORT}; train the run first")
@@ -154,7 +157,7 @@ class TrainedEncoder:
                 for question in written["questions"]:
                     steps = {name: torch.tensor(values) for name, values in question["corrections"].items()}
                     method.correct_answers(tuple(question["given"]), steps)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path}: not corrections of this run's answers ({error!r}); delete it, or calibrate again"
             ) from error
@@ -178,12 +181,17 @@ class TrainedEncoder:
         return method
 
     def weights(self) -> dict[str, Tensor]:
-        """The encoder's tensors by name (see `encoder_tensors`), or those of a published file under its own names."""
-        if self._archive is None:
-            return read_state_dict(self.path)
-        if self.path.is_dir():
+        """The encoder's tensors by name (see `encoder_tensors`), or those of a published file under its own names.
+
+        An image encoder with Hugging Face's names has those of DINOv2's own files.
+        """
+        if self._archive is not None and self.path.is_dir():
             return self._loaded[1]
-        return {name: self._archive.whole(name) for name in self._archive.pieces}
+        if self._archive is None:
+            state = read_state_dict(self.path)
+        else:
+            state = {name: self._archive.whole(name) for name in self._archive.pieces}
+        return from_transformers(state) if self.is_published and is_transformers(state) else state
 
     def part(self, modality: str) -> dict[str, Tensor]:
         """Tensors of one modality's encoder, named as in that encoder alone.

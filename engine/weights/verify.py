@@ -14,7 +14,7 @@ from typing import Any
 
 from armillary.models.file_hash import sha256_of
 
-__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal"]
+__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal", "listed_files"]
 
 SEAL = "sha256"
 """Name of the seal in a file's metadata."""
@@ -48,6 +48,14 @@ def check_files(folder: Path, hashed: Sequence[str] | None = None) -> None:
     raise CheckpointError(f"{found}; the checkpoint is damaged; {advice}")
 
 
+def listed_files(folder: Path) -> list[str]:
+    """Names of a checkpoint's files by its manifest; none where that cannot be read, which `check_files` reports."""
+    try:
+        return sorted(json.loads((folder / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return []
+
+
 def _damage(folder: Path, hashed: Sequence[str] | None) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is."""
     listed = folder / "manifest.json"
@@ -56,6 +64,8 @@ def _damage(folder: Path, hashed: Sequence[str] | None) -> str | None:
         records = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{listed}: must list the checkpoint's files with sizes and hashes, got {error!r}"
+    if odd := next((name for name in records if Path(name).name != name), None):
+        return f"{listed}: must name files of its own folder, got {odd!r}"
     if "state.json" not in records:
         return f"{listed}: must list state.json, got {', '.join(records) or 'nothing'}"
     for name, (size, digest) in records.items():

@@ -20,7 +20,18 @@ from datetime import timedelta
 
 import torch
 
-__all__ = ["Ranks", "end_processes", "launch_problems", "ranks", "set_timeout", "start_processes", "take_slurm_ranks"]
+__all__ = [
+    "Ranks",
+    "end_processes",
+    "gpu_of",
+    "launch_problems",
+    "lost_ranks",
+    "ranks",
+    "set_timeout",
+    "share_cpus",
+    "start_processes",
+    "take_slurm_ranks",
+]
 
 PORTS = 20_000, 60_000
 """Range of the ports that a Slurm step derives from its number."""
@@ -148,17 +159,42 @@ def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.de
     if device == "cuda":
         # The number of masked patches changes every step; fixed segments would be cut to pieces.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        torch.cuda.set_device(_gpu(me))
+        torch.cuda.set_device(gpu_of(me))
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
-    if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    share_cpus(me)
     # Its functions' default arguments are the process group of the moment of import, which they would keep alive.
     importlib.import_module("torch.distributed.nn.functional")
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=minutes), verbose=False)
-    return torch.device("cuda", _gpu(me)) if device == "cuda" else torch.device("cpu")
+    return torch.device("cuda", gpu_of(me)) if device == "cuda" else torch.device("cpu")
+
+
+def share_cpus(me: Ranks) -> None:
+    """Give each rank of this machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def lost_ranks(error: BaseException, minutes: float) -> str | None:
+    """What to look at after an error that says that other ranks do not answer; None for any other error.
+
+    Args:
+        error: What a collective, or the making of the group, raised. Gloo's errors have no class of their own.
+        minutes: How long ranks wait for each other.
+    """
+    if not (
+        isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    ):
+        return None
+    me = ranks()
+    return (
+        f"other ranks are gone, or did not answer for train.timeout_minutes = {minutes:g} (in steps train.step_timeout_minutes, where "
+        f"that is shorter). This is rank {me.rank} of {me.world} on "
+        f"{socket.gethostname()}; rank 0 is on {os.environ.get('MASTER_ADDR')}. Look at the first error among the outputs of all "
+        "ranks, whether the machines still reach each other, and what their kernels say (dmesg: memory that ran out, a lost GPU)"
+    )
 
 
 def set_timeout(minutes: float) -> None:
@@ -176,6 +212,6 @@ def end_processes() -> None:
     gc.collect()
 
 
-def _gpu(me: Ranks) -> int:
+def gpu_of(me: Ranks) -> int:
     """This rank's GPU: the one with its number, or the only one where the launcher shows each rank its own."""
     return 0 if torch.cuda.device_count() == 1 else me.local_rank

@@ -153,27 +153,30 @@ def tma_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Every `programs`-th tile, by tensor descriptors."""
+    """Every `programs`-th tile, by tensor descriptors.
+
+    A GATED tile is one product [BM, 2 BN] with the rows of both halves of the weight, cut in two afterwards: of two
+    accumulators in a flattened loop ptxas would run the products of sm_90 one after the other (C7515).
+    """
     G: tl.constexpr = 2 if GATED else 1
     WIDTH: tl.constexpr = BN * G // 4
     DTYPE: tl.constexpr = a_ptr.dtype.element_ty
     i, j = tl.arange(0, BM), tl.arange(0, WIDTH)
     x_tiles = tl.make_tensor_descriptor(x_ptr, [M, K], [K, 1], [BM, BK])
-    w_tiles = tl.make_tensor_descriptor(w_ptr, [E * G * H, K], [K, 1], [BN, BK])
+    w_tiles = tl.make_tensor_descriptor(w_ptr, [E * G, H, K], [H * K, K, 1], [G, BN, BK])
     a_tiles = tl.make_tensor_descriptor(a_ptr, [M, E * H], [E * H, 1], [BM, WIDTH])
     if z_ptr is not None:
         z_tiles = tl.make_tensor_descriptor(z_ptr, [M, E * G * H], [E * G * H, 1], [BM, WIDTH])
     tiles = tl.cdiv(M, BM) * E * tl.cdiv(H, BN)
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
         m0, e, h0 = place_tile(tile, M, E, H, BM, BN, GROUP)
-        first = e * G * H + h0
-        p = tl.zeros((BM, BN), tl.float32)
-        q = tl.zeros((BM, BN), tl.float32)
+        p = tl.zeros((BM, G * BN), tl.float32)
         for k in range(0, K, BK):
-            x = x_tiles.load([m0, k])
-            p = tl.dot(x, w_tiles.load([first, k]).T, p, input_precision="ieee")
-            if GATED:
-                q = tl.dot(x, w_tiles.load([first + H, k]).T, q, input_precision="ieee")
+            w = w_tiles.load([e * G, h0, k]).reshape(G * BN, BK)
+            p = tl.dot(x_tiles.load([m0, k]), w.T, p, input_precision="ieee")
+        q = p
+        if GATED:
+            p, q = tl.split(p.reshape(BM, 2, BN).permute(0, 2, 1))
         row, in_rows = e * M + m0 + i, i < M - m0
         for part in tl.static_range(BN // WIDTH):  # one after the other, to save registers
             at = h0 + part * WIDTH

@@ -12,9 +12,12 @@ Backends (`backend=`):
     torch       Nothing to install. CUDA, bf16 or fp16, ragged sequences: torch.nn.attention.varlen. Otherwise one
                 scaled_dot_product_attention a run of equal lengths (queries padded within the run if ragged). On a CPU
                 two batched products and a softmax, while the scores are small: for sequences of 26 and 145 tokens the
-                fused kernel took 1.3 times as long in fp32, and in bf16 2 times forward and 6 times backward.
+                fused kernel took 1.3 times as long in fp32, and in bf16 2 times forward and 6 times backward. Ragged
+                sequences that differ little enough are padded there into one batch.
     dense       One score matrix over all tokens with a block mask: the reference, any device and float dtype.
     auto        flash_attn where it is installed and applies (CUDA, bf16 or fp16), else torch.
+    triton      As auto. Self-attention never comes here then: `armillary.kernels.tokens.packed_attention`, which "auto" takes
+                for short sequences on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, islice
 from typing import Literal, get_args
 
@@ -33,10 +36,11 @@ from torch import Tensor
 
 __all__ = ["BACKENDS", "Backend", "PackedSequences", "attention", "attention_reference", "check_backend"]
 
-Backend = Literal["auto", "flash_attn", "torch", "dense"]
+Backend = Literal["auto", "triton", "flash_attn", "torch", "dense"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 HALF = (torch.bfloat16, torch.float16)
 MAX_SCORES_BYTES = 256 << 20  # of one run on a CPU
+FEW_SCORES = 1 << 16  # of one head, on a CPU: below, a call costs more than what it computes
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,23 @@ class PackedSequences:
     def sequences(self) -> int:
         """Number of sequences N."""
         return len(self.cu_seqlens) - 1
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[N] int64 numbers of tokens."""
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def longest(self) -> int:
+        """Length of the longest sequence, by asking the device."""
+        return int(self.lengths.max()) if self.sequences else 0
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[T] int64: where each token lies in a padded [N, longest] grid."""
+        ahead = torch.arange(self.sequences, device=self.cu_seqlens.device) * self.longest - self.cu_seqlens[:-1]
+        tokens = torch.arange(int(self.cu_seqlens[-1]), device=self.cu_seqlens.device)
+        return tokens + ahead.repeat_interleave(self.lengths, output_size=len(tokens))
 
 
 @lru_cache(maxsize=256)
@@ -117,7 +138,7 @@ def attention(
         raise ValueError(f"backend: flash_attn needs CUDA tensors in bf16 or fp16, got {q.dtype} on {q.device}")
     if backend == "dense":
         return attention_reference(q, k, v, layout, query_layout=query_layout)
-    if backend == "flash_attn" or (backend == "auto" and half_on_cuda and _flash_attn() is not None):
+    if backend == "flash_attn" or (backend in ("auto", "triton") and half_on_cuda and _flash_attn() is not None):
         flash = _flash_attn()
         if flash is None:
             raise ImportError("attention backend flash_attn: install flash-attn (2 or 4), or use backend torch")
@@ -126,6 +147,8 @@ def attention(
         from torch.nn.attention.varlen import varlen_attn
 
         return _varlen(varlen_attn, q, k, v, layout, queries)
+    if q.device.type == "cpu" and layout.runs is None and _worth_padding(q, layout, queries):
+        return _padded(q, k, v, layout, queries)
     return _grouped(q, k, v, layout, queries)
 
 
@@ -205,6 +228,28 @@ def _varlen(
     return out[0] if isinstance(out, tuple) else out
 
 
+def _worth_padding(q: Tensor, layout: PackedSequences, queries: PackedSequences) -> bool:
+    """Whether one padded batch costs less than an attention a run of equal lengths."""
+    scores = layout.sequences * layout.longest * queries.longest
+    if not scores or scores * q.shape[1] * q.element_size() > MAX_SCORES_BYTES:
+        return False
+    runs = len(layout.lengths.unique_consecutive())
+    return scores - int((layout.lengths * queries.lengths).sum()) < FEW_SCORES * (runs - 1)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, layout: PackedSequences, queries: PackedSequences) -> Tensor:
+    """One attention over sequences that are padded to the longest one."""
+
+    def padded(x: Tensor, by: PackedSequences) -> Tensor:
+        grid = x.new_zeros(by.sequences * by.longest, *x.shape[1:]).index_copy(0, by.places, x)
+        return grid.view(by.sequences, by.longest, *x.shape[1:]).transpose(1, 2)
+
+    beyond = torch.arange(layout.longest) >= layout.lengths[:, None]
+    bias = q.new_zeros(beyond.shape).masked_fill(beyond, -math.inf)
+    out = _sdpa(padded(q, queries), padded(k, layout), padded(v, layout), bias)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, queries.places)
+
+
 def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: PackedSequences, queries: PackedSequences) -> Tensor:
     """One attention a run of equal key lengths; queries that are ragged within a run are padded there."""
     key_runs = layout.runs or _runs_of(_lengths(layout))
@@ -235,13 +280,14 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: PackedSequences, queries: 
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of [n, H, L, d] tensors."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention of [n, H, L, d] tensors; `bias` [n, keys] is added to the scores."""
     n, heads, length, dim = q.shape
     if q.device.type != "cpu" or n * heads * length * k.shape[2] * q.element_size() > MAX_SCORES_BYTES:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias[:, None, None])
     q, k, v = (x.reshape(n * heads, -1, dim) for x in (q, k, v))
-    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=dim**-0.5)
+    added = q.new_zeros(1, 1, 1) if bias is None else bias.repeat_interleave(heads, 0)[:, None]
+    scores = torch.baddbmm(added, q, k.mT, beta=0 if bias is None else 1, alpha=dim**-0.5)
     return torch.bmm(scores.softmax(-1), v).view(n, heads, length, dim)
 
 

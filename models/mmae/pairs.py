@@ -170,7 +170,9 @@ class PairMethod(Method):
             else:
                 median[name] = seen.image().flatten(1)
                 drawn[name] = median[name][:, None].expand(-1, draws, -1)
-        return Answer(drawn, median)
+        return Answer(
+            drawn, median, {"redshift": seen.density} if seen.density is not None and "redshift" in want else {}
+        )
 
     def _known(self, batch: Batch, given: tuple[str, ...], want: tuple[str, ...], draws: int) -> tuple[Tensor, Tensor]:
         """[B] bool each: which images and which spectra are given and known."""

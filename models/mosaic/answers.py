@@ -6,7 +6,8 @@ token are drawn together, as its copula says. Medians are those of a token's own
 other answers; of quantities with levels they are the medians of the draws.
 
 Where held-out samples showed how often truths fell where, each entry's own distribution is corrected by that: a draw x becomes
-Q(F(x)), with Q the corrected quantile function, which keeps the order of draws and so what belongs together.
+Q(F(x)), with Q the corrected quantile function, which keeps the order of draws and so what belongs together. Of quantities with
+levels these are entries, levels and what is left of components, so that single components may stay somewhat off.
 
 Parts of a wanted quantity that are given are handed back as they were given.
 
@@ -117,37 +118,38 @@ def draw_answer(
     wanted = [t for name in dict.fromkeys(want) for t in _tokens(layout, name)]
     first = ask(network, shown, errors, wanted)
 
-    # B S sequences: all draws of the first sample, then of the second.
-    drawn = shown.repeat_interleave(draws, 0)
-    stated = errors.repeat_interleave(draws, 0)
-    kept = torch.full_like(drawn, torch.nan)
+    # B S sequences: all draws of the first sample, then of the second. The last token is shown to none.
+    drawn: dict[int, Tensor] = {}
+    if len(wanted) > 1:
+        sequences, stated = (x.repeat_interleave(draws, 0) for x in (shown, errors))
     for number, token in enumerate(wanted):
         place = _place(layout, token)
-        said = first[token] if number == 0 else ask(network, drawn, stated, [token])[token]
-        kept[:, place] = new = _draw(said, _normals(batch["row"], token, seed, said.loadings, draws))
-        drawn[:, place] = _with_given(layout, token, new, shown.repeat_interleave(draws, 0)[:, place])
-    drawn = kept.unflatten(0, (size, draws))
+        said = first[token] if number == 0 else ask(network, sequences, stated, [token])[token]
+        new = _draw(said, _normals(batch["row"], token, seed, said.loadings, draws))
+        drawn[token] = new.unflatten(0, (size, draws))
+        if number + 1 < len(wanted):
+            sequences[:, place] = _with_given(layout, token, new, shown[:, place].repeat_interleave(draws, 0))
     own = {token: said.density for token, said in first.items()}
     for token, density in own.items():
-        span, place = _span(layout, token), _place(layout, token)
+        span = _span(layout, token)
         if (steps := corrections.get(span.quantity.name)) is not None:
             run = token - span.tokens.start
             own[token] = corrected = RecalibratedDensity(density, steps.unflatten(0, (-1, span.width))[run])
-            entries = drawn[..., place].transpose(1, 2).contiguous()
-            drawn[..., place] = corrected.quantile(density.cdf(entries)).transpose(1, 2)
+            entries = drawn[token].transpose(1, 2).contiguous()
+            drawn[token] = corrected.quantile(density.cdf(entries)).transpose(1, 2)
     return _answer(layout, want, drawn, shown, own)
 
 
 def _answer(
-    layout: Layout, want: tuple[str, ...], entries: Tensor, shown: Tensor, own: Mapping[int, Density]
+    layout: Layout, want: tuple[str, ...], entries: Mapping[int, Tensor], shown: Tensor, own: Mapping[int, Density]
 ) -> Answer:
-    """Values in the quantities' units, of drawn entries [B, S, e]."""
+    """Values in the quantities' units, of drawn entries [B, S, w] by token."""
     values, medians = {}, {}
     for name in dict.fromkeys(want):
         span = layout.span(name)
         scaling = span.quantity.scaling
         given = scaling.inverse(shown[:, span.entries])
-        drawn = scaling.inverse(entries[..., span.entries])
+        drawn = scaling.inverse(torch.cat([entries[t] for t in _tokens(layout, name)], dim=-1))
         drawn = torch.where(given.isnan()[:, None], drawn, given[:, None])
         if span.levels:
             median = drawn.median(1).values
@@ -155,7 +157,8 @@ def _answer(
             medians_of = torch.cat([own[t].median() for t in range(span.tokens.start, span.tokens.stop)], dim=1)
             median = torch.where(given.isnan(), scaling.inverse(medians_of.to(shown)), given)
         values[name], medians[name] = drawn.float(), median.float()
-    return Answer(values, medians)
+    scalars = [layout.span(name) for name in dict.fromkeys(want) if layout.span(name).quantity.size == 1]
+    return Answer(values, medians, {s.quantity.name: own[s.tokens.start] for s in scalars})
 
 
 def _with_given(layout: Layout, token: int, new: Tensor, given: Tensor) -> Tensor:

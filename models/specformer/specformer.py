@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from armillary.kernels.launch import IMPLS, Impl
 from armillary.kernels.mlp.linear_gelu import gelu_linear
-from armillary.kernels.tokens.attention import BACKENDS, PackedSequences, attention
+from armillary.kernels.tokens.attention import BACKENDS, PackedSequences
+from armillary.kernels.tokens.packed_attention import self_attention
 from armillary.kernels.tokens.window_embed import count_windows, window_embed
 from armillary.models.rules import at_least, choices, one_of, refuse
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
@@ -175,8 +176,8 @@ class _Attention(nn.Module):
         self.projection = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: PackedSequences) -> Tensor:
-        q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.attention(x).chunk(3, dim=1))
-        return self.projection(attention(q, k, v, layout, backend=self.backend).flatten(1))
+        qkv = self.attention(x).unflatten(1, (3, self.heads, -1))
+        return self.projection(self_attention(qkv, layout, backend=self.backend).flatten(1))
 
 
 class _MLP(nn.Module):

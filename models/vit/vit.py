@@ -270,6 +270,15 @@ class VisionTransformer(nn.Module):
         if crop.shape[2] < p or crop.shape[3] < p or crop.shape[2] % p or crop.shape[3] % p:
             raise ValueError(f"crops: sides must be positive multiples of patch_size {p}, got {tuple(crop.shape[2:])}")
 
+    def position(self, side: int) -> Tensor:
+        """Position embedding [1, 1 + T, D] of square crops, as they are embedded.
+
+        Args:
+            side: Side of the crop in pixels, a multiple of the patch size.
+        """
+        patches = side // self.config.patch_size
+        return self._position(patches, patches).to(self.pos_embed.dtype)
+
     def _position(self, h: int, w: int) -> Tensor:
         """Position embedding [1, 1 + h*w, D] of an h x w grid of patches; interpolated in float32 at least."""
         side = self.config.image_size // self.config.patch_size

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from armillary.kernels.launch import Impl, untraced
 from armillary.kernels.mlp.linear_gelu import Approximate, gelu_linear, linear_gelu
 from armillary.kernels.tokens.attention import PackedSequences, attention
+from armillary.kernels.tokens.packed_attention import self_attention
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
 from armillary.models.vit.stochastic_depth import Runs, Subset, branch_scale
 
@@ -95,12 +96,11 @@ class _LayerScale(nn.Module):
 class _QKV(nn.Linear):
     def forward(  # type: ignore[override]
         self, x: Tensor, tokens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [P, D]; with `tokens` [Q], queries of those rows only."""
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys and values side by side [P, 3 D]; with `tokens` [Q] each alone [., D], queries of those rows only."""
         d = self.in_features
         if tokens is None:
-            q, k, v = F.linear(x, self.weight, self.bias).split(d, dim=1)
-            return q, k, v
+            return (super().forward(x),)
         k, v = F.linear(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
         return F.linear(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
 
@@ -116,9 +116,13 @@ class _Attention(nn.Module):
     def forward(
         self, x: Tensor, layout: PackedSequences, gain: Tensor, selected: TokenSelection | None = None
     ) -> Tensor:
-        tokens, queries = (None, None) if selected is None else (selected.tokens, selected.queries)
-        q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.qkv(x, tokens))
-        return self.proj(attention(q, k, v, layout, query_layout=queries, backend=self.backend).flatten(1), gain)
+        if selected is None:
+            (qkv,) = self.qkv(x)
+            y = self_attention(qkv.unflatten(1, (3, self.heads, -1)), layout, backend=self.backend)
+        else:
+            q, k, v = (y.unflatten(1, (self.heads, -1)) for y in self.qkv(x, selected.tokens))
+            y = attention(q, k, v, layout, query_layout=selected.queries, backend=self.backend)
+        return self.proj(y.flatten(1), gain)
 
 
 class LinearGelu(nn.Linear):

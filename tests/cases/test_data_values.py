@@ -13,6 +13,8 @@ from astropy.io import fits
 from astropy.table import Table
 from case_files import WCS, cutout, cutouts, noise, pictures
 
+from armillary.engine.data.sources.listing import list_folder
+
 VECTORS = "vectors={'m':('g','r')}"
 
 
@@ -233,6 +235,30 @@ def test_hats_rows_are_read_once(tmp_path, build):
     (tmp_path / "cat" / "partition_info.csv").write_text("Norder,Npix\n0,3\n")
     built = build(tmp_path / "cat", "--kind", "table", "--option", VECTORS)
     assert len(built.catalog["key"]) == 5 and "left out 2 files of metadata" in built.err
+
+
+@pytest.mark.case(
+    kind="HATS",
+    inputs="a collection: primary table in folders Npix=N/, margin cache, index",
+    right="the primary table, once",
+)
+@pytest.mark.parametrize("named", [True, False], ids=["by the collection", "by each table's own type"])
+def test_a_hats_collection_is_its_primary_table(tmp_path, build, named):
+    top = tmp_path / "collection"
+    for name, kind, rows in (("objects", "object", 5), ("objects_10arcs", "margin", 3), ("objects_id", "index", 4)):
+        leaf = top / name / "dataset" / "Norder=1" / "Dir=0" / "Npix=44"
+        leaf.mkdir(parents=True)
+        table(leaf / "part0.parquet", rows)
+        (top / name / "hats.properties").write_text(
+            f"#HATS catalog\nobs_collection={name}\ndataproduct_type = {kind}\n"
+        )
+    if named:
+        (top / "collection.properties").write_text("obs_collection = c\nhats_primary_table_url = objects\n")
+    built = build(top, "--kind", "table", "--option", VECTORS)
+    assert len(built.catalog["key"]) == 5
+    assert "files of a HATS collection beside its primary table" in built.err
+    asked_for = list_folder(top / "objects_10arcs").files
+    assert [file.name for file in asked_for if file.suffix == ".parquet"] == ["part0.parquet"]
 
 
 @pytest.mark.case(

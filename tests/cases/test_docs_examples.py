@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 TEXTS = {page: (ROOT / page).read_text() for page in ("README.md", "docs/data.md")}
 SMALL = {
     "data simulate": ["--count", "12", "--no-progress", "--processes", "1"],
+    "data simulate-photometry": ["--count", "12", "--no-progress", "--processes", "1"],
     "data build": ["--no-progress", "--processes", "1"],
     "data export": ["--no-progress"],
 }

@@ -10,19 +10,19 @@ import sys
 
 import pytest
 
-from armillary.engine.exclusive import LOCK, InUse, exclusive
+from armillary.engine.exclusive import LOCK, InUse, exclusive, exclusive_file
 
 OWNER = """
 import sys, time
-from armillary.engine.exclusive import exclusive
-with exclusive(sys.argv[1]):
+from armillary.engine import exclusive
+with getattr(exclusive, sys.argv[2])(sys.argv[1]):
     print("owned", flush=True)
     time.sleep(60)
 """
 
 
-def start_owner(folder):
-    process = subprocess.Popen([sys.executable, "-c", OWNER, str(folder)], stdout=subprocess.PIPE, text=True)
+def start_owner(path, how="exclusive"):
+    process = subprocess.Popen([sys.executable, "-c", OWNER, str(path), how], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "owned\n"
     return process
 
@@ -43,6 +43,30 @@ def test_the_second_is_refused_and_told_of_the_first_whom_a_crash_frees(tmp_path
         with pytest.raises(InUse), exclusive(tmp_path):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_has_one_writer_whom_a_crash_frees(tmp_path):
+    file = tmp_path / "embeddings.parquet"
+    first = start_owner(file, "exclusive_file")
+    try:
+        with pytest.raises(InUse, match=rf"embeddings.parquet: in use by .*process {first.pid} on "):
+            with exclusive_file(file):
+                pass
+        with exclusive_file(tmp_path / "others.parquet"):  # beside it
+            pass
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        first.stdout.close()
+    with exclusive_file(file):
+        file.write_bytes(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["embeddings.parquet"]
+
+
+def test_a_file_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/below: cannot be written"), exclusive_file(tmp_path / "file" / "below"):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):

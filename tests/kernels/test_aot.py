@@ -1,6 +1,7 @@
 """The ahead-of-time compiler of the tests: a result that is kept never passes for another kernel's."""
 
 import json
+import zlib
 
 import pytest
 from aot import Helper
@@ -21,7 +22,6 @@ def _kernel(x_ptr, n, BLOCK: tl.constexpr):
     tl.store(x_ptr + at, _inner(tl.load(x_ptr + at)) * FACTOR)
 """
 JOB = {
-    "kernel": "made_kernel:_kernel",
     "signature": {"x_ptr": "*fp32", "n": "i32"},
     "constexprs": {"BLOCK": 512},
     "divisible": [],
@@ -32,22 +32,28 @@ JOB = {
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """PTX of the kernel of the given source from a new helper, and how many results are kept then."""
+    """PTX of the kernel of the given source from a helper, and how many results are kept then.
+
+    One helper does for all sources, each a module of its own, as its results are found again on disk only; one that has
+    died is replaced.
+    """
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     cache = tmp_path / "cache"
+    helpers = []
 
     def compile(inner="x + 3.0", factor=2.0, **changed):
-        (tmp_path / "made_kernel.py").write_text(KERNEL.format(inner=inner, factor=factor))
-        helper = Helper(cache)
-        try:
-            ptx = helper.compile(json.dumps(JOB | changed))[90].ptx
-        finally:
-            helper.close()
+        if not helpers or helpers[-1].process.poll() is not None:
+            helpers.append(Helper(cache))
+        source = KERNEL.format(inner=inner, factor=factor)
+        name = f"made_kernel_{zlib.crc32(source.encode())}"
+        (tmp_path / f"{name}.py").write_text(source)
+        ptx = helpers[-1].compile(json.dumps(JOB | {"kernel": f"{name}:_kernel"} | changed))[90].ptx
         return ptx, len(list(cache.iterdir()))
 
     compile.cache = cache
-    return compile
+    yield compile
+    for helper in helpers:
+        helper.close()
 
 
 def test_whatever_decides_the_code_is_in_the_key(compiled):
@@ -72,7 +78,7 @@ def test_damaged_results_are_compiled_again_and_errors_are_said(compiled):
     (kept,) = compiled.cache.iterdir()
     kept.write_bytes(kept.read_bytes()[:-9] + b"123456789")
     assert compiled() == (first, 1)
-    with pytest.raises(RuntimeError, match="made_kernel:_kernel does not compile(?s:.*)no_such_name"):
+    with pytest.raises(RuntimeError, match=r"made_kernel_\d+:_kernel does not compile(?s:.*)no_such_name"):
         compiled(inner="no_such_name(x)")
     with pytest.raises(RuntimeError, match="described were"):
         compiled(signature={"x_ptr": "*fp32"})

@@ -18,7 +18,7 @@ from armillary.engine.data.sources.source import Sample
 from armillary.engine.evaluate.embedding.embed import embed_readouts, open_batches
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.weights.trained_encoder import CALIBRATION, TrainedEncoder
-from armillary.models.method import InputSpec
+from armillary.models.method import BatchKey, InputSpec
 from armillary.models.quantities import Quantity, Scaling
 
 
@@ -110,6 +110,18 @@ def test_presets(presets):
     assert 4.7e6 < sum(p.numel() for p in method.network.blocks.parameters()) < 4.8e6
     assert presets["SMOKE"].views.augmented  # noise is drawn anew
     assert not presets["WITHOUT_NOISE"].views.augmented
+
+
+@pytest.mark.parametrize("name", ["RECIPE", "IMPROVED"])
+def test_full_sizes_make_a_step(presets, name):
+    preset = presets[name]
+    method = preset.method.build(InputSpec(n_global=1, quantities=tuple(declared(q) for q in preset.views.quantities)))
+    entries = torch.randn(3, method.layout.entries, generator=torch.Generator().manual_seed(0))
+    batch = {"row": torch.arange(3), "position": torch.arange(3), "quantities": entries}
+    prepared = method.prepare(batch | {"quantity_errors": torch.full_like(entries, 0.1)}, BatchKey(0, 0, 0, 3))
+    total = method(prepared, {}).total
+    total.backward()
+    assert total.isfinite() and all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
 def test_smoke_fits_its_survey_and_bad_ones_are_named_before_work(presets, survey, tmp_path):

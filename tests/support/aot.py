@@ -21,8 +21,10 @@ ptxas. So a run compiles only what has changed. It says nothing of speed, occupa
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -52,18 +54,23 @@ class Resources:
         stack: Bytes of stack a thread; anything above 0 means that registers spill.
         local: Bytes of local memory a thread.
         shared: Bytes of shared memory a block.
+        spills: Bytes that registers spill, loads and stores together.
         ptx: The assembly, to search for instructions (wgmma, cp.async, ld.global.v4, ...).
+        log: What ptxas said.
     """
 
     registers: int
     stack: int
     local: int
     shared: int
+    spills: int
     ptx: str
+    log: str
 
     def __repr__(self) -> str:  # without the assembly: it is what a failing assertion prints
         return (
-            f"Resources(registers={self.registers}, stack={self.stack}, local={self.local}, shared={self.shared} bytes)"
+            f"Resources(registers={self.registers}, stack={self.stack}, local={self.local}, shared={self.shared}, "
+            f"spills={self.spills} bytes)"
         )
 
 
@@ -88,7 +95,8 @@ def resources(
         options: num_warps (4), num_stages (3), enable_fp_fusion (True), as at launch.
 
     Raises:
-        RuntimeError: It does not compile; the message ends with the compiler's.
+        RuntimeError: It does not compile, and the message ends with the compiler's; or ptxas serializes its wgmma
+            instructions (C7515), so that loads and products of sm_90 no longer run at the same time.
     """
     job = {
         "kernel": kernel,
@@ -98,7 +106,11 @@ def resources(
         "options": options,
         "architectures": list(architectures),
     }
-    return _asked(json.dumps(job, sort_keys=True))
+    found = _asked(json.dumps(job, sort_keys=True))
+    for sm, used in found.items():
+        if "serialized" in used.log:
+            raise RuntimeError(f"{kernel}: ptxas serializes wgmma on sm_{sm}:\n{used.log}")
+    return found
 
 
 @functools.cache
@@ -223,14 +235,19 @@ def _used(source, sm: int, options: dict, cache: Path) -> Resources:
         return found
     except (OSError, ValueError, zlib.error):
         pass
-    compiled = triton.compile(source, target=target, options=options)
+    said = io.StringIO()
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(said):
+        compiled = triton.compile(source, target=target, options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     count = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    found = Resources(count["REG"], count["STACK"], count["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"])
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said.getvalue()))
+    used = count["REG"], count["STACK"], count["LOCAL"], compiled.metadata.shared, spills
+    found = Resources(*used, compiled.asm["ptx"], said.getvalue())
     written = kept.with_suffix(f".{os.getpid()}")
     written.write_bytes(zlib.compress(json.dumps(asdict(found)).encode()))
     written.replace(kept)

@@ -1,7 +1,8 @@
 """A method on two frozen encoders, and a survey for it: what a cache of tokens is tested with.
 
 Run as a script it is a recipe; `FROZEN_OUT` and `FROZEN_SURVEY` say where. `FAULT_SIGNAL` is sent to the rank `FAULT_RANK` when it
-is about to mark chunk `FAULT_CHUNK` finished; `CHUNK_BYTES` makes chunks small.
+is about to mark chunk `FAULT_CHUNK` finished; `CHUNK_BYTES` makes chunks small. The preset `evals` evaluates itself while it trains; `SCORES`
+are what it finds, in order.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armillary.engine.config.evals import KNN
 from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Telemetry, Training
 from armillary.engine.config.schedule import Constant, Schedules
 from armillary.engine.data.building.build import build
@@ -178,4 +180,10 @@ if __name__ == "__main__":
         from armillary.engine.token_cache import fill
 
         fill.CHUNK_BYTES = int(os.environ["CHUNK_BYTES"])
-    sys.exit(start(base, {}, sys.argv[1:]))
+    if "SCORES" in os.environ:
+        from armillary.engine.train.evals import Evals
+
+        scores = [float(score) for score in os.environ["SCORES"].split(",")]
+        Evals._scores = lambda self, due: {f"eval/{knn.name}": scores.pop(0) for knn in due}
+    watched = replace(base, evals=(KNN("z", every_steps=4, split="test", neighbours=3),))
+    sys.exit(start(base, {"evals": watched}, sys.argv[1:]))

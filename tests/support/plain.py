@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from toy import described_survey
 
+from armillary.engine.config.run import Run
+from armillary.engine.weights import checkpoint
 from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.zero.optim import AdamW, build_groups
 from armillary.engine.zero.partition import Fragment, ZeroPartition
@@ -105,3 +109,21 @@ def scrambled(run, seed: int = 1, rank: int = 0, world: int = 1) -> PlainLayout:
             if kind != "weight":
                 tensor.copy_(random[f.name][i].reshape(-1)[f.start : f.start + f.length])
     return layout
+
+
+def write_world(run: Run, folder: Path, world: int, step: int = 3) -> Path:
+    """A checkpoint of several ranks, without processes."""
+    temporary = folder / "tmp-x"
+    temporary.mkdir(parents=True)
+    layouts = [scrambled(run, rank=r, world=world) for r in range(world)]
+    records = [checkpoint._write_shard(temporary / f"shard-{r:05d}.safetensors", x) for r, x in enumerate(layouts)]
+    final = folder / f"step-{step:08d}"
+    checkpoint._finish(folder, temporary, final, records, progress(step), run, FACTS | {"world": world})
+    return final
+
+
+def flip(path: Path, place: int = -5) -> None:
+    """Turn one bit round."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x40
+    path.write_bytes(data)

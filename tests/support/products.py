@@ -51,7 +51,9 @@ def count_persistent(monkeypatch):
 COMPILED = {  # kernel, activation, one expert without row scale, architectures; one form for each: it takes seconds
     "fused, experts, erf, sm_80": ("fused", "gelu", False, (80,)),
     "fused, experts, erf": ("fused", "gelu", False, (90, 100)),
+    "fused, experts, swiglu": ("fused", "swiglu", False, (90,)),
     "tma, ViT, erf": ("tma", "gelu", True, (90,)),
+    "tma, experts, swiglu, sm_90": ("tma", "swiglu", False, (90,)),
     "tma, experts, swiglu": ("tma", "swiglu", False, (100,)),
     "elementwise, experts, erf": ("elementwise", "gelu", False, ARCHITECTURES),
 }

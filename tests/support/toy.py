@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from armillary.engine.config.run import Checkpointing, Data, Optim, Run, Telemetry, Training
 from armillary.engine.config.schedule import Constant, Cosine, Linear, Schedules
 from armillary.engine.data.format.survey import ShardRecord, Statistics, Survey
+from armillary.engine.train import telemetry
 from armillary.engine.weights import checkpoint
 from armillary.models.method import Batch, InputSpec, Losses, Method, MethodConfig, ParameterGroup
 
@@ -233,7 +234,7 @@ def arm_fault() -> None:
     """Make this process fail as `FAULT` says, on rank `FAULT_RANK` only (default 0).
 
     kill@shard,S kill@state,S kill@latest,S: SIGKILL inside the save of step S, before its shard, its state.json or
-    `latest` is written. full@S: no space left in the save of step S. crash@P: an exception at position P.
+    `latest` is written. full@S: no space left in the save of step S. quota@S: none from step S on, for metrics.jsonl neither. crash@P: an exception at position P.
     nanP,Q,...: NaN for the samples at these positions (on whatever rank has them).
     """
     kind, _, where = os.environ.get("FAULT", "").partition("@")
@@ -258,11 +259,21 @@ def arm_fault() -> None:
         }[stage]
         target = {"shard": "_write_shard", "state": "_write_text", "latest": "write_text"}[stage]
         setattr(checkpoint, target, deadly(getattr(checkpoint, target), in_save))
-    if kind == "full":
+    if kind == "quota":
+        append = telemetry.LineFile.append
+
+        def to_a_full_disk(self, line):
+            if json.loads(line)["step"] >= int(where):
+                self._file = open("/dev/full", "ab", buffering=0)
+            return append(self, line)
+
+        telemetry.LineFile.append = to_a_full_disk
+    if kind in ("full", "quota"):
         write = checkpoint.write_tensors
 
         def full(path, *args):
-            if f"step-{int(where):08d}" in str(path):
+            step = int(path.parent.name.rpartition("-")[2])
+            if step == int(where) or (kind == "quota" and step > int(where)):
                 raise OSError(28, "No space left on device", str(path))
             return write(path, *args)
 

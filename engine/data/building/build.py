@@ -38,7 +38,7 @@ from armillary.engine.data.building.build_state import (
     locked,
 )
 from armillary.engine.data.building.cluster import Cluster
-from armillary.engine.data.building.held_out import tell_test_share, training_splits
+from armillary.engine.data.building.held_out import tell_border, tell_test_share, training_splits
 from armillary.engine.data.building.measure import SurveyMoments
 from armillary.engine.data.building.packing import (
     BUILD_FOLDER,
@@ -192,6 +192,7 @@ def _build(
     )
     _tell_skipped([*bad_files(source), *layout.bad.values()])
     tell_test_share(layout, rule)
+    tell_border(layout)
     identity = identify(source, options, layout)
     if there := finished(folder, identity):
         return there

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 
 from armillary.engine.data.building.shard_assignment import ShardAssignment
 from armillary.engine.data.building.splits import SplitRule
+from armillary.engine.data.format.survey import BORDER
 
-__all__ = ["HELD_OUT", "tell_test_share", "training_splits"]
+__all__ = ["HELD_OUT", "tell_border", "tell_test_share", "training_splits"]
 
-HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "holdout"}
+HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "holdout", BORDER}
 """Splits that input statistics are never taken from, where there are others."""
 
 log = logging.getLogger("armillary.data")
@@ -43,4 +44,14 @@ def tell_test_share(layout: ShardAssignment, rule: SplitRule) -> None:
             "%s of %s samples are the test split, %.3g %% were asked for: whole cells of the sky go to one split, and these "
             "samples lie in few; choose smaller cells (--split healpix:256) or single samples (--split random:0)",
             *(f"{test:,}", f"{total:,}", 100 * wanted),
+        )
+
+
+def tell_border(layout: ShardAssignment) -> None:
+    """Log how many samples lie between splits."""
+    if moved := sum(plan.rows.size for plan in layout.shards if plan.split == BORDER):
+        log.info(
+            "%s samples lie within %.3g arcsec of one that is held out, in another cell of the sky, and are the split %s: their "
+            "cutouts may overlap, and nothing is trained on them",
+            *(f"{moved:,}", layout.reach_arcsec, BORDER),
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from armillary.engine.config.provenance import facts
+from armillary.engine.data.format.catalog import read_catalog
 from armillary.engine.data.format.columns import numbers
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sky_graph.build import connect
 from armillary.engine.data.sky_graph.graph import GraphOptions, GraphRecord, SkyGraph, catalog_checksum, graph_file
+from armillary.engine.exclusive import exclusive_file
 
 __all__ = ["build_graph"]
 
@@ -37,7 +37,8 @@ def build_graph(folder: Path | str, options: GraphOptions | None = None, *, thre
     if label is not None and label not in survey.labels:
         raise ValueError(f"redshift: no label {label!r}; the survey has {', '.join(survey.labels) or 'none'}")
     columns = ["split", "ra", "dec"] + ([] if label is None else [label])
-    table = pq.read_table(folder / "catalog.parquet", columns=columns)
+    table = read_catalog(survey, columns)
+    path = graph_file(folder, options.name)
     redshift = None if label is None else numbers(table[label])
     if label is not None and redshift is None:
         raise ValueError(f"redshift: the label {label!r} holds text, a graph needs numbers")
@@ -48,6 +49,6 @@ def build_graph(folder: Path | str, options: GraphOptions | None = None, *, thre
     provenance["versions"]["scipy"] = importlib.metadata.version("scipy")
     record = GraphRecord(survey.name, catalog_checksum(folder), len(table), options, provenance)
     graph = SkyGraph(*arrays, record)
-    path = graph_file(folder, options.name)
-    graph.save(path)
+    with exclusive_file(path):
+        graph.save(path)
     return graph, path

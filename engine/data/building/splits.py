@@ -1,4 +1,5 @@
-"""Rules that assign samples to splits. They look at one sample at a time, so that growing a survey moves none of them.
+"""Rules that assign samples to splits. They look at one sample at a time, so that growing a survey moves none of them; but
+of neighbours in two cells of the sky one moves to the split `border` (see `shard_assignment`).
 
 A share of the samples (or of cells of the sky) is the test split, another share the split `validation`, on which settings are
 chosen; the rest is the split `train`.
@@ -10,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -41,6 +43,9 @@ def _splits(test: np.ndarray) -> list[str]:
 
 @dataclass(frozen=True)
 class _ByFraction:
+    by_position: ClassVar[bool] = False
+    """Whether neighbours on the sky shall not be in two splits; see `shard_assignment`."""
+
     test_fraction: float = 0.1
     validation_fraction: float = field(default=0.0, kw_only=True)
 
@@ -97,6 +102,7 @@ class BySky(_ByFraction):
         cell_deg: Height and (nearly) width of a cell in degrees.
     """
 
+    by_position = True
     cell_deg: float = 1.0
 
     def __post_init__(self) -> None:
@@ -132,6 +138,7 @@ class ByHealpix(_ByFraction):
         nside: Resolution, a power of two: 8 gives 768 tiles of 53.7 square degrees, 64 gives 49,152 of .84.
     """
 
+    by_position = True
     nside: int = 64
 
     def __post_init__(self) -> None:
@@ -163,6 +170,8 @@ class BySkyOrKey(_ByFraction):
         test_fraction: Share of the cells, and of the keys.
         validation_fraction: Likewise of the validation split.
     """
+
+    by_position = True
 
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row."""
@@ -197,6 +206,11 @@ class ByRange:
         if self.low == self.high or (self.low > self.high and self.column != "ra"):
             raise ValueError(f"split range of {self.column}: {self.low} is not below {self.high}")
 
+    @property
+    def by_position(self) -> bool:
+        """Whether it is a piece of the sky."""
+        return self.column in ("ra", "dec")
+
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row.
 
@@ -213,6 +227,8 @@ class ByRange:
 @dataclass(frozen=True)
 class BySource:
     """The source's own split (`Sample.split`; the `split` column of a labels file)."""
+
+    by_position: ClassVar[bool] = False
 
     def assign(self, rows: Rows, hashes: np.ndarray) -> list[str]:
         """Split of each row.

@@ -130,11 +130,11 @@ def known_columns(survey: Survey, names: tuple[str, ...], size: int) -> np.ndarr
     Raises:
         ValueError: A column is text.
     """
-    import pyarrow.parquet as pq
+    from armillary.engine.data.format.catalog import read_catalog
 
     assert survey.folder is not None, "a survey that was loaded from its folder"
     there = tuple(dict.fromkeys(n for n in names if n in survey.labels))
-    table: Any = pq.read_table(survey.folder / "catalog.parquet", columns=["split", *there])
+    table: Any = read_catalog(survey, ["split", *there])
     values = np.full((len(table), len(names) or size), np.nan)
     for place, name in enumerate(names):
         if name in there:

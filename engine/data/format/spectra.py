@@ -11,13 +11,15 @@ the kernel that decodes images. `float16` stores both bands in half precision in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from armillary.engine.data.format import codec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Spectrum", "decode_spectrum", "encode_spectrum", "flux_and_ivar"]
 
@@ -84,6 +86,8 @@ def decode_spectrum(blob: codec.Blob) -> Spectrum:
     Raises:
         codec.CorruptBlob: It is damaged, or no spectrum.
     """
+    import torch  # two seconds that a build and each of its workers can do without
+
     bands, valid = codec.decode(blob)
     if bands.shape[:2] != (2, 1):
         raise codec.CorruptBlob(f"corrupt blob: a spectrum has 2 bands of 1 row, this one {bands.shape[:2]}")

@@ -23,6 +23,7 @@ from armillary.engine.atomic_file import write_json
 from armillary.engine.choices import check_choice
 
 __all__ = [
+    "BORDER",
     "CATALOG_COLUMNS",
     "FORMAT_VERSION",
     "MODALITIES",
@@ -36,6 +37,9 @@ __all__ = [
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had images only
+
+BORDER = "border"
+"""Split of samples whose cutouts overlap one that is held out: nothing is trained or tested on them."""
 
 MODALITIES = {"image": "img", "spectrum": "spc", "vectors": "vec"}
 """What a sample may hold, in stored order, and the extension of its member in a shard."""
@@ -279,6 +283,9 @@ class Survey:
         stats["asinh_covariance"] = tuple(tuple(row) for row in stats["asinh_covariance"])
         stats["vectors"] = {k: (tuple(mean), tuple(std)) for k, (mean, std) in stats.get("vectors", {}).items()}
         shards = tuple(ShardRecord(**s) for s in raw.pop("shards"))
+        for s in shards:
+            if type(s.count) is not int or type(s.bytes) is not int or Path(str(s.name)).name != s.name:
+                raise ValueError(f"shards must have a file's name, samples and bytes, got {s}")
         fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stats.items()}
         return cls(**fixed, shards=shards, statistics=Statistics(**numbers), spectrum=spectrum, vectors=vectors)

@@ -33,6 +33,7 @@ from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.kinds import EXPORT
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.data.sources.source import Sample
+from armillary.engine.exclusive import exclusive_file
 
 __all__ = ["unpack"]
 
@@ -71,9 +72,8 @@ def unpack(
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"{target}: exists already; choose another place or delete it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     write = {"fits": _write_fits, "hdf5": _write_hdf5, "parquet": _write_parquet}[form]
-    with atomic_path(target) as temporary:
+    with exclusive_file(target), atomic_path(target) as temporary:
         write(source, temporary, progress or (lambda _: None))
     return len(source)
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from armillary.engine.data.format.catalog import read_catalog
-from armillary.engine.data.format.survey import Survey
-from armillary.engine.data.sources.match import unit_vectors
+from armillary.engine.data.format.survey import BORDER, Survey
+from armillary.engine.data.sources.match import SAME_OBJECT_ARCSEC, near, overlap_arcsec
 
 __all__ = ["Leak", "find_leaks"]
 
@@ -42,12 +41,15 @@ class Leak:
         return f"{self.count:,} samples of {self.splits[0]} share {self.what} with {self.splits[1]}: {pairs}"
 
 
-def find_leaks(folder: Path | str, *, radius_arcsec: float = 2.0, identifiers: tuple[str, ...] = ()) -> list[Leak]:
-    """Compare every two splits of a survey.
+def find_leaks(
+    folder: Path | str, *, radius_arcsec: float | None = None, identifiers: tuple[str, ...] = ()
+) -> list[Leak]:
+    """Compare every two splits of a survey, but `border`, which nothing is trained or tested on.
 
     Args:
         folder: The survey.
-        radius_arcsec: Samples closer than this count as one object.
+        radius_arcsec: Samples closer than this are named; by default those within 2 arcsec, which are taken for one object, and
+            those whose cutouts may overlap.
         identifiers: Labels whose values name objects; unknown values (NaN, "") name none.
 
     Returns:
@@ -57,7 +59,7 @@ def find_leaks(folder: Path | str, *, radius_arcsec: float = 2.0, identifiers: t
         ValueError: The radius is not positive, there is no such label, or nothing can be compared: one split only, or no
             positions and no identifiers.
     """
-    if not 0 < radius_arcsec <= 3600:
+    if radius_arcsec is not None and not 0 < radius_arcsec <= 3600:
         raise ValueError(f"radius_arcsec: must be above 0 and at most 3600, got {radius_arcsec}")
     survey = Survey.load(folder)
     for name in identifiers:
@@ -66,7 +68,7 @@ def find_leaks(folder: Path | str, *, radius_arcsec: float = 2.0, identifiers: t
     table = read_catalog(survey, columns=["key", "split", "ra", "dec", *identifiers])
     split = table["split"].to_numpy(zero_copy_only=False)
     keys = table["key"].to_numpy(zero_copy_only=False)
-    names = sorted(set(split.tolist()), key=lambda s: (s == "train", s))
+    names = sorted(set(split.tolist()) - {BORDER}, key=lambda s: (s == "train", s))
     rows = {name: np.flatnonzero(split == name) for name in names}
     ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
     if len(names) < 2:
@@ -77,10 +79,14 @@ def find_leaks(folder: Path | str, *, radius_arcsec: float = 2.0, identifiers: t
             "(--identifiers)"
         )
     found = []
+    reach = overlap_arcsec(survey.height, survey.width, survey.pixel_scale_arcsec)
+    radii = dict.fromkeys((SAME_OBJECT_ARCSEC, reach) if radius_arcsec is None else (radius_arcsec,))
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            pairs = _near(ra, dec, rows[first], rows[second], radius_arcsec)
-            found.append(_leak((first, second), f"a position (within {radius_arcsec:g} arcsec)", pairs, keys))
+            for radius in radii:
+                pairs = near(ra, dec, rows[first], rows[second], radius)
+                what = "a position" if radius_arcsec is not None or radius == SAME_OBJECT_ARCSEC else "parts of cutouts"
+                found.append(_leak((first, second), f"{what} (within {radius:.3g} arcsec)", pairs, keys))
             for name in identifiers:
                 pairs = _equal(table[name].to_numpy(zero_copy_only=False), rows[first], rows[second])
                 found.append(_leak((first, second), f"a value of {name!r}", pairs, keys))
@@ -90,19 +96,6 @@ def find_leaks(folder: Path | str, *, radius_arcsec: float = 2.0, identifiers: t
 def _leak(splits: tuple[str, str], what: str, pairs: np.ndarray, keys: np.ndarray) -> Leak:
     examples = tuple((str(keys[a]), str(keys[b])) for a, b in pairs[:NAMED].tolist())
     return Leak(splits, what, len(pairs), examples)
-
-
-def _near(ra: np.ndarray, dec: np.ndarray, mine: np.ndarray, theirs: np.ndarray, radius: float) -> np.ndarray:
-    """[M, 2] rows: each of `mine` that has one of `theirs` within the radius, and the nearest."""
-    placed = ~(np.isnan(ra) | np.isnan(dec))
-    mine, theirs = mine[placed[mine]], theirs[placed[theirs]]
-    if not (mine.size and theirs.size):
-        return np.empty((0, 2), np.int64)
-    tree = cKDTree(unit_vectors(ra[theirs], dec[theirs]))
-    chord = 2 * np.sin(np.deg2rad(radius / 3600) / 2)
-    distance, nearest = tree.query(unit_vectors(ra[mine], dec[mine]), distance_upper_bound=chord)
-    close = np.isfinite(distance)
-    return np.stack([mine[close], theirs[nearest[close]]], axis=1)
 
 
 def _equal(values: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:

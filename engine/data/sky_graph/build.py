@@ -4,7 +4,7 @@ Three modes. "published": every row may be everybody's neighbour, as in Galaxy-W
 one graph. "leak-free": only rows of the split train may be seen, by themselves and by the others: new galaxies on a sky that
 has been surveyed; in the middle of a tile that was set aside the nearest of them are far. "inductive": rows see rows of their
 own split: a new piece of sky, of which the galaxies are known and no labels. With a buffer, rows of train that lie that near to a
-row of another split are left out, so that a cluster that the border of two tiles of the sky cuts is not in both (`--split
+row of another split (`border` is none) are left out, so that a cluster that the border of two tiles of the sky cuts is not in both (`--split
 healpix` of `armillary data build` makes the tiles).
 
 The control of either is the same graph with shuffled neighbours: in every split the rows change places as neighbours, so that
@@ -21,6 +21,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from armillary.engine.data.format.survey import BORDER
 from armillary.engine.data.sky_graph.graph import GraphOptions
 from armillary.engine.data.sky_graph.neighbours import nearest, within
 from armillary.engine.data.sky_graph.spaces import check_positions, comoving_mpc, points
@@ -61,10 +62,10 @@ def connect(
     train = split == "train"
     left_out = np.zeros(n, bool)
     if options.buffer_arcmin:
-        left_out = _near_others(ra, dec, train, options.buffer_arcmin, threads)
+        left_out = _near_others(ra, dec, train, ~train & (split != BORDER), options.buffer_arcmin, threads)
     kept = ~left_out
     if options.mode == "inductive":
-        own = {str(name): kept & (split == name) for name in np.unique(split)}
+        own = {str(name): kept & (split == name) for name in np.unique(split) if name != BORDER}
         groups = [(f"rows of the split {name} that may be seen", rows, rows) for name, rows in own.items()]
     elif options.mode == "leak-free":
         groups = [("rows of the split train that may be seen", kept, train & kept)]
@@ -118,13 +119,15 @@ def _found(
     return _matrix(counts, visible.astype(np.int32)[rows])
 
 
-def _near_others(ra: np.ndarray, dec: np.ndarray, train: np.ndarray, arcmin: float, threads: int) -> np.ndarray:
+def _near_others(
+    ra: np.ndarray, dec: np.ndarray, train: np.ndarray, others: np.ndarray, arcmin: float, threads: int
+) -> np.ndarray:
     """[N] bool: rows of train that lie within the buffer of a row of another split."""
     near = np.zeros(len(ra), bool)
-    if not train.all():
+    if others.any():
         vectors = unit_vectors(ra, dec)
         chord = 2 * np.sin(np.deg2rad(arcmin / 60) / 2)
-        distance, _ = cKDTree(vectors[~train]).query(vectors[train], distance_upper_bound=chord, workers=threads)
+        distance, _ = cKDTree(vectors[others]).query(vectors[train], distance_upper_bound=chord, workers=threads)
         near[train] = np.isfinite(distance)
     return near
 

@@ -26,6 +26,10 @@ DATA = (
 HATS = {"partition_info.csv", "data_thumbnail.parquet", "per_partition_statistics.parquet", "partition_join_info.csv"}
 HATS |= {"_metadata", "_common_metadata", "_success", "point_map.fits", "skymap.fits", "skymap.0.fits"}
 PARTITION = "Norder="
+COLLECTION, CATALOGUE = "collection.properties", ("hats.properties", "properties")
+ROWS = ("object", "source", "")
+"""What a HATS catalogue says it holds where its rows are objects; others (margin, index, association, map) repeat or describe them."""
+
 PACKED = ("survey.json", ".build")  # in a survey's folder that lies in that of its source: none of it is read again
 NAMED = 2
 
@@ -126,13 +130,46 @@ def list_folder(folder: Path) -> Listing:
             files_seen.add(_identity(path))
             listing.files.append(path)
     usable = sorted(set(listing.files) - _unusable.get())
-    listing.files = _without_metadata(folder, usable, listing)
+    listing.files = _without_metadata(folder, _without_copies(folder, usable, listing), listing)
     return listing
 
 
 def _identity(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_dev, found.st_ino
+
+
+def _without_copies(folder: Path, files: list[Path], listing: Listing) -> list[Path]:
+    """Files of a HATS collection's primary table: not its margin caches, indices and maps, whose rows stand there, too.
+
+    Source: HATS (IVOA note, 2025), section on collections; a table beside the folder that is read is left out, that folder itself
+    never.
+    """
+    apart: list[tuple[Path, Path | None]] = []  # a folder, and what is read in it
+    for file in files:
+        if file.name == COLLECTION:
+            primary = _properties(file).get("hats_primary_table_url", "")
+            if primary and (file.parent / primary).is_dir():
+                apart.append((file.parent, file.parent / primary))
+        elif file.name in CATALOGUE and file.parent != folder:
+            if _properties(file).get("dataproduct_type", "") not in ROWS:
+                apart.append((file.parent, None))
+    kept = []
+    for file in files:
+        if any(file.is_relative_to(place) and not (read and file.is_relative_to(read)) for place, read in apart):
+            listing.drop("files of a HATS collection beside its primary table", file.relative_to(folder).as_posix())
+        else:
+            kept.append(file)
+    return kept
+
+
+def _properties(file: Path) -> dict[str, str]:
+    """Lines `name = value` of a file; nothing where it is no text."""
+    try:
+        lines = [line.partition("=") for line in file.read_text().splitlines() if not line.startswith("#")]
+    except UnicodeDecodeError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def _without_metadata(folder: Path, files: list[Path], listing: Listing) -> list[Path]:

@@ -6,6 +6,7 @@ vectors is the angle 2 arcsin(d / 2), which keeps its digits at arcseconds where
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,9 +16,12 @@ from scipy.spatial import cKDTree
 
 from armillary.engine.choices import check_choice
 
-__all__ = ["Matches", "match_keys", "match_sky", "unit_vectors"]
+__all__ = ["SAME_OBJECT_ARCSEC", "Matches", "match_keys", "match_sky", "near", "overlap_arcsec", "unit_vectors"]
 
 MatchMode = Literal["one_to_one", "nearest"]
+
+SAME_OBJECT_ARCSEC = 2.0
+"""Detections closer than this are taken for one object."""
 
 NAMED = 3  # repeated identifiers that an error names
 ROUNDING = 1e-14  # of separations as lengths: sines and cosines of one angle differ by 1e-16 between processors
@@ -167,3 +171,35 @@ def _placed(side: str, ra: np.ndarray, dec: np.ndarray) -> np.ndarray:
             row = int(np.argmax(wrong))
             raise ValueError(f"{side} catalogue, row {row}: {name} {values[row]} is outside [{low}, {high}] degrees")
     return np.flatnonzero(known)
+
+
+def overlap_arcsec(height: int, width: int, pixel_scale_arcsec: float | None) -> float:
+    """How far apart two objects must be so that their cutouts share no pixel, however they lie: the cutout's diagonal.
+
+    Without images, or where their scale is unknown, the distance within which two detections are taken for one object.
+    """
+    return max(SAME_OBJECT_ARCSEC, math.hypot(height, width) * (pixel_scale_arcsec or 0.0))
+
+
+def near(ra: np.ndarray, dec: np.ndarray, mine: np.ndarray, theirs: np.ndarray, radius: float) -> np.ndarray:
+    """Neighbours on the sky among two groups of rows.
+
+    Args:
+        ra: [N] degrees, NaN where unknown.
+        dec: [N] degrees.
+        mine: Rows whose neighbours are looked for.
+        theirs: Rows that are looked at.
+        radius: Arcseconds.
+
+    Returns:
+        [M, 2] rows: each of `mine` that has one of `theirs` within the radius, and the nearest.
+    """
+    placed = ~(np.isnan(ra) | np.isnan(dec))
+    mine, theirs = mine[placed[mine]], theirs[placed[theirs]]
+    if not (mine.size and theirs.size):
+        return np.empty((0, 2), np.int64)
+    tree = cKDTree(unit_vectors(ra[theirs], dec[theirs]))
+    chord = 2 * np.sin(np.deg2rad(radius / 3600) / 2)
+    distance, nearest = tree.query(unit_vectors(ra[mine], dec[mine]), distance_upper_bound=chord)
+    close = np.isfinite(distance)
+    return np.stack([mine[close], theirs[nearest[close]]], axis=1)

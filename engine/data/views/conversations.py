@@ -154,12 +154,12 @@ def right_answers(survey: Survey, question: str, *, asked: float, min_votes: flo
         asked: Least share of a galaxy's volunteers who were asked. Those of the question that most answered are all.
         min_votes: A galaxy has more votes on the question than this.
     """
-    import pyarrow.parquet as pq  # here, since recipes import this module
+    from armillary.engine.data.format.catalog import read_catalog  # here, since recipes import this module
 
     assert survey.folder is not None, "a survey that was loaded from its folder"
     shares = [f"{question}_{option}" for option in options_of(survey, question)]
     counts = [n for n in survey.labels if n.endswith(VOTES)]
-    table = pq.read_table(survey.folder / "catalog.parquet", columns=[*shares, *counts])
+    table = read_catalog(survey, [*shares, *counts])
     votes = {n: np.nan_to_num(table[n].to_numpy().astype(np.float64)) for n in counts}
     share = np.stack([np.nan_to_num(table[n].to_numpy().astype(np.float64), nan=-1.0) for n in shares], 1)
     everybody = np.maximum(np.max(list(votes.values()), axis=0), 1)

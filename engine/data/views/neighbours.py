@@ -46,6 +46,9 @@ class Neighbours:
         shown: Columns that are shown of neighbours and hidden of the galaxy itself: its labels. Two features each, the
             standardised value and whether it is known.
         fan_outs: Neighbours f1 of a galaxy, and f2 of each of these; both 0: the galaxy alone.
+        walks: Random walks from each node: its neighbours are then the rows that these come to most often. 0: neighbours are drawn
+            evenly.
+        walk_length: Steps of a walk.
     """
 
     graphs: tuple[str, ...] = ("euclidean-k5-inductive", "hyperbolic-k5-inductive", "spherical-k5-inductive")
@@ -53,6 +56,8 @@ class Neighbours:
     embeddings: Path | None = None
     shown: tuple[str, ...] = ()
     fan_outs: tuple[int, int] = (5, 5)
+    walks: int = 0
+    walk_length: int = 5
 
     @property
     def standardised(self) -> tuple[str, ...]:
@@ -61,6 +66,8 @@ class Neighbours:
 
     def problems(self, survey: Survey) -> list[str]:
         """Every rule that is broken for a survey, as `views.neighbours.field: rule, got value`; empty if none."""
+        from armillary.engine.data.sky_graph.sampling import STREAMS
+
         field = "views.neighbours"
         found: list[str] = []
         if not (self.columns or self.embeddings or self.shown):
@@ -69,6 +76,11 @@ class Neighbours:
             found.append(f"{field}.graphs: must name at least one graph, got none")
         if min(self.fan_outs) < 0 or (self.fan_outs[0] == 0) != (self.fan_outs[1] == 0):
             found.append(f"{field}.fan_outs: must both be at least 1, or both 0, got {self.fan_outs}")
+        if self.walk_length < 1 or not 0 <= self.walks * (1 + self.fan_outs[0]) <= STREAMS:
+            found.append(
+                f"{field}.walks: must be at least 0, of at least 1 step, and at most {STREAMS:,} for a galaxy and its "
+                f"{self.fan_outs[0]} neighbours, got {self.walks} of {self.walk_length}"
+            )
         if both := set(self.columns) & set(self.shown):
             found.append(f"{field}.shown: must be no features of the galaxy itself, got {sorted(both)[0]!r} in both")
         found += column_problems(survey, f"{field}.columns", self.columns)
@@ -169,12 +181,17 @@ class NeighbourInput:
 
     def _sampled(self, graph: SkyGraph, rows: np.ndarray, position: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """[B, f1, 1 + f2] rows: a neighbour, and some of its own."""
-        from armillary.engine.data.sky_graph.sampling import sample_neighbours
+        from armillary.engine.data.sky_graph.sampling import sample_neighbours, walked_neighbours
 
-        first, second = self.settings.fan_outs
-        if not first:
+        wanted = self.settings
+        if not wanted.fan_outs[0]:
             return np.zeros((len(rows), 0, 1), np.int64)
-        near, far = sample_neighbours(graph, rows, (first, second), position=position, seed=seed, epoch=epoch)
+        if wanted.walks:
+            near, far = walked_neighbours(
+                graph, rows, wanted.fan_outs, walks=wanted.walks, length=wanted.walk_length, position=position, seed=seed, epoch=epoch
+            )  # fmt: skip
+        else:
+            near, far = sample_neighbours(graph, rows, wanted.fan_outs, position=position, seed=seed, epoch=epoch)
         return np.concatenate([near[..., None], far], -1)
 
     def _features(self, nodes: np.ndarray) -> np.ndarray:
@@ -203,13 +220,15 @@ def _opened(path: Path, survey: Path, _: tuple[int, int]) -> SkyGraph:
 
 def _vectors(path: Path, survey: Survey) -> np.ndarray:
     """[N, V] float32 vectors of a file of embeddings, which has one for every row of the survey's catalogue."""
-    import pyarrow.parquet as pq  # here, since recipes import this module; it starts threads, and most runs read no vectors
+    from armillary.engine.data.format.catalog import (
+        read_catalog,  # here, since recipes import this module, and Arrow starts threads
+    )
 
     assert survey.folder is not None
     vectors = read_vectors(path, survey).numpy()
     missing = np.flatnonzero(np.isnan(vectors).any(1))
     if len(missing):
-        first = pq.read_table(survey.folder / "catalog.parquet", columns=["key"])["key"][int(missing[0])].as_py()
+        first = read_catalog(survey, ["key"])["key"][int(missing[0])].as_py()
         raise ValueError(
             f"embeddings: {len(missing)} of {len(vectors)} galaxies have no vector in {path}, first {first!r}; embed all "
             "splits of this survey"

@@ -1,10 +1,11 @@
-"""Embeddings made before, as inputs: files of `armillary embed`, one vector a galaxy, in the order of a survey's catalogue."""
+"""Embeddings made before, as inputs: files or folders of `armillary embed`, one vector a galaxy, in the order of a survey's catalogue."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,20 +15,21 @@ __all__ = ["read_vectors"]
 
 
 def read_vectors(path: Path, survey: Survey) -> Tensor:
-    """[N, V] float32 vectors of a file by row of the catalogue, NaN where a galaxy has none.
+    """[N, V] float32 vectors of a file or folder by row of the catalogue, NaN where a galaxy has none.
 
     Args:
-        path: Parquet with columns key and vector.
+        path: Embeddings.
         survey: Loaded from its folder.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It holds something else, or vectors of none of the survey's galaxies.
+        ValueError: It holds something else, is not finished or damaged, or has vectors of none of the survey's galaxies.
     """
+    from armillary.engine.data.format.embedding_files import EmbeddingFiles  # here: it starts threads, see `_read`
+
     assert survey.folder is not None, "a survey that was loaded from its folder"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no embeddings here; make them with `armillary embed`")
-    stamps = (path.stat().st_mtime_ns, (survey.folder / "catalog.parquet").stat().st_mtime_ns)
+    files = EmbeddingFiles.open(path)
+    stamps = (files.record.stat().st_mtime_ns, (survey.folder / "catalog.parquet").stat().st_mtime_ns)
     return _read(path, survey.folder, *stamps)
 
 
@@ -35,19 +37,19 @@ def read_vectors(path: Path, survey: Survey) -> Tensor:
 def _read(path: Path, folder: Path, *_: int) -> Tensor:
     import pyarrow as pa  # here, since recipes import this module; it starts threads, and most runs read no vectors
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path, columns=["key", "vector"])
-        column = table["vector"].combine_chunks()
-        stored = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of `armillary embed` (key, vector): {error}") from error
-    keys = pq.read_table(folder / "catalog.parquet", columns=["key"])["key"]
-    place = pc.index_in(keys, value_set=table["key"].combine_chunks()).to_pandas().to_numpy()
-    found = torch.full((len(keys), stored.shape[1]), torch.nan)
-    known = torch.from_numpy(place == place)
-    if not known.any():
+    from armillary.engine.data.format.catalog import read_catalog
+    from armillary.engine.data.format.embedding_files import EmbeddingFiles, vectors_of
+
+    files = EmbeddingFiles.open(path)
+    keys = read_catalog(folder, ["key"])["key"].cast(pa.large_string())
+    place = pc.index_in(files.keys(), value_set=keys).to_pandas().to_numpy(np.float64, na_value=np.nan)
+    found, at = torch.full((len(keys), files.dimensions), torch.nan), 0
+    if not (place == place).any():
         raise ValueError(f"{path}: holds vectors of none of the galaxies in {folder}; make them from this survey")
-    found[known] = torch.from_numpy(stored[place[known.numpy()].astype(int)].astype("float32"))
+    for batch in files.batches():
+        rows = place[at : at + len(batch)]
+        known = rows == rows
+        found.numpy()[rows[known].astype(np.int64)] = vectors_of(batch)[known]
+        at += len(batch)
     return found

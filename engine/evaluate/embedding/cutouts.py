@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from armillary.engine.data.format import codec
+from armillary.engine.data.format.catalog import read_catalog
 from armillary.engine.data.format.shards import Member, Part, read_index
 from armillary.engine.data.format.spectra import Spectrum, decode_spectrum
 from armillary.engine.data.format.survey import MODALITIES, Survey
@@ -55,7 +55,7 @@ def _parts(
 ) -> Iterator[tuple[int, Path, Part | None]]:
     """Each row with its shard and its blob's place there, None where it has none."""
     survey = Survey.load(survey_dir)
-    table = pq.read_table(survey_dir / "catalog.parquet", columns=["shard", "index"])
+    table = read_catalog(survey, ["shard", "index"])
     shard, place = (table[name].to_numpy() for name in ("shard", "index"))
     indices: dict[Path, list[Member]] = {}
     for row in rows:

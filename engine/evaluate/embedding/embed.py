@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.evaluate.probes.baselines import View
 from armillary.models.method import Batch
 
-__all__ = ["Pipeline", "embed", "embed_readouts", "first_samples", "open_batches"]
+if TYPE_CHECKING:
+    from armillary.engine.data.loading.batches import OnePass
+
+__all__ = ["Pipeline", "embed", "embed_readouts", "embedded_batches", "first_samples", "open_batches"]
 
 Encode = Callable[[Batch], Mapping[str, Tensor]]
 MODALITY_KEYS = {"image": ("image", "valid", "blobs", "sizes"), "spectrum": ("spectrum", "spectrum_ivar")}
@@ -73,7 +76,6 @@ def embed(
     return np.concatenate(rows), {name: np.concatenate(v) for name, v in vectors.items()}
 
 
-@torch.no_grad()
 def embed_readouts(
     pipeline: Pipeline, batches: Iterable[Batch], *, precision: torch.dtype = torch.float32
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -92,13 +94,11 @@ def embed_readouts(
             finite numbers.
     """
     found: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
-    for batch in batches:
-        for part in _by_modality(batch):
-            rows = part["row"].cpu().numpy()
-            for name, vector in _encoded(pipeline.view, pipeline.encode, part, precision).items():
-                kept_rows, kept = found.setdefault(name, ([], []))
-                kept_rows.append(rows)
-                kept.append(_checked(vector, rows, "encoder", name))
+    for named in embedded_batches(pipeline, batches, precision=precision):
+        for name, (rows, vectors) in named.items():
+            kept_rows, kept = found.setdefault(name, ([], []))
+            kept_rows.append(rows)
+            kept.append(vectors)
     if not found:
         raise ValueError("nothing to embed: the split is empty, or its objects lack what the encoder reads")
     if pipeline.readout is not None and pipeline.readout not in found:
@@ -107,18 +107,60 @@ def embed_readouts(
     return {name: (np.concatenate(found[name][0]), np.concatenate(found[name][1])) for name in wanted}
 
 
-def open_batches(folder: Path, split: str, view: View, batch: int, device: torch.device) -> Iterable[Batch]:
-    """Batches of a split, in catalogue order, with what a run's view (or a function that reads images) reads."""
+@torch.no_grad()
+def embedded_batches(
+    pipeline: Pipeline, batches: Iterable[Batch], *, precision: torch.dtype = torch.float32
+) -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Embed batch by batch: by readout, rows of the catalogue in rising order and their [n, D] float32 embeddings.
+
+    Arguments and errors are those of `embed_readouts`; a readout that no object of a batch allows is absent.
+    """
+    for batch in batches:
+        found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for part in _by_modality(batch):
+            rows = part["row"].cpu().numpy()
+            for name, vector in _encoded(pipeline.view, pipeline.encode, part, precision).items():
+                found.setdefault(name, []).append((rows, _checked(vector, rows, "encoder", name)))
+        yield {name: _in_order(parts) for name, parts in found.items()}
+
+
+def _in_order(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    if len(parts) == 1:
+        return parts[0]
+    rows, vectors = (np.concatenate(x) for x in zip(*parts, strict=True))
+    order = np.argsort(rows, kind="stable")
+    return rows[order], vectors[order]
+
+
+def open_batches(
+    folder: Path, split: str, view: View, batch: int, device: torch.device, parts: Iterable[range] | None = None
+) -> OnePass:
+    """Batches of a split, in catalogue order, with what a run's view (or a function that reads images) reads.
+
+    Args:
+        folder: The survey.
+        split: The split.
+        view: What will see them.
+        batch: Samples at a time.
+        device: Where batches are delivered.
+        parts: Only these places of the split; the last batch of each may be short.
+    """
     from armillary.engine.data.loading.catalog_loader import SequentialCatalogLoader
     from armillary.engine.data.loading.loader import SequentialLoader
 
     if not isinstance(view, EvalView):
-        return SequentialLoader(folder, split=split, batch=batch, device=device, modalities=("image",))
+        return SequentialLoader(folder, split=split, batch=batch, device=device, modalities=("image",), parts=parts)
     if view.modalities:
         return SequentialLoader(
-            folder, split=split, batch=batch, device=device, modalities=view.modalities, packed=view.packed
+            folder,
+            split=split,
+            batch=batch,
+            device=device,
+            modalities=view.modalities,
+            packed=view.packed,
+            parts=parts,
         )
-    return SequentialCatalogLoader(folder, split=split, batch=batch, device=device)
+    return SequentialCatalogLoader(folder, split=split, batch=batch, device=device, parts=parts)
 
 
 def first_samples(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:

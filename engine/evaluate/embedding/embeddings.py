@@ -5,7 +5,6 @@ Shape legend: N samples, D embedding dimensions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from armillary.engine.atomic_file import atomic_path
+from armillary.engine.data.format.catalog import read_catalog
+from armillary.engine.data.format.embedding_files import EmbeddingFiles, EmbeddingWriter, vectors_of
 
 __all__ = ["Embeddings", "stack_splits"]
-
-METADATA_KEY = b"armillary"
 
 
 @dataclass(frozen=True)
@@ -54,37 +52,31 @@ class Embeddings:
 
     def save(self, path: Path) -> None:
         """Write a Parquet file: key, split, and vector as fixed-size lists of float32."""
-        values = pa.array(np.ascontiguousarray(self.vector, np.float32).reshape(-1))
-        table = pa.table(
-            {
-                "key": pa.array(self.key, pa.string()),
-                "split": pa.array(self.split, pa.string()),
-                "vector": pa.FixedSizeListArray.from_arrays(values, self.vector.shape[1]),
-            }
-        ).replace_schema_metadata({METADATA_KEY: json.dumps(self.metadata)})
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            pq.write_table(table, temporary)
+        with atomic_path(path) as temporary, EmbeddingWriter(temporary, self.metadata) as file:
+            file.write(pa.array(self.key, pa.string()), self.split, self.vector)
 
     @classmethod
     def load(cls, path: Path) -> Embeddings:
-        """Read what `save` wrote.
+        """Read a file of embeddings, or a folder of parts, whole.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It holds something else.
+            ValueError: It holds something else, is not finished, or a part is damaged.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no embeddings here; make them with `armillary embed`")
+        files = EmbeddingFiles.open(path)
+        vector = np.empty((files.rows, files.dimensions), np.float32)
+        key, split = (np.empty(files.rows, object) for _ in range(2))
+        at = 0
         try:
-            table = pq.read_table(path)
-            column = table["vector"].combine_chunks()
-            vector = column.flatten().to_numpy().reshape(len(table), column.type.list_size).astype(np.float32)
-            key, split = (np.array(table[name].to_pylist(), dtype=object) for name in ("key", "split"))
-            metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-        except (pa.ArrowInvalid, KeyError, AttributeError, ValueError) as error:
+            for batch in files.batches(("key", "split", "vector")):
+                piece = slice(at, at + len(batch))
+                vector[piece] = vectors_of(batch)
+                key[piece], split[piece] = (batch[name].to_pylist() for name in ("key", "split"))
+                at += len(batch)
+        except (pa.ArrowException, KeyError) as error:
             raise ValueError(f"{path}: not a file of embeddings (key, split, vector): {error}") from error
-        return cls(key, split, vector, metadata)
+        return cls(key, split, vector, files.metadata)
 
     def aligned(self, key: np.ndarray) -> np.ndarray:
         """[len(key), D] vectors of the given samples.
@@ -112,7 +104,7 @@ def stack_splits(
         parts: By split, [n] catalogue rows and [n, D] vectors.
         metadata: What the file shall say of itself.
     """
-    catalogue: Any = pq.read_table(survey_dir / "catalog.parquet", columns=["key"])["key"]
+    catalogue: Any = read_catalog(survey_dir, ["key"])["key"]
     rows = np.concatenate([rows for rows, _ in parts.values()])
     return Embeddings(
         key=np.array(catalogue.take(rows).to_pylist(), dtype=object),

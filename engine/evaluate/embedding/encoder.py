@@ -15,7 +15,7 @@ from armillary.engine.evaluate.embedding.embed import Pipeline
 from armillary.engine.weights.init_weights import input_mismatch
 from armillary.engine.weights.tensors import state_digest
 from armillary.engine.weights.trained_encoder import TrainedEncoder
-from armillary.models.method import Method
+from armillary.models.method import Method, Readout
 
 __all__ = ["Encoder"]
 
@@ -88,6 +88,16 @@ class Encoder:
         # RUN/checkpoints/step-N or RUN/export/FILE; a file elsewhere has no run beside it.
         folder = source.path.parents[1] if len(source.path.parents) > 1 else None
         return cls(method, view, metadata, run, folder)
+
+    def readouts_of(self, survey: Survey) -> dict[str, Readout]:
+        """The method's named embeddings that this survey has the modalities for."""
+        found = {}
+        for name, about in self.method.readouts().items():
+            made_of = set(about.modality.split("+"))
+            read = made_of & set(self.run.views.modalities) or made_of  # beside what is read, embeddings from files
+            if about.modality == "columns" or read <= set(survey.modalities):
+                found[name] = about
+        return found
 
     def pipeline(self, readout: str | None = None) -> Pipeline:
         """For `embed` and `embed_readouts`; `readout` is the one of its embeddings to make, None for its default."""

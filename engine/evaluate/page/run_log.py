@@ -45,6 +45,8 @@ class RunLog:
             record = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: not a run's record: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("run", {}), dict):
+            raise ValueError(f"{path}: not a run's record")
         return cls(record, _series(run_dir / "metrics.jsonl"))
 
     @property
@@ -97,10 +99,10 @@ def _series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     values: dict[str, list[float]] = {}
     if not path.is_file():
         return {}
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             entry = json.loads(line)
-            step = entry["step"]
+            step = int(entry["step"])
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was cut short
         for name, value in entry.items():

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from armillary.engine.atomic_file import atomic_path
-from armillary.models.masked.density import Density
-from armillary.models.quantities import Quantity
+from armillary.models.quantities import Distribution, Quantity
 
-__all__ = ["export_density", "write_qp"]
+__all__ = ["DensityRows", "write_qp"]
 
 DEEP = 1e-4
 """Probability beyond either end of a grid."""
@@ -66,55 +65,71 @@ def write_qp(
     return path
 
 
-@torch.no_grad()
-def export_density(
-    path: Path | str,
-    density: Density,
-    quantity: Quantity | None = None,
-    ancillary: Mapping[str, np.ndarray] | None = None,
-    *,
-    points: int = 400,
-) -> Path:
-    """Write any kind of predicted distribution of a scalar.
+class DensityRows:
+    """Predicted distributions of a scalar, of any kind, batch by batch, and then the file of all of them.
 
     Each galaxy gets a grid of its own (qp's "interp_irregular"): half of the points at quantiles of equal steps, which follow
-    narrow peaks, half at equal distances, which follow what lies between them.
+    narrow peaks, half at equal distances, which follow what lies between them. All are held until they are written: 16 G
+    bytes a galaxy.
 
     Args:
-        path: File to write, ending in .hdf5.
-        density: Distributions [M], or [M, 1], of the scaled entry of the quantity.
-        quantity: A scalar, whose scaling is undone; None: the distributions are in the unit that the file shall have.
-        ancillary: Columns [M], such as keys and true values; `zmedian` is added for redshifts, else `median`.
+        quantity: A scalar, whose scaling is undone.
         points: G.
 
     Raises:
-        ValueError: The quantity is a vector, a distribution has no width (a point), or a column does not fit.
+        ValueError: The quantity is a vector.
     """
-    if quantity is not None and quantity.scaling.entries != 1:
-        raise ValueError(
-            f"quantity {quantity.name!r}: has {quantity.scaling.entries} entries, a file of qp holds scalars"
+
+    def __init__(self, quantity: Quantity, points: int = 400) -> None:
+        if quantity.scaling.entries != 1:
+            raise ValueError(
+                f"quantity {quantity.name!r}: has {quantity.scaling.entries} entries, a file of qp holds scalars"
+            )
+        self.quantity, self.points = quantity, points
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    @torch.no_grad()
+    def add(self, density: Distribution) -> None:
+        """Put distributions [M] or [M, 1] of the scaled entry behind those that are there.
+
+        Raises:
+            ValueError: One has no width (a point), or they are of another shape.
+        """
+        median = density.median()
+        count, points = len(median), self.points
+        if median.numel() != count:
+            raise ValueError(f"density: must be [M] or [M, 1] distributions, got {tuple(median.shape)}")
+        each = median.shape + (points // 2,)
+        levels = torch.linspace(DEEP, 1 - DEEP, points // 2, dtype=torch.float64, device=median.device)
+        peaks = density.quantile(levels.expand(each)).double()
+        low, high = peaks[..., :1], peaks[..., -1:]
+        even = low + (high - low) * torch.linspace(
+            0, 1, points - points // 2, dtype=torch.float64, device=median.device
         )
-    median = density.median()
-    count = median.shape[0]
-    if median.numel() != count:
-        raise ValueError(f"density: must be [M] or [M, 1] distributions, got {tuple(median.shape)}")
-    each = median.shape + (points // 2,)
-    levels = torch.linspace(DEEP, 1 - DEEP, points // 2, dtype=torch.float64, device=median.device)
-    peaks = density.quantile(levels.expand(each)).double()
-    low, high = peaks[..., :1], peaks[..., -1:]
-    even = low + (high - low) * torch.linspace(0, 1, points - points // 2, dtype=torch.float64, device=median.device)
-    grid = torch.cat([peaks, even], dim=-1).sort(-1).values
-    # No point twice: densities are differences over distances.
-    grid = grid + (high - low) * 1e-6 * torch.arange(points, dtype=torch.float64, device=median.device)
-    below = density.cdf(grid).double()
-    name = "median"
-    if quantity is not None:
-        grid, median = (quantity.scaling.inverse(t[..., None].double())[..., 0] for t in (grid, median))
-        name = "zmedian" if quantity.name == "redshift" else name
-    x, steps = (t.reshape(count, points).cpu().numpy() for t in (grid, below))
-    if not (np.diff(x) > 0).all():
-        raise ValueError("density: has no width; a point cannot be written as a distribution")
-    # qp sums a density times the step before it: so its cumulative probability is exact at every point.
-    y = np.diff(steps, prepend=steps[:, :1]) / np.diff(x, prepend=x[:, :1] - 1) / (steps[:, -1:] - steps[:, :1])
-    columns = {name: median.reshape(count).cpu().numpy(), **(ancillary or {})}
-    return write_qp(path, "interp_irregular", {}, {"xvals": x, "yvals": y}, columns)
+        grid = torch.cat([peaks, even], dim=-1).sort(-1).values
+        # No point twice: densities are differences over distances.
+        grid = grid + (high - low) * 1e-6 * torch.arange(points, dtype=torch.float64, device=median.device)
+        below = density.cdf(grid).double()
+        grid, median = (self.quantity.scaling.inverse(t[..., None].double())[..., 0] for t in (grid, median))
+        x, steps = (t.reshape(count, points).cpu().numpy() for t in (grid, below))
+        if not (np.diff(x) > 0).all():
+            raise ValueError(
+                f"density: that of {self.quantity.name} has no width; a point cannot be written as a distribution"
+            )
+        # qp sums a density times the step before it: so its cumulative probability is exact at every point.
+        y = np.diff(steps, prepend=steps[:, :1]) / np.diff(x, prepend=x[:, :1] - 1) / (steps[:, -1:] - steps[:, :1])
+        self._parts.append((x, y, median.reshape(count).cpu().numpy()))
+
+    def write(self, path: Path | str, columns: Mapping[str, np.ndarray] | None = None) -> Path:
+        """Write all as one file.
+
+        Args:
+            path: File to write, ending in .hdf5.
+            columns: [M], such as keys and true values; `zmedian` is added for redshifts, else `median`.
+
+        Raises:
+            ValueError: A column does not fit.
+        """
+        x, y, median = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+        name = "zmedian" if self.quantity.name == "redshift" else "median"
+        return write_qp(path, "interp_irregular", {}, {"xvals": x, "yvals": y}, {name: median, **(columns or {})})

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from armillary.engine.config.run import Run
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.page.html import section
-from armillary.engine.evaluate.queries.answers import Answered, Sizes, answer_all, judged_names, read_values
+from armillary.engine.evaluate.queries.answers import Answered, Sizes, Values, answer_all, judged_names, read_values
 from armillary.engine.evaluate.queries.question import (
     Comparison,
     Query,
@@ -40,6 +40,7 @@ from armillary.engine.evaluate.queries.scoring import (
 from armillary.engine.evaluate.queries.sections import calibration_card, examples_card, gains_card
 from armillary.engine.evaluate.queries.supervised import BARS, supervised_medians
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
+from armillary.models.quantities import Quantity
 
 __all__ = ["TASK", "QueryOptions", "queries"]
 
@@ -90,6 +91,7 @@ def queries(study: Study, encoders: Sequence[Encoder], options: QueryOptions | N
     compared: list[Compared] = []
     judged: list[Judged] = []
     pieces: list[Markup] = []
+    bars = _Bars(study, options)
     for encoder in able:
         name = encoder.run.name
         asked = encoder.method.questions()
@@ -110,7 +112,7 @@ def queries(study: Study, encoders: Sequence[Encoder], options: QueryOptions | N
         lines += [f"{name}: {query} was not answered: {why}" for query, why in refused.items()]
         numbers = [c for c in comparisons if c.first in found and c.second in found]
         if numbers := [c for c in numbers if found[c.first].quantity.size == 1]:
-            made, said = _compare(study, encoder, numbers, found, options)
+            made, said = _compare(study, encoder, numbers, found, options, bars)
             compared += made
             lines += said
         if encoder is able[0]:
@@ -168,19 +170,53 @@ def _measures(one: Judged) -> list[Measure]:
     return [*found, Measure(*common, "pit_deviation", c.deviation, samples=c.samples)]
 
 
+class _Bars:
+    """Predictions of supervised models; runs that are shown the same, such as those of several seeds, have the same ones."""
+
+    def __init__(self, study: Study, options: QueryOptions) -> None:
+        self._study, self._options = study, options
+        self._values: dict[object, tuple[Values, Values]] = {}
+        self._fitted: dict[object, np.ndarray] = {}
+
+    def test(self, encoder: Encoder) -> Values:
+        """Test galaxies, as the run is shown them."""
+        return self._both(encoder)[1]
+
+    def predictions(self, bar: str, encoder: Encoder, query: Query) -> np.ndarray:
+        """[M] of all test galaxies."""
+        key = (bar, _shown(encoder), query)
+        if key not in self._fitted:
+            train, test = self._both(encoder)
+            self._fitted[key] = supervised_medians(bar, query, train, test, _quantities(encoder), self._study.seed)
+        return self._fitted[key]
+
+    def _both(self, encoder: Encoder) -> tuple[Values, Values]:
+        key, study, options = _shown(encoder), self._study, self._options
+        if key not in self._values:
+            train = read_values(encoder, study, study.train_split, options.train_samples, NOISE_DRAWS)
+            self._values[key] = train, read_values(encoder, study, study.test_split, options.sizes.samples)
+        return self._values[key]
+
+
+def _shown(encoder: Encoder) -> object:
+    """What tells apart how runs are shown a survey."""
+    return encoder.view.quantities.views if encoder.view.quantities is not None else (), _quantities(encoder)
+
+
+def _quantities(encoder: Encoder) -> tuple[Quantity, ...]:
+    return encoder.view.quantities.quantities if encoder.view.quantities is not None else ()
+
+
 def _compare(
     study: Study,
     encoder: Encoder,
     comparisons: Sequence[Comparison],
     found: dict[Query, Answered],
     options: QueryOptions,
+    bars: _Bars,
 ) -> tuple[list[Compared], list[str]]:
     """Gains of the run and of supervised models, on the galaxies that have both answers."""
-    name = encoder.run.name
-    quantities = encoder.view.quantities.quantities if encoder.view.quantities is not None else ()
-    train = read_values(encoder, study, study.train_split, options.train_samples, NOISE_DRAWS)
-    test = read_values(encoder, study, study.test_split, options.sizes.samples)
-    fitted: dict[tuple[str, Query], np.ndarray] = {}
+    name, test = encoder.run.name, bars.test(encoder)
     made: list[Compared] = []
     lines: list[str] = []
     for comparison in comparisons:
@@ -189,15 +225,12 @@ def _compare(
         rows = np.intersect1d(answers[0].row, answers[1].row)
         quantity = answers[0].quantity
         errors = {"answers": [_at(a.row, _residuals(a), rows) for a in answers]}
-        names = {q.name for q in quantities}
+        names = {q.name for q in _quantities(encoder)}
         columns = {quantity.name, *(given.partition("[")[0] for q in sides for given in q.given)} <= names
         for bar in BARS if columns else ():  # of images and spectra there are supervised runs to compare with
-            for query in sides:
-                if (bar, query) not in fitted:
-                    fitted[bar, query] = supervised_medians(bar, query, train, test, quantities, study.seed)
+            truth = test.of[quantity.name][:, 0]
             errors[bar] = [
-                _at(test.row, query_residuals(quantity, test.of[quantity.name][:, 0], fitted[bar, q]), rows)
-                for q in sides
+                _at(test.row, query_residuals(quantity, truth, bars.predictions(bar, encoder, q)), rows) for q in sides
             ]
         known = np.all([np.isfinite(e) for pair in errors.values() for e in pair], axis=0)
         mine: dict[str, tuple[Gain, ...]] = {}

@@ -199,11 +199,8 @@ def _wanted(encoders: Sequence[Encoder], survey: Survey, chosen: str | None = No
             if chosen not in readouts:
                 raise ValueError(f"readout: {chosen!r} is none of this encoder's embeddings, {sorted(readouts)}")
             readouts = {chosen: readouts[chosen]}
-        for readout, about in readouts.items():
-            made_of = set(about.modality.split("+"))
-            read = made_of & set(encoder.run.views.modalities) or made_of  # beside what is read, embeddings from files
-            if about.modality == "columns" or read <= set(survey.modalities):
-                found.append(_Wanted(encoder, readout, about, about.title))
+        possible = encoder.readouts_of(survey)
+        found += [_Wanted(encoder, name, about, about.title) for name, about in readouts.items() if name in possible]
     titles = [w.name for w in found]
     return [
         w if titles.count(w.name) == 1 else _Wanted(w.encoder, w.readout, w.about, f"{w.name} ({w.encoder.run.name})")

@@ -11,12 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from markupsafe import Markup
 
+from armillary.engine.atomic_file import atomic_path
+from armillary.engine.data.format.catalog import read_catalog
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.colour import galaxy_picture
 from armillary.engine.evaluate.page import html, pictures
 from armillary.engine.evaluate.search.index import Answers
 from armillary.engine.evaluate.search.pictures import Tile, draw_objects, spectrum_tile, tile_row
 from armillary.engine.evaluate.search.query import Query
+from armillary.engine.exclusive import exclusive_file
 
 __all__ = ["answer_table", "catalogue_rows", "print_answers", "write_answers"]
 
@@ -26,7 +29,7 @@ A_ROW = 9  # pictures side by side
 
 def catalogue_rows(data: Path, keys: Sequence[str]) -> dict[str, int]:
     """Catalogue rows of those of the keys that the survey has."""
-    column: Any = pq.read_table(data / "catalog.parquet", columns=["key"])["key"]
+    column: Any = read_catalog(data, ["key"])["key"]
     wanted = set(keys)
     return {key: row for row, key in enumerate(column.to_pylist()) if key in wanted}
 
@@ -49,7 +52,7 @@ def answer_table(
     if missing := [key for key in keys if key not in rows]:
         raise ValueError(f"data: survey {survey.name!r} has no object {missing[0]!r}; is it the one that was embedded?")
     names = list(survey.labels)
-    labels: Any = pq.read_table(data / "catalog.parquet", columns=names).take([rows[key] for key in keys])
+    labels: Any = read_catalog(survey, names).take([rows[key] for key in keys])
     for name in names:
         table = table.append_column(name, labels[name])
     return table
@@ -70,12 +73,13 @@ def write_answers(
     out: Path, one: Query, table: pa.Table, data: Path | None, survey: Survey | None, rows: dict[str, int] | None
 ) -> None:
     """Write the answers as a .parquet, or as an .html page with their pictures, which needs the survey."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".parquet":
-        pq.write_table(table, out)
-        return
-    assert data is not None and survey is not None and rows is not None
-    _write_page(out, one, table, data, survey, rows)
+    with exclusive_file(out):
+        if out.suffix == ".parquet":
+            with atomic_path(out) as temporary:
+                pq.write_table(table, temporary)
+            return
+        assert data is not None and survey is not None and rows is not None
+        _write_page(out, one, table, data, survey, rows)
 
 
 def _write_page(out: Path, one: Query, table: pa.Table, data: Path, survey: Survey, rows: dict[str, int]) -> None:

@@ -141,7 +141,7 @@ class Index:
         """Index files of embeddings, in pieces: the vectors never lie in memory together (but in an exact index).
 
         Args:
-            paths: Parquet files of `armillary embed`, of one survey and encoder.
+            paths: Files or folders of `armillary embed`, of one survey and encoder.
             kind: As for `build`.
             plan: As for `build`.
             keep: As for `build`.

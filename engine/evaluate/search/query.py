@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from armillary.engine.data.format.embedding_files import EmbeddingFiles
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.kinds import open_source
 from armillary.engine.data.sources.source import Sample, Source, spectrum_of
 from armillary.engine.evaluate.embedding.embed import embed_readouts
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.search.index import Index
-from armillary.engine.evaluate.search.vectors import read_vector
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch
 
@@ -52,7 +52,7 @@ def query_by_key(index: Index, key: str, files: tuple[Path, ...] = ()) -> Query:
     Args:
         index: What will be searched.
         key: Key of the object.
-        files: Parquet files to look in: the ones that were indexed, or those of another modality of the same encoder. The
+        files: Files or folders of embeddings to look in: the ones that were indexed, or those of another modality of the same encoder. The
             index's own vectors where none is given.
 
     Raises:
@@ -63,10 +63,11 @@ def query_by_key(index: Index, key: str, files: tuple[Path, ...] = ()) -> Query:
         row = index.find(key)
         return Query(key, index.vectors([row]), row)
     for path in files:
-        vector, metadata = read_vector(path, key)
-        index.check(metadata, ("survey", "fingerprint", "encoder"))
+        file = EmbeddingFiles.open(path)
+        index.check(file.metadata, ("survey", "fingerprint", "encoder"))
+        vector = file.vector_of(key)
         if len(vector):
-            alike = metadata.get("readout") == index.metadata.get("readout")
+            alike = file.metadata.get("readout") == index.metadata.get("readout")
             return Query(key, vector, index.find(key) if alike and key in index else None)
     raise ValueError(f"key {key!r}: has no embedding in {', '.join(map(str, files))}")
 

@@ -5,35 +5,32 @@ Shape legend: N vectors, D embedding dimensions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from armillary.engine.evaluate.embedding.embeddings import METADATA_KEY
+from armillary.engine.data.format.embedding_files import CHUNK, EmbeddingFiles
 
-__all__ = ["CHUNK", "ORIGIN", "VectorFiles", "difference", "read_vector", "unit"]
+__all__ = ["CHUNK", "ORIGIN", "VectorFiles", "difference", "unit"]
 
-CHUNK = 65_536  # vectors read, normalised and added at a time
 ORIGIN = ("survey", "fingerprint", "encoder", "readout")  # what must agree for vectors to be comparable
 
 
 @dataclass(frozen=True)
 class VectorFiles:
-    """Files of embeddings that belong together.
+    """Files of embeddings, or folders of their parts, that belong together.
 
     Attributes:
-        paths: The files.
+        files: Opened.
         keys: N keys, in the order of the files.
         dimensions: D.
         metadata: What the first file says of itself.
     """
 
-    paths: tuple[Path, ...]
+    files: tuple[EmbeddingFiles, ...]
     keys: pa.Array
     dimensions: int
     metadata: dict[str, str]
@@ -43,7 +40,7 @@ class VectorFiles:
         """Read keys and check the files against each other.
 
         Args:
-            paths: Parquet files of `armillary embed`.
+            paths: Files or folders of `armillary embed`.
 
         Raises:
             FileNotFoundError: A file is missing.
@@ -51,54 +48,19 @@ class VectorFiles:
         """
         if not paths:
             raise ValueError("paths: need at least one file of embeddings")
-        abouts = [_about(path) for path in paths]
-        for path, (_, metadata) in zip(paths, abouts, strict=True):
-            if problem := difference(abouts[0][1], metadata):
-                raise ValueError(f"{path}: {problem}")
-        if len(sizes := {size for size, _ in abouts}) > 1:
+        files = tuple(EmbeddingFiles.open(path) for path in paths)
+        for file in files:
+            if problem := difference(files[0].metadata, file.metadata):
+                raise ValueError(f"{file.path}: {problem}")
+        if len(sizes := {file.dimensions for file in files}) > 1:
             raise ValueError(f"vectors: all files must have the same dimensions, got {sorted(sizes)}")
-        columns = [pq.read_table(path, columns=["key"])["key"].cast(pa.large_string()) for path in paths]
-        keys = pa.chunked_array([c for column in columns for c in column.chunks], pa.large_string())
-        return cls(tuple(paths), keys.combine_chunks(), *abouts[0])
+        keys = pa.chunked_array([chunk for file in files for chunk in file.keys().chunks], pa.large_string())
+        return cls(files, keys.combine_chunks(), files[0].dimensions, files[0].metadata)
 
     def chunks(self) -> Iterator[np.ndarray]:
         """All vectors in order, some [n, D] at a time."""
-        for path in self.paths:
-            # A buffer reads the pages of a column one by one: whole row groups may not fit into memory.
-            with pq.ParquetFile(path, buffer_size=1 << 24) as file:
-                for batch in file.iter_batches(CHUNK, columns=["vector"]):
-                    yield batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
-
-
-def read_vector(path: Path, key: str) -> tuple[np.ndarray, dict[str, str]]:
-    """The embedding of one object in a file, and what the file says of itself.
-
-    Args:
-        path: Parquet file of `armillary embed`.
-        key: Key of the object.
-
-    Returns:
-        [1, D], or [0, D] where the file has no such key, and the metadata.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It holds something else.
-    """
-    size, metadata = _about(path)
-    found = pq.read_table(path, columns=["vector"], filters=[("key", "==", key)])["vector"]
-    return found.combine_chunks().flatten().to_numpy().reshape(-1, size)[:1], metadata
-
-
-def _about(path: Path) -> tuple[int, dict[str, str]]:
-    """Dimensions and metadata of a file of embeddings."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no embeddings here; make them with `armillary embed`")
-    try:
-        schema = pq.read_schema(path)
-        schema.field("key")
-        return schema.field("vector").type.list_size, json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    except (pa.ArrowException, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of embeddings (key, split, vector): {error}") from error
+        for file in self.files:
+            yield from file.chunks()
 
 
 def unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:

@@ -275,3 +275,9 @@ def test_a_method_that_answers_nonsense_is_named(run, table, tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"LinearGaussianMethod.answer: 'sed' must be \[B, 5, 4\] draws"):
         query(run, table, tmp_path / "a.parquet", given=["redshift"], want=["sed"], draws=5)
     assert not (tmp_path / "a.parquet").exists()
+
+
+def test_a_method_that_only_draws_has_no_distributions_to_write(run, table, tmp_path):
+    with pytest.raises(ValueError, match="LinearGaussianMethod says no distribution of stellar_mass but draws"):
+        query(run, table, tmp_path / "a.parquet", given=("redshift",), want=("stellar_mass",), qp=tmp_path / "p")
+    assert not list(tmp_path.glob("a.parquet*"))

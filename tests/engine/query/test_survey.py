@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import qp
 from mixed import Mixed
 from plain_vectors import PlainVectors
 from toy_answers import exported
@@ -185,3 +186,24 @@ def test_images_and_spectra_are_given_where_they_are(tmp_path):
     np.testing.assert_allclose(both[lacking == 2], found["image",][lacking == 2], rtol=1e-4)
     with pytest.raises(ValueError, match="image and spectrum cannot come out of a table"):
         query(run, tmp_path / "a.parquet", tmp_path / "b.parquet", given=["image", "spectrum"], want=["redshift"])
+
+
+def test_distributions_are_written_for_qp(run, folder, tmp_path, capsys):
+    """Those that the answers' quantiles are drawn from, with rows and keys; not of vectors."""
+    out, densities = tmp_path / "a.parquet", tmp_path / "p"
+    arguments = ["query", str(run), str(folder), "-o", str(out), "--given", "flux_lsst", "--qp", str(densities)]
+    assert cli.main([*arguments, "--want", "redshift,magnitude,flux_lsst", "--draws", "2000"]) == 0
+    assert sorted(p.name for p in densities.iterdir()) == ["magnitude.hdf5", "redshift.hdf5"]
+    answers = pq.read_table(out)
+    for name, median in (("redshift", "zmedian"), ("magnitude", "median")):
+        ensemble = qp.read(str(densities / f"{name}.hdf5"))
+        assert ensemble.ancil["row"].tolist() == answers["row"].to_pylist()
+        assert list(ensemble.ancil["key"]) == answers["key"].to_pylist()
+        np.testing.assert_allclose(ensemble.ancil[median], answers[f"{name}_median"], rtol=1e-5)
+        wide = np.subtract(*(ensemble.ppf(p)[:, 0] for p in (0.84, 0.16)))
+        found = np.asarray(answers[f"{name}_p84"]) - np.asarray(answers[f"{name}_p16"])
+        np.testing.assert_allclose(found, wide, rtol=0.25)  # of 2,000 draws: 3 %; the first is drawn given itself alone
+    out.unlink()
+    assert cli.main([*arguments, "--want", "flux_lsst"]) == 2
+    assert "qp: holds distributions of numbers, but flux_lsst are vectors" in capsys.readouterr().err
+    assert not out.exists()

@@ -55,6 +55,12 @@ def test_a_preset_is_chosen_and_then_changed(run, started):
     assert options == {"restore": None, "init_from": None, "open_loader": None}
 
 
+def test_of_a_flag_given_twice_the_last_one_counts_and_it_is_said(run, started, capsys):
+    assert start(run, {}, ["--train.steps", "3", "--optim.lr", "1e-3", "--train.steps=5"]) == 0
+    assert started[0][0].train.steps == 5
+    assert "--train.steps is given more than once: the last one counts" in capsys.readouterr().err
+
+
 def test_help_explains_fields(run, started, capsys):
     assert start(run, {"smoke": run}, ["--help"]) == 0
     text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
@@ -92,7 +98,7 @@ def test_all_problems_are_told_at_once(run, capsys):
     assert start(run, {}, changes.split()) == EXIT_BAD_INPUT
     text = capsys.readouterr().err
     for rule in (
-        "seed: must be a finite number >= 0, got -1",
+        "seed: must be in 0 .. 2^64 - 1, got -1",
         "optim.lr: must be a finite number > 0, got 0.0",
         "optim.eps: must be a finite number > 0, got nan",
         "optim.betas: must be two numbers, 0 <= beta < 1, got (0.9, 1.0)",

@@ -98,6 +98,16 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path):
     assert (tmp_path / "lines").read_text() == "abc\ndefg\nhi\nj\n"
 
 
+def test_lines_go_on_in_a_new_file_where_the_old_one_was_moved(tmp_path):
+    (tmp_path / "run").mkdir()
+    lines = LineFile(tmp_path / "run" / "lines")
+    lines.append("one")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert lines.append("two") is None
+    lines.close()
+    assert [(tmp_path / folder / "lines").read_text() for folder in ("moved", "run")] == ["one\n", "two\n"]
+
+
 def test_a_full_disk_is_told_once_and_ends_nothing(run, meter, screen):
     disk = meter._lines._file = FullDisk(meter._lines._file, room=0)
     for number in range(1, 5):

@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 import toy
 from plain import FACTS, progress, scrambled
 
@@ -21,7 +23,7 @@ from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.weights.portable import export_portable
 from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config
-from armillary.engine.zero.processes import launch_problems, ranks, take_slurm_ranks
+from armillary.engine.zero.processes import launch_problems, lost_ranks, ranks, take_slurm_ranks
 from armillary.models.method import InputSpec
 
 INPUTS = InputSpec(channels=10, global_size=1)
@@ -91,7 +93,15 @@ def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):
         trainer.train(run, init_from=tmp_path / "x.safetensors", open_loader=toy.open_toy_loader)
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "checkpoints"])
+def test_what_is_in_the_way_of_a_run_is_said_before_work(run, one_process, name):
+    run.folder.mkdir(parents=True)
+    (run.folder / name).touch() if name == "checkpoints" else (run.folder / name).mkdir()
+    with ExitStack() as leaving, pytest.raises(BadInput, match=f"out: .*{name}"):
+        trainer._own(run.folder, None, ranks(), leaving)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_and_a_second_interrupts(first):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     stop = StopRequest()
@@ -126,6 +136,17 @@ def test_skipped_steps_are_told_and_counted_out(run):
     loop.progress.bad_in_a_row = 10
     with pytest.raises(NonFinite, match="10 steps in a row.*train.max_bad_steps = 10"):
         loop._judge(bad)
+
+
+def test_a_run_whose_folder_was_deleted_has_its_record_again(run):
+    loop = Loop.__new__(Loop)
+    loop.run, loop.meter, loop.known = run, FakeMeter(), {"survey": "s"}
+    loop.sharded = SimpleNamespace(rank=0, layout=SimpleNamespace(world=2))
+    run.folder.mkdir(parents=True)
+    for _ in range(2):
+        loop._keep_record()
+    assert type(run).load(run.folder) == run
+    assert len(loop.meter.said) == 1 and "was moved or deleted" in loop.meter.said[0]
 
 
 def test_a_checkpoint_by_time_is_rank_0s_decision(run):
@@ -188,6 +209,30 @@ def test_a_step_that_slurm_does_not_describe_is_refused(name, monkeypatch):
     assert found.startswith("SLURM_STEP_N") and "RANK" not in environment
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL communicator was aborted"),
+        torch.distributed.DistStoreError("Timed out after 61 seconds waiting for clients. 1/2 clients joined."),
+        RuntimeError(
+            "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 30000ms for recv operation to complete"
+        ),
+    ],
+    ids=["NCCL", "start", "gloo"],
+)
+def test_an_error_of_lost_ranks_says_where_to_look(error, monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu07"}.items():
+        monkeypatch.setenv(name, value)
+    said = lost_ranks(error, 0.5)
+    for part in ("train.timeout_minutes = 0.5", "rank 3 of 16", "rank 0 is on gpu07", "dmesg"):
+        assert part in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyboardInterrupt(), ValueError("gloomy")])
+def test_any_other_error_is_left_alone(error):
+    assert lost_ranks(error, 0.5) is None
+
+
 def test_a_master_that_nobody_knows_is_refused_before_the_group_waits(monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "2345"}.items():
         monkeypatch.setenv(name, value)
@@ -197,6 +242,18 @@ def test_a_master_that_nobody_knows_is_refused_before_the_group_waits(monkeypatc
     assert launch_problems()[0].startswith("MASTER_ADDR: must be a machine that ")
     monkeypatch.setenv("RANK", "first")
     assert launch_problems() == ["RANK: must be a whole number, got 'first'"]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked
+        stop.forget()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_training_in_a_thread_leaves_signals_alone():

@@ -3,16 +3,17 @@
 import hashlib
 import json
 import random
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from plain import FACTS, progress, scrambled
+from plain import FACTS, flip, progress, scrambled, write_world
 from safetensors.torch import load_file, save_file
 
 from armillary.engine.config.config_json import to_json
-from armillary.engine.weights import checkpoint, portable, resume
+from armillary.engine.weights import checkpoint, portable, resume, verify
 from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
 from armillary.engine.weights.verify import CheckpointError, check_files, check_seal
@@ -41,17 +42,6 @@ def saved(run, folder, one_process):
     layout = scrambled(run)
     layout.refresh_teacher()
     return checkpoint.save(folder, layout, progress(), run, FACTS), layout
-
-
-def write_world(run, folder, world, step=3):
-    """A checkpoint of several ranks, without processes."""
-    temporary = folder / "tmp-x"
-    temporary.mkdir(parents=True)
-    layouts = [scrambled(run, rank=r, world=world) for r in range(world)]
-    records = [checkpoint._write_shard(temporary / f"shard-{r:05d}.safetensors", x) for r, x in enumerate(layouts)]
-    final = folder / f"step-{step:08d}"
-    checkpoint._finish(folder, temporary, final, records, progress(step), run, FACTS | {"world": world})
-    return final
 
 
 def test_everything_comes_back(run, saved):
@@ -133,13 +123,6 @@ def grow(path):
         f.write(b"x")
 
 
-def flip(path, place=-5):
-    """Turn one bit round."""
-    data = bytearray(path.read_bytes())
-    data[place] ^= 0x40
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -196,6 +179,22 @@ def test_a_lost_pointer_costs_nothing(run, folder, saved, text):
         (folder / "latest").write_text(text)
     assert checkpoint.latest(folder) == folder / "step-00000012"
     check_files(folder / "step-00000012")
+
+
+def test_a_file_beside_a_checkpoint_is_none_of_it(run, folder):
+    path = write_world(run, folder, 2)
+    shutil.copy(path / "shard-00000.safetensors", path / "shard-00002.safetensors")
+    (path / "shard-00003.safetensors").write_bytes(b"not listed, not checked, not read")
+    archive, _ = resume.open_archive(path)
+    assert [file.name for file in archive.files] == ["shard-00000.safetensors", "shard-00001.safetensors"]
+
+
+def test_a_manifest_names_files_of_its_own_folder(run, folder):
+    path = write_world(run, folder, 1)
+    listed = (path / "manifest.json").read_text().replace("shard-00000", "../shard-00000")
+    (path / "manifest.json").write_text(listed)
+    with pytest.raises(CheckpointError, match="must name files of its own folder, got '../shard-00000.safetensors'"):
+        resume.open_archive(path)
 
 
 def test_another_format_is_refused(saved):
@@ -267,6 +266,32 @@ def test_an_export_whose_data_differ_is_refused(run, folder, tmp_path, place):
     flip(file, place)
     with pytest.raises(CheckpointError, match="portable.safetensors"):
         portable.open_portable(file)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "file"])
+def test_what_is_restored_is_hashed_once_among_the_ranks(run, folder, tmp_path, monkeypatch, what):
+    path = write_world(run, folder, 3)
+    if what == "file":
+        portable.export_portable(path, tmp_path / "portable.safetensors")
+    path, damaged = (
+        (path, path / "shard-00002.safetensors") if what == "checkpoint" else 2 * (tmp_path / "portable.safetensors",)
+    )
+    hashed, said = [], []
+    for name in ("sha256_of", "_unsealed"):
+        real = getattr(verify, name)
+        monkeypatch.setattr(verify, name, lambda path, *rest, real=real: hashed.append(path.name) or real(path, *rest))
+    monkeypatch.setattr(portable, "agree_all", lambda found, error, rule: said.append((found, error)))
+    for rank in range(4):
+        portable.agree(path, rank, 4)
+    assert sorted(hashed) == (sorted(verify.listed_files(path)) if what == "checkpoint" else [path.name])
+    assert len(set(said)) == 1 and said[0][1] is None
+    flip(damaged, -3)
+    said.clear()
+    for rank in range(4):
+        portable.agree(path, rank, 4)
+    assert [damaged.name in str(error) for _, error in said].count(True) == 1
+    portable.agree(tmp_path / "nowhere", 0, 1)
+    assert "--restore: " in said[-1][1]
 
 
 def test_a_seal_does_not_cover_itself(tmp_path):

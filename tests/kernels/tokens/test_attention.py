@@ -68,12 +68,12 @@ def test_fewer_queries_than_keys(wanted):
     q, k, v = qkv(sum(lengths))
     starts = [0, 4, 8, 10]
     rows = torch.tensor([s + i for s, n in zip(starts, wanted, strict=True) for i in range(n)], dtype=torch.int64)
-    layout = PackedSequences.from_runs([(2, 4), (2, 2)])
+    known, ragged = PackedSequences.from_runs([(2, 4), (2, 2)]), PackedSequences.from_lengths(torch.tensor(lengths), 9)
     queries = PackedSequences.from_lengths(torch.tensor(wanted), 4)
     expected = by_hand(q, k, v, lengths)[rows]
     weights = torch.randn_like(expected)
     want = torch.autograd.grad((expected * weights).sum(), (q, k, v))
-    for backend in ("torch", "dense"):
+    for backend, layout in (("torch", known), ("torch", ragged), ("dense", known)):
         out = attention(q[rows], k, v, layout, query_layout=queries, backend=backend)
         torch.testing.assert_close(out, expected)
         for g, e in zip(torch.autograd.grad((out * weights).sum(), (q, k, v)), want, strict=True):

@@ -1,5 +1,7 @@
 """Pictures (JPEG, PNG; grey or RGB; 8 or 16 bits) in a folder or zip archive, with an optional CSV of labels.
 
+A picture that its EXIF says to be rotated or mirrored is read upright, as it is displayed.
+
 Pictures are made for display: their values are counts of an unknown stretch, and their noise is not sky noise. They are
 packed in the unit "count"; the builder takes steps of one count for 8-bit ones, which loses nothing.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 import zipfile
 import zlib
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from armillary.engine.data.sources.files.image_files import ImageFiles, ImageHeader
 from armillary.engine.data.sources.files.labels import LabelFile, beside
@@ -202,20 +205,32 @@ def _read_header(f: IO[bytes]) -> _Header:
         channels = {"L": 1, "LA": 1, "1": 1, "I;16": 1, "I;16B": 1, "I": 1, "RGB": 3, "RGBA": 3, "P": 3}
         if picture.mode not in channels:
             raise ValueError(f"colour mode {picture.mode} is not supported; convert it to RGB or grey")
-        width, height = picture.size
+        width, height = picture.size if _orientation(picture) < 5 else picture.size[::-1]
         return _Header(height, width, channels=channels[picture.mode], bits=16 if deep else 8)
 
 
 def _decode(data: bytes) -> np.ndarray:
     """[C, H, W] float32 counts of a picture."""
     with _image(io.BytesIO(data)) as picture:
+        turned = _orientation(picture)
         if not _png16(data[:32]):
-            return _planes(np.asarray(_opaque(picture)))
+            return _planes(np.asarray(_opaque(picture)), turned)
         if picture.mode != "RGB":
-            return _planes(np.asarray(picture))
+            return _planes(np.asarray(picture), turned)
     # Pillow keeps the first byte of a 16-bit RGB sample only. Read as little-endian, that is the second one.
     high, low = (_raw(data, mode) for mode in ("RGB;16B", "RGB;16L"))
-    return _planes(high.astype(np.uint16) * 256 + low)
+    return _planes(high.astype(np.uint16) * 256 + low, turned)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Where EXIF says that the first row and column of pixels are shown, 1 (as stored) to 8; tag 274 of TIFF 6.0."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # its EXIF is damaged; its pixels need not be
+            found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, OSError, struct.error, KeyError, TypeError):
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _raw(data: bytes, mode: str) -> np.ndarray:
@@ -233,7 +248,14 @@ def _opaque(picture: Image.Image) -> Image.Image:
     return picture.convert("L" if grey else "RGB")
 
 
-def _planes(pixels: np.ndarray) -> np.ndarray:
+def _planes(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """[C, H, W] float32 of pixels [h, w] or [h, w, C], upright."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
+    if orientation > 4:  # the first row of pixels is a side
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
     return np.ascontiguousarray(np.moveaxis(pixels, -1, 0), dtype=np.float32)

@@ -50,7 +50,15 @@ SDSS_GRID = WaveGrid("log10", 3.54, 1e-4, 4901)  # 3,467 to 10,715 angstrom: hol
 GRID_TOLERANCE = 0.01  # of a pixel
 UNITS = {"des": "nanomaggy", "hsc": "10^(-0.4 (AB - 27))"}  # by what bands begin with
 FLUX_UNIT = "1e-17 erg/s/cm2/angstrom"
-REDSHIFTS = ("redshift", "z", "Z", "Z_HP", "REDSHIFT")  # the first one there is becomes the label `redshift`
+REDSHIFTS = (
+    "redshift",
+    "z_spec",
+    "z",
+    "Z",
+    "Z_SPEC",
+    "Z_HP",
+    "REDSHIFT",
+)  # the first one there is becomes the label `redshift`
 
 
 class MultimodalUniverse(PartSource):

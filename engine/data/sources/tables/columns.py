@@ -46,7 +46,7 @@ class Table(ABC):
     Attributes:
         count: Rows.
         columns: Those that hold numbers or text.
-        unread: What the others hold.
+        unread: What the others hold, or why they are not read.
     """
 
     count: int
@@ -82,7 +82,7 @@ class Table(ABC):
         """Columns that cannot be read, in words; empty where all can."""
         few = [f"{name}: {what}" for name, what in list(self.unread.items())[:3]]
         more = ", ..." if len(self.unread) > len(few) else ""
-        return f" that hold neither one kind of numbers nor text ({', '.join(few)}{more})" if few else ""
+        return f" that are no columns of numbers or text ({', '.join(few)}{more})" if few else ""
 
     @abstractmethod
     def _load(self, name: str) -> Values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,27 +30,29 @@ class _Place:
 
 
 class Hdf5Table(Table):
-    """A data set a column in one group, one data set of records, or a frame of pandas."""
+    """A data set a column in one group, one data set of records, or a frame of pandas.
+
+    The rows are those of most data sets. What is of another length, a scalar, a group of its own or neither numbers nor text
+    is no column, and is named in `unread`.
+    """
 
     def __init__(self, path: Path, table: str | None) -> None:
         super().__init__(path)
         self.columns, self._places = {}, dict[str, _Place]()
         with h5py.File(path, "r") as file:
             node = _find_table(file, table)
-            found = _pandas_columns(node) if "pandas_type" in node.attrs else _plain_columns(node)
+            found = _pandas_columns(node) if "pandas_type" in node.attrs else _plain_columns(node, self.unread)
             for name, place, dtype, shape, unit in found:
                 column = _numpy_column(dtype, shape, unit)
-                if column is None or h5py.check_vlen_dtype(dtype) not in (None, str, bytes):
+                if column is None or (dtype.kind == "O" and h5py.check_string_dtype(dtype) is None):
                     self.unread[name] = f"{dtype} {shape or ''}".strip()
                 else:
                     self.columns[name], self._places[name] = column, place
             counts = {p.data: file[p.data].shape[0] for p in self._places.values()}
-        self.count = next(iter(counts.values()), 0)
-        for name, place in self._places.items():
-            if counts[place.data] != self.count:
-                raise ValueError(
-                    f"column {name!r} has {counts[place.data]} rows, {next(iter(self.columns))!r} has {self.count}"
-                )
+        self.count = _common_length({name: counts[place.data] for name, place in self._places.items()})
+        for name in [n for n, place in self._places.items() if counts[place.data] != self.count]:
+            self.unread[name] = f"{counts[self._places.pop(name).data]} rows, the table has {self.count}"
+            del self.columns[name]
 
     def _load(self, name: str) -> Values:
         place = self._places[name]
@@ -66,6 +69,17 @@ class Hdf5Table(Table):
         if place.index is not None:
             values = values[:, place.index]
         return Values(pa.array([decoded(v) for v in values], pa.large_string()) if values.dtype == object else values)
+
+
+def _common_length(lengths: dict[str, int]) -> int:
+    """The length of most columns; columns that disagree one to one are no table."""
+    (count, most), *others = Counter(lengths.values()).most_common(2) or [(0, 0)]
+    if others and others[0][1] == most:
+        first, second = (next(n for n, length in lengths.items() if length == c) for c in (count, others[0][0]))
+        raise ValueError(
+            f"column {second!r} has {others[0][0]} rows, {first!r} has {count}: which of them are the table's?"
+        )
+    return count
 
 
 def _numpy_column(dtype: np.dtype, shape: tuple[int, ...], unit: str) -> Column | None:
@@ -106,12 +120,19 @@ Found = tuple[str, _Place, np.dtype, tuple[int, ...], str]
 """A column: name, place, type, shape of a row, unit."""
 
 
-def _plain_columns(node: Any) -> list[Found]:
-    """Columns of a group or of records."""
+def _plain_columns(node: Any, unread: dict[str, str]) -> list[Found]:
+    """Columns of a group or of records; what else is in the group goes to `unread`."""
     if isinstance(node, h5py.Dataset):
         kinds = {name: _field(node.dtype[name]) for name in node.dtype.names}
         return [(name, _Place(node.name, name), *kind, "") for name, kind in kinds.items()]
-    data = {k: v for k, v in node.items() if isinstance(v, h5py.Dataset) and not k.endswith(ASTROPY_META) and v.ndim}
+    data = {}
+    for name, inner in node.items():
+        if isinstance(inner, h5py.Group):
+            unread[name] = "a group"
+        elif isinstance(inner, h5py.Dataset) and not inner.shape:
+            unread[name] = "a single value"
+        elif isinstance(inner, h5py.Dataset) and not name.endswith(ASTROPY_META):
+            data[name] = inner
     return [(k, _Place(v.name), v.dtype, v.shape[1:], _hdf5_unit(v)) for k, v in data.items()]
 
 

@@ -7,7 +7,7 @@ from toy_sky import sky
 from armillary import _C
 from armillary.engine.data.sky_graph.build import connect
 from armillary.engine.data.sky_graph.graph import GraphOptions, GraphRecord, SkyGraph
-from armillary.engine.data.sky_graph.sampling import random_walks, sample_neighbours
+from armillary.engine.data.sky_graph.sampling import random_walks, sample_neighbours, walked_neighbours
 from armillary.kernels.pixels.philox import Purpose, streams, uniforms
 
 KEY = {"seed": 2**63 + 5, "epoch": 3}
@@ -74,6 +74,31 @@ def test_samples(graph):
         assert second[row].tolist() == wanted
 
 
+def oracle_met(graph, node, f, slot, position, seed, epoch, walks=4, length=5):
+    """The rows that walks come to most often, by counting."""
+    if node < 0:
+        return [-1] * f
+    numbers = range(slot * walks, (slot + 1) * walks)
+    met = [n for w in numbers for n in oracle_walk(graph, node, w, length, position, seed, epoch)[1:]]
+    rows = sorted({n for n in met if n not in (-1, node)}, key=lambda n: (-met.count(n), met.index(n)))[:f]
+    return sorted(rows) + [-1] * (f - len(rows))
+
+
+def test_neighbours_by_walks(graph):
+    rows, position = np.arange(300), np.arange(300) + 1000
+    options = {"walks": 4, "length": 5, "position": position, **KEY}
+    first, second = walked_neighbours(graph, rows, (3, 30), **options)
+    assert first.shape == (300, 3) and second.shape == (300, 3, 30) and (first == -1).any()
+    for row in range(0, 300, 7):
+        assert first[row].tolist() == oracle_met(graph, row, 3, 0, position[row], **KEY)
+        wanted = [oracle_met(graph, int(n), 30, 1 + slot, position[row], **KEY) for slot, n in enumerate(first[row])]
+        assert second[row].tolist() == wanted
+    again = walked_neighbours(graph, rows[40:60], (3, 30), threads=3, **{**options, "position": position[40:60]})
+    assert all((a == b[40:60]).all() for a, b in zip(again, (first, second), strict=True))
+    further = [n for row in rows for n in first[row].tolist() if n >= 0 and n not in graph.neighbours(row)]
+    assert further  # a walk leads beyond the neighbours
+
+
 def test_draws_belong_to_the_position(graph):
     rows, position = np.array([5, 17, 40, 41, 250]), np.array([9, 2, 70, 71, 8])
     whole = sample_neighbours(graph, rows, (2, 2), position=position, **KEY)
@@ -110,6 +135,10 @@ def test_bad_input(graph):
     for walks, length in ((0, 3), (2**16 + 1, 3), (2, 0)):
         with pytest.raises(ValueError, match="walks and length: must be 1 to 65536 and at least 1"):
             random_walks(graph, np.zeros(1, np.int64), walks, length, position=np.zeros(1, np.int64), **KEY)
+    with pytest.raises(ValueError, match="the neighbours of at most 655 nodes"):
+        walked_neighbours(
+            graph, np.zeros(1, np.int64), (700, 2), walks=100, length=2, position=np.zeros(1, np.int64), **KEY
+        )
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,8 @@ def test_leaks_are_found(tmp_path):
     splits = ["train", "test", "train", "train", "test", "test"]
     source = Made({"ra": ra, "dec": ra * 0, "name": name}, "images", splits)
     build(source, tmp_path / "s", name="leaky", progress=False, split=BySource())
-    position, label = find_leaks(tmp_path / "s", identifiers=("name",))
+    position, cutouts, label = find_leaks(tmp_path / "s", identifiers=("name",))
+    assert cutouts.count == 1 and "parts of cutouts (within 2.96 arcsec)" in str(cutouts)
     assert (position.count, position.examples) == (1, (("images1", "images0"),)) and "2 arcsec" in str(position)
     assert (label.count, label.examples) == (1, (("images4", "images2"),))
     assert not find_leaks(tmp_path / "s", radius_arcsec=0.5)

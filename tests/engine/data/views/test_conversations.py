@@ -137,7 +137,7 @@ def test_broken_rules(survey, tmp_path):
     assert "views.spaces: must divide the 6 numbers of a vector" in problems(spaces=4)
     assert "views.spectrum: " in problems(spectrum=tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("x")
-    assert "is not a file of `armillary embed`" in problems(geometry=tmp_path / "text.parquet")
+    assert "not a file of embeddings" in problems(geometry=tmp_path / "text.parquet")
     other = tmp_path / "other.parquet"
     Embeddings(np.array(["a", "b"], object), np.array(["train"] * 2, object), np.ones((2, 6), np.float32)).save(other)
     assert "holds vectors of none of the galaxies" in problems(geometry=other)

@@ -95,6 +95,19 @@ def test_draws_belong_to_the_position(folder):
     assert torch.equal(rows_of(fixed(batch_of([5, 9]))), rows_of(fixed(Batch(row=torch.tensor([5, 9])))))
 
 
+def test_walks_take_the_place_of_even_draws(folder):
+    survey = Survey.load(folder)
+    walking = ObjectViews(neighbours=replace(NEAR, walks=6, walk_length=3)).build(survey, "cpu")
+    whole = rows_of(walking(batch_of([5, 9, 40, 41]), KEY))
+    assert torch.equal(rows_of(walking(batch_of([40, 5]), KEY)), whole[[2, 0]])
+    assert not torch.equal(
+        whole, rows_of(ObjectViews(neighbours=NEAR).build(survey, "cpu")(batch_of([5, 9, 40, 41]), KEY))
+    )
+    graph = SkyGraph.open(graph_file(folder, NAMES[0]), folder)
+    near = [(row, n) for row, some in zip((5, 9, 40, 41), whole[:, 0, :, 0].tolist(), strict=True) for n in some]
+    assert any(n not in graph.neighbours(row) for row, n in near) and all(n != row for row, n in near)
+
+
 def test_the_galaxy_alone(folder):
     survey = Survey.load(folder)
     alone = ObjectViews(neighbours=replace(NEAR, fan_outs=(0, 0)))
@@ -139,7 +152,7 @@ def test_embeddings_by_key(folder, tmp_path):
     problems = Neighbours(graphs=NAMES[:1], embeddings=path).problems(survey)
     assert len(problems) == 1 and "3 of 300 galaxies have no vector" in problems[0]
     pq.write_table(pa.table({"key": ["g0"]}), path)
-    assert "is not a file of `armillary embed`" in Neighbours(embeddings=path, graphs=NAMES).problems(survey)[0]
+    assert "not a file of embeddings" in Neighbours(embeddings=path, graphs=NAMES).problems(survey)[0]
     assert "nothing.parquet" in Neighbours(embeddings=tmp_path / "nothing.parquet", graphs=NAMES).problems(survey)[0]
 
 
@@ -153,12 +166,25 @@ def test_embeddings_by_key(folder, tmp_path):
             replace(NEAR, fan_outs=(3, 0)),
             r"views.neighbours.fan_outs: must both be at least 1, or both 0, got \(3, 0\)",
         ),
+        (replace(NEAR, walks=-1), "views.neighbours.walks: must be at least 0, of at least 1 step, .* got -1 of 5"),
+        (replace(NEAR, walks=20_000), "views.neighbours.walks: .* at most 65,536 for a galaxy and its 4 neighbours"),
         (replace(NEAR, columns=("z",)), "views.neighbours.shown: must be no features of the galaxy itself, got 'z'"),
         (replace(NEAR, columns=("age",)), "views.neighbours.columns: must be labels of the survey"),
         (replace(NEAR, shown=("type",)), "views.neighbours.shown: column 'type' must hold numbers"),
         (replace(NEAR, columns=("z",), shown=()), "views.neighbours.columns: must be none of the targets, got 'z'"),
     ],
-    ids=["no features", "no graph", "unknown graph", "fan-outs", "shown twice", "no column", "text", "target"],
+    ids=[
+        "no features",
+        "no graph",
+        "unknown graph",
+        "fan-outs",
+        "walks",
+        "too many walks",
+        "shown twice",
+        "no column",
+        "text",
+        "target",
+    ],
 )
 def test_broken_rules(folder, near, message):
     with pytest.raises(ValueError, match=message):

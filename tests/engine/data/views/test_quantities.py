@@ -192,6 +192,7 @@ def test_two_of_a_name_are_refused(survey):
 def test_an_object_of_which_nothing_is_known_is_named(folder, survey, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
+    replace(survey, catalog_sha256="").save(copy)
     table = pq.read_table(copy / "catalog.parquet")
     z = table["redshift"].to_numpy().copy()
     z[7] = math.nan

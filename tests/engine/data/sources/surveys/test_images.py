@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from armillary.engine.data.format.shards import key_problem
 from armillary.engine.data.sources.files.labels import LabelFile, read_labels
@@ -97,6 +97,34 @@ def test_grey_palette_and_opaque_alpha(tmp_path):
     source = Pictures(tmp_path)
     np.testing.assert_array_equal(source.read(0).image, np.moveaxis(rgb, -1, 0))
     assert (source.read(1).image == 200).all()
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 9, "damaged"])
+@pytest.mark.parametrize("deep", [False, True], ids=["8 bits", "16 bits"])
+def test_pictures_that_exif_turns_are_read_upright(tmp_path, orientation, deep):
+    pixels = np.random.default_rng(0).integers(0, 65536 if deep else 256, (9, 7), np.uint16 if deep else np.uint8)
+    exif = Image.Exif()
+    exif[274] = 1 if orientation == "damaged" else orientation
+    data = b"Exif\0\0II*\0\xff\xff\0\0" if orientation == "damaged" else exif.tobytes()
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=data)
+    source = Pictures(tmp_path)
+    shown = ImageOps.exif_transpose(Image.fromarray(pixels)) if orientation == "damaged" else None
+    if shown is None:
+        with Image.open(tmp_path / "a.png") as stored:
+            shown = ImageOps.exif_transpose(stored)
+    np.testing.assert_array_equal(source.read(0).image[0], np.asarray(shown))
+    assert not source.describe(0, 1).bad
+
+
+def test_a_jpeg_that_exif_turns_has_the_size_of_the_others(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # the top of the stored pixels is shown on the right
+    grey = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (8, 1))
+    Image.fromarray(grey).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    Image.fromarray(grey.T).save(tmp_path / "upright.jpg", quality=95)
+    turned, upright = (Pictures(tmp_path).read(i).image[0] for i in range(2))
+    assert turned.shape == upright.shape == (16, 8)
+    assert np.abs(turned - upright).max() < 8 and turned[-1].mean() > 240  # JPEG's own error
 
 
 def test_transparent_pixels_are_refused(tmp_path):

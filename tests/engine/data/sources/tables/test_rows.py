@@ -280,7 +280,7 @@ MALFORMED = {  # file; its text, the columns that differ, or what writes it; opt
     "ra to 180": ("a.csv", {"RA": COLUMNS["RA"] - 180}, {}, "row 0, column 'RA': ra -180 is outside .*must become 0 to 360: add 360"),
     "dec below -90": ("a.hdf5", {"Dec": COLUMNS["Dec"] - 2}, {}, r"row 0, column 'Dec': dec -91 is outside \[-90, 90\]"),
     "key twice": ("a.fits", {"TARGETID": IDS[[0, 1, 2, 1, 4, 5]]}, {"key": "TARGETID"}, rf"a\.fits: row 3, column 'TARGETID': {IDS[1]} is also that of .*row 1 \(1 repetitions"),
-    "columns of different length": ("a.hdf5", {"nobs": np.arange(5)}, {}, "column 'nobs' has 5 rows, 'Dec' has 6"),
+    "a column of another length": ("a.hdf5", {"nobs": np.arange(5)}, {"labels": ("nobs",)}, "no column 'nobs' .label 'nobs'"),
     "labels alike": ("a.csv", {"z": COLUMNS["Z"]}, {}, "column 'z': label 'z' is also that of column 'Z'"),
     "label of the catalogue": ("a.csv", {}, {"labels": {"Z": "key"}}, "column 'Z': label 'key' is a name of the survey's own"),
     "labels as text": ("a.csv", {}, {"labels": "Z"}, "labels: must be a sequence"),
@@ -350,6 +350,26 @@ def test_hdf5_with_several_tables(tmp_path):
     assert source.describe(0, 3).columns["name"] == ["a", "b", "é"] and source.labels["x"] == "mag"
     with pytest.raises(ValueError, match="not a column of records"):
         TableRows(tmp_path / "a.h5", table="two/x")
+
+
+def test_hdf5_with_odd_data_sets(tmp_path, caplog):
+    """What is no column of the table is left out and named; columns that disagree one to one are refused."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["ra"], file["dec"], file["z"] = np.arange(3.0), np.zeros(3), np.full(3, 0.5)
+        file["edges"], file["none"], file["scalar"] = np.arange(4.0), np.zeros((0,)), 2.5
+        file["inner/x"] = np.arange(3)
+        file["cube"] = np.zeros((3, 2, 2))
+        file.create_dataset("ragged", (3,), h5py.vlen_dtype(np.float32))
+        file.create_dataset("links", (3,), h5py.ref_dtype)
+        file.create_dataset("complex", data=np.ones(3, complex))
+        file["empty"] = h5py.Empty("f4")
+    source = TableRows(tmp_path / "a.h5")
+    assert source.describe(0, 3).columns["z"].tolist() == [0.5] * 3 and set(source.labels) == {"z"}
+    assert "left out 9 columns that are no columns of numbers or text (empty: a single value" in caplog.text
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["z"], file["edges"] = np.arange(3.0), np.arange(4.0)
+    with pytest.raises(ValueError, match="'z' has 3 rows, 'edges' has 4: which of them are the table's"):
+        TableRows(tmp_path / "b.h5")
 
 
 def test_packed_and_read_back(tmp_path):

@@ -1,0 +1,95 @@
+"""Files to and from the Hugging Face hub, by the huggingface_hub library (extra `hub`).
+
+    hf://OWNER/REPO/FILE             a file of a model repository
+    hf://OWNER/REPO@REVISION/FILE    of a branch, a tag or a commit
+
+A file is fetched once and kept in that library's cache; HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are obeyed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["check_repo", "fetch", "upload"]
+
+SCHEME = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?")
+"""Also with one slash: pathlib takes the second away."""
+
+
+def fetch(path: Path | str) -> Path:
+    """The local copy of what a path names: of `hf://...` a file out of the hub, of anything else the path itself.
+
+    Args:
+        path: A path, or an address as above. An address without a file means model.safetensors.
+
+    Raises:
+        ValueError: The address is none, or huggingface_hub is not installed.
+        OSError: The hub or the file cannot be reached.
+    """
+    if not str(path).startswith("hf:"):
+        return Path(path)
+    match = SCHEME.fullmatch(str(path))
+    if match is None:
+        raise ValueError(f"{path}: must be hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE")
+    hub = _library()
+    try:
+        return Path(
+            hub.hf_hub_download(match["repo"], match["file"] or "model.safetensors", revision=match["revision"])
+        )
+    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError) as error:
+        raise OSError(f"{path}: cannot be fetched from the hub: {_first_line(error)}") from error
+
+
+def upload(folder: Path, repo: str, *, private: bool = True) -> str:
+    """Upload a folder into a model repository, which is made where it does not exist.
+
+    Args:
+        folder: What to upload, all of it.
+        repo: OWNER/NAME.
+        private: Whether a repository that is made is seen by its owner alone.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: The name is none, or huggingface_hub is not installed.
+        OSError: The hub cannot be reached or refuses.
+    """
+    check_repo(repo)
+    hub = _library()
+    api = hub.HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(
+            api.upload_folder(folder_path=folder, repo_id=repo, commit_message=f"Upload {folder.name}").commit_url
+        )
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
+        raise OSError(f"{repo}: was not uploaded, {folder} holds everything: {_first_line(error)}") from error
+
+
+def check_repo(repo: str) -> None:
+    """Refuse what cannot be uploaded to, before any work.
+
+    Args:
+        repo: OWNER/NAME.
+
+    Raises:
+        ValueError: It is no such name, or huggingface_hub is not installed.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ValueError(f"push: must be OWNER/NAME of a repository, got {repo!r}")
+    _library()
+
+
+def _library():  # type: ignore[no-untyped-def]
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise ValueError("the hub needs the package huggingface_hub; pip install 'armillary[hub]'") from error
+    return huggingface_hub
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
