@@ -126,7 +126,8 @@ def _noted(counting: Counting) -> Any:
         if strange := [x.device for x in tensors if x.device.type != "meta"]:
             raise ValueError(f"{self.fn.__name__}: was given a tensor on {strange[0]} beside those of the GPU")
         name, kind = self.fn.__name__, _kind(self)
-        flops, size = _product_flops(given) if kind == "fused product" else 0, None
+        flops = _product_flops(given) if kind == "fused product" else 0
+        size: int | None = None
         if name in ATTENTION:
             flops, size = _attention_work(name, given, math.prod(grid))
         counting.add(f"triton {name}", kind, tensors, flops, size)
