@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import append_rows, csv_option
 
-from armillary.engine.train.checks import checkpoint_bytes
-from armillary.engine.train.memory import memory_of
+from armillary.engine.plan.memory import Sizes, memory_of
 from armillary.models.galaxy_walker.adapter import GeometryAdapter, adapt
 from armillary.models.galaxy_walker.cost import activation_bytes, flops_per_sample
 from armillary.models.galaxy_walker.modal_tokens import ModalTokens
@@ -123,7 +122,7 @@ def rows_of(reader: GalaxyReader, step: Step, micro_batch: int) -> list[dict[str
                     "trained_parameters": count["trained"],
                     "frozen_parameters": count["frozen"],
                     "tflop_per_galaxy": flops_per_sample(reader, step.tokens, 3) / 1e12,
-                    "checkpoint_gib": checkpoint_bytes(method) / 2**30,
+                    "checkpoint_gib": Sizes.of(method).checkpoint / 2**30,
                     **kinds,
                     "rank_gib": memory.total / 2**30,
                 }

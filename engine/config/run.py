@@ -23,6 +23,7 @@ __all__ = [
     "Checkpointing",
     "Data",
     "Optim",
+    "Profile",
     "Run",
     "Telemetry",
     "Training",
@@ -112,24 +113,28 @@ class Training:
     Attributes:
         steps: Optimizer steps, each on one global batch.
         global_batch: Samples a step, over all ranks and micro-batches.
-        micro_batch: Samples a rank computes on at once; global_batch is a multiple of ranks * micro_batch.
+        micro_batch: Samples a rank computes on at once; global_batch is a multiple of ranks * micro_batch. "auto": the largest
+            that fits the device by count (see `armillary.engine.plan`); the run's record has the number, and keeps it.
         precision: "bf16" weights with fp32 masters, "fp32", or "tf32": fp32 whose products a GPU rounds to 10 bits (on an H100
             some six times faster; on a CPU the same as fp32).
         zero_stage: What is sharded over ranks: 1 optimizer state, 2 also gradients, 3 also weights.
         compile: Run the method through torch.compile.
         max_bad_steps: Steps in a row with a non-finite loss or gradient, all skipped, after which the run stops.
-        timeout_minutes: How long ranks wait for each other, in a step or to write, before the run ends; a link that is cut
+        timeout_minutes: How long ranks wait for each other at the start and to write, before the run ends; a link that is cut
             is noticed by nothing else.
+        step_timeout_minutes: The same in steps, where it is shorter, after the first one, which compiles; after half of it the
+            ranks that do not come are named.
     """
 
     steps: int
     global_batch: int
-    micro_batch: int
+    micro_batch: int | Literal["auto"]
     precision: Literal["bf16", "fp32", "tf32"] = "bf16"
     zero_stage: Literal[1, 2, 3] = 2
     compile: bool = False
     max_bad_steps: int = 10
     timeout_minutes: float = 30.0
+    step_timeout_minutes: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,31 @@ class Telemetry:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """What is traced of the run.
+
+    Attributes:
+        steps: "20:26" has rank 0 trace steps 21 to 26, as they are counted in the log, into the run's folder; "" traces nothing.
+    """
+
+    steps: str = ""
+
+    @property
+    def span(self) -> range:
+        """Steps done before each step that is traced.
+
+        Raises:
+            ValueError: `steps` is not two whole numbers, the smaller one first.
+        """
+        if not self.steps:
+            return range(0)
+        first, _, last = self.steps.partition(":")
+        if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+            raise ValueError(f'must be two whole numbers like "20:26", the smaller one first, got {self.steps!r}')
+        return range(int(first), int(last))
+
+
+@dataclass(frozen=True)
 class Run:
     """A training run, whole. Everything in it can be changed from the command line.
 
@@ -181,6 +211,7 @@ class Run:
         train: Length, batch and numerics.
         checkpoint: Saving.
         telemetry: Logging.
+        profile: Tracing.
         evals: What the run evaluates of itself while it trains.
         device: "auto" asks for a GPU and does not fall back to the CPU by itself.
         out: Folder of runs; shared by all machines of the run.
@@ -196,6 +227,7 @@ class Run:
     train: Training
     checkpoint: Checkpointing = Checkpointing()
     telemetry: Telemetry = Telemetry()
+    profile: Profile = Profile()
     evals: tuple[KNN, ...] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"
     out: Path = Path("runs")
@@ -213,7 +245,18 @@ class Run:
 
     def accumulation(self, world: int) -> int:
         """Micro-batches a step for this number of ranks."""
-        return self.train.global_batch // (self.train.micro_batch * world)
+        return self.train.global_batch // (self.micro_batch * world)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples a rank computes on at once.
+
+        Raises:
+            ValueError: Nobody has chosen them yet (`engine.plan.auto`).
+        """
+        if self.train.micro_batch == "auto":
+            raise ValueError("train.micro_batch: must be a number by now, got 'auto'")
+        return self.train.micro_batch
 
     def scalars(self, step: int) -> dict[str, float]:
         """Every schedule's value at a step."""

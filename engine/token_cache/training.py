@@ -174,7 +174,7 @@ def _fill_chunks(
     loader = SequentialLoader(
         run.data.path,
         split=run.data.split,
-        batch=run.train.micro_batch,
+        batch=run.micro_batch,
         device=device,
         views=run.views.build(survey, device),
         modalities=run.views.modalities,

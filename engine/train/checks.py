@@ -14,13 +14,14 @@ import torch
 from armillary.engine.config.config_json import type_problems
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.plan.memory import Sizes
 from armillary.engine.token_cache.identity import encoder_prefixes
 from armillary.engine.train.evals import eval_problems, readout_problems
 from armillary.engine.zero.optim import build_groups
 from armillary.kernels.launch import overrides
 from armillary.models.method import Method
 
-__all__ = ["checkpoint_bytes", "method_problems", "problems", "space_problems"]
+__all__ = ["method_problems", "problems", "space_problems"]
 
 
 def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
@@ -119,18 +120,24 @@ def _numbers(run: Run, world: int) -> list[str]:
     at_least("optim.freeze_last_layer_steps", run.optim.freeze_last_layer_steps, 0)
     at_least("train.steps", run.train.steps, 1)
     at_least("train.global_batch", run.train.global_batch, 1)
-    at_least("train.micro_batch", run.train.micro_batch, 1)
+    micro = run.micro_batch
+    at_least("train.micro_batch", micro, 1)
     at_least("train.max_bad_steps", run.train.max_bad_steps, 1)
     at_least("checkpoint.every_steps", run.checkpoint.every_steps, 1)
     above_zero("train.timeout_minutes", run.train.timeout_minutes)
+    above_zero("train.step_timeout_minutes", run.train.step_timeout_minutes)
     above_zero("checkpoint.every_minutes", run.checkpoint.every_minutes)
     at_least("checkpoint.keep", run.checkpoint.keep, 1)
     at_least("telemetry.every_steps", run.telemetry.every_steps, 1)
     at_least("telemetry.monitor_steps", run.telemetry.monitor_steps, 1)
-    together = run.train.micro_batch * world
-    if run.train.micro_batch >= 1 and run.train.global_batch >= 1:
+    try:
+        run.profile.span  # noqa: B018
+    except ValueError as error:
+        found.append(f"profile.steps: {error}")
+    together = micro * world
+    if micro >= 1 and run.train.global_batch >= 1:
         rule("train.global_batch", run.train.global_batch, run.train.global_batch % together == 0,
-             f"a multiple of micro_batch * ranks = {run.train.micro_batch} * {world} = {together}")  # fmt: skip
+             f"a multiple of micro_batch * ranks = {micro} * {world} = {together}")  # fmt: skip
         accumulates = run.train.precision == "bf16" and run.train.global_batch > together
         rule("train.zero_stage", run.train.zero_stage, run.train.zero_stage != 1 or not accumulates,
              "2 or 3 for bf16 with several micro-batches a step, which DeepSpeed sums in bf16 under 1")  # fmt: skip
@@ -239,22 +246,6 @@ def method_problems(run: Run, method: Method) -> list[str]:
     return found
 
 
-def checkpoint_bytes(method: Method) -> int:
-    """Size of one checkpoint, all ranks together: fp32 weight, two moments and the average; without what lies in files of its own."""
-    students = {id(s) for s, _ in method.teacher_pairs()}
-    teachers = {id(t) for _, t in method.teacher_pairs()}
-    base = method.base()
-    total = 0
-    for name, p in method.named_parameters():
-        if base is not None and name in base.names:
-            continue
-        if p.requires_grad:
-            total += p.numel() * (16 if id(p) in students else 12)
-        elif id(p) not in teachers:
-            total += p.numel() * 4
-    return total
-
-
 def space_problems(run: Run, method: Method, usage: Callable[[Path], object] = shutil.disk_usage) -> list[str]:
     """Whether the disk takes the checkpoints that are yet to be written beside the ones there.
 
@@ -263,7 +254,7 @@ def space_problems(run: Run, method: Method, usage: Callable[[Path], object] = s
         method: The built method.
         usage: `shutil.disk_usage`.
     """
-    size = checkpoint_bytes(method)
+    size = Sizes.of(method).checkpoint
     folder = run.folder.absolute()
     kept = run.checkpoint.keep + (run.checkpoint.keep_best is not None)
     there = len(list((folder / "checkpoints").glob("step-*")))

@@ -163,7 +163,7 @@ class Evals:
         share = range(count * rank // world, count * (rank + 1) // world)
         if not share:
             return {}
-        batch = self._run.train.micro_batch
+        batch = self._run.micro_batch
         batches = open_batches(self._survey.folder, split, self._view, batch, self._device, [share])
         return embed_readouts(Pipeline(self._view, self._method.encode), batches)
 

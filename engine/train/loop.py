@@ -6,24 +6,31 @@ acts, or leaves everything as it was where a number is not finite; the teacher f
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from armillary.engine.config.run import Run
 from armillary.engine.train.evals import Evals
+from armillary.engine.train.profile import StepProfile
 from armillary.engine.train.telemetry import Meter
+from armillary.engine.train.watch import Watch
 from armillary.engine.weights import checkpoint
+from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import Sharded, StepStatus
+from armillary.engine.zero.processes import set_timeout
 from armillary.models.method import Batch
 
 __all__ = ["BatchSource", "Loop", "NonFinite", "StopRequest", "Stopped"]
+
+COLLECT_STEPS = 100
 
 
 class NonFinite(RuntimeError):
@@ -76,6 +83,22 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _garbage_in_step() -> Iterator[None]:
+    """Leave the search for garbage to the loop, which does it on all ranks after the same steps, or each would wait for each.
+
+    What is there already is not searched again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 class Loop:
     """The steps that are left of a run, and its checkpoints; the same on all ranks."""
 
@@ -102,32 +125,70 @@ class Loop:
 
     def go(self) -> None:
         """Run the steps that are left."""
+        watch = Watch(self.run.train.timeout_minutes / 2)
+        trace = StepProfile(self.run, self.sharded.rank, self.sharded.device, self.meter.say)
+        try:
+            with _garbage_in_step():
+                self._steps(watch, trace)
+        except (NonFinite, Stopped, CheckpointError):  # all ranks are here
+            raise
+        except Exception:
+            if watch.world > 1:
+                self.meter.say(f"ended at step {self.progress.step + 1}: {watch.behind()}", loud=True)
+            raise
+        finally:
+            watch.close()
+            trace.close(self.progress.step)
+
+    def _steps(self, watch: Watch, trace: StepProfile) -> None:
+        train = self.run.train
+        in_steps = min(train.step_timeout_minutes, train.timeout_minutes)
         batches, first = iter(self.loader), True
-        while self.progress.step < self.run.train.steps:
-            status = self.step(batches)
+        while self.progress.step < train.steps:
+            trace.before(self.progress.step)
+            status = self.step(batches, watch)
+            trace.after(self.progress.step)
+            if self.progress.step % COLLECT_STEPS == 0:
+                gc.collect()
             if first:  # the first step builds caches and compiles
                 self.meter.restart_clock(self.loader.wait_seconds)
                 first = False
+                self._wait_at_most(in_steps, watch)
             stopping, due = status.flags
             self._judge(status)
             better = self._note_best()
             if better or stopping or due or self.progress.step % self.run.checkpoint.every_steps == 0:
+                self._wait_at_most(train.timeout_minutes, watch, "the checkpoint")
                 self.save()
+                self._wait_at_most(in_steps, watch)
             if stopping:
                 self.meter.say(f"stopped by a signal at step {self.progress.step}; the same command continues")
                 raise Stopped
+        self._wait_at_most(train.timeout_minutes, watch, "the end")
 
-    def step(self, batches: Iterator[Batch]) -> StepStatus:
+    def _wait_at_most(self, minutes: float, watch: Watch, place: str = "the next step") -> None:
+        """How long ranks may wait for each other from here on."""
+        set_timeout(minutes)
+        watch.at(self._place(self.progress.step, -1), f"{place} after step {self.progress.step}", minutes / 2)
+
+    def _place(self, done: int, part: int) -> int:
+        """Number of a place in a step: before it (-1), with each of its micro-batches, at its end."""
+        return done * (self.sharded.accumulation + 2) + part + 1
+
+    def step(self, batches: Iterator[Batch], watch: Watch) -> StepStatus:
         """Consume one global batch."""
         sharded, progress = self.sharded, self.progress
         scalars = self.run.scalars(progress.step)
         sharded.optimizer.set_step(progress.step, scalars)
         status: StepStatus | None = None
         for micro in range(sharded.accumulation):
-            losses = sharded.forward(next(batches), scalars)
+            batch = next(batches)
+            watch.at(self._place(progress.step, micro), f"batch {micro + 1} of step {progress.step + 1}")
+            losses = sharded.forward(batch, scalars)
             sharded.backward(losses.total)
             self.meter.add(losses)
             if micro == sharded.accumulation - 1:
+                watch.at(self._place(progress.step, micro + 1), f"the end of step {progress.step + 1}")
                 status = sharded.agree(self.meter.loss, [self.stop.asked, self._due()])
             sharded.step()
         assert status is not None

@@ -65,6 +65,10 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
     own.add_argument("--preset", choices=sorted(presets), default=None)
     own.add_argument("--restore", type=Path, default=None)
     own.add_argument("--init-from", type=Path, default=None)
+    own.add_argument("--plan", action="store_true")
+    own.add_argument("--gpu", default="h100")
+    own.add_argument("--gpus", type=int, default=1)
+    own.add_argument("--plan.out", dest="plan_out", type=Path, default=None)
     own.add_argument("--local_rank", "--local-rank", type=int, default=None)  # put there by launchers, also in RANK
     first = os.environ.get("RANK", "0") == "0"
     for flag in repeated(arguments) if first else []:
@@ -75,9 +79,23 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
             run = _override(recipe if chosen.preset is None else presets[chosen.preset], presets, rest)
     except SystemExit as error:
         return _leave(int(error.code or 0), first)
+    if chosen.plan:
+        return _plan(run, chosen.gpu, chosen.gpus, chosen.plan_out)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if run.train.micro_batch == "auto":
+        from armillary.engine.plan.auto import with_micro_batch
+
+        try:
+            run, chosen_batch = with_micro_batch(run, world)
+        except (ValueError, OSError) as error:
+            if first:
+                print(f"{run.name}: this run cannot start:\n{_indent(str(error))}", file=sys.stderr)
+            return _leave(EXIT_BAD_INPUT, first)
+        if first:
+            print(chosen_batch, flush=True)
     from armillary.engine.train.checks import problems
 
-    found = problems(run, int(os.environ.get("WORLD_SIZE", "1")), "smoke" in presets and chosen.preset != "smoke")
+    found = problems(run, world, "smoke" in presets and chosen.preset != "smoke")
     for option in ("restore", "init_from"):
         path = getattr(chosen, option)
         if path is not None and not path.exists():
@@ -87,6 +105,23 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
             print(f"{run.name}: this run cannot start:", *(f"  {p}" for p in found), sep="\n", file=sys.stderr)
         return _leave(EXIT_BAD_INPUT, first)
     return run_to_exit_code(run, restore=chosen.restore, init_from=chosen.init_from, open_loader=open_loader)
+
+
+def _plan(run: Run, gpu: str, gpus: int, out: Path | None) -> int:
+    """Say what a run will need, and write it as a page."""
+    from armillary.engine.plan.plan import plan_of
+    from armillary.engine.plan.report import text, write_page
+
+    try:
+        plan = plan_of(run, gpu, gpus)
+    except (ValueError, OSError) as error:
+        print(f"{run.name}: no plan can be made:\n{_indent(str(error))}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(text(plan))
+    if out is not None:
+        write_page(plan, out)
+        print(f"written to {out}")
+    return 0
 
 
 def run_to_exit_code(
@@ -146,7 +181,8 @@ def _override(base: Run, presets: dict[str, Run], arguments: list[str]) -> Run:
         options += f"--preset {{{','.join(sorted(presets))}}} chooses a variant of the recipe; "
     options += (
         "--restore PATH continues a portable export; "
-        "--init-from FILE starts from the encoder in a safetensors or public DINOv2 file."
+        "--init-from FILE starts from the encoder in a safetensors or public DINOv2 file; "
+        "--plan --gpu NAME --gpus N says what the run will need on these GPUs and starts nothing (--plan.out PAGE.html)."
     )
     return tyro.cli(
         tyro.conf.AvoidSubcommands[Run], default=base, args=arguments, description=options, prog=Path(sys.argv[0]).name

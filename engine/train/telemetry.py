@@ -27,27 +27,11 @@ from torch import Tensor
 
 from armillary.engine.atomic_file import write_bytes
 from armillary.engine.config.run import Run
+from armillary.engine.plan.gpus import GPUS
 from armillary.kernels.launch import overrides
 from armillary.models.method import Losses, Method
 
-__all__ = ["PEAK_TFLOPS", "LineFile", "Meter", "measure_gemm", "peak_flops"]
-
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "GH200": 989.4,
-    "L40S": 362.1,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A100": 311.9,
-    "A40": 149.7,
-    "A10": 125.0,
-    "RTX 4090": 165.2,
-}
-"""Dense bf16 tensor-core rates of the makers' data sheets, TFLOP/s; the first name that is a word of the device's counts."""
+__all__ = ["LineFile", "Meter", "measure_gemm", "peak_flops"]
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -76,9 +60,9 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """The rate that MFU refers to, FLOP/s a rank, and its name: data sheet for known GPUs in bf16, else measured."""
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
-        for key, tflops in PEAK_TFLOPS.items():
-            if re.search(rf"\b{key}\b", name):  # an L40 is no L4, a GB200 no B200
-                return tflops * 1e12, f"{name} dense bf16, {tflops:g} TFLOP/s"
+        for gpu in GPUS.values():
+            if re.search(rf"\b{gpu.title}\b", name):  # an L40 is no L4, a GB200 no B200
+                return gpu.bf16_tflops * 1e12, f"{name} dense bf16, {gpu.bf16_tflops:g} TFLOP/s"
     rate = measure_gemm(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     return rate, f"measured {precision} GEMM rate, {rate / 1e12:.3g} TFLOP/s a rank"
 
@@ -188,7 +172,7 @@ class Meter:
         self.say(
             f"{self.run.name}: step {first_step} of {train.steps}, {self.world} x {self.device.type}, "
             f"ZeRO-{train.zero_stage}, {train.precision}, batch {train.global_batch} = {self.world} ranks x "
-            f"{self.run.accumulation(self.world)} x {train.micro_batch}, {trained / 1e6:.3g}M trained parameters, "
+            f"{self.run.accumulation(self.world)} x {self.run.micro_batch}, {trained / 1e6:.3g}M trained parameters, "
             f"{self.method.flops_per_sample() / 1e9:.3g} GFLOP a sample; MFU is of {self.peak_name}; "
             f"writing to {self.run.folder}" + "".join(f"; {name} by {impl}" for name, impl in overrides().items())
         )

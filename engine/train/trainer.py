@@ -18,11 +18,11 @@ from armillary.engine.config.randomness import seed_everything
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.exclusive import InUse, exclusive
+from armillary.engine.plan.memory import free_bytes, memory_of
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.evals import Evals
 from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
-from armillary.engine.train.memory import free_bytes, memory_of
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.user_code import trust
 from armillary.engine.weights import portable, resume
@@ -51,7 +51,7 @@ def open_loader(run: Run, method: Method, survey: Survey, device: torch.device, 
     cached = data.token_cache is not None
     order: dict[str, Any] = {
         "split": data.split,
-        "micro_batch": run.train.micro_batch,
+        "micro_batch": run.micro_batch,
         "accumulation": run.accumulation(me.world),
         "rank": me.rank,
         "world": me.world,

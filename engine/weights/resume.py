@@ -43,6 +43,8 @@ MAY_CHANGE = (
     "train.steps",
     "train.max_bad_steps",
     "train.timeout_minutes",
+    "train.step_timeout_minutes",
+    "profile",
 )
 """Fields of a run that may differ from the checkpoint's; everything else would change bits and make it another run."""
 

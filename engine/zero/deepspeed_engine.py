@@ -66,7 +66,7 @@ def deepspeed_config(run: Run, world: int, trained: int) -> dict[str, Any]:
     else:
         zero["compute_grad_norm"] = False  # `agree` has the norms
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "train_micro_batch_size_per_gpu": run.micro_batch,
         "gradient_accumulation_steps": run.accumulation(world),
         "gradient_clipping": 0.0,  # the optimizer clips, by group
         "zero_allow_untested_optimizer": True,

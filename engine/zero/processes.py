@@ -27,6 +27,7 @@ __all__ = [
     "launch_problems",
     "lost_ranks",
     "ranks",
+    "set_timeout",
     "share_cpus",
     "start_processes",
     "take_slurm_ranks",
@@ -189,10 +190,18 @@ def lost_ranks(error: BaseException, minutes: float) -> str | None:
         return None
     me = ranks()
     return (
-        f"other ranks are gone, or did not answer for train.timeout_minutes = {minutes:g}. This is rank {me.rank} of {me.world} on "
+        f"other ranks are gone, or did not answer for train.timeout_minutes = {minutes:g} (in steps train.step_timeout_minutes, where "
+        f"that is shorter). This is rank {me.rank} of {me.world} on "
         f"{socket.gethostname()}; rank 0 is on {os.environ.get('MASTER_ADDR')}. Look at the first error among the outputs of all "
         "ranks, whether the machines still reach each other, and what their kernels say (dmesg: memory that ran out, a lost GPU)"
     )
+
+
+def set_timeout(minutes: float) -> None:
+    """Change how long ranks wait for each other, in every group, from the next call on; all ranks together."""
+    group = torch.distributed.distributed_c10d
+    for one in group._world.pg_map:
+        group._set_pg_timeout(timedelta(minutes=minutes), one)
 
 
 def end_processes() -> None:

@@ -14,8 +14,9 @@ from armillary.engine import user_code
 from armillary.engine.config.config_json import differences, from_json, packages_of, to_json, type_problems
 from armillary.engine.config.run import Data, Run
 from armillary.engine.config.schedule import Schedules
+from armillary.engine.plan.memory import Sizes
 from armillary.engine.train import start as start_module
-from armillary.engine.train.checks import checkpoint_bytes, method_problems, problems, space_problems
+from armillary.engine.train.checks import method_problems, problems, space_problems
 from armillary.engine.train.start import EXIT_BAD_INPUT, start
 from armillary.engine.user_code import trust
 from armillary.models.method import InputSpec
@@ -194,7 +195,7 @@ def test_schedules_and_parameters_that_the_method_needs(run):
 
 def test_disk_space(run):
     method = run.method.build(InputSpec(channels=10, global_size=1))
-    size = checkpoint_bytes(method)
+    size = Sizes.of(method).checkpoint
     students = sum(p.numel() for p in method.student.parameters())
     assert size == 16 * students + 12 * 3
     enough = SimpleNamespace(free=3 * size)  # keep = 2, and the one being written

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from armillary.engine.train.memory import Memory, free_bytes, memory_of
+from armillary.engine.plan.memory import Memory, free_bytes, memory_of
 
 
 class Toy(nn.Module):
@@ -22,12 +22,15 @@ class Toy(nn.Module):
     def teacher_pairs(self):
         return [(self.student, self.teacher)]
 
+    def base(self):
+        return None
+
     def activation_bytes(self, micro_batch, itemsize):
         return self.activations and self.activations * micro_batch * itemsize
 
 
 def run_of(stage, precision):
-    return SimpleNamespace(train=SimpleNamespace(zero_stage=stage, precision=precision, micro_batch=3))
+    return SimpleNamespace(train=SimpleNamespace(zero_stage=stage, precision=precision), micro_batch=3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from armillary.engine.config.run import Run
 from armillary.models.method import Method
 
-__all__ = ["Memory", "free_bytes", "memory_of"]
+__all__ = ["GIB", "Memory", "Sizes", "free_bytes", "itemsize", "memory_of", "zero_kinds"]
 
 GIB = 2**30
 
@@ -53,6 +53,59 @@ class Memory:
         ]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a method.
+
+    Attributes:
+        trained: Trained ones.
+        averaged: Those of them with a teacher.
+        frozen: All others, teachers included.
+        checkpoint: Bytes of one checkpoint, all ranks together: fp32 weight, two moments and the average; without what lies in
+            files of its own.
+    """
+
+    trained: int
+    averaged: int
+    frozen: int
+    checkpoint: int
+
+    @classmethod
+    def of(cls, method: Method) -> Sizes:
+        """Of a method, which may be on the meta device."""
+        students = {id(student) for student, _ in method.teacher_pairs()}
+        teachers = {id(teacher) for _, teacher in method.teacher_pairs()}
+        base = method.base()
+        own = base.names if base is not None else frozenset()
+        trained = averaged = frozen = kept = 0
+        for name, p in method.named_parameters():
+            size = p.numel()
+            if p.requires_grad:
+                trained += size
+                averaged += size * (id(p) in students)
+            else:
+                frozen += size
+                kept += 4 * size * (id(p) not in teachers and name not in own)
+        return cls(trained, averaged, frozen, 12 * trained + 4 * averaged + kept)
+
+
+def itemsize(run: Run) -> int:
+    """Bytes of a number in the working precision."""
+    return 2 if run.train.precision == "bf16" else 4
+
+
+def zero_kinds(run: Run, sizes: Sizes, world: int) -> dict[str, int]:
+    """Bytes of one rank that ZeRO shares out, by kind."""
+    stage, size = run.train.zero_stage, itemsize(run)
+    weights_of, gradients_of = world if stage == 3 else 1, world if stage > 1 else 1
+    return {
+        "frozen weights": sizes.frozen * size // weights_of,
+        "trained weights": sizes.trained * size // weights_of,
+        "gradients": sizes.trained * (4 if stage > 1 else size) // gradients_of,
+        "optimizer": (12 * sizes.trained + 4 * sizes.averaged) // world,
+    }
+
+
 def memory_of(run: Run, method: Method, world: int, free: int | None) -> Memory | None:
     """What a rank needs; None where the method does not say what its activations take.
 
@@ -62,24 +115,10 @@ def memory_of(run: Run, method: Method, world: int, free: int | None) -> Memory 
         world: Number of ranks.
         free: Result of `free_bytes`.
     """
-    itemsize = 2 if run.train.precision == "bf16" else 4
-    activations = method.activation_bytes(run.train.micro_batch, itemsize)
+    activations = method.activation_bytes(run.micro_batch, itemsize(run))
     if activations is None:
         return None
-    students = {id(student) for student, _ in method.teacher_pairs()}
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    averaged = sum(p.numel() for p in method.parameters() if id(p) in students)
-    frozen = sum(p.numel() for p in method.parameters() if not p.requires_grad)
-    stage = run.train.zero_stage
-    weights_of, gradients_of = world if stage == 3 else 1, world if stage > 1 else 1
-    kinds = {
-        "frozen weights": frozen * itemsize // weights_of,
-        "trained weights": trained * itemsize // weights_of,
-        "gradients": trained * (4 if stage > 1 else itemsize) // gradients_of,
-        "optimizer": (12 * trained + 4 * averaged) // world,
-        "activations (estimate)": activations,
-    }
-    return Memory(kinds, free)
+    return Memory(zero_kinds(run, Sizes.of(method), world) | {"activations (estimate)": activations}, free)
 
 
 def free_bytes(device: str) -> int | None:
