@@ -3,18 +3,23 @@
 Rates are measured first: products, a copy, and an operation on nothing. The step is counted on a few samples and foretold for
 more, then run. The aim is 25 % of the time and 10 % of the memory; what misses it is printed as missing it.
 
-    python benchmarks/plan.py --csv benchmarks/results/plan.csv
+    python benchmarks/claims/plan.py --csv benchmarks/results/plan.csv
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from common import append_rows, csv_option, device_name, summary
 from torch.profiler import ProfilerActivity, profile
 

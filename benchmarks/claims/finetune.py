@@ -1,6 +1,6 @@
 """What a trained encoder is worth to who has few labels: R2 of a label against their number, fine-tuned and from scratch.
 
-    python benchmarks/labels/finetune.py RUN --data SURVEY
+    python benchmarks/claims/finetune.py RUN --data SURVEY
 
 Three ways to learn the label from the same images, with the same steps: the encoder of RUN fine-tuned whole, a head on it alone, and
 the same network from scratch. Each way's learning rate (of two) is chosen with 200 labels on the validation split, with a seed that is not
