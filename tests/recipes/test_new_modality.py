@@ -39,13 +39,14 @@ def test_embeddings_of_images_become_a_quantity(tmp_path):
     declared = ObjectViews(quantities=(z, QuantityView(name="dinov2", vector="dinov2", runs=4)))
     torch.manual_seed(0)
     method = MOSAIC(dim=16, depth=1, heads=2, rank=1).build(declared.input_spec(with_vector))
-    view = declared.build(with_vector, "cpu")
+    view = declared.eval_view(with_vector, "cpu")
     optimizer = torch.optim.SGD(method.parameters(), 0.01)
     for epoch in range(2):
         for batch in open_batches(tmp_path / "both", "train", view, 8, torch.device("cpu")):
             batch["position"] = batch["row"]
             key = BatchKey(0, epoch, 0, len(batch["row"]))
-            seen = view(batch, key)
+            seen = view(batch)
+            assert not seen["quantities"].isnan().any()
             loss = method.training_step(method.prepare(seen, key), {})
             loss.total.backward()
             optimizer.step()
