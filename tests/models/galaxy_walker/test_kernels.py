@@ -4,13 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from aot import ARCHITECTURES
 from ball import assert_rows_compile
-from products import PRODUCTS, assert_compiles, force_path
+from products import PRODUCTS, force_path
 from tiny_vlm import INPUTS, galaxies, key
 
 from armillary.kernels.geometry import combine_backward, combine_forward, geometry_rows
-from armillary.kernels.mlp import down_gradient, up_projection
 from armillary.models.galaxy_walker.adapter import GeometryAdapter
 from armillary.models.galaxy_walker.stage2 import GalaxyWalker
 
@@ -61,11 +59,3 @@ def test_row_kernels_compile_at_published_widths(module, name, table, dim):
     half = {"x_ptr", "weight_ptr", "bias_ptr", "u_ptr", "y_ptr", "dy_ptr", "du_ptr", "dx_ptr"}
     constants["COLUMN_SUMS"] = False
     assert_rows_compile(f"{module.__name__}:{name}", getattr(module, name).arg_names, table, dim, half, constants)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("module", [up_projection, down_gradient], ids=["up_projection", "down_gradient"])
-def test_products_of_gated_experts_compile(module, sm):
-    path = module.LAUNCH[max(key for key in module.LAUNCH if 0 < key <= sm)].path
-    assert_compiles(module, "elementwise" if path == "cublas" else path, "swiglu", False, (sm,))
