@@ -110,7 +110,7 @@ def test_a_recipe_trains_in_an_empty_folder(python, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launcher = ("-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", port)
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_accelerators", 1, "--master_port", port)
     recipe = ("--module", "armillary.recipes.dinov2_vitl", "--preset", "smoke", "--device", "cpu")
     size = ("--train.steps", STEPS, "--train.global-batch", 16, "--train.micro-batch", 8)
     warmup = ("--schedule.learning-rate.warmup-steps", 2, "--schedule.teacher-temperature.warmup-steps", 4)

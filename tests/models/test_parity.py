@@ -5,8 +5,9 @@ and of PyTorch in float32 may lie twice as far apart as those of PyTorch in floa
 
 On a CPU the kernels run under Triton's interpreter, whose time goes with the number of programs; so their blocks are
 large here, the models have few tokens, and the steps are few. More would not see more: with a learning rate that is
-1e-5 too large the losses lie 23 (experts) and 2.3 (DINOv2) times the allowed distance apart after these steps, 0.8 and
-1.6 times after 200 and 80, where the experts' loss is all but 0 and its rounding errors have grown.
+1e-5 too large the losses lie 25 (experts) and 4.0 (DINOv2) times the allowed distance apart after these steps, 23 and
+2.3 times after 60 and 50, and 0.8 and 1.6 times after 200 and 80, where the experts' loss is all but 0 and its rounding
+errors have grown.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from armillary.models.vit.vit import ViT
 
 pytestmark = pytest.mark.slow
 
-STEPS = {"geometry_experts": 60, "dinov2": 250 if torch.cuda.is_available() else 50}
-LAST = 20  # steps whose losses are compared: a single one may agree by luck
+STEPS = {"geometry_experts": 40, "dinov2": 250 if torch.cuda.is_available() else 25}
+LAST = 10  # steps whose losses are compared: a single one may agree by luck
 FLOOR = 1e-7  # of the loss
 
 LARGE = {
@@ -161,5 +162,5 @@ def test_training_ends_at_the_same_loss(train: Callable[..., list[float]], devic
     plain = train("reference", torch.float32, device)
     ours = train("triton", torch.float32, device)
     end = sum(exact[-LAST:]) / LAST
-    assert end < 0.9 * exact[0]  # 0.41 and 0.75, in float64, so on any processor
+    assert end < 0.9 * exact[0]  # 0.56 and 0.84, in float64, so on any processor
     assert apart(ours, plain) <= 2 * apart(plain, exact) + FLOOR * end

@@ -38,10 +38,10 @@ def chain(pairs, tmp_path_factory):
     common = ("--data.path", pairs, "--out", folder, "--schedule.learning-rate.warmup-steps", 1)
     small = ("--train.steps", 4, "--train.global-batch", 16, "--train.micro-batch", 8)
     warmup = ("--schedule.teacher-temperature.warmup-steps", 2)
-    run(command("dinov2_vitl", *common, *small, *warmup, "--name", "dinov2"))
-    run(command("specformer", *common, *small, "--name", "specformer"))
+    run(command("dinov2_vitl", *common, *small, *warmup, "--name", "dinov2", ranks=1))
+    run(command("specformer", *common, *small, "--name", "specformer", ranks=1))
     photometry = ("--train.steps", 30, "--name", "photometry")
-    run(command("supervised", *common, *photometry, preset="smoke_photometry"))
+    run(command("supervised", *common, *photometry, preset="smoke_photometry", ranks=1))
     return folder
 
 
@@ -61,9 +61,10 @@ def aligned(chain, pairs):
     return cached
 
 
-def command(name, *arguments, preset="smoke"):
-    """Command line of a recipe's preset on two ranks."""
-    return recipe("--preset", preset, "--device", "cpu", "--telemetry.no-tensorboard", *arguments, name=name)
+def command(name, *arguments, preset="smoke", ranks=2):
+    """Command line of a recipe's preset."""
+    options = ("--preset", preset, "--device", "cpu", "--telemetry.no-tensorboard", *arguments)
+    return recipe(*options, ranks=ranks, name=name)
 
 
 def test_presets_are_the_published_settings(presets):
