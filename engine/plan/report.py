@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from armillary.engine.plan.collectives import HIDDEN, NODE
 from armillary.engine.plan.memory import GIB, Memory
 from armillary.engine.plan.plan import RESERVE, Plan
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 __all__ = ["text", "write_page"]
 
@@ -188,20 +190,7 @@ def aligned(head: list[str], rows: list[list[str]]) -> list[str]:
 def write_page(plan: Plan, path: Path) -> None:
     """Write the plan as a page that needs no network."""
     from armillary.engine.evaluate.page import html
-    from armillary.engine.evaluate.page.figures import line_chart
 
-    rows = plan.scaling
-    per_gpu = plan.run.train.global_batch // plan.world
-    worlds = np.array([row.world for row in rows])
-    series = {
-        "without messages": per_gpu * worlds / sum(plan.shares.values()),
-        "hidden": np.array([per_gpu * r.world / r.step[0] for r in rows]),
-        "not hidden": np.array([per_gpu * r.world / r.step[1] for r in rows]),
-        "hidden, one port a node": np.array([per_gpu * r.world / r.one_port for r in rows]),
-    }
-    chart = line_chart(
-        {name: (np.log2(worlds), y) for name, y in series.items()}, x="log2 of GPUs", y="images/s", log=True
-    )
     head, body = memory_rows(plan)
     scaling_head, scaling_body = scaling_rows(plan)
     sections = [
@@ -210,7 +199,7 @@ def write_page(plan: Plan, path: Path) -> None:
         html.section(
             "Weak scaling",
             "The work of a GPU stays, the batch grows.",
-            chart,
+            html.card(_scaling_chart(plan)),
             html.table(scaling_head, [("", scaling_body)]),
         ),
         html.section("Assumptions", "", html.lines(*(line.strip() for line in (*plan.notes, *_assumptions(plan))))),
@@ -218,3 +207,29 @@ def write_page(plan: Plan, path: Path) -> None:
     title = f"Plan of {plan.run.name}"
     facts = {"GPUs": f"{plan.world} x {plan.gpu.title}", **run_facts(plan)}
     html.write_page(path, title, html.header(title, HINT, facts=facts), sections)
+
+
+def _scaling_chart(plan: Plan) -> Markup:
+    """Images a second a GPU against the number of GPUs: flat where messages cost nothing."""
+    from armillary.engine.evaluate.page import figures
+
+    rows = plan.scaling
+    per_gpu = plan.run.train.global_batch // plan.world
+    worlds = [row.world for row in rows]
+    figure, axes = figures.canvas(9.6, 3.0)
+    ways = {
+        "messages hidden behind the backward pass": [row.step[0] for row in rows],
+        "not hidden": [row.step[1] for row in rows],
+        "hidden, one network port a node": [row.one_port for row in rows],
+    }
+    for colour, (name, seconds) in zip(figures.SERIES, ways.items(), strict=False):
+        axes.plot(worlds, [per_gpu / s for s in seconds], color=colour, lw=1.8, marker="o", ms=4, label=name)
+    alone = per_gpu / sum(plan.shares.values())
+    axes.axhline(alone, color=figures.MUTED, lw=1, ls=(0, (4, 3)), label="without messages")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(worlds, [str(world) for world in worlds])
+    axes.set_ylim(0, 1.3 * alone)
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("images/s a GPU")
+    axes.legend(frameon=False, ncols=2, labelcolor=figures.INK, loc="upper right")
+    return figures.svg(figure)
