@@ -34,14 +34,15 @@ def read(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_smoke_walks_through_everything_and_times_nothing(tmp_path):
+def test_smoke_walks_through_the_kernels_and_the_step_and_times_nothing(tmp_path):
+    """Of the engine test_gpu_engine.py has more, in less time."""
     from cases import OPERATIONS
 
-    ran = run("--device", "cpu", "--smoke", "--out", str(tmp_path))
+    ran = run("--device", "cpu", "--smoke", "--out", str(tmp_path), "--only", *OPERATIONS, "step")
     rows = read(tmp_path)
     assert [row for row in rows if row["status"] != "ok"] == []
     assert ran.returncode == 0, ran.stderr
-    assert {row["operation"] for row in rows} == {*OPERATIONS, "limits", "step", "engine"}
+    assert {row["operation"] for row in rows} == {*OPERATIONS, "limits", "step"}
     assert {row["variant"] for row in rows if row["kind"] == "step"} == {"eager", "triton", "compiled"}
     assert all(row["error"] for row in rows if row["kind"] == "case" and row["variant"] == "triton")
     assert not [(name, value) for row in rows for name, value in row.items() if name.endswith(MEASURED) and value]

@@ -233,7 +233,7 @@ def _used(source, sm: int, options: dict, cache: Path) -> Resources:
         found = Resources(**json.loads(zlib.decompress(kept.read_bytes())))  # damage shows in the checksum
         kept.touch()
         return found
-    except (OSError, ValueError, zlib.error):
+    except (OSError, TypeError, ValueError, zlib.error):
         pass
     said = io.StringIO()
     triton.knobs.nvidia.dump_ptxas_log = True

@@ -103,6 +103,7 @@ def test_what_is_in_the_way_of_a_run_is_said_before_work(run, one_process, name)
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_and_a_second_interrupts(first):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which a run respects
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     stop = StopRequest()
     os.kill(os.getpid(), first)

@@ -232,7 +232,7 @@ def test_groups_flops_and_encoders():
         ({}, InputSpec(3, 32), "views.spectrum: must be on, because the method learns from spectra, got 0 pixels"),
         ({"chunk_tokens": 13}, INPUTS, "chunk_tokens: must be in 1 .. 12, to fit into each of 3 parts of 13 tokens, got 13"),
         ({"chunks": 0}, INPUTS, "chunks: must be at least 1, got 0"),
-        ({"attention": "fast"}, INPUTS, "attention: must be one of auto, flash_attn, torch, dense, got 'fast'"),
+        ({"attention": "fast"}, INPUTS, "attention: must be one of auto, triton, flash_attn, torch, dense, got 'fast'"),
         ({"impl": "c"}, INPUTS, "impl: must be one of auto, reference, triton, got 'c'"),
         ({"encoder": SpecFormer(window=200)}, INPUTS,
          "encoder.window: must leave at least one window of a spectrum of 123 pixels, got 200"),
