@@ -16,6 +16,7 @@ import json
 import os
 import runpy
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -195,6 +196,7 @@ def _serve(path: str) -> dict | None:
 def _become(task: dict) -> None:
     """Take on a rank's session, environment, arguments and output, and run its script."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started the tests
     output = os.open(task["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
