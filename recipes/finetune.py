@@ -4,7 +4,7 @@ Data: a survey with images and the labels that `views.targets` names; where an o
     labelled objects with `armillary data build SURVEY --cut 'redshift > 0'`, and hold some out with --validation-fraction.
 Hardware: one GPU. Not run there.
 Expected: Zoobot (Walmsley et al. 2022, arXiv:2102.08414) finds fine-tuned encoders ahead of those from scratch by far with few
-    labels. What the simulated survey gives is in docs/studies.md.
+    labels. Not measured here yet: benchmarks/claims/finetune.py does, with 50, 200 and 1,000 labels.
 
     deepspeed recipes/finetune.py --method.image-from runs/dinov2_vitl       (redshift with its uncertainty)
     deepspeed recipes/finetune.py --preset head ...                            (the encoder stays as it is)
@@ -15,7 +15,7 @@ Expected: Zoobot (Walmsley et al. 2022, arXiv:2102.08414) finds fine-tuned encod
 Classes: `labels=Classes(names=("elliptical", "spiral"), weights=(1.0, 2.0))` in a recipe of one's own.
 The best checkpoint by held-out samples: --evals and --checkpoint.keep-best, see docs/training.md.
 
-On a laptop's CPU, after `make demo` (a minute on two cores):
+On a laptop's CPU, after `make demo`:
 
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 recipes/finetune.py --preset smoke --device cpu \\
         --data.path runs/demo/survey --method.image-from runs/demo/training
