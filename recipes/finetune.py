@@ -13,7 +13,7 @@ Expected: Zoobot (Walmsley et al. 2022, arXiv:2102.08414) finds fine-tuned encod
 
 `image_from` takes a run, an export, a published file of DINOv2 or hf://OWNER/REPO/FILE; shape and stretch must be those of its training.
 Classes: `labels=Classes(names=("elliptical", "spiral"), weights=(1.0, 2.0))` in a recipe of one's own.
-The best checkpoint by held-out samples: --evals and --checkpoint.keep-best, see docs/training.md.
+The best checkpoint by held-out samples: `evals` and `checkpoint.keep_best` in a recipe of one's own, see docs/training.md.
 
 On a laptop's CPU, after `make demo`:
 
