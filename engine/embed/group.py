@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from armillary.engine.zero.processes import Ranks, launch_problems, ranks, take_slurm_ranks
+from armillary.engine.zero.processes import Ranks, gather_objects, launch_problems, ranks, take_slurm_ranks
 
 __all__ = ["Refused", "Together", "joined"]
 
@@ -72,11 +72,7 @@ class Together:
 
     def gather(self, value: T) -> list[T]:
         """A value of every process, by rank."""
-        if self.me.world == 1:
-            return [value]
-        found: list[T | None] = [None] * self.me.world
-        dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]
+        return gather_objects(value)
 
     def require_same(self, name: str, value: str) -> None:
         """Refuse processes that disagree, for example on what a path holds.

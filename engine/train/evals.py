@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from armillary.engine.config.evals import KNN
 from armillary.engine.config.randomness import random_states, set_random_states
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.token_cache.training import evaluating
-from armillary.engine.zero.processes import Ranks
+from armillary.engine.zero.processes import Ranks, gather_objects
 from armillary.models.method import Method
 
 __all__ = ["Evals", "eval_problems", "readout_problems"]
@@ -147,11 +146,11 @@ class Evals:
         mine = self._together(lambda: {split: self._embedded(split, count) for split, count in sorted(wanted.items())})
         if mine is None:
             return unknown
-        references = self._gather(mine[train])
+        references = gather_objects(mine[train])
         own = self._together(lambda: [self._predicted(knn, references, mine[knn.split]) for knn in due])
         if own is None:
             return unknown
-        answers = zip(*self._gather(own), strict=True)
+        answers = zip(*gather_objects(own), strict=True)
         return {f"eval/{knn.name}": _score(parts, knn.samples) for knn, parts in zip(due, answers, strict=True)}
 
     def _embedded(self, split: str, count: int) -> Embedded:
@@ -200,15 +199,10 @@ class Evals:
             value = action()
         except (ValueError, OSError, RuntimeError) as error:
             problem = f"{type(error).__name__}: {error}"
-        if problems := [said for said in self._gather(problem) if said]:
+        if problems := [said for said in gather_objects(problem) if said]:
             self._say(f"WARNING: the evaluation of this step is left out: {problems[0]}", loud=True)
             return None
         return value
-
-    def _gather(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self._me.world
-        dist.all_gather_object(found, value)
-        return found
 
 
 def _score(parts: tuple[tuple[np.ndarray, np.ndarray], ...], samples: int) -> float:

@@ -17,12 +17,16 @@ import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 __all__ = [
     "Ranks",
     "end_processes",
+    "gather_objects",
     "gpu_of",
     "launch_problems",
     "lost_ranks",
@@ -168,6 +172,15 @@ def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.de
     backend = "nccl" if device == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=minutes), verbose=False)
     return torch.device("cuda", gpu_of(me)) if device == "cuda" else torch.device("cpu")
+
+
+def gather_objects(value: T) -> list[T]:
+    """A value of every rank, by rank; this process's alone where it has joined no others."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def share_cpus(me: Ranks) -> None:
