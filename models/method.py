@@ -317,7 +317,7 @@ class Method(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} answers no questions")
 
     def answer_pit(self, batch: Batch, given: tuple[str, ...], want: str) -> Tensor:
-        """Cumulative probabilities of true entries by the distributions of `answer`, before any correction.
+        """Cumulative probabilities of true components by the distributions of `answer`, before any correction.
 
         Args:
             batch: As for `answer`.
@@ -325,7 +325,7 @@ class Method(nn.Module, ABC):
             want: One quantity.
 
         Returns:
-            [B, e] of the quantity's entries, NaN where the truth is unknown or given.
+            [B, n] of the quantity's components, NaN where the truth is unknown or given.
         """
         raise NotImplementedError(f"{type(self).__name__} answers no questions")
 
@@ -334,7 +334,7 @@ class Method(nn.Module, ABC):
 
         Args:
             given: What is given.
-            corrections: [e, K + 1] by name of a wanted quantity, see `armillary.models.masked.recalibration`.
+            corrections: [n, K + 1] of components by name of a wanted quantity, see `armillary.models.masked.recalibration`.
         """
         raise NotImplementedError(f"{type(self).__name__} answers no questions")
 

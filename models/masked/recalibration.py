@@ -3,9 +3,10 @@ r"""Distributions whose probabilities are corrected by how often the truth fell 
 R is the cumulative distribution of the PIT values F(y) of samples that were not trained on, linear between its K quantiles. If
 the PIT was uniform, R(p) = p and nothing changes; if half of the truths lay outside of 68 % intervals, intervals grow.
 
-Shape legend: [...] distributions, K steps of R, M samples to fit on, m numbers asked of each distribution.
+Shape legend: [...] distributions, K steps of R, M samples to fit on, m numbers asked of each distribution, S draws.
 
-Source: Kuleshov, Fenner and Ermon 2018 (arXiv:1807.00263), algorithm 1, with quantiles in place of isotonic regression.
+Source: Kuleshov, Fenner and Ermon 2018 (arXiv:1807.00263), algorithm 1, with quantiles in place of isotonic regression. Draws
+that keep their order: ensemble copula coupling, Schefzik, Thorarinsdottir and Gneiting 2013 (arXiv:1302.7149), section 3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from armillary.models.masked.density import Density, whole_precision
 from armillary.models.masked.piecewise_linear import cumulative, inverse, slope
 
-__all__ = ["RecalibratedDensity", "recalibration"]
+__all__ = ["RecalibratedDensity", "coupled", "recalibration"]
 
 SCORED = 100
 """Quantiles that the CRPS is integrated over."""
@@ -45,6 +46,29 @@ def recalibration(pit: Tensor, steps: int = 20) -> Tensor:
     found = pit.nanquantile(levels, dim=0).movedim(0, -1).clamp(CERTAIN, 1 - CERTAIN)
     found[..., 0], found[..., -1] = 0, 1
     return found
+
+
+def coupled(template: Tensor, margin: Tensor, steps: Tensor) -> Tensor:
+    """Draws of corrected distributions, in the order of draws that belong together.
+
+    Args:
+        template: [..., S] draws whose order is kept.
+        margin: [..., M] other draws, which stand for the distribution that is corrected.
+        steps: What `recalibration` gave, [..., K + 1].
+
+    Returns:
+        [..., S], the corrected distribution's quantiles at (s + 1/2) / S; its median where S is 1.
+    """
+    count, size = template.shape[-1], margin.shape[-1]
+    middle = (torch.arange(max(count, size), dtype=torch.float64, device=margin.device) + 0.5).to(margin.dtype)
+    levels = torch.linspace(0, 1, steps.shape[-1], dtype=margin.dtype, device=margin.device)
+    wanted = inverse(
+        steps.to(margin), levels.expand(steps.shape), (middle[:count] / count).expand(*steps.shape[:-1], -1)
+    )
+    ordered = margin.sort(dim=-1).values
+    below = (middle[:size] / size).expand_as(ordered)
+    quantiles = inverse(ordered, below, wanted.expand(*ordered.shape[:-1], -1))
+    return quantiles.gather(-1, template.argsort(dim=-1).argsort(dim=-1))
 
 
 EDGE = 1e-7

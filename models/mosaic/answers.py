@@ -5,9 +5,10 @@ last; each one that is drawn is shown when the next is asked for, so that draws 
 token are drawn together, as its copula says. Medians are those of a token's own distribution given what was shown, without the
 other answers; of quantities with levels they are the medians of the draws.
 
-Where held-out samples showed how often truths fell where, each entry's own distribution is corrected by that: a draw x becomes
-Q(F(x)), with Q the corrected quantile function, which keeps the order of draws and so what belongs together. Of quantities with
-levels these are entries, levels and what is left of components, so that single components may stay somewhat off.
+Where held-out samples showed how often truths fell where, the distribution of each component, given what was shown, is corrected
+by that: a draw x becomes Q(F(x)), with Q the corrected quantile function, which keeps the order of draws and so what belongs
+together. A component of a quantity with levels is a sum of two entries, whose distribution has no closed form. It is taken from
+draws of its own token alone, and the joint draws, of which there are then 32 at least, give the order (`coupled`).
 
 Parts of a wanted quantity that are given are handed back as they were given.
 
@@ -26,16 +27,25 @@ from torch.special import ndtr
 from armillary.kernels.pixels.philox import Purpose, normals, streams
 from armillary.models.masked.copula import correlated
 from armillary.models.masked.density import Density, whole_precision
-from armillary.models.masked.recalibration import RecalibratedDensity
+from armillary.models.masked.recalibration import RecalibratedDensity, coupled
 from armillary.models.method import Batch
 from armillary.models.mosaic.layout import Layout, Span
 from armillary.models.mosaic.network import Network, computed_rows
-from armillary.models.quantities import Answer
+from armillary.models.quantities import Answer, Distribution
 
-__all__ = ["ask", "draw_answer", "given_entries"]
+__all__ = ["ask", "component_pit", "draw_answer", "given_entries"]
 
 SEQUENCES = 8192
 """Sequences of one pass, at most: bounds the memory."""
+
+OWN_DRAWS = 256
+"""That stand for the distribution of a component; corrections are fitted by their finest step, 1/20."""
+
+PIT_DRAWS = 64
+"""That the truth of a component is ranked among."""
+
+LEAST_TO_ORDER = 32
+"""Joint draws, where their order is all that is kept of them."""
 
 
 def given_entries(layout: Layout, batch: Batch, given: Sequence[str]) -> Tensor:
@@ -114,51 +124,106 @@ def draw_answer(
         raise ValueError(f"want, draws: must be a quantity and a draw at least, got {want} and {draws}")
     shown = given_entries(layout, batch, given)
     # Errors of what is not given are not looked at either.
-    errors, size = batch["quantity_errors"].masked_fill(shown.isnan(), torch.nan), len(shown)
+    errors = batch["quantity_errors"].masked_fill(shown.isnan(), torch.nan)
     wanted = [t for name in dict.fromkeys(want) for t in _tokens(layout, name)]
     first = ask(network, shown, errors, wanted)
+    ordered = any(layout.span(name).levels and name in corrections for name in want)
+    made = max(draws, LEAST_TO_ORDER) if ordered else draws
+    drawn = _together(network, shown, errors, batch["row"], wanted, first, made, seed)
 
+    values, medians = {}, {}
+    densities: dict[str, Distribution] = {}
+    for name in dict.fromkeys(want):
+        span, steps = layout.span(name), corrections.get(name)
+        said = [first[t] for t in _tokens(layout, name)]
+        entries = torch.cat([drawn[t] for t in _tokens(layout, name)], dim=-1)
+        if span.levels:
+            of_name, median = _of_levels(span, said, entries, batch["row"], seed, steps)
+        else:
+            own = [x.density for x in said]
+            if steps is not None:
+                each = steps.unflatten(0, (-1, span.width))
+                own = [RecalibratedDensity(d, of_token) for d, of_token in zip(own, each, strict=True)]
+                entries = _moved(entries, said, own)
+            of_name = span.quantity.scaling.inverse(entries)
+            median = span.quantity.scaling.inverse(torch.cat([d.median() for d in own], dim=1).to(shown))
+            if span.quantity.size == 1:
+                densities[name] = own[0]
+        there = span.quantity.scaling.inverse(shown[:, span.entries])
+        values[name] = torch.where(there.isnan()[:, None], of_name[:, :draws], there[:, None]).float()
+        medians[name] = torch.where(there.isnan(), median, there).float()
+    return Answer(values, medians, densities)
+
+
+def _together(
+    network: Network,
+    shown: Tensor,
+    errors: Tensor,
+    row: Tensor,
+    wanted: Sequence[int],
+    first: Mapping[int, Said],
+    draws: int,
+    seed: int,
+) -> dict[int, Tensor]:
+    """Draws [B, S, w] of the entries of wanted tokens, each given those before it."""
+    layout, drawn = network.layout, {}
     # B S sequences: all draws of the first sample, then of the second. The last token is shown to none.
-    drawn: dict[int, Tensor] = {}
     if len(wanted) > 1:
         sequences, stated = (x.repeat_interleave(draws, 0) for x in (shown, errors))
     for number, token in enumerate(wanted):
         place = _place(layout, token)
         said = first[token] if number == 0 else ask(network, sequences, stated, [token])[token]
-        new = _draw(said, _normals(batch["row"], token, seed, said.loadings, draws))
-        drawn[token] = new.unflatten(0, (size, draws))
+        new = _draw(said, _normals(row, token, seed, said.loadings, draws))
+        drawn[token] = new.unflatten(0, (len(shown), draws))
         if number + 1 < len(wanted):
             sequences[:, place] = _with_given(layout, token, new, shown[:, place].repeat_interleave(draws, 0))
-    own = {token: said.density for token, said in first.items()}
-    for token, density in own.items():
-        span = _span(layout, token)
-        if (steps := corrections.get(span.quantity.name)) is not None:
-            run = token - span.tokens.start
-            own[token] = corrected = RecalibratedDensity(density, steps.unflatten(0, (-1, span.width))[run])
-            entries = drawn[token].transpose(1, 2).contiguous()
-            drawn[token] = corrected.quantile(density.cdf(entries)).transpose(1, 2)
-    return _answer(layout, want, drawn, shown, own)
+    return drawn
 
 
-def _answer(
-    layout: Layout, want: tuple[str, ...], entries: Mapping[int, Tensor], shown: Tensor, own: Mapping[int, Density]
-) -> Answer:
-    """Values in the quantities' units, of drawn entries [B, S, w] by token."""
-    values, medians = {}, {}
-    for name in dict.fromkeys(want):
-        span = layout.span(name)
-        scaling = span.quantity.scaling
-        given = scaling.inverse(shown[:, span.entries])
-        drawn = scaling.inverse(torch.cat([entries[t] for t in _tokens(layout, name)], dim=-1))
-        drawn = torch.where(given.isnan()[:, None], drawn, given[:, None])
-        if span.levels:
-            median = drawn.median(1).values
-        else:
-            medians_of = torch.cat([own[t].median() for t in range(span.tokens.start, span.tokens.stop)], dim=1)
-            median = torch.where(given.isnan(), scaling.inverse(medians_of.to(shown)), given)
-        values[name], medians[name] = drawn.float(), median.float()
-    scalars = [layout.span(name) for name in dict.fromkeys(want) if layout.span(name).quantity.size == 1]
-    return Answer(values, medians, {s.quantity.name: own[s.tokens.start] for s in scalars})
+def _moved(entries: Tensor, said: Sequence[Said], corrected: Sequence[Density]) -> Tensor:
+    """Entries [B, S, e], where the corrected distributions have the probabilities that they had before."""
+    width = entries.shape[-1] // len(said)
+    parts = []
+    for part, before, after in zip(entries.split(width, dim=-1), said, corrected, strict=True):
+        of_entry = part.transpose(1, 2).contiguous()
+        parts.append(after.quantile(before.density.cdf(of_entry)).transpose(1, 2))
+    return torch.cat(parts, dim=-1)
+
+
+def _of_levels(
+    span: Span, said: Sequence[Said], entries: Tensor, row: Tensor, seed: int, steps: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Values [B, S, n] of joint draws of entries [B, S, e], and medians [B, n], corrected where steps [n, K + 1] say by what."""
+    values = span.quantity.scaling.inverse(entries)
+    if steps is None:
+        return values, values.median(1).values
+    joint, own = values.transpose(1, 2), _own_values(span, said, row, seed, OWN_DRAWS).transpose(1, 2)
+    return coupled(joint, own, steps).transpose(1, 2), coupled(joint[..., :1], own, steps)[..., 0]
+
+
+@torch.no_grad()
+def component_pit(network: Network, batch: Batch, given: tuple[str, ...], want: str) -> Tensor:
+    """See `Method.answer_pit`."""
+    layout, span = network.layout, network.layout.span(want)
+    shown = given_entries(layout, batch, given)
+    errors = batch["quantity_errors"].masked_fill(shown.isnan(), torch.nan)
+    of_token = ask(network, shown, errors, _tokens(layout, want))
+    said = [of_token[t] for t in _tokens(layout, want)]
+    true = layout.scored(batch["quantities"], shown)
+    if not span.levels:
+        return torch.cat([x.density.pit(span.of(true)[:, run]) for run, x in enumerate(said)], dim=1)
+    values = span.quantity.scaling.inverse(true[:, span.entries])
+    below = (_own_values(span, said, batch["row"], 0, PIT_DRAWS) < values[:, None]).sum(1)
+    return ((below + 0.5) / (PIT_DRAWS + 1)).to(values).masked_fill(values.isnan(), torch.nan)
+
+
+def _own_values(span: Span, said: Sequence[Said], row: Tensor, seed: int, draws: int) -> Tensor:
+    """Values [B, draws, n] of a quantity, each token drawn by itself: other draws than those of the answer."""
+    entries = []
+    for run, of_token in enumerate(said):
+        normal = _normals(row, span.tokens.start + run, seed, of_token.loadings, draws, stream=1)
+        entries.append(_draw(of_token, normal).unflatten(0, (len(row), draws)))
+    return span.quantity.scaling.inverse(torch.cat(entries, dim=-1))
 
 
 def _with_given(layout: Layout, token: int, new: Tensor, given: Tensor) -> Tensor:
@@ -193,11 +258,12 @@ def _place(layout: Layout, token: int) -> slice:
     return slice(begin, begin + span.width)
 
 
-def _normals(row: Tensor, token: int, seed: int, loadings: Tensor, draws: int) -> Tensor:
-    """[B S, rank + w] standard normal numbers in float64, keyed by row and token."""
+def _normals(row: Tensor, token: int, seed: int, loadings: Tensor, draws: int, stream: int = 0) -> Tensor:
+    """[B S, rank + w] standard normal numbers in float64, keyed by row, token and stream."""
     width, rank = loadings.shape[1:]
-    stream = streams(Purpose.ANSWER, token, row.cpu().numpy(), 0)
-    z = normals(stream, seed, draws * (rank + width)).reshape(-1, rank + width)
+    z = normals(streams(Purpose.ANSWER, token, row.cpu().numpy(), stream), seed, draws * (rank + width)).reshape(
+        -1, rank + width
+    )
     return torch.from_numpy(z).to(row.device)
 
 

@@ -31,7 +31,7 @@ from armillary.models.masked.copula import copula_score, normal_scores
 from armillary.models.masked.density import known_mean, whole_precision
 from armillary.models.masked.heads import HeadConfig
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
-from armillary.models.mosaic.answers import ask, draw_answer, given_entries
+from armillary.models.mosaic.answers import component_pit, draw_answer
 from armillary.models.mosaic.layout import Layout
 from armillary.models.mosaic.masking import Masking
 from armillary.models.mosaic.network import Network, computed_rows
@@ -223,18 +223,14 @@ class MOSAICMethod(Method):
 
     def answer_pit(self, batch: Batch, given: tuple[str, ...], want: str) -> Tensor:
         """See `Method.answer_pit`."""
-        entries = self._entries(batch)
-        shown, span = given_entries(self.layout, batch, given), self.layout.span(want)
-        said = ask(self.network, shown, batch["quantity_errors"], range(span.tokens.start, span.tokens.stop))
-        true = span.of(self.layout.scored(entries, shown))
-        pit = [said[span.tokens.start + run].density.pit(true[:, run]) for run in range(span.quantity.runs)]
-        return torch.cat(pit, dim=1)
+        self._entries(batch)
+        return component_pit(self.network, batch, given, want)
 
     def correct_answers(self, given: tuple[str, ...], corrections: Mapping[str, Tensor]) -> None:
         """See `Method.correct_answers`."""
         for name, steps in corrections.items():
-            if len(steps) != (entries := self.layout.span(name).quantity.scaling.entries):
-                raise ValueError(f"corrections of {name!r}: must be of {entries} entries, got {len(steps)}")
+            if len(steps) != (size := self.layout.span(name).quantity.size):
+                raise ValueError(f"corrections of {name!r}: must be of {size} components, got {len(steps)}")
         self.corrections.setdefault(frozenset(given), {}).update(corrections)
 
     def parameter_groups(self) -> list[ParameterGroup]:

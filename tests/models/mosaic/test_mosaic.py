@@ -8,6 +8,7 @@ import toy_quantities as toy
 
 from armillary.engine.zero.optim import AdamW, build_groups
 from armillary.models.masked.heads import HeadConfig
+from armillary.models.masked.recalibration import recalibration
 from armillary.models.method import InputSpec
 from armillary.models.mosaic.answers import ask
 from armillary.models.mosaic.masking import Masking
@@ -179,8 +180,32 @@ def test_corrections_widen_intervals_that_are_too_narrow():
     assert torch.equal(after.draws["mass"].argsort(1), before.draws["mass"].argsort(1))
     assert torch.equal(after.draws["history"], before.draws["history"])
     assert torch.equal(method.answer(batch, ("z",), ("mass",), 5, 0).draws["mass"].isnan().any(), torch.tensor(False))
-    with pytest.raises(ValueError, match="corrections of 'mass': must be of 1 entries, got 2"):
+    with pytest.raises(ValueError, match="corrections of 'mass': must be of 1 components, got 2"):
         method.correct_answers(("flux",), {"mass": ends.repeat(2, 1)})
+
+
+def test_components_with_levels_are_corrected_as_wholes():
+    torch.manual_seed(2)
+    method = SMALL.build(INPUTS).eval()  # knows nothing: its intervals are too narrow
+    held_out, judged = (toy.batch(INPUTS, 1000, seed=seed, unknown=False) for seed in (5, 6))
+    pit = method.answer_pit(held_out, ("history",), "flux")
+    assert pit.shape == (1000, 4) and ((pit > 0) & (pit < 1)).all()
+    before = method.answer(judged, ("history",), ("flux",), 40, 0)
+    method.correct_answers(("history",), {"flux": recalibration(pit)})
+    after = method.answer(judged, ("history",), ("flux",), 40, 0)
+    truth = toy.values(1000, 6)["flux"]
+
+    def covered(answer):
+        inside = (truth > answer.quantile("flux", 0.16)) & (truth < answer.quantile("flux", 0.84))
+        return float(inside.double().mean())
+
+    assert covered(before) < 0.5
+    # Four times the errors of fit and count in quadrature, as if a galaxy's four components were one: .0148 sqrt(2).
+    assert covered(after) == pytest.approx(0.68, abs=0.085)
+    rising = after.draws["flux"].gather(1, before.draws["flux"].argsort(1)).diff(dim=1)
+    assert rising.min() >= 0  # 0 where corrections reach beyond the outermost draw
+    few = method.answer(judged, ("history",), ("flux",), 3, 0)  # as the first of as many as it takes to order them
+    assert few.draws["flux"].shape == (1000, 3, 4) and torch.equal(few.median["flux"], after.median["flux"])
 
 
 def test_bad_questions_are_named(untrained):
