@@ -95,7 +95,7 @@ demo-mmae: install
 	rm -rf $(addprefix $(MMAE)/,improved published cnn photometry)
 	$(call train,mmae,smoke_improved,$(MMAE)) --name improved --seed $(SEED)
 	$(call train,mmae,smoke,$(MMAE)) --name published --seed $(SEED)
-	$(call train,supervised,smoke,$(MMAE)) --views.targets redshift --train.steps 800 --name cnn --seed $(SEED)
+	$(call train,supervised,smoke,$(MMAE)) --views.targets redshift --train.steps 1160 --name cnn --seed $(SEED)
 	$(call train,supervised,smoke_photometry,$(MMAE)) --views.targets redshift --name photometry --seed $(SEED)
 	$(BIN)/armillary evaluate $(MMAE)/improved --data $(MMAE)/survey --out $(MMAE) --tasks missing lines \
 	  --compare $(MMAE)/published $(MMAE)/cnn $(MMAE)/photometry
