@@ -81,6 +81,7 @@ class Counting(TorchDispatchMode):
         peak: Largest number of live bytes.
         at_peak: Live bytes by kind at that moment.
         live: Live bytes by kind now.
+        total: Live bytes of all kinds now.
     """
 
     def __init__(self, device: str = "meta"):
@@ -91,7 +92,7 @@ class Counting(TorchDispatchMode):
         self.peak = 0
         self.at_peak: dict[str, int] = {}
         self.phase = ""
-        self._total = 0
+        self.total = 0
         self._seen: set[int] = set()
 
     @contextmanager
@@ -153,15 +154,15 @@ class Counting(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // self.rounding) * self.rounding
         self._seen.add(key)
-        self._total += size
+        self.total += size
         self.live[self.phase] += size
         weakref.finalize(storage, self._freed, key, size, self.phase)
 
     def _freed(self, key: int, size: int, phase: str) -> None:
         self._seen.discard(key)
-        self._total -= size
+        self.total -= size
         self.live[phase] -= size
 
     def _note_peak(self) -> None:
-        if self._total > self.peak:
-            self.peak, self.at_peak = self._total, {kind: size for kind, size in self.live.items() if size}
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, {kind: size for kind, size in self.live.items() if size}
