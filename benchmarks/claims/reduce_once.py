@@ -30,7 +30,7 @@ from armillary.engine.plan.inputs import example_batch, inputs_of, prepared_batc
 from armillary.engine.zero.deepspeed_engine import Sharded
 from armillary.engine.zero.processes import start_processes
 
-STEPS, MICRO_BATCHES, SAMPLES = 6, 4, 4
+STEPS, MICRO_BATCHES, SAMPLES = 4, 4, 4
 WAYS = {"after each micro-batch": False, "once a step": True}
 
 
