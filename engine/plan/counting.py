@@ -23,6 +23,14 @@ __all__ = ["Counting", "Kind", "Work"]
 
 Kind = Literal["product", "fused product", "attention", "bytes"]
 
+ATTENTION_OF_A_CPU = {
+    f"_scaled_dot_product_flash_attention_for_cpu{end}": flop_registry[
+        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{end}")
+    ]
+    for end in ("", "_backward")
+}
+"""FLOPs of operations that PyTorch's registry lacks."""
+
 ALLOCATION = 512
 """Bytes that a GPU's caching allocator rounds up to."""
 
@@ -137,7 +145,7 @@ class Counting(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.is_view or "empty" in name or name in ("detach", "_unsafe_view", "lift_fresh", "alias"):
             return
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket, ATTENTION_OF_A_CPU.get(name))
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         kind: Kind = "bytes" if formula is None else "attention" if "attention" in name or "attn" in name else "product"
         size = None
