@@ -1,7 +1,9 @@
 """The step of each recipe's main preset at full size, on a GPU that is not there (tests/support/absent_gpu.py).
 
 What raises there is a fault that a GPU would show: mixed devices or dtypes, waits of the host, launches that cannot be. Bounds on
-launches, memory, bytes and FLOPs are the counts of this code and 5 % more, so that what makes a step dearer shows.
+launches, memory, bytes and FLOPs are the counts of this code and 5 % more, so that what makes a step dearer shows. Of stage 2 of
+Galaxy-Walker one block of its language model at the published width is here, without the image encoder, whose code in transformers asks its
+device for numbers.
 """
 
 import importlib
@@ -9,12 +11,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from absent_gpu import StrictStep, absent_gpu
+from absent_gpu import StrictStep, absent_gpu, compile_jobs
+from aot import SHARED_LIMIT, resources
 
 from armillary.engine.plan.gpus import GPUS
 from armillary.engine.plan.inputs import inputs_of
 from armillary.kernels.tokens.residual_norm import residual_norm
 from armillary.kernels.tokens.residual_norm_kernels import residual_norm_fwd_kernel
+from armillary.models.galaxy_walker import vlm
+from armillary.models.geometry.geometry_experts import GeometryExperts, GeometryFFN
 
 GIB = 2**30
 
@@ -52,6 +57,73 @@ def test_runs_and_costs_no_more(name, tmp_path):
     )
     assert all(x <= 1.05 * bound + 0.005 for x, bound in zip(found, COUNTS[name], strict=True)), found
     assert gpu.peak > sum(p.nbytes for p in dry.method.parameters())
+
+
+def dinov2_vitl(impl):
+    run = importlib.import_module("armillary.recipes.dinov2_vitl").RECIPE
+    return replace(run, method=replace(run.method, impl=impl, vit=replace(run.method.vit, depth=2)))
+
+
+def specformer(impl):
+    run = importlib.import_module("armillary.recipes.specformer").RECIPE
+    return replace(run, method=replace(run.method, impl=impl, encoder=replace(run.method.encoder, depth=1)))
+
+
+def galaxy_walker_stage2(impl):
+    run = importlib.import_module("armillary.recipes.galaxy_walker_stage2").RECIPE
+    adapter = replace(run.method.adapter, impl=impl)
+    return replace(run, method=replace(run.method, base=None, adapter=adapter), views=replace(run.views, image=None))
+
+
+@pytest.fixture
+def qwen2_vl_2b(monkeypatch):
+    """Models of stage 2 without a checkpoint have a block of Qwen2-VL-2B's width, and 288 words."""
+    pytest.importorskip("transformers")
+    tiny = vlm.tiny_config
+
+    def config(family="qwen2_vl", **_):
+        found = tiny(family, dim=1536, depth=1)
+        text = found.text_config
+        text.intermediate_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim = 8960, 12, 2, 128
+        text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+        return found
+
+    monkeypatch.setattr(vlm, "tiny_config", config)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "recipe",
+    [dinov2_vitl, specformer, pytest.param(galaxy_walker_stage2, marks=pytest.mark.slow)],
+    ids=lambda f: f.__name__,
+)
+def test_every_generation_of_gpus_takes_either_implementation(recipe, impl, qwen2_vl_2b, tmp_path):
+    run = recipe(impl)
+    run = replace(run, data=replace(run.data, path=tmp_path / "none"))
+    dry, kernels = StrictStep(run, inputs_of(run), GPUS["h100"]), {}
+    for name in ("a100-80", "h100", "b200"):
+        gpu = dry.taken(4, GPUS[name])
+        kernels[name] = {one.kernel.rpartition(".")[2] for one in gpu.launches}
+        assert gpu.flops > 1e10
+    if impl == "reference":
+        assert not any("geometry" in kernel or "_gelu" in kernel for found in kernels.values() for kernel in found)
+    elif recipe is not specformer:  # in fp32, by the library
+        paths = {name: {k for k in found if k.startswith("up_projection")} for name, found in kernels.items()}
+        fused, tma = {"up_projection_kernels:fused_kernel"}, {"up_projection_kernels:tma_kernel"}
+        assert paths == {"a100-80": fused, "h100": tma, "b200": tma}
+
+
+def test_the_mixture_compiles_as_stage_2_launches_it():
+    """Gated products at the width of Qwen2-VL-2B on sm_90; `benchmarks/galaxy_walker/compiled.py` has all kernels and GPUs."""
+    with absent_gpu(90) as gpu, torch.device("meta"):
+        layer = GeometryExperts(GeometryFFN(dim=1536, hidden=8960, body="swiglu", bias=False)).bfloat16()
+        layer(torch.empty(512, 1536, dtype=torch.bfloat16, requires_grad=True)).y.sum().backward()
+    products = [one for one in gpu.launches if ".mlp." in one.kernel]
+    assert len(products) == 2
+    for arguments, options in compile_jobs(products):
+        used = resources(*arguments, architectures=(90,), **options)[90]
+        assert used.stack == used.local == used.spills == 0 and used.shared <= SHARED_LIMIT[90], used
+        assert "wgmma" in used.ptx
 
 
 def test_attention_of_short_crops_copies_nothing(tmp_path):

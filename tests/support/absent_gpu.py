@@ -12,12 +12,14 @@ integer too large for a launch, and everything by which the host would wait for 
 condition, masks as indices, lengths of ragged sequences), which a meta tensor does not have.
 """
 
+import importlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
+import triton
 from torch.utils._pytree import tree_leaves
 
 from armillary.engine.plan.counting import Counting
@@ -25,7 +27,7 @@ from armillary.engine.plan.dry_step import DryStep
 from armillary.engine.plan.pretended_gpu import pretended_gpu
 from armillary.kernels.tokens import attention
 
-__all__ = ["Gpu", "Launch", "StrictStep", "absent_gpu"]
+__all__ = ["Gpu", "Launch", "StrictStep", "absent_gpu", "compile_jobs"]
 
 MAX_INT = 2**31 - 1
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
@@ -146,7 +148,29 @@ class StrictStep(DryStep):
         with absent_gpu(self.gpu.capability, self.gpu.multiprocessors) as self.seen:
             yield self.seen
 
-    def taken(self, samples):
-        """The `Gpu` that took a micro-batch of so many samples."""
-        self.count(samples)
+    def taken(self, samples, gpu=None):
+        """The `Gpu` that took a micro-batch of so many samples; another one than before where it is named."""
+        self.gpu = gpu or self.gpu
+        self._count(samples)
         return self.seen
+
+
+def compile_jobs(launches):
+    """Arguments and options of `aot.resources` for launches that differ in their code, without the architectures."""
+    jobs = {}
+    for one in launches:
+        module, name = one.kernel.split(":")
+        kernel = triton.JITFunction(getattr(importlib.import_module(module), name).fn)
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        signature, constants, divisible = {}, {}, []
+        for argument, value in one.arguments.items():
+            if argument in fixed or value is None or (value == 1 and not isinstance(value, bool)):
+                constants[argument] = value
+            elif isinstance(value, int):
+                signature[argument] = "i32"
+                divisible += [argument] if value % 16 == 0 else []
+            else:
+                signature[argument] = value if isinstance(value, str) else "fp32"
+        job = (one.kernel, signature, constants), {"divisible": tuple(divisible), **one.options}
+        jobs[repr(job)] = job
+    return list(jobs.values())
