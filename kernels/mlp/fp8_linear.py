@@ -4,8 +4,8 @@ r"""Linear layer whose three products are made of 8-bit floats; every tensor has
     dx = s_g s_w G W'             G = fp8(dy / s_g),  s_g = 2^ceil(log2(max |dy| / 57344))                       (e5m2)
     dW = s_g s_x G^T X,           db = sum_m dy
 
-Shapes: x [M, K], weight [N, K], y and dy [M, N]. Scales are powers of two: dividing by them rounds nothing. X and W' are saved for the
-backward pass, half the bytes of x in bfloat16.
+Shapes: x [M, K], weight [N, K], y and dy [M, N]. Scales are powers of two: dividing by them rounds nothing. X^T and W'^T are saved for
+the backward pass, half the bytes of x in bfloat16. A kernel reads a matrix and writes its 8-bit floats and their transpose at once.
 
 Formats: Micikevicius et al. 2022, FP8 formats for deep learning (arXiv:2209.05433): e4m3 where precision is short, e5m2 for
 gradients, whose range is wide.
@@ -18,15 +18,17 @@ the order of the sums, and forward their width, as its faster accumulation is ta
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from armillary.kernels.launch import Impl, check_tensor, refuse, untraced
+from armillary.kernels.launch import INTERPRETER, Impl, Launch, check_tensor, refuse, settings, untraced, use_triton
 
-__all__ = ["CAPABILITY", "MULTIPLE", "fp8_linear", "fp8_problem", "to_fp8"]
+__all__ = ["CAPABILITY", "MULTIPLE", "Scaled", "fp8_linear", "fp8_problem", "to_fp8"]
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 CAPABILITY = 89
@@ -49,57 +51,99 @@ def fp8_problem(capability: int) -> str:
     )
 
 
-def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A tensor as 8-bit floats, and the power of two (float32, no dimensions) that they are multiples of.
+class Scaled(NamedTuple):
+    """A matrix [M, N] as 8-bit floats, in both layouts that products ask for.
 
-    What is not finite in x makes all of the result's products so.
+    Attributes:
+        rows: [M, N].
+        columns: [N, M'] its transpose; zeros make M' a multiple of 16.
+        scale: Power of two that both are multiples of; float32, no dimensions.
     """
+
+    rows: Tensor
+    columns: Tensor
+    scale: Tensor
+
+
+@triton.jit
+def _cast_kernel(x_ptr, inverse_ptr, rows_ptr, columns_ptr, M, N, PADDED, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One tile of x, scaled and cast, into both layouts."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    place = row[:, None] * N + column[None, :]
+    inside = (row[:, None] < M) & (column[None, :] < N)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) * tl.load(inverse_ptr)
+    eight = x.to(rows_ptr.dtype.element_ty)
+    tl.store(rows_ptr + place, eight, mask=inside)
+    across = column[:, None] * PADDED + row[None, :]
+    tl.store(columns_ptr + across, tl.trans(eight), mask=(column[:, None] < N) & (row[None, :] < PADDED))
+
+
+LAUNCH = {
+    INTERPRETER: Launch({"ROWS": 32, "COLUMNS": 32}, source="small, so that small inputs have borders"),
+    90: Launch({"ROWS": 64, "COLUMNS": 64}, source="not measured; compiled ahead of time: no spills"),
+}
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype, impl: Impl = "reference") -> Scaled:
+    """A matrix as 8-bit floats. What is not finite in it makes all products with it so.
+
+    Args:
+        x: [M, N] float32 or bfloat16.
+        dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+        impl: One pass by Triton, or PyTorch's operations; the same bits.
+    """
+    x = x.contiguous()
     largest = torch.linalg.vector_norm(x, math.inf, dtype=torch.float32)
     scale = torch.exp2(torch.ceil(torch.log2((largest / torch.finfo(dtype).max).clamp(min=SMALLEST))))
-    return (x * scale.reciprocal().to(x.dtype)).to(dtype).contiguous(), scale
+    (m, n), inverse = x.shape, scale.reciprocal()
+    padded = -(-m // MULTIPLE) * MULTIPLE
+    if m and use_triton("fp8_linear", impl, x):
+        rows = torch.empty(m, n, dtype=dtype, device=x.device)
+        columns = torch.empty(n, padded, dtype=dtype, device=x.device)
+        row = settings(LAUNCH, x)
+        grid = triton.cdiv(padded, row.blocks["ROWS"]), triton.cdiv(n, row.blocks["COLUMNS"])
+        _cast_kernel[grid](x, inverse, rows, columns, m, n, padded, **row.blocks, num_warps=row.num_warps)
+        return Scaled(rows, columns, scale)
+    rows = (x * inverse.to(x.dtype)).to(dtype)
+    columns = torch.zeros(n, padded, dtype=torch.uint8, device=x.device)
+    columns[:, :m] = rows.view(torch.uint8).t()
+    return Scaled(rows, columns.view(dtype), scale)
 
 
-def _transposed(x: Tensor) -> Tensor:
-    """x^T with contiguous rows, which zeros make a multiple of 16 long."""
-    rows = -(-len(x) // MULTIPLE) * MULTIPLE
-    if rows == len(x):
-        return x.t().contiguous()
-    padded = torch.zeros(x.shape[1], rows, dtype=torch.uint8, device=x.device)
-    padded[:, : len(x)] = x.view(torch.uint8).t()
-    return padded.view(x.dtype)
-
-
-def _product(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, native: bool, fast: bool
-) -> Tensor:
-    """a b^T of two scaled tensors whose rows lie along the sum."""
-    (x, x_scale), (y, y_scale) = a, b
+def _product(x: Tensor, y: Tensor, scales: Tensor, dtype: torch.dtype, native: bool, fast: bool) -> Tensor:
+    """x y^T of two matrices whose rows lie along the sum, times their scales [2]."""
     if native:
-        return torch._scaled_mm(x, y.t(), x_scale, y_scale, out_dtype=dtype, use_fast_accum=fast)
-    return (x.to(dtype) @ y.to(dtype).t()) * (x_scale * y_scale).to(dtype)
+        return torch._scaled_mm(x, y.t(), scales[0], scales[1], out_dtype=dtype, use_fast_accum=fast)
+    return (x.to(dtype) @ y.to(dtype).t()) * scales.prod().to(dtype)
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, native: bool) -> Tensor:
-        eight, scale = to_fp8(x, FORWARD)
-        weights, weight_scale = to_fp8(weight, FORWARD)
-        ctx.save_for_backward(eight, scale, weights, weight_scale)
-        ctx.native = native
-        y = _product((eight, scale), (weights, weight_scale), x.dtype, native, True)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, native: bool, impl: Impl) -> Tensor:
+        of_x, of_weight = to_fp8(x, FORWARD, impl), to_fp8(weight, FORWARD, impl)
+        ctx.save_for_backward(of_x.columns, of_x.scale, of_weight.columns, of_weight.scale)
+        ctx.native, ctx.impl = native, impl
+        y = _product(of_x.rows, of_weight.rows, torch.stack([of_x.scale, of_weight.scale]), x.dtype, native, True)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, x_scale, weight, weight_scale = ctx.saved_tensors
-        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        g, scale = to_fp8(dy, BACKWARD)
-        dx = _product((g, scale), (_transposed(weight), weight_scale), dy.dtype, ctx.native, False) if for_x else None
-        dw = None
-        if for_weight:
-            dw = _product((_transposed(g), scale), (_transposed(x), x_scale), dy.dtype, ctx.native, False)
-        return dx, dw, dy.sum(0, dtype=torch.float32).to(dy.dtype) if for_bias else None, None
+        for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
+        g = to_fp8(dy, BACKWARD, ctx.impl)
+
+        def with_g(rows: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+            return _product(rows, other, torch.stack([g.scale, scale]), dy.dtype, ctx.native, False)
+
+        return (
+            with_g(g.rows, weight, weight_scale) if for_x else None,
+            with_g(g.columns, x, x_scale) if for_weight else None,
+            dy.sum(0, dtype=torch.float32).to(dy.dtype) if for_bias else None,
+            None,
+            None,
+        )
 
 
 @untraced
@@ -110,7 +154,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: Impl = "
         x: [M, K] float32 or bfloat16; K a multiple of 16.
         weight: [N, K], dtype of x; N a multiple of 16.
         bias: [N], dtype of x, or None.
-        impl: "reference" emulates on any device; otherwise a GPU multiplies 8-bit floats and a CPU emulates.
+        impl: "reference" emulates on any device; otherwise a GPU multiplies 8-bit floats, which Triton makes, and a CPU emulates.
 
     Returns:
         [M, N] in the dtype of x.
@@ -130,4 +174,4 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: Impl = "
         major, minor = torch.cuda.get_device_capability(x.device.index or 0)
         if problem := fp8_problem(10 * major + minor):
             refuse("fp8_linear", "x", problem.partition(", got")[0], f"{major}.{minor}")
-    return _Fp8Linear.apply(x, weight, bias, native)
+    return _Fp8Linear.apply(x, weight, bias, native, impl)

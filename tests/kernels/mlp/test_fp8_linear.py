@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from absent_gpu import absent_gpu
+from aot import SHARED_LIMIT, resources
 
-from armillary.kernels.mlp.fp8_linear import BACKWARD, FORWARD, fp8_linear, to_fp8
+from armillary.kernels.mlp.fp8_linear import BACKWARD, FORWARD, LAUNCH, fp8_linear, to_fp8
 
 ROWS = (1, 16, 37)
 
@@ -43,11 +44,11 @@ def test_the_largest_number_meets_the_largest_of_the_format():
     for dtype in (FORWARD, BACKWARD):
         limit = torch.finfo(dtype).max
         for value in (limit, limit * (1 + 1e-6), limit * (1 - 1e-6), 1e-20, 3.0):
-            eight, scale = to_fp8(torch.tensor([[value, -value, 0.0]]), dtype)
+            eight, _, scale = to_fp8(torch.tensor([[value, -value, 0.0]]), dtype)
             assert eight.float().isfinite().all() and limit / 2 * 0.99 <= eight.float().max() <= limit
             assert scale.log2() == scale.log2().round()
             assert float(eight.float().max() * scale) == pytest.approx(value, rel=2**-3)
-    eight, scale = to_fp8(torch.zeros(2, 16), FORWARD)
+    eight, _, scale = to_fp8(torch.zeros(2, 16), FORWARD)
     assert not eight.float().any() and scale.isfinite()
 
 
@@ -59,6 +60,37 @@ def test_what_is_not_finite_shows(bad):
     dy = torch.ones(3, 16)
     dy[0, 0] = bad
     assert not all(t.isfinite().all() for t in through(fp8_linear, torch.ones(3, 16), weight, bias, dy)[1:])
+
+
+@pytest.mark.parametrize("fmt", [FORWARD, BACKWARD], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (37, 48), (64, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_makes_the_same_bits_as_pytorch(fmt, shape, dtype):
+    # exact in the formats: Triton's interpreter drops the carry of a mantissa that is rounded up
+    x = whole(torch.Generator().manual_seed(0), 3, *shape).to(dtype) * 2.0**-20
+    x[0, :2] = torch.tensor([5 * 2.0**-15, -(2.0**-24)])
+    ours, theirs = to_fp8(x, fmt, "triton"), to_fp8(x, fmt, "reference")
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.float(), b.float()) and a.dtype == b.dtype
+    assert torch.equal(ours.columns[:, : len(x)].float(), ours.rows.float().t())
+    assert ours.columns.shape[1] % 16 == 0 and not ours.columns[:, len(x) :].float().any()
+
+
+@pytest.mark.parametrize("fmt", ["fp8e4nv", "fp8e5"])
+def test_compiles_without_spilling(fmt):
+    signature = {"x_ptr": "*bf16", "inverse_ptr": "*fp32", "rows_ptr": f"*{fmt}", "columns_ptr": f"*{fmt}"}
+    sizes = dict.fromkeys(("M", "N", "PADDED"), "i32")
+    row = LAUNCH[90]
+    found = resources(
+        "armillary.kernels.mlp.fp8_linear:_cast_kernel",
+        signature | sizes,
+        row.blocks,
+        divisible=("N", "PADDED"),
+        architectures=(90, 100),
+        num_warps=row.num_warps,
+    )
+    for sm, used in found.items():
+        assert used.stack == used.local == used.spills == 0 and used.shared <= SHARED_LIMIT[sm], (sm, used)
 
 
 def test_errors_are_those_of_the_formats():
@@ -76,7 +108,7 @@ def test_is_the_product_that_torch_makes():
     """torch._scaled_mm on a CPU, from the same 8-bit numbers."""
     g = torch.Generator().manual_seed(1)
     x, weight = torch.randn(32, 64, generator=g), torch.randn(48, 64, generator=g)
-    (a, a_scale), (b, b_scale) = to_fp8(x, FORWARD), to_fp8(weight, FORWARD)
+    (a, _, a_scale), (b, _, b_scale) = to_fp8(x, FORWARD), to_fp8(weight, FORWARD)
     try:
         theirs = torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.float32)
     except (RuntimeError, NotImplementedError):
@@ -130,5 +162,8 @@ def test_a_gpu_multiplies_as_the_emulation_does(rows):
     )
     ours = through(fp8_linear, x, weight, bias, dy)
     emulated = through(lambda *given: fp8_linear(*given, impl="reference"), x, weight, bias, dy)
+    for fmt in (FORWARD, BACKWARD):
+        for a, b in zip(to_fp8(x, fmt, "triton"), to_fp8(x, fmt), strict=True):
+            assert torch.equal(a.float(), b.float())
     for a, b in zip(ours, emulated, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
