@@ -210,7 +210,7 @@ def plan_of(run: Run, gpu: str, world: int) -> Plan:
     passes = run.accumulation(world)
     if run.train.zero_stage == 2 and world > 1 and passes > 1 and not run.train.reduce_once:
         notes.append(
-            f"gradients are sent {passes} times a step; --train.reduce-once true sends them once, for {4 * sizes.trained / GIB:.2f} GiB more "
+            f"gradients are sent {passes} times a step; --train.reduce-once sends them once, for {4 * sizes.trained / GIB:.2f} GiB more "
             "a GPU"
         )
     variants, dry = [], step

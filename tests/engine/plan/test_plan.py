@@ -90,7 +90,7 @@ def test_what_one_sum_a_step_would_save_is_said(tmp_path):
     run = recipe("specformer").SMOKE  # 32 samples a step, 16 at once
     run = replace(run, data=replace(run.data, path=tmp_path), train=replace(run.train, micro_batch=4))
     often = plan_of(run, "h100", 2)
-    assert any("gradients are sent 4 times a step; --train.reduce-once true sends them once" in x for x in often.notes)
+    assert any("gradients are sent 4 times a step; --train.reduce-once sends them once" in x for x in often.notes)
     once = plan_of(replace(run, train=replace(run.train, reduce_once=True)), "h100", 2)
     assert (often.messages[0].times, once.messages[0].times) == (4, 1) and len(once.notes) < len(often.notes)
     more = once.variants[0].memory.kinds["gradients"] - often.variants[0].memory.kinds["gradients"]
