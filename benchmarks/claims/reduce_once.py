@@ -57,9 +57,12 @@ def train(precision: str, once: bool) -> tuple[float, float, torch.Tensor]:
             before, begin = wire(), time.perf_counter()
         scalars = run.scalars(step + 1)
         sharded.optimizer.set_step(step, scalars)
-        for _ in range(MICRO_BATCHES):
-            batch = prepared_batch(method, example_batch(inputs, SAMPLES))
-            losses = sharded.forward(batch, scalars)
+        for micro in range(MICRO_BATCHES):
+            batch = example_batch(inputs, SAMPLES)
+            g = torch.Generator().manual_seed((step * MICRO_BATCHES + micro) * 2 + dist.get_rank())
+            for name in ("global_crops", "local_crops"):
+                batch[name] = torch.rand(batch[name].shape, generator=g)  # type: ignore[literal-required]
+            losses = sharded.forward(prepared_batch(method, batch), scalars)
             sharded.backward(losses.total)
             if sharded.engine.is_gradient_accumulation_boundary():
                 sharded.agree(losses.total)
