@@ -60,7 +60,7 @@ def train(precision: str, once: bool) -> tuple[float, float, torch.Tensor]:
         for micro in range(MICRO_BATCHES):
             batch = example_batch(inputs, SAMPLES)
             g = torch.Generator().manual_seed((step * MICRO_BATCHES + micro) * 2 + dist.get_rank())
-            for name in ("global_crops", "local_crops"):
+            for name in [name for name in ("global_crops", "local_crops") if name in batch]:
                 batch[name] = torch.rand(batch[name].shape, generator=g)  # type: ignore[literal-required]
             losses = sharded.forward(prepared_batch(method, batch), scalars)
             sharded.backward(losses.total)
