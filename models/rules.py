@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["at_least", "choices", "fractions", "one_of", "positive", "refuse"]
+__all__ = ["at_least", "choices", "fields_named", "fractions", "one_of", "positive", "refuse"]
 
 
 def at_least(least: int, config: Any, *names: str) -> list[str]:
@@ -35,6 +36,16 @@ def choices(config: Any) -> list[str]:
         if get_origin(hint) is Literal:
             found += one_of(name, getattr(config, name), get_args(hint))
     return found
+
+
+def fields_named(config: Any, wanted: str) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of all fields of a name, in a dataclass and in those that it holds."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == wanted:
+            yield wanted, value
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from ((f"{field.name}.{name}", found) for name, found in fields_named(value, wanted))
 
 
 def refuse(kind: str, problems: Sequence[str]) -> None:

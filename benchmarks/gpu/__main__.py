@@ -1,13 +1,14 @@
 """Prove and time every kernel on one GPU, in at most eight minutes.
 
-    python benchmarks/gpu                          # the tests, the engine, all operations, the ViT-L step; tables
+    python benchmarks/gpu                          # the tests, the engine, all operations, whole steps; tables
     python benchmarks/gpu --only geometry_ffn      # one operation (or several, or step)
     python benchmarks/gpu --tune linear_gelu       # search better launch settings, print the best of each table
     python benchmarks/gpu --device cpu --smoke     # the same code at tiny sizes under Triton's interpreter, untimed
 
 First the gpu-marked tests of every operation run. Then each operation is compared with float64 on the very inputs that
 are timed, and timed against eager PyTorch and torch.compile: forward, backward and both, medians and percentiles,
-memory, share of the measured copy bandwidth or matrix-product rate. Where DeepSpeed is installed the recipe of ViT-L/12 itself
+memory, share of the measured copy bandwidth or matrix-product rate. The ViT-L/12 step is timed and profiled, SpecFormer's timed in three
+precisions. Where DeepSpeed is installed the recipe of ViT-L/12 itself
 runs on a simulated survey: rates, memory, and whether a stopped run continues to the same bits. Last come tables. An operation that fails its tests
 or its comparison is reported as FAILED and not timed. Jobs run in the order of their importance until --budget-s is
 used up; a job that crashes or hangs takes nothing else down.

@@ -61,6 +61,7 @@ TRIALS = (
     Trial("240 images", _batch(240)),
     Trial("480 images", _batch(480)),
     Trial("90 images, tanh GELU", (*_batch(90), "--method.vit.gelu", "tanh")),
+    Trial("90 images, 8-bit products", (*_batch(90), "--method.vit.products", "fp8")),
     Trial("90 images, kernels off", (*_batch(90), "--method.impl", "reference", "--optim.impl", "reference")),
 )
 TINY = ("--preset", "smoke", "--device", "cpu", "--method.vit.dim", "48", "--method.vit.depth", "2", *_batch(8),

@@ -16,11 +16,11 @@ class Job:
     """A piece of work that fails or succeeds alone.
 
     Attributes:
-        kind: "limits", "case", "step" or "tune".
-        operation: The operation; "limits" and "step" for these.
+        kind: "limits", "case", "step", "profile", "spectra" or "tune".
+        operation: The operation; "limits", "step", "profile" and "specformer" for these.
         shape: Of the case, for the row of a job that fails.
         index: Of the case among the operation's.
-        variant: Of the step.
+        variant: Of the step; precision of SpecFormer's.
         limit_s: Seconds after which it counts as hanging.
     """
 

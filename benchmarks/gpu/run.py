@@ -20,6 +20,7 @@ from common import append_rows
 from gpu.engine import SMOKE_TRIALS, TRIALS, Trial, engine_rows
 from gpu.job import Job, Row
 from gpu.table import read_rows, write_table
+from gpu.whole_steps import PRECISIONS
 from gpu.work import VARIANTS, work
 
 __all__ = ["Run", "order"]
@@ -33,11 +34,14 @@ STEP_TOLERANCE = 0.03  # of the first step's loss and gradient norm in bf16, rel
 
 
 def order(cases: dict[str, list[Job]]) -> list[Job]:
-    """Jobs by importance: the first case of the leading two operations, the step, the other first cases, the rest."""
+    """Jobs by importance: the first case of the leading two operations, the step and its profile, the other first cases, SpecFormer,
+    the rest.
+    """
     firsts = [jobs[0] for jobs in cases.values() if jobs]
     rest = [job for jobs in cases.values() for job in jobs[1:]]
     step = [Job("step", "step", variant=variant) for variant in VARIANTS]
-    return [*firsts[:2], *step, *firsts[2:], *rest]
+    spectra = [Job("spectra", "specformer", variant=precision) for precision in PRECISIONS]
+    return [*firsts[:2], *step, Job("profile", "profile"), *firsts[2:], *spectra, *rest]
 
 
 class Run:
@@ -76,7 +80,7 @@ class Run:
                 jobs[name] = self.jobs_of(name, "case")
         queue = order(jobs)
         if only is not None and "step" not in only:
-            queue = [job for job in queue if job.kind != "step"]
+            queue = [job for job in queue if job.kind == "case"]
         trials = SMOKE_TRIALS if self.smoke else TRIALS
         trials = trials if only is None or "engine" in only else ()
         self.work([Job("limits", "limits", variant="")])

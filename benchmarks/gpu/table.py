@@ -110,7 +110,16 @@ PLAIN = "three plain FFNs"
 def write_table(folder: Path) -> str:
     """Write gpu.md beside gpu.csv and return it."""
     rows = latest(read_rows(folder))
-    parts = [_heading(rows), _targets(rows), _cases(rows), _step(rows), _engine(rows), _troubles(rows)]
+    parts = [
+        _heading(rows),
+        _targets(rows),
+        _cases(rows),
+        _step(rows),
+        _profile(rows),
+        _spectra(rows),
+        _engine(rows),
+        _troubles(rows),
+    ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_text(folder / "gpu.md", text)
     return text
@@ -214,6 +223,32 @@ def _step(rows: Sequence[Row]) -> str:
     head = ["variant", "batch", "ms a step", "predicted", "images/s", "% of GEMM rate"]
     head += [f"{phase}, ms an image" for phase in PHASES] + ["peak MiB"]
     return f"## Step of DINOv2, ViT-L/12, bf16\n\n{_table(head, lines)}"
+
+
+def _profile(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["shape"],
+            row["calls"],
+            _cell(number(row, "device_ms"), "{:.2f}"),
+            _cell(number(row, "time_percent"), "{:.1f}"),
+        ]
+        for row in rows
+        if row["kind"] == "profile" and number(row, "device_ms") is not None
+    ]
+    text = "Kernels that take most of the time of the step with ours, a step, by torch.profiler."
+    head = ["kernel", "calls", "ms", "% of the device's time"]
+    return f"## Profile of that step\n\n{text}\n\n{_table(head, lines)}" if lines else ""
+
+
+def _spectra(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row["kind"] == "spectra" and (ms := number(row, "ms_per_spectrum")) is not None:
+            each = _cell(ms, "{:.3f}"), _cell(1e3 / ms, "{:,.0f}"), _cell(number(row, "peak_mib"), "{:,.0f}")
+            lines.append([row["variant"], row["batch"], *each, _cell(number(row, "loss"), "{:.4f}")])
+    head = ["precision", "batch", "ms a spectrum", "spectra/s", "peak MiB", "loss of the third step"]
+    return f"## Step of SpecFormer\n\n{_table(head, lines)}" if lines else ""
 
 
 def _engine(rows: Sequence[Row]) -> str:

@@ -26,6 +26,7 @@ from gpu.check import Wrong, check, run_once
 from gpu.job import Job, Row
 from gpu.measure import Measurement, device_limits, measure, passes_of
 from gpu.tune import tune_rows
+from gpu.whole_steps import profile_rows, spectra_row
 from step_methods import CROPS, MODELS, DINOv2Subject
 from step_training import Training, phase_columns
 
@@ -83,6 +84,10 @@ def run(job: Job, device: torch.device, smoke: bool) -> list[Row]:
             rows.append(_limits(device, smoke))
         elif job.kind == "step":
             rows += step_rows(job.variant, device, smoke)
+        elif job.kind == "profile":
+            rows += profile_rows(_training("triton", device, 1 if smoke else BATCHES[-1], smoke), smoke)
+        elif job.kind == "spectra":
+            rows.append(spectra_row(job.variant, device, smoke))
         else:
             case = load(job.operation, smoke)[job.index]
             (case_rows if job.kind == "case" else tune_rows)(case, device, smoke, rows)
@@ -203,12 +208,17 @@ def step_rows(variant: str, device: torch.device, smoke: bool) -> list[Row]:
     raise AssertionError("unreachable")
 
 
-def _step_row(variant: str, device: torch.device, batch: int, smoke: bool) -> Row:
+def _training(variant: str, device: torch.device, batch: int, smoke: bool) -> Training:
     torch.manual_seed(0)
     subject = DINOv2Subject(configuration(variant, smoke), TINY_INPUTS if smoke else CROPS)
     training = Training(subject, "fp32" if smoke else "bf16", device, batch)
     if variant == "compiled":
         _compile_blocks(training, device)
+    return training
+
+
+def _step_row(variant: str, device: torch.device, batch: int, smoke: bool) -> Row:
+    training = _training(variant, device, batch, smoke)
     batches = [training.prepared(i) for i in range(2)]
     training.step(batches[0])  # its loss and gradient norm are those of the same weights for every variant
     first = {"loss": training.loss, "grad_norm": math.hypot(*training.optimizer.norms.values())}
@@ -227,7 +237,9 @@ def _step_row(variant: str, device: torch.device, batch: int, smoke: bool) -> Ro
     if not smoke:
         torch.cuda.reset_peak_memory_stats(device)
         steps = [training.step(batches[i % 2]) for i in range(STEPS)]
-        row |= phase_columns(steps, batch, subject) | {"peak_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+        row |= phase_columns(steps, batch, training.subject) | {
+            "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20
+        }
         if variant in PREDICTED_MS:
             row["predicted_ms"] = PREDICTED_MS[variant] * batch / 96
     if variant == "compiled":

@@ -93,15 +93,31 @@ def packages_of(described: Any) -> tuple[str, ...]:
 
 
 def differences(old: Any, new: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Fields in which two records (results of `to_json`) differ, by dotted name: (old value, new value)."""
+    """Fields in which two records (results of `to_json`) differ, by dotted name: (old value, new value).
+
+    A field that the old one lacks, because it was written before there was such a field, is taken to have had the class's default.
+    """
     both = isinstance(old, dict) and isinstance(new, dict) and "$path" not in old
     if both and old.get("$type") == new.get("$type"):
         found: dict[str, tuple[Any, Any]] = {}
+        if "$type" in old and not new.keys() <= old.keys():
+            old = _defaults(old["$type"]) | old
         for key in dict.fromkeys([*old, *new]):
             name = f"{where}.{key}" if where else key
             found |= differences(old.get(key), new.get(key), name)
         return found
     return {} if old == new else {where: (_plain(old), _plain(new))}
+
+
+def _defaults(kind: str) -> dict[str, Any]:
+    """Default values of a class's fields as `to_json` describes them; none where the class cannot be had."""
+    try:
+        fields = dataclasses.fields(load_class(kind))
+    except (ValueError, TypeError):
+        return {}
+    plain = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    return {name: to_json(value) for name, value in (plain | made).items()}
 
 
 def _plain(value: Any) -> Any:

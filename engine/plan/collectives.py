@@ -66,7 +66,14 @@ def network(gpu: Gpu, ports: str = "all") -> Network:
 
 
 def collectives(
-    stage: int, trained: int, averaged: int, frozen: int, itemsize: int, passes: int, bucket: int
+    stage: int,
+    trained: int,
+    averaged: int,
+    frozen: int,
+    itemsize: int,
+    passes: int,
+    bucket: int,
+    reduce_once: bool = False,
 ) -> list[Collective]:
     """Messages of a step.
 
@@ -78,6 +85,7 @@ def collectives(
         itemsize: Bytes of a working weight.
         passes: Micro-batches of a step.
         bucket: Elements of a bucket.
+        reduce_once: Gradients are summed after the last micro-batch alone.
     """
     pieces = -(-trained // bucket)
     gradients, weights = 4.0 * trained, float(itemsize * trained)
@@ -88,7 +96,8 @@ def collectives(
             Collective("weights gathered for backward", weights, 1, passes, True, pieces),
             Collective("gradients scattered", gradients, 1, passes, True, pieces),
         ]
-    found = [Collective("gradients summed", gradients, 2, passes if stage == 2 else 1, True, pieces)]
+    times = 1 if stage == 1 or reduce_once else passes
+    found = [Collective("gradients summed", gradients, 2, times, True, pieces)]
     found.append(Collective("weights gathered", weights, 1, 1, False, pieces))
     if averaged:
         found.append(Collective("teacher gathered", float(itemsize * averaged), 1, 1, False, pieces))

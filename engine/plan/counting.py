@@ -23,6 +23,14 @@ __all__ = ["Counting", "Kind", "Work"]
 
 Kind = Literal["product", "fused product", "attention", "bytes"]
 
+ATTENTION_OF_A_CPU = {
+    f"_scaled_dot_product_flash_attention_for_cpu{end}": flop_registry[
+        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{end}")
+    ]
+    for end in ("", "_backward")
+}
+"""FLOPs of operations that PyTorch's registry lacks."""
+
 ALLOCATION = 512
 """Bytes that a GPU's caching allocator rounds up to."""
 
@@ -81,6 +89,7 @@ class Counting(TorchDispatchMode):
         peak: Largest number of live bytes.
         at_peak: Live bytes by kind at that moment.
         live: Live bytes by kind now.
+        total: Live bytes of all kinds now.
     """
 
     def __init__(self, device: str = "meta"):
@@ -91,7 +100,7 @@ class Counting(TorchDispatchMode):
         self.peak = 0
         self.at_peak: dict[str, int] = {}
         self.phase = ""
-        self._total = 0
+        self.total = 0
         self._seen: set[int] = set()
 
     @contextmanager
@@ -136,7 +145,7 @@ class Counting(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.is_view or "empty" in name or name in ("detach", "_unsafe_view", "lift_fresh", "alias"):
             return
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket, ATTENTION_OF_A_CPU.get(name))
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         kind: Kind = "bytes" if formula is None else "attention" if "attention" in name or "attn" in name else "product"
         size = None
@@ -153,15 +162,15 @@ class Counting(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // self.rounding) * self.rounding
         self._seen.add(key)
-        self._total += size
+        self.total += size
         self.live[self.phase] += size
         weakref.finalize(storage, self._freed, key, size, self.phase)
 
     def _freed(self, key: int, size: int, phase: str) -> None:
         self._seen.discard(key)
-        self._total -= size
+        self.total -= size
         self.live[phase] -= size
 
     def _note_peak(self) -> None:
-        if self._total > self.peak:
-            self.peak, self.at_peak = self._total, {kind: size for kind, size in self.live.items() if size}
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, {kind: size for kind, size in self.live.items() if size}

@@ -102,8 +102,7 @@ class DryStep:
     def _count(self, samples: int) -> StepCount:
         prepared = prepared_batch(self.method, example_batch(self.inputs, samples))
         batch = _moved(prepared, self.device)
-        counting = Counting(self.device.type)
-        with self._entered(counting):
+        with self.counting() as counting:
             if self.run.data.token_cache is not None:
                 with torch.no_grad():
                     batch = _cached(self.method, batch)
@@ -118,10 +117,11 @@ class DryStep:
         return StepCount(samples, sum(x.nbytes for x in given), counting.peak - held, dict(counting.work))
 
     @contextmanager
-    def _entered(self, counting: Counting) -> Iterator[None]:
-        gpu = self.gpu
+    def counting(self) -> Iterator[Counting]:
+        """What counts the work done inside: of the GPU, where one was named."""
+        gpu, counting = self.gpu, Counting(self.device.type)
         with counting if gpu is None else pretended_gpu(counting, gpu.capability, gpu.multiprocessors):
-            yield
+            yield counting
 
 
 def _built(run: Run, inputs: Inputs, device: torch.device) -> Method:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["GPUS", "Gpu", "gpu_named"]
+from armillary.engine.config.run import Run
+from armillary.kernels.mlp.fp8_linear import CAPABILITY, fp8_problem
+from armillary.models.rules import fields_named
+
+__all__ = ["GPUS", "Gpu", "fp8_problems", "gpu_named"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Gpu:
     capability: int
     multiprocessors: int
 
+    @property
+    def fp8_tflops(self) -> float:
+        """Tensor cores on 8-bit floats, float32 sums: by the same data sheets twice the rate of bf16; 0 where there are none."""
+        return 2 * self.bf16_tflops if self.capability >= CAPABILITY else 0.0
+
 
 GPUS = {
     "b200": Gpu("B200", 179.0, 2250.0, 1125.0, 75.0, 8.0, 900, 3200, 1000, 100, 148),
@@ -56,6 +65,13 @@ GPUS = {
 }
 """Source: NVIDIA's data sheets (A100, A10, A40, L4, L40, L40S, H100, H200, DGX B200, GH200) and the Ada whitepaper (RTX 4090); the
 network of a node is that of DGX and HGX machines, and for cards on PCIe an assumption."""
+
+
+def fp8_problems(run: Run, capability: int) -> list[str]:
+    """Fields of a run that ask a GPU of this compute capability for 8-bit products that it has not."""
+    if not (problem := fp8_problem(capability)):
+        return []
+    return [f"method.{name}: {problem}" for name, value in fields_named(run.method, "products") if value == "fp8"]
 
 
 def gpu_named(name: str) -> Gpu:

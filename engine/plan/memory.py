@@ -98,10 +98,13 @@ def zero_kinds(run: Run, sizes: Sizes, world: int) -> dict[str, int]:
     """Bytes of one rank that ZeRO shares out, by kind."""
     stage, size = run.train.zero_stage, itemsize(run)
     weights_of, gradients_of = world if stage == 3 else 1, world if stage > 1 else 1
+    gradients = sizes.trained * (4 if stage > 1 else size) // gradients_of
+    if run.train.reduce_once and stage == 2 and run.accumulation(world) > 1:
+        gradients += 4 * sizes.trained
     return {
         "frozen weights": sizes.frozen * size // weights_of,
         "trained weights": sizes.trained * size // weights_of,
-        "gradients": sizes.trained * (4 if stage > 1 else size) // gradients_of,
+        "gradients": gradients,
         "optimizer": (12 * sizes.trained + 4 * sizes.averaged) // world,
     }
 

@@ -10,7 +10,7 @@ from armillary.engine.config.config_json import type_problems
 from armillary.engine.config.run import Run
 from armillary.engine.plan.collectives import HIDDEN, Collective, Network, collectives, network
 from armillary.engine.plan.dry_step import CHECKPOINTING, DryStep, StepCount
-from armillary.engine.plan.gpus import Gpu, gpu_named
+from armillary.engine.plan.gpus import Gpu, fp8_problems, gpu_named
 from armillary.engine.plan.inputs import Inputs, inputs_of
 from armillary.engine.plan.memory import GIB, Memory, Sizes, itemsize, zero_kinds
 from armillary.engine.plan.roofline import Rates, device_seconds, optimizer_bytes
@@ -142,8 +142,10 @@ class Plan:
         """Seconds of a step by what they go to; messages apart."""
         micro = device_seconds(self.count.work, self.rates)
         size = itemsize(self.run)
-        copies, step = optimizer_bytes(self.sizes.trained, self.sizes.averaged, size, self.world)
-        moved = {"gradients into ZeRO": self.passes * copies, "optimizer": step}
+        copies, step = optimizer_bytes(
+            self.sizes.trained, self.sizes.averaged, size, self.world, self.passes, self.run.train.reduce_once
+        )
+        moved = {"gradients into ZeRO": copies, "optimizer": step}
         return {k: v * self.passes for k, v in micro.items()} | {k: v / self.rates.memory for k, v in moved.items()}
 
     @property
@@ -151,8 +153,8 @@ class Plan:
         """What ranks send each other in a step."""
         train, sizes = self.run.train, self.sizes
         return collectives(
-            train.zero_stage, sizes.trained, sizes.averaged, sizes.frozen, itemsize(self.run), self.passes, BUCKET
-        )
+            train.zero_stage, sizes.trained, sizes.averaged, sizes.frozen, itemsize(self.run), self.passes, BUCKET, train.reduce_once
+        )  # fmt: skip
 
     def step_seconds(self, world: int, ports: Network) -> tuple[float, float]:
         """Of a step of as much work a GPU: messages hidden as far as they can be, and not hidden."""
@@ -192,7 +194,7 @@ def plan_of(run: Run, gpu: str, world: int) -> Plan:
     card = gpu_named(gpu)
     if world < 1:
         raise ValueError(f"--gpus: must be at least 1, got {world}")
-    if found := type_problems(run):
+    if found := type_problems(run) or fp8_problems(run, card.capability):
         raise ValueError("\n".join(found))
     inputs = inputs_of(run)
     images = run.train.steps * run.train.global_batch
@@ -205,6 +207,12 @@ def plan_of(run: Run, gpu: str, world: int) -> Plan:
         run = _with_batch(run, batch)
         notes.append(f"train.micro_batch: auto is {batch} here")
     run = _divided(run, world, notes)
+    passes = run.accumulation(world)
+    if run.train.zero_stage == 2 and world > 1 and passes > 1 and not run.train.reduce_once:
+        notes.append(
+            f"gradients are sent {passes} times a step; --train.reduce-once sends them once, for {4 * sizes.trained / GIB:.2f} GiB more "
+            "a GPU"
+        )
     variants, dry = [], step
     for name, other in _variants(run):
         if other.method != dry.run.method:

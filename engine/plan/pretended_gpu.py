@@ -1,6 +1,6 @@
 """The code path of a GPU without one: meta tensors that say they are CUDA ones, and Triton kernels that are noted, not run.
 
-Inside, the choices of `kernels` fall as they do on the GPU, so that what is allocated, saved and launched there is what is counted.
+Plans count on it, and so do the tests of the recipes' steps, whose stricter rules lie on top (tests/support/absent_gpu.py). Inside, the choices of `kernels` fall as they do on the GPU, so that what is allocated, saved and launched there is what is counted.
 Whatever would wait for the device (`item`, `nonzero`) raises, as meta tensors have no numbers, but for two questions: the lengths
 of ragged sequences, which float32 attention asks for, are taken as equal; and whether anything is out of the ordinary is denied.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +26,11 @@ from triton.runtime.jit import JITFunction
 
 from armillary.engine.plan.counting import Counting, Kind
 from armillary.kernels import launch, rows
+from armillary.kernels.mlp import gemm
 from armillary.kernels.tokens import attention
 from armillary.kernels.tokens.attention import PackedSequences
 
-__all__ = ["pretended_gpu"]
+__all__ = ["KernelLaunch", "pretended_gpu"]
 
 ATTENTION = {
     "packed_attention_fwd_kernel": (2, 4), "whole_bwd_kernel": (5, 7), "queries_bwd_kernel": (3, 6), "keys_bwd_kernel": (4, 7),
@@ -37,28 +38,52 @@ ATTENTION = {
 """Products that a Triton kernel of attention makes of a block of rows with all others, and blocks it reads and writes."""
 
 
+@dataclass(frozen=True)
+class KernelLaunch:
+    """A Triton kernel as it would have been launched.
+
+    Attributes:
+        kernel: The decorated function.
+        grid: Programs along each axis.
+        given: Arguments by name.
+        options: What is no argument of it: num_warps, num_stages.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    given: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
 @contextmanager
-def pretended_gpu(counting: Counting, capability: int, multiprocessors: int) -> Iterator[None]:
+def pretended_gpu(
+    counting: Counting,
+    capability: int,
+    multiprocessors: int,
+    launched: Callable[[KernelLaunch], None] = lambda _: None,
+) -> Iterator[None]:
     """Let meta tensors pass for those of a GPU, whose Triton kernels are counted.
 
     Args:
         counting: Entered inside; takes the kernels' bytes.
         capability: Compute capability, 90 for 9.0.
         multiprocessors: Multiprocessors of the GPU.
+        launched: Told of every launch before it is counted.
     """
-    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    properties, autocast = SimpleNamespace(multi_processor_count=multiprocessors), torch.autocast
     with ExitStack() as stack:
         for target, name, value in (
             (torch.cuda, "get_device_capability", lambda *_: divmod(capability, 10)),
             (torch.cuda, "get_device_properties", lambda *_: properties),
             (torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta")),
             (torch, "is_autocast_enabled", lambda *_: False),  # neither knows the meta device
-            (torch, "autocast", lambda *_, **__: nullcontext()),
+            (torch, "autocast", lambda kind, **more: nullcontext() if kind == "meta" else autocast(kind, **more)),
             (torch.Tensor, "__bool__", _answer),
             (F, "scaled_dot_product_attention", _attention),
             (attention, "_grouped", _even(attention._grouped)),
-            (JITFunction, "run", _noted(counting)),
-            (InterpretedFunction, "run", _noted(counting)),
+            (gemm, "_aligned", _aligned),
+            (JITFunction, "run", _noted(counting, launched)),
+            (InterpretedFunction, "run", _noted(counting, launched)),
         ):
             stack.enter_context(patch.object(target, name, value))
         for known in (launch._capability, rows.multiprocessors):
@@ -117,11 +142,19 @@ def _even(grouped: Any) -> Any:
     return call
 
 
-def _noted(counting: Counting) -> Any:
+def _aligned(x: Tensor) -> bool:
+    """Whether tensor descriptors take it, as `gemm` asks its address, if the allocation begins at a multiple of 16."""
+    return x.storage_offset() * x.element_size() % 16 == 0 == x.shape[-1] * x.element_size() % 16
+
+
+def _noted(counting: Counting, launched: Callable[[KernelLaunch], None]) -> Any:
     """Replaces `JITFunction.run`: counts every tensor that a kernel is given once."""
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        named = {name: kwargs.pop(name) for name in self.arg_names if name in kwargs}
+        given = {**dict(zip(self.arg_names, args, strict=False)), **named}
+        programs = tuple(grid(given) if callable(grid) else grid)
+        launched(KernelLaunch(self, programs, given, kwargs))
         tensors = [x for x in given.values() if isinstance(x, Tensor)]
         if strange := [x.device for x in tensors if x.device.type != "meta"]:
             raise ValueError(f"{self.fn.__name__}: was given a tensor on {strange[0]} beside those of the GPU")
@@ -129,7 +162,7 @@ def _noted(counting: Counting) -> Any:
         flops = _product_flops(given) if kind == "fused product" else 0
         size: int | None = None
         if name in ATTENTION:
-            flops, size = _attention_work(name, given, math.prod(grid))
+            flops, size = _attention_work(name, given, math.prod(programs))
         counting.add(f"triton {name}", kind, tensors, flops, size)
 
     return run

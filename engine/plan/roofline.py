@@ -38,13 +38,17 @@ class Rates:
         single = 0.63 * gpu.tf32_tflops if precision == "tf32" else 0.82 * gpu.fp32_tflops
         half = 0.63e12 * gpu.bf16_tflops
         products = {torch.bfloat16: half, torch.float16: half, torch.float32: 1e12 * single}
+        if gpu.fp8_tflops:
+            products |= dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), 0.63e12 * gpu.fp8_tflops)
         return cls(products, 0.77, 0.56, 0.9e12 * gpu.memory_tbs, 5e-6)
 
     def lines(self) -> list[str]:
         """The assumptions, one a line."""
         half, single = (self.products[d] / 1e12 for d in (torch.bfloat16, torch.float32))
+        eight = self.products.get(torch.float8_e4m3fn, 0.0) / 1e12
+        also = f" ({eight:.0f} of 8-bit floats)" if eight else ""
         return [
-            f"products reach {half:.0f} TFLOP/s in bf16 and {single:.0f} in float32, Triton's fused ones {self.fused:.0%} of it, "
+            f"products reach {half:.0f} TFLOP/s in bf16{also} and {single:.0f} in float32, Triton's fused ones {self.fused:.0%} of it, "
             f"attention {self.attention:.0%}",
             f"memory {self.memory / 1e12:.2f} TB/s; an operation costs the host {1e6 * self.launch_seconds:.0f} us",
         ]
@@ -72,8 +76,10 @@ def device_seconds(work: Mapping[Work, int], rates: Rates) -> dict[str, float]:
     return found
 
 
-def optimizer_bytes(trained: int, averaged: int, itemsize: int, world: int) -> tuple[float, float]:
-    """Bytes that ZeRO's gradient copies of a micro-batch and the optimizer of a step move on one rank.
+def optimizer_bytes(
+    trained: int, averaged: int, itemsize: int, world: int, passes: int, reduce_once: bool
+) -> tuple[float, float]:
+    """Bytes that ZeRO's gradient copies and the optimizer of a step move on one rank.
 
     A gradient goes into the bucket, from there into a float32 copy for the sum over ranks, and is added to the share of this
     rank. AdamW reads weight, two moments and gradient, writes the first three, then the working copy; an average is read and written.
@@ -83,7 +89,11 @@ def optimizer_bytes(trained: int, averaged: int, itemsize: int, world: int) -> t
         averaged: Those with a teacher.
         itemsize: Bytes of a working weight.
         world: Ranks.
+        passes: Micro-batches of a step.
+        reduce_once: Gradients are added up in float32, and go into buckets after the last micro-batch alone.
     """
     copies = trained * (2 * itemsize + itemsize + 4 + 4 + 4) + 3 * 4 * trained / world
     step = (trained * (28 + 4) + averaged * (8 + itemsize)) / world + (trained + averaged) * itemsize
-    return copies, step
+    if reduce_once:
+        return copies + (passes - 1) * trained * (itemsize + 8), step
+    return passes * copies, step

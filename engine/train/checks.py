@@ -14,6 +14,7 @@ import torch
 from armillary.engine.config.config_json import type_problems
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.plan.gpus import fp8_problems
 from armillary.engine.plan.memory import Sizes
 from armillary.engine.token_cache.identity import encoder_prefixes
 from armillary.engine.train.evals import eval_problems, readout_problems
@@ -134,6 +135,8 @@ def _numbers(run: Run, world: int) -> list[str]:
         run.profile.span  # noqa: B018
     except ValueError as error:
         found.append(f"profile.steps: {error}")
+    rule("train.reduce_once", run.train.reduce_once, not run.train.reduce_once or run.train.zero_stage != 3,
+         "false under ZeRO-3, where no rank holds whole gradients")  # fmt: skip
     together = micro * world
     if micro >= 1 and run.train.global_batch >= 1:
         rule("train.global_batch", run.train.global_batch, run.train.global_batch % together == 0,
@@ -158,7 +161,8 @@ def _device(run: Run, world: int, has_smoke: bool) -> list[str]:
         return [
             f'train.precision: must be "fp32" or "tf32" on this GPU, which has no bf16, got {run.train.precision!r}'
         ]
-    return []
+    major, minor = torch.cuda.get_device_capability(0)  # those of a machine are alike
+    return fp8_problems(run, 10 * major + minor)
 
 
 def _interpreted(run: Run) -> list[str]:

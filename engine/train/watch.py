@@ -19,6 +19,7 @@ __all__ = ["Watch"]
 STARTED = (0, "the start")
 STORE_SECONDS = 5.0
 SECONDS = 1.0  # at most, between two words of a rank
+PATIENCE_SECONDS = 10.0  # with a store on a machine that is gone: its time-out is kept by that machine, and TCP waits a quarter of an hour
 
 
 class Watch:
@@ -58,7 +59,14 @@ class Watch:
         self._place, self._since = (number, place), time.monotonic()
 
     def behind(self) -> str:
-        """The ranks that are least far, as a sentence."""
+        """The ranks that are least far, as a sentence; within seconds, whatever has become of the machine that keeps the list."""
+        said: list[str] = []
+        asking = threading.Thread(target=lambda: said.append(self._behind()), name="watch-behind", daemon=True)
+        asking.start()
+        asking.join(PATIENCE_SECONDS)
+        return said[0] if said else "rank 0, which keeps the list of ranks, does not answer"
+
+    def _behind(self) -> str:
         try:
             self._publish()
             places = [self._read(rank) for rank in range(self.world)]
@@ -75,10 +83,10 @@ class Watch:
         )
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; one that waits for a store that does not answer is left behind."""
         self._ended.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(PATIENCE_SECONDS)
 
     def _publish(self) -> None:
         number, name = self._place

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from armillary.engine.config.run import Run
+from armillary.engine.zero.local_sums import LocalSums
 from armillary.engine.zero.optim import AdamW, build_groups, squared_norms
 from armillary.engine.zero.partition import ZeroPartition, build_layout
 from armillary.engine.zero.processes import end_processes
@@ -164,6 +165,9 @@ class Sharded:
         _import_muon()
         if run.train.zero_stage == 3:
             _see_into_dataclasses()
+        self._local = (
+            LocalSums(method) if run.train.reduce_once and run.train.zero_stage == 2 and self.accumulation > 1 else None
+        )
         method.register_forward_hook(_plain_output)  # before DeepSpeed's own hooks, which see its result
         self.engine, *_ = deepspeed.initialize(model=method, optimizer=self.optimizer, config=config)
         logger.setLevel(logging.WARNING)
@@ -191,7 +195,10 @@ class Sharded:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch, averaged over micro-batches and ranks."""
-        self.engine.backward(loss)
+        if self._local is None:
+            self.engine.backward(loss)
+        else:
+            self._local.backward(self.engine, loss)
 
     def agree(self, loss: Tensor, flags: Sequence[float] = ()) -> StepStatus:
         """The one collective of a step besides ZeRO's own: after the last backward, before `step`.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.launch import IMPLS, Impl, untraced
+from armillary.kernels.mlp.fp8_linear import MULTIPLE
 from armillary.kernels.tokens.attention import BACKENDS, PackedSequences
 from armillary.models.rules import at_least, choices, fractions, one_of, refuse
 from armillary.models.vit.patch_embed import PatchEmbed
@@ -52,6 +53,8 @@ class ViT:
             backbones are; 0 sets the size itself, as those with registers (`*_reg4`) do. Weights do not tell it.
         antialias: Whether that interpolation smooths; as those with registers do.
         gelu: Form of the MLP's GELU: "erf" (exact, as DINOv2) or "tanh" (cheaper on a GPU, within 5e-4 of it).
+        products: What the blocks multiply in training: "working", the run's precision, or "fp8", 8-bit floats with a scale a
+            tensor, on GPUs that have them (`armillary.kernels.mlp.fp8_linear`). Teachers and embeddings stay in the former.
     """
 
     channels: int = 3
@@ -65,6 +68,7 @@ class ViT:
     layer_scale: float = 1e-5
     drop_path: float = 0.3
     gelu: Literal["erf", "tanh"] = "erf"
+    products: Literal["working", "fp8"] = "working"
     position_offset: float = 0.1
     antialias: bool = False
 
@@ -84,6 +88,11 @@ class ViT:
             found.append(f"heads: must divide dim {self.dim}, got {self.heads}")
         if self.hidden < 1:
             found.append(f"mlp_ratio: must give a hidden width of at least 1, got {self.mlp_ratio}")
+        if self.products == "fp8" and (self.dim % MULTIPLE or self.hidden % MULTIPLE):
+            found.append(
+                f'products: must be "working" unless dim and the hidden width are multiples of {MULTIPLE}, got "fp8" for '
+                f"{self.dim} and {self.hidden}"
+            )
         if not 0 <= self.position_offset < 1:
             found.append(f"position_offset: must be in [0, 1), got {self.position_offset}")
         return found + at_least(0, self, "registers") + fractions(self, "drop_path") + choices(self)
@@ -161,7 +170,16 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(config.channels, config.patch_size, dim, impl)
         self.blocks = nn.ModuleList(
-            Block(dim, config.heads, config.hidden, config.layer_scale, backend, config.gelu, impl)
+            Block(
+                dim,
+                config.heads,
+                config.hidden,
+                config.layer_scale,
+                backend,
+                config.gelu,
+                impl,
+                config.products == "fp8",
+            )
             for _ in range(config.depth)
         )
         self.norm = ResidualNorm(dim, impl)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armillary.kernels.launch import Impl, untraced
+from armillary.kernels.mlp.fp8_linear import fp8_linear
 from armillary.kernels.mlp.linear_gelu import Approximate, gelu_linear, linear_gelu
 from armillary.kernels.tokens.attention import PackedSequences, attention
 from armillary.kernels.tokens.packed_attention import self_attention
@@ -72,7 +73,28 @@ def select_tokens(runs: Runs, select: Tensor, skip: int) -> TokenSelection:
     return TokenSelection(tokens, order, samples, PackedSequences.from_lengths(per_crop + 1, length))
 
 
-class _GainLinear(nn.Linear):
+class _Product(nn.Linear):
+    """A linear layer whose product may be one of 8-bit floats while it is trained.
+
+    Attributes:
+        fp8: Whether it is; as its implementation "auto" or "reference".
+    """
+
+    fp8: Impl | None = None
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x weight^T + bias, of this layer's parameters or what was made of them."""
+        if self.fp8_now:
+            return fp8_linear(x.contiguous(), weight.contiguous(), bias.contiguous(), impl=self.fp8 or "auto")
+        return F.linear(x, weight, bias)
+
+    @property
+    def fp8_now(self) -> bool:
+        """Teachers, evaluations and embeddings are computed in the working precision."""
+        return self.fp8 is not None and self.training
+
+
+class _GainLinear(_Product):
     """A linear layer whose outputs are multiplied by a LayerScale gain.
 
     The gain multiplies the weight's rows instead of the outputs: a pass over the weight replaces one over all tokens,
@@ -80,7 +102,7 @@ class _GainLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, gain[:, None] * self.weight, gain * self.bias)
+        return self.product(x, gain[:, None] * self.weight, gain * self.bias)
 
 
 class _LayerScale(nn.Module):
@@ -93,16 +115,16 @@ class _LayerScale(nn.Module):
         return self.gamma.clone()
 
 
-class _QKV(nn.Linear):
+class _QKV(_Product):
     def forward(  # type: ignore[override]
         self, x: Tensor, tokens: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Queries, keys and values side by side [P, 3 D]; with `tokens` [Q] each alone [., D], queries of those rows only."""
         d = self.in_features
         if tokens is None:
-            return (super().forward(x),)
-        k, v = F.linear(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
-        return F.linear(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
+            return (self.product(x, self.weight, self.bias),)
+        k, v = self.product(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
+        return self.product(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
 
 
 class _Attention(nn.Module):
@@ -125,22 +147,26 @@ class _Attention(nn.Module):
         return self.proj(y.flatten(1), gain)
 
 
-class LinearGelu(nn.Linear):
+class LinearGelu(_Product):
     """The first linear layer of an MLP with its GELU."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, approximate: Approximate, impl: Impl
     ) -> tuple[Tensor | None, Tensor]:
         """z and a of `armillary.kernels.mlp.linear_gelu`, for `gelu_linear`."""
+        if self.fp8_now:
+            return None, F.gelu(self.product(x, self.weight, self.bias), approximate=approximate)
         return linear_gelu(x, self.weight, self.bias, approximate=approximate, impl=impl)
 
 
-class _GeluLinear(nn.Linear):
+class _GeluLinear(_Product):
     """As `_GainLinear`, of what `LinearGelu` returns."""
 
     def forward(  # type: ignore[override]
         self, z: Tensor | None, a: Tensor, gain: Tensor, approximate: Approximate, impl: Impl
     ) -> Tensor:
+        if self.fp8_now:
+            return self.product(a, gain[:, None] * self.weight, gain * self.bias)
         return gelu_linear(z, a, gain[:, None] * self.weight, gain * self.bias, approximate=approximate, impl=impl)
 
 
@@ -168,10 +194,19 @@ class Block(nn.Module):
         backend: Attention backend, see `armillary.kernels.tokens.attention`.
         gelu: Form of the MLP's GELU, "erf" or "tanh".
         impl: Implementation of norms and MLP, see `armillary.kernels.launch`.
+        fp8: Whether the student's products are of 8-bit floats.
     """
 
     def __init__(
-        self, dim: int, heads: int, hidden: int, layer_scale: float, backend: str, gelu: str, impl: Impl
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        layer_scale: float,
+        backend: str,
+        gelu: str,
+        impl: Impl,
+        fp8: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = ResidualNorm(dim, impl)
@@ -180,6 +215,9 @@ class Block(nn.Module):
         self.norm2 = ResidualNorm(dim, impl)
         self.mlp = _MLP(dim, hidden, gelu, impl)
         self.ls2 = _LayerScale(dim, layer_scale)
+        for module in self.modules() if fp8 else ():
+            if isinstance(module, _Product):
+                module.fp8 = impl
 
     def forward(
         self, stream: Stream, layout: PackedSequences, drop: Drop, selected: TokenSelection | None = None

@@ -42,7 +42,8 @@ def test_smoke_walks_through_the_kernels_and_the_step_and_times_nothing(tmp_path
     rows = read(tmp_path)
     assert [row for row in rows if row["status"] != "ok"] == []
     assert ran.returncode == 0, ran.stderr
-    assert {row["operation"] for row in rows} == {*OPERATIONS, "limits", "step"}
+    assert {row["operation"] for row in rows} == {*OPERATIONS, "limits", "step", "profile", "specformer"}
+    assert {row["variant"] for row in rows if row["kind"] == "spectra"} == {"fp32", "tf32", "bf16"}
     assert {row["variant"] for row in rows if row["kind"] == "step"} == {"eager", "triton", "compiled"}
     assert all(row["error"] for row in rows if row["kind"] == "case" and row["variant"] == "triton")
     assert not [(name, value) for row in rows for name, value in row.items() if name.endswith(MEASURED) and value]
@@ -141,9 +142,10 @@ def test_jobs_come_by_importance():
 
     jobs = {name: [Job("case", name, index=i) for i in range(2)] for name in ("a", "b", "c")}
     got = [(job.operation, job.index, job.variant) for job in order(jobs)]
-    step = [("step", 0, variant) for variant in ("eager", "triton", "compiled")]
+    step = [("step", 0, variant) for variant in ("eager", "triton", "compiled")] + [("profile", 0, "triton")]
+    spectra = [("specformer", 0, precision) for precision in ("fp32", "tf32", "bf16")]
     first, second = ([(name, i, "triton") for name in "abc"] for i in range(2))
-    assert got == first[:2] + step + first[2:] + second
+    assert got == first[:2] + step + first[2:] + spectra + second
 
 
 @pytest.fixture
@@ -307,6 +309,21 @@ def test_the_step_is_timed_by_phase(device_of_clocks, monkeypatch):
     phases = DINOv2Subject(gpu_step.TINY).phases
     parts = sum(row[f"{phase}_ms"] for phase in phases)
     assert 0 < row["teacher_ms"] < row["ms_per_image"] and parts == pytest.approx(row["ms_per_image"], rel=0.5)
+
+
+def test_the_profile_names_what_takes_the_time_and_precisions_get_a_row_each(device_of_clocks, monkeypatch):
+    from gpu import whole_steps, work
+    from step_methods import SpecFormerSubject
+
+    training = work._training("eager", device_of_clocks, 1, True)
+    rows = whole_steps.profile_rows(training, False)
+    assert 0 < len(rows) <= whole_steps.KERNELS and all(row["device_ms"] >= 0 for row in rows)
+    assert 50 < sum(row["time_percent"] for row in rows) <= 100.1
+    monkeypatch.setattr(whole_steps, "SPECTRA", whole_steps.InputSpec(pixels=400))
+    monkeypatch.setattr(whole_steps, "SpecFormerPretraining", lambda: whole_steps.TINY)
+    row = whole_steps.spectra_row("tf32", device_of_clocks, False)
+    assert row["ms_per_spectrum"] > 0 and torch.get_float32_matmul_precision() == "highest"
+    assert sum(row[f"{phase}_ms"] for phase in SpecFormerSubject(whole_steps.TINY).phases) > 0
 
 
 def rows_of_a_gpu(run: str = "1", faster: float = 1.0) -> list[dict]:

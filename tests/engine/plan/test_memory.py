@@ -29,8 +29,9 @@ class Toy(nn.Module):
         return self.activations and self.activations * micro_batch * itemsize
 
 
-def run_of(stage, precision):
-    return SimpleNamespace(train=SimpleNamespace(zero_stage=stage, precision=precision), micro_batch=3)
+def run_of(stage, precision, once=False):
+    train = SimpleNamespace(zero_stage=stage, precision=precision, reduce_once=once)
+    return SimpleNamespace(train=train, micro_batch=3, accumulation=lambda world: 2)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,11 @@ def test_kinds_by_hand(stage, precision, expected):
     memory = memory_of(run_of(stage, precision), Toy(), 4, None)
     assert list(memory.kinds.values()) == expected
     assert memory.total == sum(expected) and memory.problems() == []
+
+
+def test_gradients_that_are_summed_once_lie_whole_on_each_rank():
+    assert memory_of(run_of(2, "bf16", once=True), Toy(), 4, None).kinds["gradients"] == 100 + 400
+    assert memory_of(run_of(1, "fp32", once=True), Toy(), 4, None).kinds["gradients"] == 400
 
 
 def test_what_does_not_fit_is_refused_and_said_by_kind():

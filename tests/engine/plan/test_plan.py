@@ -70,9 +70,39 @@ def test_a_batch_that_gpus_cannot_share_is_changed_and_said(tmp_path):
     assert cut.run.train.micro_batch == 4 and cut.passes == 1
 
 
+def test_products_of_8_bits_are_counted_where_a_gpu_has_them(tmp_path):
+    run = recipe("dinov2_vitl").SMOKE
+    vit = replace(run.method.vit, products="fp8", depth=1)
+    run = replace(run, method=replace(run.method, vit=vit), data=replace(run.data, path=tmp_path))
+    with pytest.raises(
+        ValueError, match="method.vit.products: needs a GPU of compute capability 8.9 or later .*got 8.0"
+    ):
+        plan_of(run, "a100-80", 1)
+    plan = plan_of(run, "h100", 1)
+    eight = [w for w in plan.count.work if w.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and w.flops]
+    assert {w.phase for w in eight} == {"forward", "backward"}
+    fast = plan.rates.seconds(replace(eight[0], bytes=0))
+    assert plan.rates.seconds(replace(eight[0], bytes=0, dtype=torch.bfloat16)) == pytest.approx(2 * fast)
+    assert "(1247 of 8-bit floats)" in text(plan)
+
+
+def test_what_one_sum_a_step_would_save_is_said(tmp_path):
+    run = recipe("specformer").SMOKE  # 32 samples a step, 16 at once
+    run = replace(run, data=replace(run.data, path=tmp_path), train=replace(run.train, micro_batch=4))
+    often = plan_of(run, "h100", 2)
+    assert any("gradients are sent 4 times a step; --train.reduce-once sends them once" in x for x in often.notes)
+    once = plan_of(replace(run, train=replace(run.train, reduce_once=True)), "h100", 2)
+    assert (often.messages[0].times, once.messages[0].times) == (4, 1) and len(once.notes) < len(often.notes)
+    more = once.variants[0].memory.kinds["gradients"] - often.variants[0].memory.kinds["gradients"]
+    assert more == 4 * once.sizes.trained
+    assert once.shares["gradients into ZeRO"] < often.shares["gradients into ZeRO"]
+
+
 def test_a_micro_batch_by_hand():
     counts = tuple(StepCount(n, 10 * n, 100 + 50 * n, {}) for n in (2, 4))
-    run = SimpleNamespace(train=SimpleNamespace(zero_stage=2, precision="fp32"), data=SimpleNamespace(prefetch=2))
+    run = SimpleNamespace(
+        train=SimpleNamespace(zero_stage=2, precision="fp32", reduce_once=False), data=SimpleNamespace(prefetch=2)
+    )
     need = Need.of(run, Sizes(10, 0, 0, 0), 1, counts)
     assert need.fixed == {"frozen weights": 0, "trained weights": 40, "gradients": 40, "optimizer": 120, "buffers": 40}
     assert need.memory(7, None).kinds["activations"] == 450 and need.memory(7, None).kinds["inputs"] == 210
@@ -85,6 +115,7 @@ def test_messages_by_hand():
     sums, weights, teacher = collectives(2, 100, 40, 60, 2, 3, 50)
     assert (sums.bytes, sums.passes, sums.times, sums.pieces) == (400, 2, 3, 2)
     assert (weights.bytes, teacher.bytes) == (200, 80)
+    assert collectives(2, 100, 40, 60, 2, 3, 50, reduce_once=True)[0].times == 1
     assert [m.bytes for m in collectives(3, 100, 40, 60, 2, 1, 50)] == [320, 200, 400]
     wires = Network(link=1e9, node=2e9)
     big = replace(sums, bytes=8e9, times=1, pieces=1)

@@ -270,6 +270,14 @@ def test_differences_name_fields(run):
     assert "schedule.weight_decay" in found and "seed" not in found
 
 
+def test_a_field_that_an_older_record_lacks_had_its_default(run):
+    old = to_json(run)
+    del old["train"]["reduce_once"], old["train"]["steps"]
+    assert differences(old, to_json(run)) == {"train.steps": (None, run.train.steps)}  # which has no default
+    once = replace(run, train=replace(run.train, reduce_once=True))
+    assert differences(old, to_json(once))["train.reduce_once"] == (False, True)
+
+
 def test_learning_rate_scales_with_the_root_of_the_batch(run):
     optim = replace(run.optim, lr=1e-3, lr_reference_batch=1024)
     assert optim.peak_lr(4096) == pytest.approx(2e-3)

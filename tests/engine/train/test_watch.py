@@ -49,3 +49,25 @@ def test_one_rank_has_nobody_to_watch(one_process):
     watch = Watch(1.0)
     watch.at(1, "step 1")
     watch.close()
+
+
+def test_a_store_on_a_machine_that_is_gone_keeps_nobody(one_process, monkeypatch):
+    """TCP tells of a pulled cable after a quarter of an hour; calls of the store wait as long, whatever time-out they have."""
+    import threading
+    import time
+
+    from armillary.engine.train import watch as module
+
+    class Gone:
+        def set(self, *_):
+            threading.Event().wait()
+
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
+    watch = module.Watch(1.0)
+    watch.world, watch._store = 2, Gone()
+    watch._thread = threading.Thread(target=watch._go, daemon=True)
+    watch._thread.start()
+    began = time.monotonic()
+    assert watch.behind() == "rank 0, which keeps the list of ranks, does not answer"
+    watch.close()
+    assert time.monotonic() - began < 5

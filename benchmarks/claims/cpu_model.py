@@ -1,0 +1,158 @@
+"""How long a CPU takes for counted work: a rate a class of operations, each measured, and what an operation costs by itself.
+
+A core computes and moves in turns, so that the time of a product is that of its FLOPs and of its bytes, not the longer of both as
+on a GPU. Functions (exp, erf and what is made of them, norms) run at a rate of their own, far below a copy's; so do convolutions. An
+operation costs dispatch, autograd and the Python around it, whatever its size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armillary.engine.plan.counting import Counting, Work
+from armillary.engine.train.telemetry import measure_gemm
+
+__all__ = ["CpuRates", "best"]
+
+FUNCTIONS = (
+    "gelu",
+    "softmax",
+    "norm",
+    "exp",
+    "log",
+    "erf",
+    "tanh",
+    "sigmoid",
+    "silu",
+    "sin",
+    "cos",
+    "pow",
+    "softplus",
+    "pool",
+)
+"""Parts of the names of operations that do more with a number than a copy."""
+
+
+def best(call: Callable[[], object], repeats: int = 5) -> float:
+    """Processor seconds of the fastest of some calls, which others on the machine hardly lengthen."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        call()
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+SIZES = (2**14, 2**17, 2**20, 2**23)
+KEPT = 2**28
+"""Bytes of a tensor that a rate is measured on, and of all that are kept meanwhile."""
+
+
+@dataclass(frozen=True)
+class CpuRates:
+    """What this CPU reaches.
+
+    Attributes:
+        products: FLOP/s of matrix products.
+        convolutions: FLOP/s of convolutions.
+        attention: FLOP/s of attention in one operation.
+        memory: Bytes/s of copies and sums, by the sizes of tensors.
+        functions: Bytes/s of functions, likewise.
+        operation: Seconds of an operation on nothing, forward or backward.
+    """
+
+    products: float
+    convolutions: float
+    attention: float
+    memory: tuple[float, ...]
+    functions: tuple[float, ...]
+    operation: float
+
+    @classmethod
+    def measured(cls) -> CpuRates:
+        """Measure all, in some seconds."""
+        memory, functions = _rates(torch.clone), _rates(F.gelu)
+        products = measure_gemm(torch.device("cpu"), torch.float32)
+        others = (_flops_of(probe(), memory) for probe in (_convolutions, _attention))
+        return cls(products, *others, memory, functions, _operation())
+
+    def lines(self) -> str:
+        """The rates in one line."""
+        return (
+            f"products {self.products / 1e9:.0f} GFLOP/s, convolutions {self.convolutions / 1e9:.0f}, attention "
+            f"{self.attention / 1e9:.0f}; copies "
+            f"{_listed(self.memory)} GB/s for tensors of 16 KiB to 8 MiB, functions {_listed(self.functions)}; an operation "
+            f"{1e6 * self.operation:.1f} us"
+        )
+
+    def seconds(self, work: Work) -> float:
+        """Of one piece of work."""
+        slow = not work.flops and any(part in work.name for part in FUNCTIONS)
+        rate = self.attention if work.kind == "attention" else self.products
+        rate = self.convolutions if "convolution" in work.name else rate
+        moving = work.bytes / _at(self.functions if slow else self.memory, work.bytes)
+        return self.operation + moving + work.flops / rate
+
+    def of(self, work: Mapping[Work, int]) -> float:
+        """Of all work together."""
+        return sum(times * self.seconds(one) for one, times in work.items())
+
+
+def _rates(call: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
+    """Bytes/s of an operation on tensors of each size, whose outputs stay as activations do: pages that are new take much of the time."""
+    found = []
+    for size in SIZES:
+        x, kept = torch.randn(size // 4), KEPT // size
+        found.append(2 * x.nbytes * kept / best(lambda x=x, kept=kept: [call(x) for _ in range(kept)], 3))
+    return tuple(found)
+
+
+def _at(rates: tuple[float, ...], moved: int) -> float:
+    """The rate of the size that is nearest to one of two tensors, in ratio."""
+    return rates[min(range(len(SIZES)), key=lambda i: abs(math.log(max(moved, 1) / 2 / SIZES[i])))]
+
+
+def _listed(rates: tuple[float, ...]) -> str:
+    return ", ".join(f"{rate / 1e9:.1f}" for rate in rates)
+
+
+def _convolutions() -> Callable[[], Tensor]:
+    """A convolution of a small residual network, forward and backward."""
+    layer, x = nn.Conv2d(16, 16, 3, padding=1, bias=False), torch.randn(32, 16, 12, 12, requires_grad=True)
+    return lambda: layer(x).sum()
+
+
+def _attention() -> Callable[[], Tensor]:
+    """Attention of short sequences."""
+    q = torch.randn(16, 4, 128, 32, requires_grad=True)
+    return lambda: F.scaled_dot_product_attention(q, q, q).sum()
+
+
+def _flops_of(forward: Callable[[], Tensor], memory: tuple[float, ...]) -> float:
+    """FLOP/s of an operation forward and backward, what it moves taken off."""
+    counting = Counting("cpu")
+    with counting:
+        forward().backward()
+    work = {w: n for w, n in counting.work.items() if w.flops}
+    moving = sum(n * w.bytes / _at(memory, w.bytes) for w, n in work.items())
+    return sum(w.flops * n for w, n in work.items()) / (best(lambda: forward().backward(), 20) - moving)
+
+
+def _operation() -> float:
+    """Seconds an operation of a chain of small layers, as methods are made of."""
+    layers = nn.Sequential(*(m for _ in range(20) for m in (nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU())))
+    x, counting = torch.randn(2, 4), Counting("cpu")
+
+    def step() -> None:
+        (layers(x) + x).sum().backward()
+
+    with counting:
+        step()
+    return best(step, 20) / sum(counting.work.values())
