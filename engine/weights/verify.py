@@ -1,6 +1,7 @@
 """Is a file what was written? Hashes of checkpoints' files and seals of single files, compared when they are read.
 
-A seal is the SHA-256 of a safetensors file as it is with dashes in the seal's own place, a text in the file's metadata.
+A seal is the SHA-256 of a safetensors file as it is with dashes in the seal's own place, a text in the file's metadata. That
+of a manifest is over its other entries, as compact JSON with sorted keys; manifests without one are older.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 from armillary.models.file_hash import sha256_of
 
-__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal", "listed_files"]
+__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal", "listed_files", "manifest_text"]
 
 SEAL = "sha256"
-"""Name of the seal in a file's metadata."""
+"""Name of the seal in a file's metadata, and in a manifest."""
 
 UNSEALED = "-" * 64
 """What stands in its place while the file is hashed."""
@@ -25,6 +26,20 @@ UNSEALED = "-" * 64
 
 class CheckpointError(RuntimeError):
     """Weights or a run's state could not be written, or what was found cannot be used."""
+
+
+def manifest_text(files: Mapping[str, tuple[int, str]]) -> str:
+    """What a checkpoint's manifest.json holds.
+
+    Args:
+        files: Bytes and SHA-256 (hex digits) of each file by its name.
+    """
+    records = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    return json.dumps({**records, SEAL: _manifest_seal(records)}, indent=1)
+
+
+def _manifest_seal(records: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(records, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def check_files(folder: Path, hashed: Sequence[str] | None = None) -> None:
@@ -51,7 +66,7 @@ def check_files(folder: Path, hashed: Sequence[str] | None = None) -> None:
 def listed_files(folder: Path) -> list[str]:
     """Names of a checkpoint's files by its manifest; none where that cannot be read, which `check_files` reports."""
     try:
-        return sorted(json.loads((folder / "manifest.json").read_text()))
+        return sorted(name for name in json.loads((folder / "manifest.json").read_text()) if name != SEAL)
     except (OSError, ValueError, TypeError):
         return []
 
@@ -60,7 +75,8 @@ def _damage(folder: Path, hashed: Sequence[str] | None) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is."""
     listed = folder / "manifest.json"
     try:
-        manifest: Mapping[str, Any] = json.loads(listed.read_text())
+        manifest = json.loads(listed.read_text())
+        seal = manifest.pop(SEAL, None)
         records = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{listed}: must list the checkpoint's files with sizes and hashes, got {error!r}"
@@ -68,6 +84,8 @@ def _damage(folder: Path, hashed: Sequence[str] | None) -> str | None:
         return f"{listed}: must name files of its own folder, got {odd!r}"
     if "state.json" not in records:
         return f"{listed}: must list state.json, got {', '.join(records) or 'nothing'}"
+    if seal is not None and seal != _manifest_seal(manifest):
+        return f"{listed}: its own SHA-256 differs"
     for name, (size, digest) in records.items():
         path = folder / name
         there = path.stat().st_size if path.is_file() else None

@@ -227,6 +227,7 @@ def lacks(name):
         text = json.dumps(state)
         listed = json.loads((newest / "manifest.json").read_text())
         listed["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        del listed["sha256"]
         (newest / "state.json").write_text(text)
         (newest / "manifest.json").write_text(json.dumps(listed))
         resume.open_archive(newest)

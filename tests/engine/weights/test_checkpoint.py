@@ -18,6 +18,7 @@ from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
 from armillary.engine.weights.verify import CheckpointError, check_files, check_seal
 from armillary.engine.zero.partition import persistent_buffers
+from armillary.engine.zero.processes import Ranks
 
 
 def everything(layout):
@@ -189,6 +190,21 @@ def test_a_file_beside_a_checkpoint_is_none_of_it(run, folder):
     assert [file.name for file in archive.files] == ["shard-00000.safetensors", "shard-00001.safetensors"]
 
 
+def test_a_manifest_has_a_seal_of_its_own(saved):
+    """A bit of any of its bytes counts; manifests of before, which have none, are still read."""
+    listed = saved[0] / "manifest.json"
+    whole = listed.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        listed.write_bytes(damaged)
+        assert verify._damage(saved[0], []) is not None, bytes(damaged)
+    older = json.loads(whole)
+    del older["sha256"]
+    listed.write_text(json.dumps(older))
+    resume.open_archive(saved[0])
+
+
 def test_a_manifest_names_files_of_its_own_folder(run, folder):
     path = write_world(run, folder, 1)
     listed = (path / "manifest.json").read_text().replace("shard-00000", "../shard-00000")
@@ -203,6 +219,7 @@ def test_another_format_is_refused(saved):
     (saved[0] / "state.json").write_text(text)
     manifest = json.loads((saved[0] / "manifest.json").read_text())
     manifest["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    del manifest["sha256"]
     (saved[0] / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="checkpoint format 99"):
         resume.open_archive(saved[0])
@@ -282,16 +299,16 @@ def test_what_is_restored_is_hashed_once_among_the_ranks(run, folder, tmp_path, 
         monkeypatch.setattr(verify, name, lambda path, *rest, real=real: hashed.append(path.name) or real(path, *rest))
     monkeypatch.setattr(portable, "agree_all", lambda found, error, rule: said.append((found, error)))
     for rank in range(4):
-        portable.agree(path, rank, 4)
+        portable.agree(path, "--restore", Ranks(rank, rank, 4))
     assert sorted(hashed) == (sorted(verify.listed_files(path)) if what == "checkpoint" else [path.name])
     assert len(set(said)) == 1 and said[0][1] is None
     flip(damaged, -3)
     said.clear()
     for rank in range(4):
-        portable.agree(path, rank, 4)
+        portable.agree(path, "--restore", Ranks(rank, rank, 4))
     assert [damaged.name in str(error) for _, error in said].count(True) == 1
-    portable.agree(tmp_path / "nowhere", 0, 1)
-    assert "--restore: " in said[-1][1]
+    portable.agree(tmp_path / "nowhere", "--init-from", Ranks(0, 0, 1))
+    assert "--init-from: " in said[-1][1]
 
 
 def test_a_seal_does_not_cover_itself(tmp_path):
