@@ -31,6 +31,7 @@ from armillary.engine.atomic_file import atomic_path
 from armillary.engine.evaluate.probes.similarity import on_grid
 from armillary.engine.evaluate.search.index_settings import IndexSettings, Kind
 from armillary.engine.evaluate.search.vectors import CHUNK, ORIGIN, VectorFiles, difference, unit
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["Answers", "Index"]
 
@@ -38,6 +39,8 @@ CANDIDATES = 8  # fetched for each answer that is re-ranked
 EXTRA = 8  # candidates of an exact index beyond the answers
 HELD = 2**24  # candidates of all queries held at a time
 VERSION = 1
+HASHED = ("index.faiss", "keys.parquet")
+"""What a folder's SHA-256s are compared of when it is loaded; kept vectors may be hundreds of GiB, and only order candidates."""
 
 
 class Answers(NamedTuple):
@@ -327,6 +330,7 @@ class Index:
             pq.write_table(pa.table({"key": self.keys}), temporary / "keys.parquet")
             if self._kept is not None:
                 _share(Path(str(self._kept.filename)), temporary / "vectors.npy")
+            about["sha256"] = {name: sha256_of(temporary / name) for name in HASHED}
             (temporary / "index.json").write_text(json.dumps(about, indent=1) + "\n")
 
     @classmethod
@@ -349,6 +353,9 @@ class Index:
             about = json.loads((folder / "index.json").read_text())
             if about["version"] != VERSION:
                 raise ValueError(f"version {about['version']}, this program reads {VERSION}")
+            for name, digest in about.get("sha256", {}).items():  # none: of an earlier version
+                if name in HASHED and sha256_of(folder / name) != digest:
+                    raise ValueError(f"{name} is damaged: its SHA-256 is not that of index.json; build the index again")
             plan = IndexSettings(**about["plan"])
             engine: Any = faiss.read_index(str(folder / "index.faiss"))
             keys = pq.read_table(folder / "keys.parquet")["key"].cast(pa.large_string()).combine_chunks()
