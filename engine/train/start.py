@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from armillary.engine.atomic_file import require_writable
 from armillary.engine.command_line import repeated
 from armillary.engine.config.run import Run
 
@@ -129,6 +130,12 @@ def _plan(run: Run, gpu: str, gpus: int, out: Path | None) -> int:
     from armillary.engine.plan.report import text, write_page
 
     try:
+        for name in ("steps", "global_batch", "micro_batch"):
+            value = getattr(run.train, name)
+            if value != "auto" and value < 1:
+                raise ValueError(f"train.{name}: must be at least 1, got {value}")
+        if out is not None:
+            require_writable(out)
         plan = plan_of(run, gpu, gpus)
     except (ValueError, OSError) as error:
         print(f"{run.name}: no plan can be made:\n{_indent(str(error))}", file=sys.stderr)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.sealed_json import unsealed
 from armillary.engine.weights.checkpoint import latest
 from armillary.engine.weights.hub import fetch
 from armillary.engine.weights.public_checkpoints import read_state_dict
@@ -154,7 +155,7 @@ class TrainedEncoder:
         if not path.is_file():
             return
         try:
-            written = json.loads(path.read_text())
+            written = unsealed(json.loads(path.read_text()))
             if written["step"] == self.record["step"]:
                 for question in written["questions"]:
                     steps = {name: torch.tensor(values) for name, values in question["corrections"].items()}

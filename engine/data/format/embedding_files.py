@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from armillary.engine.sealed_json import unsealed
 from armillary.models.file_hash import sha256_of
 
 __all__ = ["CHUNK", "FILL", "FORMAT", "RECORD", "EmbeddingFiles", "EmbeddingPart", "EmbeddingWriter", "vectors_of"]
@@ -191,7 +192,7 @@ class EmbeddingFiles:
                 raise ValueError(f"{folder}: these embeddings are not finished; run the same `armillary embed` again")
             raise FileNotFoundError(f"{folder}: no embeddings here ({RECORD} is missing)")
         try:
-            raw = json.loads(record.read_text())
+            raw = unsealed(json.loads(record.read_text()))
             if raw["format"] != FORMAT:
                 raise ValueError(f"format {raw['format']}, this program reads {FORMAT}")
             parts = tuple(EmbeddingPart(**part) for part in raw["parts"])
