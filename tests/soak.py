@@ -1,6 +1,6 @@
 """Deaths, lost and damaged files, full disks and second jobs: none may change one bit of a run.
 
-    python tests/soak.py [--stages 1 2 3] [--kills 16] [--seed 0]
+    python tests/soak.py [--stages 1 2 3] [--kills 16] [--seed 0] [--harms flip_bits fill_the_disk ...]
     python tests/soak.py --exits 200 [--stages 1 2 3]
 
 For each stage a two-rank run goes through once undisturbed and keeps a checkpoint of every step. Its twin meets every harm of `HARMS` in
@@ -17,6 +17,7 @@ that the imports are paid once, and end as any Python process does.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -217,7 +219,8 @@ def start_a_second_job(folder: Path, name: str, stage: int, draw: random.Random)
     return "a second job: refused with exit 2; the first goes on, then SIGKILL"
 
 
-HARMS = (
+Harm = Callable[[Path, str, int, random.Random], str]
+HARMS: tuple[Harm, ...] = (
     kill_any_time,
     kill_in_a_save,
     lose_latest,
@@ -229,7 +232,7 @@ HARMS = (
 )
 
 
-def soak(folder: Path, stage: int, kills: int, draw: random.Random) -> bool:
+def soak(folder: Path, stage: int, harms: Sequence[Harm], draw: random.Random) -> bool:
     """One stage; True where every checkpoint of the twin that was looked at has the bits of the undisturbed run's."""
     import toy
 
@@ -247,11 +250,11 @@ def soak(folder: Path, stage: int, kills: int, draw: random.Random) -> bool:
         verdict = "no checkpoint yet" if not step else "same bits" if same[-1] else "OTHER BITS"
         print(f"ZeRO-{stage} | {time.monotonic() - begin:5.0f} s | {what} | step {step} | {verdict}", flush=True)
 
-    for number in range(kills):
+    for number, harm in enumerate(harms):
         if newest(folder, tried) >= STEPS - 2 * EVERY:
             print(f"ZeRO-{stage}: {number} harms, then too near the end for more")
             break
-        judge(HARMS[number % len(HARMS)](folder, tried, stage, draw))
+        judge(harm(folder, tried, stage, draw))
     processes = launch(folder, tried, stage)
     codes = end(processes)
     if codes != [0, 0]:
@@ -268,6 +271,7 @@ def main() -> int:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--kills", type=int, default=2 * len(HARMS), help="harms a stage")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--harms", nargs="+", choices=[harm.__name__ for harm in HARMS], help="only these, in turn")
     parser.add_argument("--exits", type=int, help="runs that end by themselves, in place of kills")
     asked = parser.parse_args()
     import toy
@@ -278,7 +282,9 @@ def main() -> int:
         if asked.exits is not None:
             return 0 if all([leave(folder, stage, asked.exits) for stage in asked.stages]) else 1
         draw = random.Random(asked.seed)
-        return 0 if all([soak(folder, stage, asked.kills, draw) for stage in asked.stages]) else 1
+        chosen = [harm for harm in HARMS if not asked.harms or harm.__name__ in asked.harms]
+        harms = list(itertools.islice(itertools.cycle(chosen), asked.kills))
+        return 0 if all([soak(folder, stage, harms, draw) for stage in asked.stages]) else 1
 
 
 if __name__ == "__main__":

@@ -154,6 +154,16 @@ def test_damage_is_found_and_the_newest_whole_one_named(run, folder, saved, dama
         resume.open_archive(folder / "step-00000005")
 
 
+def test_a_header_that_cannot_be_read_is_damage(run, folder, saved):
+    """Also where its hash was not to be compared yet: the newest whole one is named."""
+    for step in (4, 5):
+        checkpoint.save(folder, saved[1], progress(step), run, FACTS)
+    shard = folder / "step-00000005" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(b"data_offsets", b"data_ofgsets", 1))
+    with pytest.raises(CheckpointError, match="shard-00000.safetensors: its SHA-256 differs.*is step-00000004: delete"):
+        resume.open_archive(folder / "step-00000005", hashed=["state.json"])
+
+
 def test_a_rank_reads_the_hashes_of_its_own_file(run, folder, one_process):
     path = write_world(run, folder, 2)
     flip(path / "shard-00001.safetensors")
