@@ -12,12 +12,13 @@
 A command is a function with typed arguments in the part that does the work; tyro makes options of them. It is imported
 when it is asked for, and imports what it works with when it is run, so that help comes at once and a package that is missing
 takes away one command only. Exit codes: 0 done; 1 done, and the result is bad (a damaged survey, a collapsed encoder); 2 bad
-input; 4 damaged weights.
+input; 4 damaged weights; 130 Ctrl-C; 141 nobody reads the output any more (`| head`).
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from armillary.engine.user_code import Packages, trust
 from armillary.engine.weights.verify import CheckpointError
 
 __all__ = ["COMMANDS", "export", "main"]
+
+INTERRUPTED, UNREAD = 130, 141  # as shells call an end by SIGINT and by SIGPIPE
 
 COMMANDS = {
     "data build": ("armillary.engine.data.cli", "build", "pack files into a survey"),
@@ -75,7 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error has its exit code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return UNREAD
+    return code
+
+
+def _run(words: list[str]) -> int:
+    """Exit code of the command that these words give."""
     if words and re.match("--local[-_]rank=", words[0]):  # put there by launchers, also in LOCAL_RANK
         del words[0]
     if words in (["--version"], ["version"]):
@@ -95,13 +109,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_repeats(words, repeatable(command))
         return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)
     except SystemExit as left:  # tyro has said why
-        return int(left.code or 0)
+        return UNREAD if isinstance(left.__context__, BrokenPipeError) else int(left.code or 0)  # rich ends so
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        print(f"\narmillary {name}: interrupted; the same command starts again, or goes on", file=sys.stderr)
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         print(f"armillary {name}: this installation lacks {error.name}", file=sys.stderr)
         return 2
     except CheckpointError as error:
         print(f"armillary {name}: {error}", file=sys.stderr)
         return 4
+    except MemoryError as error:
+        print(f"armillary {name}: there is not enough memory: {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError) as error:
         print(f"armillary {name}: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -57,9 +58,15 @@ def load_module(name: str) -> ModuleType:
         sys.path.append(folder)  # at the end, where it shadows nothing
     try:
         module = importlib.import_module(name if path is None else path.stem)
-    except ImportError as error:
+    except Exception as error:  # whatever the module does when it is imported
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = (
+            str(error)
+            if isinstance(error, ImportError | SyntaxError)
+            else f"{error!r} in {where.filename}:{where.lineno}"
+        )
         raise ValueError(
-            f"{name}: cannot be imported ({error}); install it, add its folder to PYTHONPATH, or give the path of its folder "
+            f"{name}: cannot be imported ({said}); install it, add its folder to PYTHONPATH, or give the path of its folder "
             "or .py file in place of its name"
         ) from error
     places = [Path(p) for p in (module.__file__, *getattr(module, "__path__", ())) if p]

@@ -143,6 +143,8 @@ def check(
     from armillary.engine.data.format.survey import Survey
     from armillary.engine.data.inspect.check import check_survey
 
+    if threads < 1 or (blobs is not None and blobs < 0):
+        raise ValueError(f"threads, blobs: must be at least 1 and 0, got {threads} and {blobs}")
     with Progress(disable=not progress) as bar:
         task = bar.add_task("check", total=None)
         problems = check_survey(
@@ -230,6 +232,8 @@ def show(
     from armillary.engine.data.format.survey import Survey
     from armillary.engine.data.inspect.show import draw_mosaic
 
+    if seed < 0:
+        raise ValueError(f"seed: must be at least 0, got {seed}")
     description = Survey.load(survey)
     draw_mosaic(survey, out, count=count, split=split, seed=seed, labels=labels)
     console = Console()
@@ -342,6 +346,8 @@ def graph(
     from armillary.engine.data.building.sky_graph import build_graph
     from armillary.engine.data.sky_graph.graph import GraphOptions
 
+    if threads < 1:
+        raise ValueError(f"threads: must be at least 1, got {threads}")
     options = GraphOptions(
         space=space,
         mode=mode,

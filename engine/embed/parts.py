@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from armillary.engine.atomic_file import write_json
 from armillary.engine.data.format.embedding_files import FILL, FORMAT, RECORD, EmbeddingPart
+from armillary.engine.sealed_json import sealed, unsealed
 from armillary.models.file_hash import sha256_of
 
 __all__ = ["Part", "Parts"]
@@ -213,16 +214,13 @@ class Parts:
             shutil.rmtree(self._fill)
             raise ValueError("nothing to embed: the split is empty, or its objects lack what the encoder reads")
         record = {**self._plan, "dimensions": widths.pop(), "parts": [asdict(part) for part in parts]}
-        write_json(self._record, record)
+        write_json(self._record, sealed(record))
         shutil.rmtree(self._fill)
         return sum(part.rows for part in parts), int(record["dimensions"])
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        return found
+        return unsealed(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: not readable ({error}); delete it, and what it belongs to is made again") from error

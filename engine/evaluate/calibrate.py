@@ -19,6 +19,7 @@ from armillary.engine.evaluate.embedding.embed import first_samples, open_batche
 from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.queries.question import default_queries
 from armillary.engine.exclusive import exclusive_file
+from armillary.engine.sealed_json import sealed
 from armillary.engine.weights.trained_encoder import CALIBRATION, TrainedEncoder
 from armillary.models.masked.recalibration import recalibration
 
@@ -88,5 +89,5 @@ def calibrate(
                     )
             found.append({"given": list(given), "corrections": corrections})
         record = {"step": source.record["step"], "survey": survey.name, "split": split, "questions": found}
-        write_json(run / CALIBRATION, record)
+        write_json(run / CALIBRATION, sealed(record))
     return [*said, f"corrections are in {run / CALIBRATION}"]

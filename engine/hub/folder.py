@@ -12,6 +12,7 @@ The position embedding is that of the crops that are embedded, so that it is nev
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ def export_folder(source: TrainedEncoder, folder: Path, *, licence: str = "", fi
         InUse: Another process writes it.
         OSError: The folder cannot be written.
     """
+    if not re.fullmatch(r"[\w.+-]*", licence):  # a line of the card's YAML
+        raise ValueError(f"licence: must be a licence as the hub calls it, such as cc-by-4.0, got {licence!r}")
     method = source.method
     if isinstance(method, AstroCLIPMethod):
         model = _astroclip(source, method)

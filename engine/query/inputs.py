@@ -27,7 +27,7 @@ from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch
 from armillary.models.quantities import Quantity
 
-__all__ = ["Inputs", "Part", "SurveyInputs", "TableInputs", "known", "part_of"]
+__all__ = ["Inputs", "Part", "SurveyInputs", "TableInputs", "check_parts", "known", "part_of"]
 
 MODALITIES = ("image", "spectrum")
 IDENTIFIERS = ("key", "id", "object_id", "objectid", "objid", "targetid", "source_id", "galaxy_id", "name")
@@ -44,6 +44,21 @@ def part_of(given: str) -> tuple[str, slice]:
     if match is None:
         raise ValueError(f"given: must be a name, or NAME[FIRST:END] for some of its components, got {given!r}")
     return match[1], slice(int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
+
+
+def check_parts(given: Sequence[str], quantities: Sequence[Quantity]) -> None:
+    """Refuse components that a quantity does not have.
+
+    Args:
+        given: As for `part_of`.
+        quantities: Those of the method's inputs.
+    """
+    sizes = {quantity.name: quantity.size for quantity in quantities}
+    for text in given:
+        name, part = part_of(text)
+        size = sizes.get(name, 0)  # an image or a spectrum has no components
+        if part != slice(None) and not 0 <= (part.start or 0) < (size if part.stop is None else part.stop) <= size:
+            raise ValueError(f"given: {text}: must be components within 0:{size}, the first one before the end")
 
 
 @dataclass(frozen=True)

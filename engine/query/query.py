@@ -27,7 +27,7 @@ from armillary.engine.evaluate.posterior.qp_files import DensityRows
 from armillary.engine.exclusive import exclusive_file
 from armillary.engine.query.answers_file import QUANTILES, AnswersFile
 from armillary.engine.query.column_map import some
-from armillary.engine.query.inputs import Inputs, Part, SurveyInputs, TableInputs, known, part_of
+from armillary.engine.query.inputs import Inputs, Part, SurveyInputs, TableInputs, check_parts, known, part_of
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.kernels.pixels.philox import check_seed
 from armillary.models.method import Batch, Method
@@ -136,6 +136,7 @@ def query(
     source = run if isinstance(run, TrainedEncoder) else TrainedEncoder.open(run)
     asked = open_questions(source)
     given = _checked("given", given, asked.given)
+    check_parts(given, source.inputs.quantities)
     answers = {q.name: q for q in asked.want}
     wanted = [answers[name] for name in _checked("want", want, tuple(answers))]
     _check_numbers(out, draws, batch, seed)

@@ -5,7 +5,8 @@ A recipe ends in `main(RECIPE, smoke=SMOKE, ...)`. The command line chooses a pr
     deepspeed recipes/dinov2_vitl.py --preset smoke --optim.lr 1e-4
 
 Exit codes: 0 done; 1 crashed; 2 bad input, said before anything starts; 3 stopped because losses or gradients stayed
-non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM, SIGINT or SIGHUP after saving (run it again).
+non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM, SIGINT or SIGHUP after saving (run it again); 130
+interrupted by a second SIGINT, without saving.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,15 +22,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from armillary.engine.atomic_file import require_writable
 from armillary.engine.command_line import repeated
 from armillary.engine.config.run import Run
 
-__all__ = ["EXIT_BAD_INPUT", "EXIT_CHECKPOINT", "EXIT_NON_FINITE", "EXIT_STOPPED", "main", "run_to_exit_code", "start"]
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "EXIT_CHECKPOINT",
+    "EXIT_INTERRUPTED",
+    "EXIT_NON_FINITE",
+    "EXIT_STOPPED",
+    "main",
+    "run_to_exit_code",
+    "start",
+]
 
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_CHECKPOINT = 4
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130  # as shells call an end by SIGINT
 
 
 def main(recipe: Run, **presets: Run) -> None:
@@ -39,6 +52,9 @@ def main(recipe: Run, **presets: Run) -> None:
         presets: Variants that `--preset NAME` chooses.
     """
     code = start(recipe, presets, sys.argv[1:])
+    if code == EXIT_STOPPED:  # all is saved: whoever asks twice shall read this code, too
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # what is left goes with the process: to search it for circles would take a second and a half
     sys.exit(code)
 
@@ -98,7 +114,8 @@ def start(recipe: Run, presets: dict[str, Run], arguments: Sequence[str], open_l
     found = problems(run, world, "smoke" in presets and chosen.preset != "smoke")
     for option in ("restore", "init_from"):
         path = getattr(chosen, option)
-        if path is not None and not path.exists():
+        fetched = option == "init_from" and str(path).startswith("hf:")
+        if path is not None and not fetched and not path.exists():
             found.append(f"--{option.replace('_', '-')}: must be an existing file, got {path}")
     if found:
         if first:
@@ -113,6 +130,12 @@ def _plan(run: Run, gpu: str, gpus: int, out: Path | None) -> int:
     from armillary.engine.plan.report import text, write_page
 
     try:
+        for name in ("steps", "global_batch", "micro_batch"):
+            value = getattr(run.train, name)
+            if value != "auto" and value < 1:
+                raise ValueError(f"train.{name}: must be at least 1, got {value}")
+        if out is not None:
+            require_writable(out)
         plan = plan_of(run, gpu, gpus)
     except (ValueError, OSError) as error:
         print(f"{run.name}: no plan can be made:\n{_indent(str(error))}", file=sys.stderr)
@@ -152,16 +175,19 @@ def run_to_exit_code(
     except CheckpointError as error:
         code, message = EXIT_CHECKPOINT, f"{run.name}: {error}"
     except (Exception, KeyboardInterrupt) as error:
-        traceback.print_exc()
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        saved = latest(run.folder / "checkpoints")
+        goes_on = "the same command " + ("begins anew" if saved is None else f"continues from {saved.name}")
+        if code == EXIT_INTERRUPTED:
+            print(f"{run.name}: interrupted without saving; {goes_on}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         if (advice := lost_ranks(error, run.train.timeout_minutes)) is not None:
-            saved = latest(run.folder / "checkpoints")
-            goes_on = "begins anew" if saved is None else f"continues from {saved.name}"
-            print(f"{run.name}: {advice}. Then the same command {goes_on}", file=sys.stderr)
+            print(f"{run.name}: {advice}. Then {goes_on}", file=sys.stderr)
         sys.stderr.flush()
         if me.world > 1:
             # Communication that is under way would keep this process from ending, and with it the launcher and all ranks.
-            os._exit(1)
-        code = 1
+            os._exit(code)
     if message and me.rank == 0:
         print(message, file=sys.stderr, flush=True)
     elif message:

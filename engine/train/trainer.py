@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,9 @@ def train(
     memory = memory_of(run, method, me.world, free_bytes(run.resolved_device))
     if memory is not None and (found := memory.problems()):
         raise BadInput("\n".join(found))
+    taken = {} if restore is None else {"--restore": restore}
     if newest is None and restore is None:
-        _take_weights(run, method, survey, init_from)
+        taken = _take_weights(run, method, survey, init_from)
 
     with ExitStack() as leaving:
         device = start_processes(run.resolved_device, run.train.timeout_minutes, run.train.precision == "tf32")
@@ -120,8 +121,8 @@ def train(
         try:
             _own(run.folder, newest, me, leaving)
             resume.agree(newest, me.rank, run.checkpoint.verify)
-            if newest is None and restore is not None:
-                portable.agree(restore, me.rank, me.world)
+            for option, path in taken.items() if newest is None else ():
+                portable.agree(path, option, me)
             _materialise(run, method, device, me)
             sharded = Sharded(run, method, device)
             progress, note, set_random = _begin(run, sharded, newest, restore)
@@ -262,20 +263,38 @@ def _restorable(run: Run, known: dict[str, Any], restore: Path) -> list[str]:
     return found
 
 
-def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | None) -> None:
-    """Fill what a new run takes from earlier ones."""
+def _take_weights(run: Run, method: Method, survey: Survey, init_from: Path | None) -> dict[str, Path]:
+    """Fill what a new run takes from earlier ones.
+
+    Returns:
+        Where each lies, by the option that named it; `portable.agree` compares hashes, once for all ranks.
+
+    Raises:
+        BadInput: One does not fit, or is not readable.
+        CheckpointError: It does not fit, because it is damaged.
+    """
+    taken: dict[str, Path] = {}
+
+    @contextmanager
+    def opened(option: str, source: Path | str) -> Iterator[TrainedEncoder]:
+        try:
+            encoder = TrainedEncoder.open(source, verify=False)
+            yield encoder
+        except (ValueError, OSError) as error:
+            with suppress(ValueError, OSError):
+                TrainedEncoder.open(source)
+            raise BadInput(f"{option}: {error}") from error
+        taken[option] = encoder.path
+
     for modality, source in method.starts_from().items():
-        try:
-            init_encoder(method, modality, TrainedEncoder.open(source), run.views, survey)
-        except (ValueError, OSError) as error:
-            raise BadInput(f"method.{modality}_from: {error}") from error
+        with opened(f"method.{modality}_from", source) as encoder:
+            init_encoder(method, modality, encoder, run.views, survey)
     if init_from is not None:
-        try:
-            left_out = init_method(method, TrainedEncoder.open(init_from))
-        except (ValueError, OSError) as error:
-            raise BadInput(f"--init-from: {error}") from error
+        with opened("--init-from", init_from) as encoder:
+            left_out = init_method(method, encoder)
         for line in left_out if ranks().rank == 0 else []:
             print(f"--init-from {init_from}: {line}", flush=True)
+    return taken
 
 
 def _fill_token_cache(run: Run, sharded: Sharded, survey: Survey, me: Ranks, stop: StopRequest) -> None:

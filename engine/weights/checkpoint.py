@@ -8,7 +8,7 @@
                                  random states (see `tensors` for the format)
         shard-00001.safetensors  ...
         state.json               step, loader, counters, and the run with commit, command line, versions and ranks
-        manifest.json            size and SHA-256 of every file above
+        manifest.json            size and SHA-256 of every file above, and a seal over these
 
 The state is that of DeepSpeed's optimizer, but stored by parameter name, not by DeepSpeed's own writer: that one ties a
 checkpoint to one number of ranks and one ZeRO stage, pickles it, and points `latest` at it before all ranks are done.
@@ -37,7 +37,7 @@ from armillary.engine.config.config_json import to_json
 from armillary.engine.config.randomness import random_states
 from armillary.engine.config.run import Run
 from armillary.engine.weights.tensors import Entry, write_tensors
-from armillary.engine.weights.verify import CheckpointError
+from armillary.engine.weights.verify import CheckpointError, manifest_text
 from armillary.engine.zero.partition import ZeroPartition, persistent_buffers
 
 __all__ = ["FORMAT", "Best", "Progress", "agreed_best", "latest", "read_best", "save", "shard_name", "write_best"]
@@ -220,8 +220,7 @@ def _finish(
     state = {"format": FORMAT, "progress": asdict(progress), "run": to_json(run), **facts}
     files = {shard_name(i): record for i, record in enumerate(shards)}
     files["state.json"] = _write_text(temporary / "state.json", json.dumps(state))
-    manifest = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
-    _write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+    _write_text(temporary / "manifest.json", manifest_text(files))
     sync_folder(temporary)
     if final.exists():  # left by a process that died before it moved `latest`
         shutil.rmtree(final)

@@ -25,6 +25,7 @@ from armillary.engine.weights.resume import agree_all, open_archive, restore_lay
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
 from armillary.engine.weights.verify import SEAL, CheckpointError, check_files, check_seal, listed_files
 from armillary.engine.zero.partition import ZeroPartition
+from armillary.engine.zero.processes import Ranks
 
 __all__ = ["agree", "changes", "export_portable", "find_checkpoint", "open_portable", "restore"]
 
@@ -98,13 +99,16 @@ def open_portable(path: Path, verify: bool = True) -> tuple[Archive, dict[str, A
     return archive, state
 
 
-def agree(path: Path, rank: int, world: int) -> None:
-    """Make sure that all ranks restore the same, and that it is as it was written: each file is hashed by one rank.
+def agree(path: Path, option: str, me: Ranks) -> None:
+    """Make sure that all ranks read the same weights, and that these are as they were written.
+
+    A checkpoint lies on a file system that all share, so each of its files is hashed by one rank; a single file, which may be
+    each machine's own copy, by one rank a machine.
 
     Args:
-        path: As for `open_portable`.
-        rank: This rank.
-        world: Ranks.
+        path: A run's or checkpoint's folder, or a file; of one without a seal only the size is compared.
+        option: What named it, for messages.
+        me: This rank.
 
     Raises:
         CheckpointError: On all ranks.
@@ -115,15 +119,23 @@ def agree(path: Path, rank: int, world: int) -> None:
             folder = find_checkpoint(path)
             names = listed_files(folder)
             found = f"{folder.name} of {len(names)} files"
-            check_files(folder, names[rank::world])
+            check_files(folder, names[me.rank :: me.world])
         else:
-            metadata = Archive([path]).metadata[0]
-            found = metadata.get(SEAL, "a file without a seal")
-            if rank == 0:
+            metadata = _metadata(path)
+            found = metadata.get(SEAL, f"a file of {path.stat().st_size} bytes")
+            if me.local_rank == 0:
                 check_seal(path, metadata)
-    except (CheckpointError, OSError, ValueError) as caught:
-        error = f"--restore: {caught}"
-    agree_all(found, error, f"--restore: all ranks must find the same at {path}, got {{}}")
+    except (CheckpointError, OSError) as caught:
+        error = f"{option}: {caught}"
+    agree_all(found, error, f"{option}: all ranks must find the same at {path}, got {{}}")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing for a file of another format."""
+    try:
+        return Archive([path]).metadata[0]
+    except ValueError:
+        return {}
 
 
 def restore(path: Path, layout: ZeroPartition) -> tuple[Progress, dict[str, Any]]:

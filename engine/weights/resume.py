@@ -73,6 +73,7 @@ def open_archive(folder: Path, hashed: Sequence[str] | None = None) -> tuple[Arc
         # those that were checked, and none that lies beside them
         return Archive([folder / name for name in listed_files(folder) if name.endswith(".safetensors")]), state
     except (ValueError, KeyError, TypeError) as error:
+        check_files(folder)  # damage explains it, where there is any, and the newest whole one is named
         raise CheckpointError(f"{folder}: must be a checkpoint, got one that cannot be read: {error}") from error
 
 

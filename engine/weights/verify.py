@@ -1,6 +1,7 @@
 """Is a file what was written? Hashes of checkpoints' files and seals of single files, compared when they are read.
 
-A seal is the SHA-256 of a safetensors file as it is with dashes in the seal's own place, a text in the file's metadata.
+A seal is the SHA-256 of a safetensors file as it is with dashes in the seal's own place, a text in the file's metadata. Manifests
+have that of `sealed_json`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from armillary.engine.sealed_json import sealed, unsealed
 from armillary.models.file_hash import sha256_of
 
-__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal", "listed_files"]
+__all__ = ["SEAL", "UNSEALED", "CheckpointError", "check_files", "check_seal", "listed_files", "manifest_text"]
 
 SEAL = "sha256"
 """Name of the seal in a file's metadata."""
@@ -25,6 +26,16 @@ UNSEALED = "-" * 64
 
 class CheckpointError(RuntimeError):
     """Weights or a run's state could not be written, or what was found cannot be used."""
+
+
+def manifest_text(files: Mapping[str, tuple[int, str]]) -> str:
+    """What a checkpoint's manifest.json holds.
+
+    Args:
+        files: Bytes and SHA-256 (hex digits) of each file by its name.
+    """
+    records = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    return json.dumps(sealed(records), indent=1)
 
 
 def check_files(folder: Path, hashed: Sequence[str] | None = None) -> None:
@@ -51,8 +62,8 @@ def check_files(folder: Path, hashed: Sequence[str] | None = None) -> None:
 def listed_files(folder: Path) -> list[str]:
     """Names of a checkpoint's files by its manifest; none where that cannot be read, which `check_files` reports."""
     try:
-        return sorted(json.loads((folder / "manifest.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        return sorted(unsealed(json.loads((folder / "manifest.json").read_text())))
+    except (OSError, ValueError):
         return []
 
 
@@ -60,9 +71,9 @@ def _damage(folder: Path, hashed: Sequence[str] | None) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is."""
     listed = folder / "manifest.json"
     try:
-        manifest: Mapping[str, Any] = json.loads(listed.read_text())
+        manifest = unsealed(json.loads(listed.read_text()))
         records = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{listed}: must list the checkpoint's files with sizes and hashes, got {error!r}"
     if odd := next((name for name in records if Path(name).name != name), None):
         return f"{listed}: must name files of its own folder, got {odd!r}"

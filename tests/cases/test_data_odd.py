@@ -1,11 +1,14 @@
 """Inputs that nobody had listed, tried one after the other: read rightly, or refused by name."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from astropy.table import Table
 from case_files import cutout, cutouts, noise, pictures
 
 VECTORS = "vectors={'m':('g','r')}"
@@ -115,3 +118,47 @@ def test_zips_with_pictures_that_cannot_be_read(tmp_path, build):
         (tmp_path / f"{name}.zip").write_bytes(data)
         built = build(tmp_path / f"{name}.zip", "--on-bad", "skip", name=name)
         assert built.code == 0 and built.catalog["key"] == ["g1", "g2", "g3"] and "g0.png" in built.err, built.err
+
+
+@pytest.mark.case(
+    kind="headers", inputs="a FITS image or table with an axis of -16", right="refused; astropy reads it for ever"
+)
+@pytest.mark.parametrize("name", ["image.fits", "table.fits"])
+def test_an_axis_of_a_negative_length(tmp_path, refused, name):
+    path = tmp_path / name
+    if name == "image.fits":
+        cutout(path)
+    else:
+        Table({"g": np.arange(4.0)}).write(path)
+    raw = path.read_bytes()
+    place = raw.index(b"NAXIS2  =") + 29  # the last digit of the card, whose number ends in column 30
+    path.write_bytes(raw[: place - 2] + b"-16" + raw[place + 1 :])
+    assert "NAXIS2 of HDU" in refused(path) and "is negative" in refused(path)
+
+
+@pytest.mark.case(kind="files", inputs="a pipe, a device", right="refused by name, before anything is read")
+def test_what_is_no_file(tmp_path, refused):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        assert f"{path}: must be a file or a folder, got a device, pipe or socket" in refused(path)
+
+
+@pytest.mark.case(kind="files", inputs="a picture whose name is not UTF-8", right="left out, and said")
+def test_a_name_that_is_no_text(tmp_path, build):
+    folder = pictures(tmp_path / "s", 2)
+    shutil.copy(folder / "g0.png", os.fsencode(folder) + b"/\xe9.png")
+    built = build(folder)
+    assert built.catalog["key"] == ["g0", "g1"]
+    assert r"left out 1 files whose names are not UTF-8 (\udce9.png)" in built.err
+
+
+@pytest.mark.case(
+    kind="options", inputs="--labels FILE for a table; --name of two lines", right="refused; the labels were lost"
+)
+def test_options_that_mean_nothing(tmp_path, refused):
+    (tmp_path / "t.csv").write_text("id,g,r,z\n" + "".join(f"{i},{i},{i},0.{i}\n" for i in range(9)))
+    words = ("--kind", "table", "--option", VECTORS, "key=id")
+    assert "option labels: must be one or more of a text" in refused(
+        tmp_path / "t.csv", *words, "--labels", tmp_path / "t.csv"
+    )
+    assert "name: must be one line of text" in refused(tmp_path / "t.csv", *words, "--name", "a\nb")

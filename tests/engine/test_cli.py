@@ -70,6 +70,26 @@ def test_a_package_that_a_command_needs_is_named(monkeypatch, capsys, tmp_path):
     assert "this installation lacks armillary.engine.data.inspect.leakage" in capsys.readouterr().err
 
 
+def test_ctrl_c_and_no_memory_are_no_tracebacks(monkeypatch, capsys):
+    for error, code, message in ((KeyboardInterrupt(), 130, "interrupted"), (MemoryError("4 TiB"), 2, "memory: 4 TiB")):
+
+        def fail(run: int = 0, *, error=error) -> int:
+            raise error
+
+        monkeypatch.setattr(cli, "export", fail)
+        assert cli.main(["export"]) == code
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", ["version", "data kinds", "data"]
+)  # print, rich, and standard error's reader lives on
+def test_a_reader_that_leaves_is_no_error(words):
+    command = f"{sys.executable} -m armillary.engine.cli {words} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout == ("2\n" if words == "data" else "141\n") and "Error" not in done.stderr
+
+
 @pytest.mark.parametrize("word", ["version", "--version"])
 def test_version(word, capsys):
     assert cli.main([word]) == 0

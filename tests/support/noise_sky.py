@@ -63,7 +63,7 @@ def contents(folder):
     """Everything but the provenance, which names the command and the date."""
     files = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
     description = json.loads(files.pop("survey.json"))
-    del description["provenance"]
+    del description["provenance"], description["sha256"]
     return files, description
 
 

@@ -134,6 +134,8 @@ def build(
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: must be at least 1, got {samples_per_shard}")
+    if not name.isprintable():
+        raise ValueError(f"name: must be one line of text, got {name!r}")
     check_choice("codec", codec, Codec)
     check_choice("on_bad", on_bad, OnBad)
     if not 0 <= seed < 2**64:

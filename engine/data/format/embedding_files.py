@@ -8,7 +8,7 @@ FOLDER/
   .fill/                    only while unfinished, see `armillary.engine.embed.parts`
 
 Whatever the form, rows are read in pieces: the vectors never have to lie in memory together. A part is compared with its
-SHA-256 before its vectors are read, once a process.
+SHA-256 before its vectors are read, once a process; pages of a file carry checksums, which are compared as they are read.
 
 Shape legend: N embeddings, D dimensions.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from armillary.engine.sealed_json import unsealed
 from armillary.models.file_hash import sha256_of
 
 __all__ = ["CHUNK", "FILL", "FORMAT", "RECORD", "EmbeddingFiles", "EmbeddingPart", "EmbeddingWriter", "vectors_of"]
@@ -121,7 +123,7 @@ class EmbeddingWriter:
             self.dimensions = vector.shape[1]
             fields = [("key", pa.string()), ("split", pa.string()), ("vector", pa.list_(pa.float32(), self.dimensions))]
             schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(self._metadata)})
-            self._writer = pq.ParquetWriter(self._path, schema, use_dictionary=["split"])
+            self._writer = pq.ParquetWriter(self._path, schema, use_dictionary=["split"], write_page_checksum=True)
         if vector.shape[1] != self.dimensions:
             raise ValueError(f"embeddings: must have {self.dimensions} dimensions as before, got {vector.shape[1]}")
         splits = np.full(len(vector), split, object) if isinstance(split, str) else split
@@ -190,7 +192,7 @@ class EmbeddingFiles:
                 raise ValueError(f"{folder}: these embeddings are not finished; run the same `armillary embed` again")
             raise FileNotFoundError(f"{folder}: no embeddings here ({RECORD} is missing)")
         try:
-            raw = json.loads(record.read_text())
+            raw = unsealed(json.loads(record.read_text()))
             if raw["format"] != FORMAT:
                 raise ValueError(f"format {raw['format']}, this program reads {FORMAT}")
             parts = tuple(EmbeddingPart(**part) for part in raw["parts"])
@@ -212,7 +214,7 @@ class EmbeddingFiles:
 
     def keys(self) -> pa.ChunkedArray:
         """N keys in order, as large strings."""
-        tables = [pq.read_table(path, columns=["key"])["key"].cast(pa.large_string()) for path in self._paths()]
+        tables = [_read(path, ["key"])["key"].cast(pa.large_string()) for path in self._paths()]
         return pa.chunked_array([chunk for column in tables for chunk in column.chunks], pa.large_string())
 
     def batches(self, columns: Sequence[str] = ("vector",), rows: int = CHUNK) -> Iterator[pa.RecordBatch]:
@@ -225,7 +227,10 @@ class EmbeddingFiles:
             if self.parts:
                 _refuse(self.parts[number].problem(self.path))
             # A buffer reads the pages of a column one by one: whole row groups may not fit into memory.
-            with pq.ParquetFile(path, buffer_size=1 << 24) as file:
+            with (
+                _named(path),
+                pq.ParquetFile(path, buffer_size=1 << 24, page_checksum_verification=True) as file,
+            ):
                 yield from file.iter_batches(rows, columns=list(columns))
 
     def chunks(self) -> Iterator[np.ndarray]:
@@ -240,7 +245,7 @@ class EmbeddingFiles:
             ValueError: The part that holds it is damaged.
         """
         for number, path in enumerate(self._paths()):
-            found = pq.read_table(path, columns=["vector"], filters=[("key", "==", key)])["vector"]
+            found = _read(path, ["vector"], filters=[("key", "==", key)])["vector"]
             if len(found):
                 if self.parts:
                     _refuse(self.parts[number].problem(self.path))
@@ -249,6 +254,20 @@ class EmbeddingFiles:
 
     def _paths(self) -> list[Path]:
         return [self.path / part.name for part in self.parts] or [self.path]
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file cannot be read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        _refuse(f"{path}: damaged: {error}")
+
+
+def _read(path: Path, columns: list[str], **options: Any) -> pa.Table:
+    with _named(path):
+        return pq.read_table(path, columns=columns, page_checksum_verification=True, **options)
 
 
 def vectors_of(batch: pa.RecordBatch) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 
 from armillary.engine.atomic_file import write_json
 from armillary.engine.choices import check_choice
+from armillary.engine.sealed_json import sealed, unsealed
 
 __all__ = [
     "BORDER",
@@ -37,6 +38,8 @@ __all__ = [
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had images only
+MOST_PIXELS = 2**16 - 1
+"""Of a side of a cutout: what a blob's header can say."""
 
 BORDER = "border"
 """Split of samples whose cutouts overlap one that is held out: nothing is trained or tested on them."""
@@ -286,13 +289,19 @@ class Survey:
         for s in shards:
             if type(s.count) is not int or type(s.bytes) is not int or Path(str(s.name)).name != s.name:
                 raise ValueError(f"shards must have a file's name, samples and bytes, got {s}")
+        if not isinstance(raw["bands"], list | tuple) or not all(isinstance(band, str) for band in raw["bands"]):
+            raise ValueError(f"bands must be names, got {raw['bands']!r}")
+        if not all(type(raw[side]) is int and 0 <= raw[side] <= MOST_PIXELS for side in ("height", "width")):
+            raise ValueError(f"height and width must be 0 .. {MOST_PIXELS}, got {raw['height']!r} and {raw['width']!r}")
+        if not all(isinstance(text, str) for pair in dict(raw.get("labels", {})).items() for text in pair):
+            raise ValueError(f"labels must be names with their meaning, got {raw['labels']!r}")
         fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stats.items()}
         return cls(**fixed, shards=shards, statistics=Statistics(**numbers), spectrum=spectrum, vectors=vectors)
 
     def save(self, folder: Path) -> None:
         """Write survey.json atomically into the survey's folder."""
-        write_json(folder / "survey.json", self.to_json())
+        write_json(folder / "survey.json", sealed(self.to_json()))
 
     @classmethod
     def load(cls, folder: Path | str) -> Survey:
@@ -308,6 +317,6 @@ class Survey:
                 f"{folder}: no survey here (survey.json is missing); make one with `armillary data build`"
             )
         try:
-            return replace(cls.from_json(json.loads(path.read_text())), folder=path.parent)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return replace(cls.from_json(unsealed(json.loads(path.read_text()))), folder=path.parent)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable survey description: {error}") from error

@@ -7,6 +7,7 @@ Shape legend: N nodes (rows of catalog.parquet), E edges.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -157,9 +158,10 @@ class SkyGraph:
         """Write the graph's file atomically."""
         from safetensors.numpy import save_file
 
-        header = {"armillary": json.dumps({"format_version": FORMAT_VERSION, **asdict(self.record)})}
+        about = json.dumps({"format_version": FORMAT_VERSION, **asdict(self.record)})
+        arrays = {name: getattr(self, name) for name in ARRAYS}
         with atomic_path(path) as temporary:
-            save_file({name: getattr(self, name) for name in ARRAYS}, temporary, header)
+            save_file(arrays, temporary, {"armillary": about, "sha256": _digest(about, arrays)})
 
     @classmethod
     def open(cls, path: Path | str, survey: Path | str) -> SkyGraph:
@@ -190,12 +192,23 @@ class SkyGraph:
         return cls(**arrays, record=record)
 
 
+def _digest(about: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of a graph's record and arrays, as hex digits."""
+    digest = hashlib.sha256(about.encode())
+    for name in ARRAYS:
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
 def _read(path: Path) -> tuple[GraphRecord, dict[str, Any]]:
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:
-        raw: Mapping[str, Any] = json.loads(file.metadata()["armillary"])
+        written = file.metadata()
+        raw: Mapping[str, Any] = json.loads(written["armillary"])
         arrays = {name: file.get_tensor(name) for name in ARRAYS}
+    if written.get("sha256") not in (None, _digest(written["armillary"], arrays)):  # none: of an earlier version
+        raise ValueError("it is damaged: its SHA-256 differs; make it again with `armillary data graph`")
     if raw["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {raw['format_version']}, this program reads {FORMAT_VERSION}")
     fields = {name: value for name, value in raw.items() if name != "format_version"}

@@ -171,9 +171,11 @@ def _is_fits_table(path: Path) -> bool:
     """Whether a FITS file holds a table and no image."""
     from astropy.io import fits
 
+    from armillary.engine.data.sources.hdus import all_hdus
+
     try:
         with warnings.catch_warnings(action="ignore"), fits.open(path) as hdus:
-            kinds = [(hdu.is_image and hdu.header.get("NAXIS", 0) > 0, type(hdu).__name__) for hdu in hdus]
+            kinds = [(hdu.is_image and hdu.header.get("NAXIS", 0) > 0, type(hdu).__name__) for hdu in all_hdus(hdus)]
     except (OSError, ValueError, TypeError, KeyError, EOFError):
         return False  # its reader says what is wrong
     return not any(image for image, _ in kinds) and any(kind == "BinTableHDU" for _, kind in kinds)
@@ -193,6 +195,8 @@ def open_source(path: Path, kind: str = "auto", *, on_bad: str = "error", **opti
     Raises:
         ValueError: There is no such kind, or it has no such option.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: must be a file or a folder, got a device, pipe or socket")
     chosen = guess_kind(path) if kind == "auto" else kind
     if chosen not in KINDS and ":" not in chosen:
         raise ValueError(f"kind: must be auto, module:class or one of {', '.join(KINDS)}, got {chosen!r}")

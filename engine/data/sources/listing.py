@@ -52,7 +52,7 @@ class Listing:
 
     def drop(self, reason: str, name: str) -> None:
         """Count a file as left out."""
-        self.left_out.setdefault(reason, []).append(name)
+        self.left_out.setdefault(reason, []).append(name.encode(errors="backslashreplace").decode())
 
     def tell(self, folder: Path | str) -> None:
         """Log what was left out and how many; once, where files turn out to be unusable one after the other."""
@@ -76,6 +76,8 @@ def leaving_out(files: Collection[Path]) -> Iterator[None]:
 def left_out_name(name: str) -> str | None:
     """Why a path below a folder, or in an archive, is no data by its name; None if it may be."""
     parts = PurePosixPath(name).parts
+    if any("\udc80" <= letter <= "\udcff" for letter in name):  # as Python reads bytes that are no text
+        return "files whose names are not UTF-8"
     if "__MACOSX" in parts or parts[-1].startswith("._"):
         return "AppleDouble files of macOS"
     if ".ipynb_checkpoints" in parts:

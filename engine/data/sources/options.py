@@ -59,12 +59,14 @@ def fit_options(reader: Callable[..., Any], options: Mapping[str, Any], what: st
 
 def _fitted(name: str, value: Any, hint: Any) -> Any:
     """A value, or what was meant by it, that fits a type."""
-    parts = tuple(_literal(part.strip()) for part in value.split(",")) if isinstance(value, str) else ()
-    texts = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else ()
-    for meant in (value, (value,), parts, texts, str(value)):
+    meanings = [value, (value,)]
+    if isinstance(value, str):
+        texts = [part.strip() for part in value.split(",")]
+        meanings += [tuple(map(_literal, texts)), tuple(texts)]
+    for meant in (*meanings, str(value)):
         if _fits(meant, hint):
             return meant
-    raise ValueError(f"option {name}: must be {_words(hint)}, got {value!r}")
+    raise ValueError(f"option {name}: must be {_words(hint)}, got {str(value) if isinstance(value, Path) else value!r}")
 
 
 def _literal(text: str) -> Any:

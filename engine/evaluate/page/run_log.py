@@ -43,7 +43,7 @@ class RunLog:
             raise FileNotFoundError(f"{run_dir}: no run here (run.json is missing)")
         try:
             record = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a run's record: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("run", {}), dict):
             raise ValueError(f"{path}: not a run's record")

@@ -75,6 +75,7 @@ def evaluate_study(
     if absent := [str(run) for run in runs if not Path(run).exists()]:
         raise FileNotFoundError(f"{absent[0]}: no such run or file")
     survey = Survey.load(survey_dir)
+    _check_names(options, survey)
     sources = [TrainedEncoder.open(run) for run in runs]
     encoders = [Encoder.load(source, survey, where) for source in sources]
     logbooks = {e.run.name: RunLog.read(run) for e, run in zip(encoders, runs, strict=True)}
@@ -107,6 +108,17 @@ def evaluate_study(
             log=next(iter(logbooks.values())),
         )
         return report_study(study, reasons, options, out / "report.html", logbooks, encoders)
+
+
+def _check_names(options: Options, survey: Survey) -> None:
+    """Refuse labels and splits that were asked for and the survey does not have; without the usual ones tasks are left out."""
+    if strangers := [name for name in options.labels if name not in survey.labels]:
+        have = ", ".join(survey.labels) or "none"
+        raise ValueError(f"labels: must be labels of the survey ({have}), got {strangers[0]!r}")
+    splits = dict.fromkeys(shard.split for shard in survey.shards)
+    for field in ("train_split", "test_split"):
+        if (name := getattr(options, field)) not in (*splits, getattr(Options, field)):
+            raise ValueError(f"{field}: must be a split of the survey ({', '.join(splits)}), got {name!r}")
 
 
 def report_study(

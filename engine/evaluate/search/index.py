@@ -31,6 +31,8 @@ from armillary.engine.atomic_file import atomic_path
 from armillary.engine.evaluate.probes.similarity import on_grid
 from armillary.engine.evaluate.search.index_settings import IndexSettings, Kind
 from armillary.engine.evaluate.search.vectors import CHUNK, ORIGIN, VectorFiles, difference, unit
+from armillary.engine.sealed_json import sealed, unsealed
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["Answers", "Index"]
 
@@ -38,6 +40,8 @@ CANDIDATES = 8  # fetched for each answer that is re-ranked
 EXTRA = 8  # candidates of an exact index beyond the answers
 HELD = 2**24  # candidates of all queries held at a time
 VERSION = 1
+HASHED = ("index.faiss", "keys.parquet")
+"""Files whose SHA-256 is compared when a folder is loaded; kept vectors may be hundreds of GiB, and only order candidates."""
 
 
 class Answers(NamedTuple):
@@ -327,7 +331,8 @@ class Index:
             pq.write_table(pa.table({"key": self.keys}), temporary / "keys.parquet")
             if self._kept is not None:
                 _share(Path(str(self._kept.filename)), temporary / "vectors.npy")
-            (temporary / "index.json").write_text(json.dumps(about, indent=1) + "\n")
+            about["files"] = {name: sha256_of(temporary / name) for name in HASHED}
+            (temporary / "index.json").write_text(json.dumps(sealed(about), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path, metadata: Mapping[str, str] | None = None) -> Index:
@@ -346,9 +351,12 @@ class Index:
         if not (folder / "index.json").is_file():
             raise FileNotFoundError(f"{folder}: no index here (index.json is missing)")
         try:
-            about = json.loads((folder / "index.json").read_text())
+            about = unsealed(json.loads((folder / "index.json").read_text()))
             if about["version"] != VERSION:
                 raise ValueError(f"version {about['version']}, this program reads {VERSION}")
+            for name, digest in about.get("files", {}).items():  # none: of an earlier version
+                if name in HASHED and sha256_of(folder / name) != digest:
+                    raise ValueError(f"{name} is damaged: its SHA-256 is not that of index.json; build the index again")
             plan = IndexSettings(**about["plan"])
             engine: Any = faiss.read_index(str(folder / "index.faiss"))
             keys = pq.read_table(folder / "keys.parquet")["key"].cast(pa.large_string()).combine_chunks()

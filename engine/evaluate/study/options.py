@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ class Options:
             raise ValueError(f"samples: must be at least 2, got {self.samples}")
         if self.train_split == self.test_split:
             raise ValueError(f"test_split: must differ from train_split, got {self.test_split!r} for both")
+        if self.outlier_threshold is not None and not 0 < self.outlier_threshold < math.inf:
+            raise ValueError(f"outlier_threshold: must be positive and finite, got {self.outlier_threshold}")
+        if self.resamples < 1:
+            raise ValueError(f"resamples: must be at least 1, got {self.resamples}")
         if self.seed < 0:
             raise ValueError(f"seed: must be at least 0, got {self.seed}")
 

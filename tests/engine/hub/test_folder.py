@@ -259,6 +259,7 @@ def test_figures_of_an_evaluation_stand_in_the_card(export, tmp_path):
     ("options", "said"),
     [
         (["--format", "hf", "--push", "mine"], "push: must be OWNER/NAME of a repository, got 'mine'"),
+        (["--format", "hf", "--licence", "mit\nx: y"], "licence: must be a licence as the hub calls it"),
         (["--push", "a/b"], "push, licence: must be left out without --format hf"),
     ],
 )

@@ -198,6 +198,8 @@ def test_memory_holds_few_draws(run, table, tmp_path, monkeypatch):
             "want: 'halo_mass' is nothing that was trained to be answered; there are photometry.lsst, red",
         ),
         (["--given", ""], "given: name one or more of photometry.lsst"),
+        (["--given", "photometry.lsst[2:1]"], "given: photometry.lsst[2:1]: must be components within 0:3"),
+        (["--given", "photometry.lsst[0:99]"], "given: photometry.lsst[0:99]: must be components within 0:3"),
         (["--want", "sed,sed"], "want: sed, sed names one of them twice"),
         (
             ["--given", "sed"],

@@ -120,7 +120,7 @@ def test_splits_parts_and_rows_of_which_nothing_is_known(run, folder, answers, t
     ("options", "message"),
     [
         ({"given": ["image"]}, "'image' is nothing that can be given"),
-        ({"given": ["flux_lsst[4:9]"]}, "must be components of 4|nothing is known of flux_lsst"),
+        ({"given": ["flux_lsst[4:9]"]}, "flux_lsst\\[4:9\\]: must be components within 0:4"),
         ({"given": ["flux_lsst[a]"]}, r"must be a name, or NAME\[FIRST:END\]"),
         ({"splits": ["validation"]}, "no samples in 'validation'; the survey has train, test"),
         ({"units": {"a": "Jy"}}, "unit: is for tables"),

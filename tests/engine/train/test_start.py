@@ -55,6 +55,12 @@ def test_a_preset_is_chosen_and_then_changed(run, started):
     assert options == {"restore": None, "init_from": None, "open_loader": None}
 
 
+def test_an_encoder_of_the_hub_need_not_be_here(run, started):
+    assert start(run, {}, ["--init-from", "hf://me/mine/model.safetensors"]) == 0
+    assert str(started[0][1]["init_from"]) == "hf:/me/mine/model.safetensors"
+    assert start(run, {}, ["--restore", "hf://me/mine/model.safetensors"]) == 2
+
+
 def test_of_a_flag_given_twice_the_last_one_counts_and_it_is_said(run, started, capsys):
     assert start(run, {}, ["--train.steps", "3", "--optim.lr", "1e-3", "--train.steps=5"]) == 0
     assert started[0][0].train.steps == 5

@@ -11,22 +11,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy
-from plain import FACTS, progress, scrambled
+from plain import FACTS, flip, progress, scrambled, write_world
 
 from armillary.engine.config.provenance import facts, survey_fingerprint
 from armillary.engine.config.run import Schedules
 from armillary.engine.train import start, trainer
 from armillary.engine.train.loop import Loop, NonFinite, Stopped, StopRequest
 from armillary.engine.train.trainer import BadInput
-from armillary.engine.weights import checkpoint
+from armillary.engine.user_code import trust
+from armillary.engine.weights import checkpoint, portable, verify
 from armillary.engine.weights.checkpoint import Progress
+from armillary.engine.weights.export import export_encoder
 from armillary.engine.weights.portable import export_portable
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import StepStatus, deepspeed_config
-from armillary.engine.zero.processes import launch_problems, lost_ranks, ranks, take_slurm_ranks
+from armillary.engine.zero.processes import Ranks, launch_problems, lost_ranks, ranks, take_slurm_ranks
 from armillary.models.method import InputSpec
 
 INPUTS = InputSpec(channels=10, global_size=1)
+trust("toy")
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,28 @@ def test_ends_have_their_exit_codes(run, monkeypatch, capsys, error, code, messa
     monkeypatch.setattr(trainer, "train", fail)
     assert start.run_to_exit_code(run) == code
     assert capsys.readouterr().err.strip() == message
+
+
+def test_a_second_ctrl_c_says_where_the_run_goes_on(run, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", interrupted)
+    assert start.run_to_exit_code(run) == 130
+    assert capsys.readouterr().err == "toy: interrupted without saving; the same command begins anew\n"
+
+
+def test_signals_after_a_run_has_saved_leave_its_exit_code(run, monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    monkeypatch.setattr(start, "start", lambda *_: 75)
+    monkeypatch.setattr(start.gc, "freeze", lambda: [os.kill(os.getpid(), number) for number in before])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            start.main(run)
+        assert ended.value.code == 75
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_an_error_nobody_foresaw_keeps_its_traceback(run, monkeypatch, capsys):
@@ -91,6 +117,30 @@ def test_an_encoder_that_does_not_fit_is_bad_input(run, tmp_path):
     (tmp_path / "x.safetensors").write_text("no")
     with pytest.raises(BadInput, match="--init-from: .*not a readable safetensors file"):
         trainer.train(run, init_from=tmp_path / "x.safetensors", open_loader=toy.open_toy_loader)
+
+
+def test_what_a_run_starts_from_is_hashed_once_a_machine(run, one_process, tmp_path, monkeypatch):
+    """Opened by all ranks without hashing; then one rank compares, and all end where it is damaged."""
+    file = tmp_path / "encoder.safetensors"
+    export_encoder(TrainedEncoder.open(write_world(run, tmp_path / "other", 1)), file)
+    hashed, real = [], verify._unsealed
+    monkeypatch.setattr(verify, "_unsealed", lambda path, *rest: hashed.append(path) or real(path, *rest))
+
+    def taken():
+        return trainer._take_weights(run, run.method.build(INPUTS), toy.Survey.load(run.data.path), file)
+
+    assert taken() == {"--init-from": file} and not hashed
+    for rank in range(4):
+        portable.agree(file, "--init-from", Ranks(rank, rank % 2, 4))
+    assert hashed == 2 * [file]  # two machines
+    flip(file, -3)
+    assert taken() == {"--init-from": file}
+    with pytest.raises(CheckpointError, match="--init-from: .*differs from what was written"):
+        portable.agree(file, "--init-from", ranks())
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"teacher.norm.weight", b"teacher.nurm.weight"))
+    with pytest.raises(CheckpointError, match="differs from what was written"):  # not "does not fit the method"
+        taken()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "checkpoints"])

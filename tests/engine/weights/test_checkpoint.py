@@ -18,6 +18,7 @@ from armillary.engine.weights.checkpoint import Progress
 from armillary.engine.weights.tensors import Archive, Entry, write_tensors
 from armillary.engine.weights.verify import CheckpointError, check_files, check_seal
 from armillary.engine.zero.partition import persistent_buffers
+from armillary.engine.zero.processes import Ranks
 
 
 def everything(layout):
@@ -135,6 +136,7 @@ def grow(path):
         (lambda p: (p / "manifest.json").unlink(), "must list the checkpoint's files"),
         (lambda p: (p / "manifest.json").write_text("{"), "must list the checkpoint's files"),
         (lambda p: (p / "manifest.json").write_text("{}"), "must list state.json, got nothing"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "must list the checkpoint's files .*got a list"),
         (lambda p: (p / "manifest.json").write_text('{"state.json": 3}'), "must list the checkpoint's files"),
         (lambda p: flip(p / "manifest.json", 40), "damaged"),
     ],
@@ -150,6 +152,16 @@ def test_damage_is_found_and_the_newest_whole_one_named(run, folder, saved, dama
     flip(folder / "step-00000004" / "state.json")
     with pytest.raises(CheckpointError, match="no other checkpoint of this run is whole"):
         resume.open_archive(folder / "step-00000005")
+
+
+def test_a_header_that_cannot_be_read_is_damage(run, folder, saved):
+    """Also where its hash was not to be compared yet: the newest whole one is named."""
+    for step in (4, 5):
+        checkpoint.save(folder, saved[1], progress(step), run, FACTS)
+    shard = folder / "step-00000005" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(b"data_offsets", b"data_ofgsets", 1))
+    with pytest.raises(CheckpointError, match="shard-00000.safetensors: its SHA-256 differs.*is step-00000004: delete"):
+        resume.open_archive(folder / "step-00000005", hashed=["state.json"])
 
 
 def test_a_rank_reads_the_hashes_of_its_own_file(run, folder, one_process):
@@ -189,10 +201,26 @@ def test_a_file_beside_a_checkpoint_is_none_of_it(run, folder):
     assert [file.name for file in archive.files] == ["shard-00000.safetensors", "shard-00001.safetensors"]
 
 
+def test_a_manifest_has_a_seal_of_its_own(saved):
+    """A bit of any of its bytes counts; manifests of before, which have none, are still read."""
+    listed = saved[0] / "manifest.json"
+    whole = listed.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        listed.write_bytes(damaged)
+        assert verify._damage(saved[0], []) is not None, bytes(damaged)
+    older = json.loads(whole)
+    del older["sha256"]
+    listed.write_text(json.dumps(older))
+    resume.open_archive(saved[0])
+
+
 def test_a_manifest_names_files_of_its_own_folder(run, folder):
     path = write_world(run, folder, 1)
-    listed = (path / "manifest.json").read_text().replace("shard-00000", "../shard-00000")
-    (path / "manifest.json").write_text(listed)
+    records = json.loads((path / "manifest.json").read_text().replace("shard-00000", "../shard-00000"))
+    del records["sha256"]
+    (path / "manifest.json").write_text(json.dumps(records))
     with pytest.raises(CheckpointError, match="must name files of its own folder, got '../shard-00000.safetensors'"):
         resume.open_archive(path)
 
@@ -203,6 +231,7 @@ def test_another_format_is_refused(saved):
     (saved[0] / "state.json").write_text(text)
     manifest = json.loads((saved[0] / "manifest.json").read_text())
     manifest["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    del manifest["sha256"]
     (saved[0] / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="checkpoint format 99"):
         resume.open_archive(saved[0])
@@ -282,16 +311,16 @@ def test_what_is_restored_is_hashed_once_among_the_ranks(run, folder, tmp_path, 
         monkeypatch.setattr(verify, name, lambda path, *rest, real=real: hashed.append(path.name) or real(path, *rest))
     monkeypatch.setattr(portable, "agree_all", lambda found, error, rule: said.append((found, error)))
     for rank in range(4):
-        portable.agree(path, rank, 4)
+        portable.agree(path, "--restore", Ranks(rank, rank, 4))
     assert sorted(hashed) == (sorted(verify.listed_files(path)) if what == "checkpoint" else [path.name])
     assert len(set(said)) == 1 and said[0][1] is None
     flip(damaged, -3)
     said.clear()
     for rank in range(4):
-        portable.agree(path, rank, 4)
+        portable.agree(path, "--restore", Ranks(rank, rank, 4))
     assert [damaged.name in str(error) for _, error in said].count(True) == 1
-    portable.agree(tmp_path / "nowhere", 0, 1)
-    assert "--restore: " in said[-1][1]
+    portable.agree(tmp_path / "nowhere", "--init-from", Ranks(0, 0, 1))
+    assert "--init-from: " in said[-1][1]
 
 
 def test_a_seal_does_not_cover_itself(tmp_path):

@@ -18,6 +18,8 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_scales, wcs_to_celestial_frame
 
+from armillary.engine.data.sources.hdus import all_hdus
+
 __all__ = ["DAMAGED", "conversion", "flux_unit", "image_hdu", "place_on_sky"]
 
 DAMAGED = (OSError, ValueError, TypeError, IndexError, EOFError, KeyError, fits.VerifyError)
@@ -39,7 +41,7 @@ def image_hdu(hdus: Any, axes: tuple[int, ...] = (2, 3, 4)) -> Any:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message="File may have been truncated")
         try:
-            for hdu in hdus:  # astropy reads the headers as it comes to them
+            for hdu in all_hdus(hdus):
                 if hdu.is_image and hdu.header.get("NAXIS", 0) in axes:
                     return hdu
         except Warning as warning:

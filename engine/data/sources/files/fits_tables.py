@@ -12,6 +12,8 @@ import numpy as np
 from astropy import units
 from astropy.io import fits
 
+from armillary.engine.data.sources.hdus import all_hdus
+
 __all__ = ["FLUX_UNIT", "READ_ERRORS", "Table", "check_flux_unit", "damage_of", "is_plain", "open_fits"]
 
 READ_ERRORS = (
@@ -69,7 +71,8 @@ def open_fits(path: Path, *, unsigned: bool = True) -> Any:
 def _read_headers(hdus: Any) -> None:
     """Read the headers of all HDUs, or close the file."""
     try:
-        len(hdus)
+        for _ in all_hdus(hdus):
+            pass
     except BaseException:
         hdus.close()
         raise

@@ -13,6 +13,7 @@ import numpy as np
 from astropy.io import fits
 
 from armillary.engine.data.sources.files.fits_tables import is_plain
+from armillary.engine.data.sources.hdus import all_hdus
 from armillary.engine.data.sources.tables.columns import Column, Table, Values
 
 __all__ = ["FitsTable"]
@@ -39,7 +40,8 @@ class FitsTable(Table):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a truncated file shows when its data are mapped
             with fits.open(self.path, memmap=False) as hdus:
-                chosen = list(hdus) if self._table is None else [hdus[self._table]]
+                every = list(all_hdus(hdus))
+                chosen = every if self._table is None else [hdus[self._table]]
                 found = next((h for h in chosen if isinstance(h, fits.BinTableHDU)), None)
                 if found is None:
                     raise ValueError(f"no binary table{'' if self._table is None else f' {self._table!r}'}")

@@ -67,6 +67,18 @@ def test_a_damaged_part_is_named_before_its_vectors_are_read(tmp_path):
         EmbeddingFiles.open(folder)
 
 
+def test_a_damaged_page_of_one_file_is_named(tmp_path):
+    path = write_file(tmp_path / "e.parquet")
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(VECTORS[9].tobytes())] ^= 1
+    path.write_bytes(flipped)
+    files = EmbeddingFiles.open(path)
+    for read in (lambda: list(files.chunks()), lambda: files.vector_of("k9")):
+        with pytest.raises(ValueError, match=r"e.parquet: damaged: .*CRC.*; copy it again, or run"):
+            read()
+
+
 @pytest.mark.parametrize(
     ("content", "match"), [("{}", "not a record of embeddings"), ('{"format": 9}', "format 9, this program reads 1")]
 )

@@ -158,6 +158,7 @@ def rewrite_catalog(folder, change):
 
 def edit_json(folder, change):
     raw = json.loads((folder / "survey.json").read_text())
+    del raw["sha256"]
     change(raw)
     (folder / "survey.json").write_text(json.dumps(raw))
 
@@ -193,6 +194,11 @@ DAMAGE = {
     "no survey": (lambda f: (f / "survey.json").unlink(), "survey.json", "no survey here"),
     "not json": (lambda f: (f / "survey.json").write_text("{"), "survey.json", "not a readable survey"),
     "version": (lambda f: edit_json(f, lambda r: r.update(format_version=9)), "survey.json", "format version 9"),
+    "a digit": (lambda f: (f / "survey.json").write_text((f / "survey.json").read_text().replace('"width": 8', '"width": 9')), "survey.json", "its SHA-256 differs"),
+    "bands": (lambda f: edit_json(f, lambda r: r.update(bands=5)), "survey.json", "bands must be names, got 5"),
+    "side": (lambda f: edit_json(f, lambda r: r.update(height=10**9)), "survey.json", "height and width must be 0 .. 65535"),
+    "labels": (lambda f: edit_json(f, lambda r: r.update(labels={"z": 1})), "survey.json", "labels must be names with their meaning"),
+    "nested": (lambda f: (f / "survey.json").write_text("[" * 100_000), "survey.json", "not a readable survey"),
     "no catalogue": (lambda f: (f / "catalog.parquet").unlink(), "catalog.parquet", "missing"),
     "cut catalogue": (lambda f: (f / "catalog.parquet").write_bytes((f / "catalog.parquet").read_bytes()[:500]), "catalog.parquet", "not readable"),
     "column": (lambda f: rewrite_catalog(f, lambda t: t.drop_columns("ra")), "catalog.parquet", "column 'ra' is missing"),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,7 @@ def test_skipping_gives_up_where_nothing_is_left(tmp_path):
 
 def test_an_image_of_another_size_is_corrupt(tmp_path):
     folder = pack(tmp_path / "s")
-    text = (folder / "survey.json").read_text()
-    (folder / "survey.json").write_text(text.replace('"width": 7', '"width": 8'))
+    replace(Survey.load(folder), width=8).save(folder)
     with load(folder) as loader, pytest.raises(codec.CorruptBlob, match="shape is 2x9x7, expected 2x9x8"):
         next(loader)
 
@@ -84,8 +84,7 @@ def test_an_image_of_another_size_is_corrupt(tmp_path):
 def test_a_blob_of_another_codec_is_corrupt(tmp_path, claimed, packed):
     held = {"bitplane": "float16", "float16": "bitplane"}[claimed]
     folder = pack(tmp_path / "s", held)
-    text = (folder / "survey.json").read_text()
-    (folder / "survey.json").write_text(text.replace(f'"codec": "{held}"', f'"codec": "{claimed}"'))
+    replace(Survey.load(folder), codec=claimed).save(folder)
     with (
         load(folder, packed=packed) as loader,
         pytest.raises(codec.CorruptBlob, match=f"codec is {held}, the survey's is {claimed}"),

@@ -188,6 +188,11 @@ def test_the_file(tmp_path):
     path.write_bytes(raw[:-10])
     with pytest.raises(ValueError, match="not a readable sky graph"):
         SkyGraph.open(path, folder)
+    for changed in (raw[:-1] + bytes([raw[-1] ^ 1]), raw.replace(b'\\"k\\": 5', b'\\"k\\": 4')):
+        assert changed != raw
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="it is damaged: its SHA-256 differs"):
+            SkyGraph.open(path, folder)
     SkyGraph(made.indptr[:-1], made.indices, made.left_out, made.record).save(path)
     with pytest.raises(ValueError, match="its arrays are not those of a graph over its rows"):
         SkyGraph.open(path, folder)

@@ -208,10 +208,20 @@ def test_a_method_of_ones_own_is_left_out(pairs_dir, task):
     assert "it needs" in tasks_module.TASKS[task].impossible(Survey.load(pairs_dir), [Foreign()], Options())
 
 
-@pytest.mark.parametrize("options", [{"samples": 1}, {"test_split": "train"}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"samples": 1}, {"test_split": "train"}, {"seed": -1}, {"outlier_threshold": float("nan")}, {"resamples": 0}],
+)
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Options(**options)
+
+
+@pytest.mark.parametrize("options", [{"labels": ("mass",)}, {"test_split": "nowhere"}, {"train_split": "nowhere"}])
+def test_names_that_the_survey_lacks_end_before_work(runs, survey_dir, tmp_path, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: must be .* of the survey"):
+        evaluate_study(runs[0], survey_dir, tmp_path / "out", Options(**options))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(runs, tasks, survey_dir, tmp_path, capsys):

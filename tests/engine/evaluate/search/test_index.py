@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from plain import flip
 
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.evaluate.search.index import Index
@@ -326,6 +327,7 @@ def test_bad_folders(coded, small, tmp_path):
             Index.load(place)
 
     damaged("index.faiss", lambda p: p.write_bytes(p.read_bytes()[:-50]))
+    damaged("index.faiss", lambda p: flip(p, len(p.read_bytes()) // 2))
     damaged("keys.parquet", lambda p: pq.write_table(pq.read_table(p).slice(1), p))
     damaged("index.json", lambda p: p.write_text("{"))
     about = json.loads((folder / "codes" / "index.json").read_text())
