@@ -130,16 +130,21 @@ class Pages:
         options = {k: v[-1] for k, v in urllib.parse.parse_qs(parts.query).items()}
         if method == "GET" and (file := self._files.get("/index.html" if path == "/" else path)):
             return Reply(file.read_bytes(), TYPES[file.suffix], headers={"Cache-Control": "no-cache"})
+        others = []
         for wanted, pattern, function in self._routes:
-            if found := pattern.fullmatch(path):
-                if wanted != method and not (path == "/api/similar"):
-                    continue
-                given = found.groupdict()
-                if "number" in given:
-                    given["number"] = self._number(given["number"])
-                if method == "POST":
-                    given |= {"body": body, "name": name}
-                return function(options=options, **given)
+            if not (found := pattern.fullmatch(path)):
+                continue
+            if wanted != method:
+                others.append(wanted)
+                continue
+            given: dict[str, Any] = found.groupdict()
+            if "number" in given:
+                given["number"] = self._number(given["number"])
+            if method == "POST":
+                given |= {"body": body, "name": name}
+            return function(options=options, **given)
+        if others:
+            raise Refused(405, f"{path} takes {others[0]}, not {method}")
         raise Refused(404, f"there is nothing at {path}")
 
     def _number(self, text: str) -> int:

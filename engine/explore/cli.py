@@ -92,13 +92,13 @@ def explore(
             "run": files.metadata.get("run", ""),
             "readout": files.metadata.get("readout", ""),
         }
-        pages = Pages(objects, similar, about, shown)
+        server.listen(Pages(objects, similar, about, shown))
         print(f"{len(objects):,} objects of {survey.name} at {server.url} (Ctrl-C ends it)", flush=True)
         if browser:
             import webbrowser
 
             webbrowser.open(server.url)
-        server.serve(pages)
+        server.serve()
     return 0
 
 

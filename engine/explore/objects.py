@@ -8,6 +8,7 @@ Shape legend: N objects.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ MISSING = 255
 """Code of an object without a word."""
 
 GRID = 65_535
+NOT_NUMBERS = (math.inf, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,10 @@ class Objects:
             while row >= (rows := file.metadata.row_group(group).num_rows):
                 row, group = row - rows, group + 1
             found: dict[str, Any] = file.read_row_group(group, columns=names).slice(row, 1).to_pylist()[0]
-        return {name: None if value != value or value == "" else value for name, value in found.items()}
+        return {
+            name: None if value == "" or value in NOT_NUMBERS or value != value else value
+            for name, value in found.items()
+        }
 
     def nearest(self, ra: float, dec: float) -> tuple[int, float] | None:
         """The object nearest to a position on the sky.

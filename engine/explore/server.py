@@ -31,7 +31,7 @@ IDLE_S = 60.0  # after which a connection that says nothing is closed
 
 
 class Server(ThreadingHTTPServer):
-    """Binds an address at once; answers when `serve` is called.
+    """Binds an address at once; takes connections when it is told to `listen`, and answers them in `serve`.
 
     Args:
         host: Address or name to listen at.
@@ -81,12 +81,15 @@ class Server(ThreadingHTTPServer):
         host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.server_port}/" + (f"?token={self.token}" if self.token else "")
 
-    def serve(self, pages: Pages) -> None:
-        """Answer requests until `shutdown`, or an interrupt from the keyboard."""
+    def listen(self, pages: Pages) -> None:
+        """Take connections, which `serve` answers."""
         self.pages = pages
         self.server_activate()
+
+    def serve(self) -> None:
+        """Answer requests until `shutdown`, or an interrupt from the keyboard."""
         try:
-            self.serve_forever()
+            self.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
             pass
         finally:
@@ -104,6 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "armillary"
     sys_version = ""
     timeout = IDLE_S
+    disable_nagle_algorithm = True
+    wbufsize = 1 << 16  # head and body leave together
 
     def do_GET(self) -> None:
         self._reply(self._answered(b""))

@@ -16,7 +16,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --use-angle=swiftshader --enable-unsafe-swiftshader --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe"
 ).split()
-PATIENCE_S = 60.0
+PATIENCE_S = 40.0
 
 needs_chromium = pytest.mark.skipif(
     shutil.which("chromium") is None, reason="needs a browser: apt-get install chromium"
@@ -75,7 +75,7 @@ class Browser:
         """A page at an address."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = Page(self, session)
+        page = Page(self, target, session)
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.send(f"{domain}.enable")
         page.size(width, height)
@@ -87,8 +87,11 @@ class Browser:
 class Page:
     """A page of a browser."""
 
-    def __init__(self, browser, session):
-        self.browser, self.session = browser, session
+    def __init__(self, browser, target, session):
+        self.browser, self.target, self.session = browser, target, session
+
+    def close(self):
+        self.browser.send("Target.closeTarget", targetId=self.target)
 
     def send(self, method, **parameters):
         return self.browser.send(method, self.session, **parameters)
@@ -109,10 +112,11 @@ class Page:
         return found["result"].get("value")
 
     def wait(self, code, seconds=PATIENCE_S):
-        """Ask until an expression is true, and return its value."""
+        """Ask until an expression is true, and return its value; True for an element of the page."""
+        asked = f"(async () => {{ const found = await ({code}); return found instanceof Node ? true : found; }})()"
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if value := self.evaluate(code):
+            if value := self.evaluate(asked):
                 return value
             time.sleep(0.05)
         raise TimeoutError(f"not true in {seconds:.0f} s: {code}; {self.complaints()}")

@@ -3,7 +3,6 @@
 const BINS = 60;
 const SAMPLE = 200_000; // values that limits are taken from: the first ones, a fair sample
 const FIRST = 4; // histograms that are shown at first
-const FEW = 1_000_000; // objects up to which every label's histogram is shown at first
 
 export const format = (value) => {
   if (!Number.isFinite(value)) return "–";
@@ -44,7 +43,7 @@ class Card {
   /** Counts of all objects by bin, and of those that are selected and pass; `bin` gives a bin, or -1. */
   tally(bins, bin) {
     const { passes, selection, count } = this.model;
-    this.all ??= count1(bins, bin, count);
+    this.all ??= tallied(bins, bin, count);
     let part = null;
     if (selection || passes) {
       part = new Float64Array(bins);
@@ -56,7 +55,7 @@ class Card {
   }
 }
 
-function count1(bins, bin, count) {
+function tallied(bins, bin, count) {
   const all = new Float64Array(bins);
   for (let i = 0; i < count; i += 1) {
     const b = bin(i);
@@ -207,16 +206,15 @@ export class Histograms {
     new ResizeObserver(() => this.draw()).observe(root);
   }
 
-  /** The first histograms: those named, then others where the objects are not too many. */
-  async start(first) {
+  /** The first histograms: that of the label which points are coloured by, and others. */
+  async start(coloured) {
     const others = [...this.model.labels.values()].filter((label) => label.kind !== "text").map((label) => label.name);
-    const more = this.model.count <= FEW ? others : [];
-    for (const name of [...new Set([...first, ...more])].slice(0, FIRST)) await this.show(name);
+    for (const name of [...new Set([coloured, ...others])].slice(0, FIRST)) await this.show(name);
   }
 
   #options() {
     const hidden = [...this.model.labels.values()].filter((label) => label.kind !== "text" && !this.cards.has(label.name));
-    this.add.replaceChildren(new Option("Add a histogram …", ""), ...hidden.map((label) => new Option(label.name)));
+    this.add.replaceChildren(new Option("+ histogram", ""), ...hidden.map((label) => new Option(label.name)));
     this.add.hidden = !hidden.length;
   }
 

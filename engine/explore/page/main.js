@@ -4,7 +4,7 @@ import { exported, imageAddress, json, points, similarToFile, values } from "./d
 import { Histograms, format, limits } from "./histograms.js";
 import { EmbeddingMap } from "./map.js";
 import { Model } from "./model.js";
-import { codes, css, palette } from "./palette.js";
+import { codes, css, palette, rgb } from "./palette.js";
 import { Pane } from "./pane.js";
 
 const ANSWERS = 48;
@@ -57,8 +57,7 @@ async function start() {
   });
   status(model);
   await attempt(colour);
-  pane.fill();
-  await histograms.start([model.shownLabel].filter(Boolean));
+  await histograms.start(model.shownLabel);
   document.body.dataset.ready = "yes";
 }
 
@@ -79,7 +78,7 @@ function wireColour(model, map, pane, column) {
       range = label.kind === "number" ? limits(known) : null;
       bytes = range ? codes(known, ...range) : known;
     }
-    map.points.setColours(bytes, table);
+    map.points.setColours(bytes, table, rgb(getComputedStyle(document.body).backgroundColor));
     legend(label, table, range);
     pane.fill();
   };

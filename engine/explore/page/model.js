@@ -61,7 +61,7 @@ export class Model extends EventTarget {
         for (let i = 0; i < passes.length; i += 1) passes[i] &= kept[column[i]];
       } else {
         const [low, high] = range;
-        for (let i = 0; i < passes.length; i += 1) passes[i] &= column[i] >= low && column[i] <= high;
+        for (let i = 0; i < passes.length; i += 1) if (!(column[i] >= low && column[i] <= high)) passes[i] = 0;
       }
     }
     this.passes = passes;

@@ -5,7 +5,8 @@ import { interpolateViridis, schemeTableau10, schemeObservable10 } from "./vendo
 export const MISSING = 255;
 const WORDS = [...schemeObservable10, ...schemeTableau10];
 
-const rgb = (text) => {
+/** Red, green and blue, 0 to 255, of "#rrggbb" or "rgb(...)". */
+export const rgb = (text) => {
   if (text.startsWith("#")) return [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16));
   return text.match(/[\d.]+/g).slice(0, 3).map(Number);
 };

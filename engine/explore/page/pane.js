@@ -50,7 +50,11 @@ export class Pane {
     else this.title.textContent = model.passes ? `A sample of the ${passing.toLocaleString("en")} that pass` : `A sample of all ${passing.toLocaleString("en")}`;
     const old = new Map([...this.grid.children].map((tile) => [Number(tile.dataset.number), tile]));
     const tiles = numbers.slice(0, this.most).map((number) => old.get(number) ?? this.#tile(number));
-    for (const tile of tiles) tile.querySelector("span").textContent = this.#caption(Number(tile.dataset.number));
+    tiles.forEach((tile, i) => {
+      const caption = this.#caption(Number(tile.dataset.number));
+      tile.querySelector("span").textContent = caption;
+      tile.setAttribute("aria-label", `Galaxy ${i + 1}${caption && `, ${model.selection?.captions ? "similarity" : model.shownLabel} ${caption}`}`);
+    });
     this.grid.replaceChildren(...tiles);
     if (!tiles.length) this.grid.append(element("p", { className: "quiet", textContent: "No galaxy is selected and passes the filters." }));
   }
@@ -114,16 +118,17 @@ export class Pane {
       element("button", { textContent: "Similar (S)", onclick: () => this.similar(number) }),
       element("button", { textContent: "Copy key", onclick: () => navigator.clipboard?.writeText(key) }),
       element("button", { textContent: "Close", onclick: () => this.model.open(null) }));
+    const position = ra === null || dec === null ? "no position" : `ra ${ra.toFixed(5)}°  dec ${dec.toFixed(5)}°`;
+    const place = element("p", { className: "quiet", textContent: `${position}  ·  ${split}` });
     const list = element("dl");
-    const position = ra === null || dec === null ? null : `${ra.toFixed(5)} ${dec.toFixed(5)}`;
-    for (const [name, value] of Object.entries({ split, "ra dec": position, ...labels })) {
+    for (const [name, value] of Object.entries(labels)) {
       if (value === null) continue;
       const meaning = this.model.labels.get(name)?.meaning ?? "";
-      list.append(element("dt", { textContent: name, title: meaning }),
+      list.append(element("dt", { textContent: name, title: `${name}: ${meaning}` }),
         element("dd", { textContent: typeof value === "number" ? format(value) : value }));
     }
     const body = element("div", { className: "facts" }, list);
-    this.details.replaceChildren(head, tools, body);
+    this.details.replaceChildren(head, place, tools, body);
     if (this.images) {
       const image = element("img", { alt: `Cutout of ${key}`, src: imageAddress(number, this.model.about.session) });
       image.onerror = () => image.remove();

@@ -11,7 +11,8 @@ in vec2 point;
 in float colour;
 in float state;
 uniform vec2 scale, offset;
-uniform float size, alpha, rest;
+uniform float size, alpha;
+uniform vec4 veil; // colour of the background, and how much of it lies over points that are not chosen
 uniform sampler2D colours;
 out vec4 shade;
 void main() {
@@ -21,8 +22,8 @@ void main() {
   bool chosen = state > 1.5;
   if (state > .5 && !chosen) return;
   gl_Position = vec4(point * scale + offset, 0, 1);
-  shade = vec4(texelFetch(colours, ivec2(int(colour + .5), 0), 0).rgb, 1) * (chosen ? max(alpha, .85) : alpha * rest);
-  if (chosen) gl_PointSize = max(size * 1.25, 3.);
+  vec3 own = texelFetch(colours, ivec2(int(colour + .5), 0), 0).rgb;
+  shade = vec4(chosen ? own : mix(own, veil.rgb, veil.a), 1) * alpha;
 }`;
 
 const FRAGMENT = `#version 300 es
@@ -36,9 +37,12 @@ void main() {
   pixel = shade * edge;
 }`;
 
-const RATE_MS = 40; // a frame of a map that moves should take no longer
+const RATE_MS = 33; // a frame of a map that moves should take no longer
+const PIECES = 12; // in which a map that rests is drawn, at most
+const VEIL = 0.78;
 const MOVES_MS = 160; // after the last movement a map rests
-const LEAST = 50_000; // points that are always drawn
+const LEAST = 30_000; // points that are always drawn
+const FEW = 3000; // selected points that are drawn larger
 const FILL = 0.4; // share of its square that a map covers, about
 
 export class Points {
@@ -52,7 +56,8 @@ export class Points {
     this.colours = createTexture(gl, { src: new Uint8Array(1024), width: 256, height: 1, min: gl.NEAREST, mag: gl.NEAREST });
     this.count = 0;
     this.chosen = 0; // points that are selected
-    this.budget = 400_000;
+    this.budget = 400_000; // points of a frame while the map moves
+    this.paper = [0, 0, 0];
     this.view = { scale: [1, 1], offset: [0, 0], zoom: 1 };
     this.moved = 0;
     this.done = 0; // points in the second buffer
@@ -73,8 +78,10 @@ export class Points {
     this.invalidate();
   }
 
-  setColours(codes, table) {
-    if (codes) setAttribInfoBufferFromArray(this.gl, this.buffers.attribs.colour, codes);
+  /** `codes`: places in the palette by point; `table`: its [256 * 4] bytes; `paper`: red, green, blue of the background. */
+  setColours(codes, table, paper) {
+    this.paper = paper.map((value) => value / 255);
+    setAttribInfoBufferFromArray(this.gl, this.buffers.attribs.colour, codes);
     setTextureFromArray(this.gl, this.colours, table, { width: 256, height: 1 });
     this.invalidate();
   }
@@ -134,7 +141,7 @@ export class Points {
     gl.bindFramebuffer(gl.FRAMEBUFFER, this.second.framebuffer);
     if (!this.done) this.#begin();
     else gl.viewport(0, 0, this.canvas.width, this.canvas.height);
-    const end = Math.min(this.count, this.done + this.budget);
+    const end = Math.min(this.count, this.done + Math.max(this.budget, Math.ceil(this.count / PIECES)));
     this.#points(this.done, end, this.count);
     this.done = end;
     if (end < this.count) {
@@ -151,10 +158,8 @@ export class Points {
 
   /** More points where frames come quickly, fewer where they do not. */
   #adapt(took) {
-    if (took > 1.5 * RATE_MS) this.budget *= 0.7;
-    else if (took > RATE_MS) this.budget *= 0.9;
-    else if (took < 0.6 * RATE_MS) this.budget *= 1.15;
-    this.budget = Math.round(Math.min(Math.max(this.budget, LEAST), Math.max(this.count, LEAST)));
+    const wanted = this.budget * Math.min(Math.max(RATE_MS / took, 0.3), 1.15);
+    this.budget = Math.round(Math.min(Math.max(wanted, LEAST), Math.max(this.count, LEAST)));
   }
 
   #begin() {
@@ -173,27 +178,32 @@ export class Points {
     return { size: Math.min(size, 16 * this.ratio), alpha: Math.min(0.9, Math.max(0.05, 1.4 / covered)) };
   }
 
-  #use(of) {
+  #use({ size, alpha }) {
     const gl = this.gl;
     gl.useProgram(this.program.program);
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
     const { scale, offset } = this.view;
-    setUniforms(this.program, { scale, offset, ...this.#look(of), rest: this.dimmed ? 0.18 : 1, colours: this.colours });
+    const veil = [...this.paper, this.dimmed ? VEIL : 0];
+    setUniforms(this.program, { scale, offset, size, alpha, veil, colours: this.colours });
     gl.bindVertexArray(this.array.vertexArrayObject);
   }
 
   #points(start, end, of) {
-    this.#use(of);
+    this.#use(this.#look(of));
     drawBufferInfo(this.gl, this.array, this.gl.POINTS, end - start, start);
   }
 
+  /** What is selected, again and above the rest: few of them large and opaque, many like the others. */
   #top(of, most) {
-    if (!this.chosen) return;
-    this.#use(of);
+    const drawn = Math.min(this.chosen, most);
+    if (!drawn) return;
+    const { size, alpha } = this.#look(of);
+    const few = drawn < FEW;
+    this.#use({ size: few ? Math.max(1.25 * size, 3 * this.ratio) : size, alpha: few ? 0.9 : Math.max(alpha, this.#look(drawn).alpha) });
     const gl = this.gl;
     gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, this.indices);
-    gl.drawElements(gl.POINTS, Math.min(this.chosen, most), gl.UNSIGNED_INT, 0);
+    gl.drawElements(gl.POINTS, drawn, gl.UNSIGNED_INT, 0);
     gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, null);
   }
 }
