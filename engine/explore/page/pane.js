@@ -148,7 +148,7 @@ export class Pane {
 
   /** What was in a file, above its answers. */
   showFile(name, { picture, spectrum }) {
-    const parts = [element("h2", { textContent: name, title: name })];
+    const parts = [element("h2", { textContent: name, title: name }), element("p", { className: "quiet", textContent: "from a file" })];
     if (picture) parts.push(element("div", { className: "facts" }, element("img", { alt: `Picture of ${name}`, src: picture })));
     if (spectrum) parts.push(drawSpectrum(spectrum, {}, null));
     this.details.replaceChildren(...parts);

@@ -60,6 +60,7 @@ export class Points {
     this.paper = [0, 0, 0];
     this.view = { scale: [1, 1], offset: [0, 0], zoom: 1 };
     this.moved = 0;
+    this.moves = false; // since the last frame
     this.done = 0; // points in the second buffer
     this.frame = 0;
     this.last = 0;
@@ -102,7 +103,10 @@ export class Points {
   /** `scale`, `offset`: from places in the map, 0 to 1, to the canvas, -1 to 1; `moving`: another one follows soon. */
   setView(view, moving) {
     this.view = view;
-    if (moving) this.moved = performance.now();
+    if (moving) {
+      this.moved = performance.now();
+      this.moves = true;
+    }
     this.invalidate();
   }
 
@@ -125,7 +129,9 @@ export class Points {
     this.frame = 0;
     if (!this.count || !this.second) return;
     const gl = this.gl;
-    const moving = performance.now() - this.moved < MOVES_MS;
+    // A frame may take longer than that: what has moved since the last one moves, whenever that was.
+    const moving = this.moves || performance.now() - this.moved < MOVES_MS;
+    this.moves = false;
     if (moving) {
       if (this.last) this.#adapt(now - this.last);
       this.last = now;
@@ -200,7 +206,7 @@ export class Points {
     if (!drawn) return;
     const { size, alpha } = this.#look(of);
     const few = drawn < FEW;
-    this.#use({ size: few ? Math.max(1.25 * size, 3 * this.ratio) : size, alpha: few ? 0.9 : Math.max(alpha, this.#look(drawn).alpha) });
+    this.#use({ size: few ? Math.max(1.25 * size, 3 * this.ratio) : size, alpha: few ? 0.9 : Math.min(0.9, 3 * alpha) });
     const gl = this.gl;
     gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, this.indices);
     gl.drawElements(gl.POINTS, drawn, gl.UNSIGNED_INT, 0);
