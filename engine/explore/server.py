@@ -6,6 +6,7 @@ it asks for a token, which the address that is printed carries and a cookie keep
 
 from __future__ import annotations
 
+import errno
 import hmac
 import ipaddress
 import secrets
@@ -56,11 +57,7 @@ class Server(ThreadingHTTPServer):
             self.server_bind()
         except (OSError, OverflowError) as error:
             self.server_close()
-            if isinstance(error, OSError) and error.errno == 98:
-                raise ValueError(
-                    f"port: {port} is taken on {host}; choose another with --port, or 0 for any"
-                ) from error
-            raise ValueError(f"host, port: cannot listen at {host}, port {port}: {error}") from error
+            raise _refusal(host, port, error) from error
         self.local = is_loopback(host)
         self.token = "" if self.local else secrets.token_urlsafe(18)
         self.cookie = f"armillary-{self.server_address[1]}"
@@ -84,7 +81,10 @@ class Server(ThreadingHTTPServer):
     def listen(self, pages: Pages) -> None:
         """Take connections, which `serve` answers."""
         self.pages = pages
-        self.server_activate()
+        try:
+            self.server_activate()
+        except OSError as error:  # another one, too, had the port bound already
+            raise _refusal(self.server_name, self.server_port, error) from error
 
     def serve(self) -> None:
         """Answer requests until `shutdown`, or an interrupt from the keyboard."""
@@ -186,6 +186,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(reply.body)
+
+
+def _refusal(host: str, port: int, error: Exception) -> ValueError:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return ValueError(f"port: {port} is taken on {host}; choose another with --port, or 0 for any")
+    return ValueError(f"host, port: cannot listen at {host}, port {port}: {error}")
 
 
 def _problem(status: int, sentence: str) -> Reply:

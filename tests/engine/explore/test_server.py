@@ -96,6 +96,15 @@ def test_a_taken_port():
             Server(host, number)
 
 
+def test_two_that_start_at_the_same_time(pages):
+    first = Server("127.0.0.1", 0)
+    second = Server("127.0.0.1", first.server_port)  # both are bound, and neither listens
+    first.listen(pages)
+    with pytest.raises(ValueError, match=f"port: {first.server_port} is taken"):
+        second.listen(pages)
+    first.server_close(), second.server_close()
+
+
 def test_uploads_that_are_refused_before_they_are_read(serving):
     server = serving()
     large = problem(ask(server, "/api/similar", "POST", Content_Length=str(LARGEST_UPLOAD + 1)), 413)

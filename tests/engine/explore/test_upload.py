@@ -5,15 +5,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from astropy.io import fits
 from PIL import Image
 from toy_colours import open_everywhere
 
 from armillary.engine.config.provenance import survey_fingerprint
+from armillary.engine.data.building.build import build
 from armillary.engine.data.format.embedding_files import EmbeddingFiles
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.inspect.colour import galaxy_picture
 from armillary.engine.data.inspect.export import unpack
+from armillary.engine.data.sources.kinds import open_source
 from armillary.engine.data.sources.packed import PackedSurvey
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.explore.api import Pages, Refused
@@ -24,29 +27,31 @@ from armillary.engine.weights.tensors import state_digest
 
 
 @pytest.fixture
-def coloured(survey_dir, tmp_path, monkeypatch):
-    """A page whose embeddings are of images, by a run that is at hand."""
-    import torch
+def page_of(tmp_path, monkeypatch):
+    """Make a page whose embeddings are of a survey's images, by a run that is at hand."""
 
-    encoder = open_everywhere(monkeypatch, survey_dir)
-    source = PackedSurvey(survey_dir)
-    samples = [s for s in (source.read(i) for i in range(len(source))) if s.image is not None]
-    vectors = encoder.encode({"crop": torch.from_numpy(np.stack([s.image for s in samples]))})["image"]
-    survey = Survey.load(survey_dir)
-    about = {
-        "survey": "fifty",
-        "fingerprint": survey_fingerprint(survey),
-        "encoder": state_digest(encoder.state_dict()),
-    }
-    keys = np.array([s.key for s in samples], object)
-    path = tmp_path / "images.parquet"
-    splits = np.array([s.split for s in samples], object)
-    Embeddings(keys, splits, vectors.detach().numpy(), about | {"readout": "image"}).save(path)
-    files = EmbeddingFiles.open(path)
-    objects = Objects(survey, files, open_map(files, "pca"), find_labels(survey))
-    similar = Similar(files, objects.keys, None, tmp_path / "run", torch.device("cpu"))
-    similar.wait()
-    return Pages(objects, similar, {}, None)
+    def make(survey_dir):
+        encoder = open_everywhere(monkeypatch, survey_dir)
+        source = PackedSurvey(survey_dir)
+        samples = [s for s in (source.read(i) for i in range(len(source))) if s.image is not None]
+        vectors = encoder.encode({"crop": torch.from_numpy(np.stack([s.image for s in samples]))})["image"]
+        survey = Survey.load(survey_dir)
+        about = {"survey": survey.name, "fingerprint": survey_fingerprint(survey), "readout": "image"}
+        about["encoder"] = state_digest(encoder.state_dict())
+        keys, splits = (np.array([getattr(s, n) for s in samples], object) for n in ("key", "split"))
+        Embeddings(keys, splits, vectors.detach().numpy(), about).save(tmp_path / "images.parquet")
+        files = EmbeddingFiles.open(tmp_path / "images.parquet")
+        objects = Objects(survey, files, open_map(files, "pca"), find_labels(survey))
+        similar = Similar(files, objects.keys, None, tmp_path / "run", torch.device("cpu"))
+        similar.wait()
+        return Pages(objects, similar, {}, None)
+
+    return make
+
+
+@pytest.fixture
+def coloured(page_of, survey_dir):
+    return page_of(survey_dir)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,23 @@ def test_a_dropped_cutout_finds_its_galaxy(coloured, cutouts):
     (first, cosine), *_ = found["answers"]
     assert coloured.objects.key(first) == "g-011" and cosine == pytest.approx(1, abs=1e-3)
     assert found["picture"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_dropped_picture_finds_its_galaxy(page_of, tmp_path, suffix):
+    rng = np.random.default_rng(3)
+    (tmp_path / "pictures").mkdir()
+    for number in range(8):
+        picture = np.broadcast_to(rng.integers(40, 220, 3), (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"p{number}.{suffix}", quality=95)
+    survey = tmp_path / "survey"
+    build(open_source(tmp_path / "pictures", "images"), survey, name="pictures", progress=False, test_fraction=0.5)
+    pages = page_of(survey)
+    content = (tmp_path / "pictures" / f"p5.{suffix}").read_bytes()
+    found = json.loads(pages.answer("POST", "/api/similar?k=1", content, f"dropped.{suffix}").body)
+    ((number, cosine),) = found["answers"]
+    assert pages.objects.key(number) == "p5" and cosine == pytest.approx(1, abs=1e-3)
+    assert found["picture"].startswith("data:image/png;base64,") and "spectrum" not in found
 
 
 def broken():
