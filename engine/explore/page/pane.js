@@ -5,7 +5,6 @@ import { format } from "./histograms.js";
 import { drawSpectrum } from "./spectrum.js";
 
 const PAGE = 48; // cutouts that are shown at a time
-const MODALITIES = { image: "images", spectrum: "spectra" };
 
 const element = (tag, properties = {}, ...children) => {
   const made = Object.assign(document.createElement(tag), properties);
@@ -21,6 +20,8 @@ export class Pane {
     Object.assign(this, { model, details, title, grid, more, similar, failed });
     this.most = PAGE;
     this.images = model.about.modalities.includes("image");
+    this.spectra = model.about.modalities.includes("spectrum");
+    grid.classList.toggle("plain", !this.images && !this.spectra);
     model.addEventListener("selection", () => this.restart());
     model.addEventListener("filters", () => this.restart());
     model.addEventListener("current", () => this.open());
@@ -66,6 +67,8 @@ export class Pane {
       const image = element("img", { loading: "lazy", alt: "", src: imageAddress(number, this.model.about.session) });
       image.onerror = () => image.replaceWith(element("em", { textContent: "no image" }));
       tile.prepend(image);
+    } else if (this.spectra) {
+      json(`api/spectra/${number}`).then((curve) => tile.prepend(drawSpectrum(curve, {}, null)), () => {}); // it has none
     }
     return tile;
   }
@@ -134,12 +137,12 @@ export class Pane {
       image.onerror = () => image.remove();
       body.prepend(image);
     }
-    if (this.model.about.modalities.includes("spectrum")) this.#spectrum(number, labels.redshift ?? null);
+    if (this.spectra) this.#spectrum(number, labels.redshift ?? null);
   }
 
   async #spectrum(number, redshift) {
     try {
-      const curve = await json(`api/${MODALITIES.spectrum}/${number}`);
+      const curve = await json(`api/spectra/${number}`);
       if (number === this.model.current) this.details.append(drawSpectrum(curve, this.model.about.lines, redshift));
     } catch (error) {
       if (error.status !== 404) this.failed(error); // 404: it has none

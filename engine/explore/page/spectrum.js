@@ -12,7 +12,7 @@ const shape = (tag, attributes, text) => {
 
 /** `curve` { wavelength, flux, unit } in angstrom; `lines` wavelengths at rest by name; `redshift` or null. */
 export function drawSpectrum({ wavelength, flux, unit }, lines, redshift) {
-  const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "spectrum", role: "img" });
+  const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", class: "spectrum", role: "img" });
   const [first, last] = [wavelength[0], wavelength.at(-1)];
   svg.setAttribute("aria-label", wavelength.length ? `Spectrum from ${first.toFixed(0)} to ${last.toFixed(0)} angstrom` : "No data");
   if (wavelength.length < 2) return svg;
