@@ -5,6 +5,7 @@
     armillary evaluate ...                         embed and judge, with a report
     armillary report ...                           the report from embeddings that exist
     armillary search ...                           objects whose embeddings are like that of one
+    armillary explore ...                          a page with the map of embeddings: lasso, filters, cutouts, search
     armillary query ...                            quantities of galaxies, given others
     armillary export ...                           encoder or whole state out of a run
     armillary version                              also --version
@@ -62,6 +63,7 @@ COMMANDS = {
     "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
     "runs": ("armillary.engine.evaluate.runs_cli", "runs", "runs of a folder as a table; how two differ"),
     "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
+    "explore": ("armillary.engine.explore.cli", "explore", "look around in embeddings: map, cutouts, spectra, search"),
     "query": ("armillary.engine.query.cli", "query", "quantities of galaxies, given others, from a run"),
     "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
     "completion": ("armillary.engine.completion", "completion", "commands and options for the shell's tab key"),

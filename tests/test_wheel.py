@@ -93,6 +93,8 @@ def test_the_wheel_holds_every_module(wheel):
     folders = ("engine", "kernels", "models", "recipes")
     wanted = {path.relative_to(ROOT).as_posix() for name in folders for path in (ROOT / name).rglob("*.py")}
     assert wanted - held == set() and len(wanted) > 200
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "engine" / "explore" / "page").glob("**/*.*")}
+    assert {name for name in page if "node_modules" not in name} - held == set() and len(page) > 10
     assert any(name.startswith("_C.") and name.endswith(".so") for name in held) and "py.typed" in held
 
 

@@ -18,7 +18,7 @@ from armillary.engine.data.inspect.colour import galaxy_picture
 from armillary.engine.evaluate.embedding.cutouts import having, read_cutouts, read_spectra
 from armillary.engine.evaluate.page import html, pictures
 
-__all__ = ["Tile", "draw_objects", "spectrum_tile", "tile_row"]
+__all__ = ["Tile", "binned_spectrum", "draw_objects", "spectrum_tile", "tile_row"]
 
 SIDE = 120  # of a spectrum's tile
 SHADE, LINE, AXIS = "#0d1420", "#8fc1f2", "#5b6880"  # tiles lie on black in either theme
@@ -64,24 +64,38 @@ def draw_objects(folder: Path, survey: Survey, modality: str, rows: Sequence[int
     return drawn
 
 
-def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> Markup:
-    """A spectrum as a small square SVG: means of the flux in bins, weighted by inverse variance.
+def binned_spectrum(wave: np.ndarray, spectrum: Spectrum, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of a spectrum's flux in bins of equal width, weighted by inverse variance.
 
-    The curve fills the height from the 1% to the 99.5% quantile of the bins; the line is zero flux.
+    Args:
+        wave: [L] angstrom.
+        spectrum: The spectrum.
+        bins: Bins, at most; there are no more than pixels.
+
+    Returns:
+        Middle in angstrom and mean flux of those bins that have data.
     """
-    bins = min(BINS, len(wave))
+    bins = min(bins, len(wave))
     edges = np.linspace(wave[0], wave[-1], bins + 1)
     place = np.clip(np.searchsorted(edges, wave, side="right") - 1, 0, bins - 1)
     weight = np.bincount(place, spectrum.ivar.astype(np.float64), bins)
     total = np.bincount(place, spectrum.ivar.astype(np.float64) * np.nan_to_num(spectrum.flux), bins)
     seen = np.flatnonzero(weight > 0)
+    return (edges[seen] + edges[seen + 1]) / 2, total[seen] / weight[seen]
+
+
+def spectrum_tile(wave: np.ndarray, spectrum: Spectrum) -> Markup:
+    """A spectrum as a small square SVG: means of the flux in bins, weighted by inverse variance.
+
+    The curve fills the height from the 1% to the 99.5% quantile of the bins; the line is zero flux.
+    """
+    at, value = binned_spectrum(wave, spectrum, BINS)
     body = ""
-    if len(seen):
-        value = total[seen] / weight[seen]
+    if len(value):
         low, high = min(0.0, float(np.quantile(value, 0.01))), float(np.quantile(value, 0.995))
         span = max(high - low, 1e-30)
         y = SIDE * (0.72 - 0.62 * np.clip((value - low) / span, -0.1, 1.1))
-        x = SIDE * (seen + 0.5) / bins
+        x = SIDE * (at - wave[0]) / (wave[-1] - wave[0])
         zero = SIDE * (0.72 + 0.62 * low / span)
         body += f'<path d="M0 {zero:.1f}H{SIDE}" stroke="{AXIS}" stroke-width=".6"/>'
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
