@@ -111,7 +111,9 @@ def summary(path: Path) -> list[str]:
         if way != "scratch" and (shared := sorted(by_seed.keys() & scores["scratch", count].keys()))[1:]:
             gaps = np.array([by_seed[seed] - scores["scratch", count][seed] for seed in shared])
             half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps))
-            verdict = "better than scratch" if gaps.mean() > half else "worse than scratch" if gaps.mean() < -half else ""
+            verdict = (
+                "better than scratch" if gaps.mean() > half else "worse than scratch" if gaps.mean() < -half else ""
+            )
             text += f"; minus scratch {gaps.mean():+.3f} ± {half:.3f}: {verdict or 'no difference found'}"
         said.append(text)
     return said
@@ -128,7 +130,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--labels", type=int, nargs="+", default=[50, 200, 1000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, nargs="+", default=[150, 450])
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 400])
     args = parser.parse_args(None if arguments is None else list(arguments))
     if args.summary:
         print(*summary(args.csv), sep="\n")
