@@ -16,6 +16,7 @@ from torch import Tensor
 from armillary.engine.data.format.survey import Survey, WaveGrid
 from armillary.engine.weights.trained_encoder import TrainedEncoder, copy_weights, encoder_tensors
 from armillary.models.method import Method
+from armillary.models.vit.low_rank import is_adapter
 from armillary.models.vit.state_names import HEADS, bare_name, from_public
 
 __all__ = ["init_encoder", "init_method", "input_mismatch"]
@@ -106,7 +107,8 @@ def init_encoder(method: Method, modality: str, source: TrainedEncoder, views: A
             problem = _node_mismatch(source, method, views, survey)
         if problem:
             raise ValueError(f"{source.path}: {problem}")
-    copy_weights(method, stored, source.path, prefix)
+    own = {k: v for k, v in encoder_tensors(method).items() if k.startswith(prefix) and is_adapter(k)}
+    copy_weights(method, stored | own, source.path, prefix)
 
 
 def input_mismatch(trained: Survey, survey: Survey, modalities: Sequence[str]) -> str:
@@ -178,7 +180,9 @@ def _renamed(stored: dict[str, Tensor], modality: str, method: Method, path: Pat
     prefix = method.encoders()[modality]
     if modality == "image":
         shapes = {
-            k.removeprefix(prefix): tuple(v.shape) for k, v in method.state_dict().items() if k.startswith(prefix)
+            k.removeprefix(prefix): tuple(v.shape)
+            for k, v in method.state_dict().items()
+            if k.startswith(prefix) and not is_adapter(k)
         }
         try:
             stored = from_public(stored, shapes)

@@ -18,6 +18,7 @@ from armillary.kernels.launch import Impl, untraced
 from armillary.kernels.mlp.linear_gelu import Approximate, gelu_linear, linear_gelu
 from armillary.kernels.tokens.attention import PackedSequences, attention
 from armillary.kernels.tokens.packed_attention import self_attention
+from armillary.models.vit.low_rank import AdaptableLinear
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
 from armillary.models.vit.stochastic_depth import Runs, Subset, branch_scale
 
@@ -72,7 +73,7 @@ def select_tokens(runs: Runs, select: Tensor, skip: int) -> TokenSelection:
     return TokenSelection(tokens, order, samples, PackedSequences.from_lengths(per_crop + 1, length))
 
 
-class _GainLinear(nn.Linear):
+class _GainLinear(AdaptableLinear):
     """A linear layer whose outputs are multiplied by a LayerScale gain.
 
     The gain multiplies the weight's rows instead of the outputs: a pass over the weight replaces one over all tokens,
@@ -80,7 +81,7 @@ class _GainLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, gain[:, None] * self.weight, gain * self.bias)
+        return F.linear(x, gain[:, None] * self.adapted(), gain * self.bias)
 
 
 class _LayerScale(nn.Module):
@@ -93,16 +94,16 @@ class _LayerScale(nn.Module):
         return self.gamma.clone()
 
 
-class _QKV(nn.Linear):
+class _QKV(AdaptableLinear):
     def forward(  # type: ignore[override]
         self, x: Tensor, tokens: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Queries, keys and values side by side [P, 3 D]; with `tokens` [Q] each alone [., D], queries of those rows only."""
-        d = self.in_features
+        d, weight = self.in_features, self.adapted()
         if tokens is None:
-            return (super().forward(x),)
-        k, v = F.linear(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
-        return F.linear(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
+            return (F.linear(x, weight, self.bias),)
+        k, v = F.linear(x, weight[d:], self.bias[d:]).split(d, dim=1)
+        return F.linear(x.index_select(0, tokens), weight[:d], self.bias[:d]), k, v
 
 
 class _Attention(nn.Module):
@@ -125,23 +126,23 @@ class _Attention(nn.Module):
         return self.proj(y.flatten(1), gain)
 
 
-class LinearGelu(nn.Linear):
+class LinearGelu(AdaptableLinear):
     """The first linear layer of an MLP with its GELU."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, approximate: Approximate, impl: Impl
     ) -> tuple[Tensor | None, Tensor]:
         """z and a of `armillary.kernels.mlp.linear_gelu`, for `gelu_linear`."""
-        return linear_gelu(x, self.weight, self.bias, approximate=approximate, impl=impl)
+        return linear_gelu(x, self.adapted(), self.bias, approximate=approximate, impl=impl)
 
 
-class _GeluLinear(nn.Linear):
+class _GeluLinear(AdaptableLinear):
     """As `_GainLinear`, of what `LinearGelu` returns."""
 
     def forward(  # type: ignore[override]
         self, z: Tensor | None, a: Tensor, gain: Tensor, approximate: Approximate, impl: Impl
     ) -> Tensor:
-        return gelu_linear(z, a, gain[:, None] * self.weight, gain * self.bias, approximate=approximate, impl=impl)
+        return gelu_linear(z, a, gain[:, None] * self.adapted(), gain * self.bias, approximate=approximate, impl=impl)
 
 
 class _MLP(nn.Module):
