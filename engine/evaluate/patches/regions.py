@@ -93,12 +93,23 @@ class Regions:
         unit = self.tokens / np.maximum(np.linalg.norm(self.tokens, axis=-1, keepdims=True), 1e-12)
         return unit @ unit[image, row, column]
 
-    def colours(self) -> np.ndarray:
+    @property
+    def within(self) -> float:
+        """Share of the tokens' variance that is within images, not between their means."""
+        tokens = self.tokens.astype(np.float64)
+        inside = ((tokens - tokens.mean((1, 2), keepdims=True)) ** 2).sum()
+        return float(inside / max(((tokens - tokens.mean((0, 1, 2))) ** 2).sum(), 1e-30))
+
+    def colours(self, within: bool = False) -> np.ndarray:
         """First three principal components of all tokens as red, green and blue, [B, h, w, 3] uint8.
 
         Each from its 2 % to its 98 % quantile; its sign makes its largest loading positive.
+
+        Args:
+            within: Take each image's mean token off before: colours tell parts of a galaxy apart, not galaxies.
         """
-        flat = self.tokens.reshape(-1, self.tokens.shape[-1])
+        tokens = self.tokens - self.tokens.mean((1, 2), keepdims=True) if within else self.tokens
+        flat = tokens.reshape(-1, tokens.shape[-1])
         centred = flat - flat.mean(0)
         axes = np.linalg.svd(centred, full_matrices=False)[2][:3]
         axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1, keepdims=True), 1))

@@ -14,7 +14,7 @@ from armillary.engine.evaluate.page import html
 from armillary.engine.evaluate.page.pictures import channels_rgb, data_uri
 from armillary.engine.evaluate.patches.regions import Regions
 from armillary.engine.evaluate.study.options import Options
-from armillary.engine.evaluate.study.study import Outcome, Study
+from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 
 __all__ = ["patches"]
 
@@ -46,8 +46,14 @@ def patches(study: Study, options: Options, encoders: Sequence[Encoder]) -> Outc
         rows = rows[np.argsort(value)][: max(int(np.isfinite(value).sum()), 1)]
     rows = rows[np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)]
     regions = Regions.of(encoder, study.folder, rows)
-    sections = (_parts(regions, encoder.run.name, split), _likeness(regions))
-    return Outcome("patches", (), (), sections)
+    name, within = encoder.run.name, regions.within
+    measure = Measure("patches", name, "", "", "variance within images", within, samples=len(rows))
+    told = (
+        f"patch tokens of {len(rows)} galaxies: {within:.0%} of their variance is within galaxies, the rest between them"
+        if len(rows) > 1
+        else "one galaxy's patches are drawn",
+    )
+    return Outcome("patches", (measure,), told, (_parts(regions, name, split), _likeness(regions)))
 
 
 def _parts(regions: Regions, name: str, split: str) -> Markup:
@@ -57,6 +63,7 @@ def _parts(regions: Regions, name: str, split: str) -> Markup:
     lines = [
         ("what it sees", [channels_rgb(crop) for crop in regions.crop]),
         ("components", [_upright(c) for c in regions.colours()]),
+        ("within", [_upright(c) for c in regions.colours(within=True)]),
         (
             "attention",
             [_painted(a) for a in regions.attention.mean(1) / regions.attention.mean(1).max((1, 2), keepdims=True)],
@@ -67,7 +74,8 @@ def _parts(regions: Regions, name: str, split: str) -> Markup:
     return html.section(
         "Parts of galaxies",
         f"How {name} sees {h} x {w} patches of galaxies of the {split} split, one in each column. The first three principal "
-        "components of all these patch tokens are red, green and blue: like colours are like tokens. Below is the attention of "
+        "components of all these patch tokens are red, green and blue: like colours are like tokens; below them the same after each "
+        "galaxy's mean token is taken off, so that its parts are told apart. Then the attention of "
         f"the class token in the last block, the mean over its {heads} heads and some heads alone, each map from 0 to its largest "
         "weight.",
         html.sky(*(_row(title, pictures) for title, pictures in lines)),
@@ -75,18 +83,17 @@ def _parts(regions: Regions, name: str, split: str) -> Markup:
 
 
 def _likeness(regions: Regions) -> Markup:
-    """The patch that is looked at most in the first galaxy, and what is like it in all of them."""
-    looked_at = regions.attention[0].mean(0)
-    row, column = np.unravel_index(looked_at.argmax(), looked_at.shape)
-    maps = regions.similarity(0, int(row), int(column))
+    """The central patch of the galaxy in the middle, and what is like it in all of them."""
+    count, height, width = regions.tokens.shape[:3]
+    query, row, column = count // 2, height // 2, width // 2
+    maps = regions.similarity(query, row, column)
     shown = [_painted(np.clip(m, 0, 1)) for m in maps]
-    height = len(looked_at)
-    shown[0][height - 1 - row, column] = (0, 255, 255)
+    shown[query][height - 1 - row, column] = (0, 255, 255)
     crops = [channels_rgb(crop) for crop in regions.crop]
     return html.section(
         "Likeness of regions",
-        "Cosine similarity of one patch, cyan in the first galaxy (the one that the class token attends to most), to all patches "
-        "of that galaxy and of the others, from 0 (dark) to 1.",
+        "Cosine similarity of one patch, the cyan one in the middle of its galaxy, to all patches of that galaxy and of the others, "
+        "from 0 (dark) to 1.",
         html.sky(_row("", crops), _row("", shown)),
     )
 

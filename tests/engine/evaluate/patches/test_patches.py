@@ -102,6 +102,12 @@ def test_colours_tell_tokens_apart():
     colours = Regions(np.zeros((2, 3, 16, 16)), tokens, np.ones((2, 1, 4, 4))).colours()
     assert colours.shape == (2, 4, 4, 3) and colours.dtype == np.uint8
     assert (colours[:, 1:3, 1:3, 0] > 250).all() and (colours[:, 0, :, 0] < 5).all()
+    tokens[0] += np.array([0, 9, 0, 0, 0, 0], np.float32)  # another kind of galaxy
+    apart = Regions(np.zeros((2, 3, 16, 16)), tokens, np.ones((2, 1, 4, 4)))
+    inside = 32 * (4 / 16) * (12 / 16) * 25  # patches, shares of centre and rim, squared step
+    assert apart.within == pytest.approx(inside / (inside + 32 * 4.5**2), rel=0.01)  # noise of .01
+    colours = apart.colours(within=True)
+    assert (colours[:, 1:3, 1:3, 0] > 250).all() and (colours[:, 0, :, 0] < 5).all()
     alike = Regions(np.zeros((1, 3, 8, 8)), np.ones((1, 2, 1, 2), np.float32), np.ones((1, 1, 2, 1))).colours()
     assert alike.shape == (1, 2, 1, 3)
 
@@ -113,7 +119,9 @@ def test_the_page_has_parts_and_likeness(survey_dir, encoder):
     outcome = patches(study, Options(), [encoder])
     text = "".join(outcome.sections)
     assert "Parts of galaxies" in text and "Likeness of regions" in text and "sees &lt;all&gt;" in text
-    assert text.count("data:image/png") == 8 * (3 + 3 + 2)
+    assert text.count("data:image/png") == 8 * (4 + 3 + 2)
+    (told,), (measure,) = outcome.lines, outcome.measures
+    assert 0 < measure.value < 1 and f"{measure.value:.0%} of their variance is within galaxies" in told
     task = TASKS["patches"]
     assert task.impossible(study.survey, [encoder.method], Options()) == ""
     assert "vision transformer" in task.impossible(study.survey, [Linear(2, 2)], Options())
