@@ -18,8 +18,12 @@ from armillary.engine.weights.trained_encoder import TrainedEncoder, copy_weight
 from armillary.models.method import Method
 from armillary.models.vit.low_rank import is_adapter
 from armillary.models.vit.state_names import HEADS, bare_name, from_public
+from armillary.models.vit.vit import VisionTransformer
 
 __all__ = ["init_encoder", "init_method", "input_mismatch"]
+
+CLASSIFIERS = ("head.", "fc.", "classifier.")
+"""How names of a classifier begin in files of timm; they are left out."""
 
 
 def init_method(method: Method, source: TrainedEncoder) -> list[str]:
@@ -184,6 +188,8 @@ def _renamed(stored: dict[str, Tensor], modality: str, method: Method, path: Pat
             for k, v in method.state_dict().items()
             if k.startswith(prefix) and not is_adapter(k)
         }
+        if not isinstance(method.get_submodule(prefix.rstrip(".")), VisionTransformer):
+            stored = {k: v for k, v in stored.items() if k in shapes or not k.startswith(CLASSIFIERS)}
         try:
             stored = from_public(stored, shapes)
         except ValueError as error:

@@ -1,9 +1,9 @@
-"""Fine-tuning: a vision transformer that was trained without labels learns labels.
+"""Fine-tuning: an image encoder that was trained without labels learns labels.
 
 The encoder starts from a run, an export or a published file (`image_from`), or from nothing, for comparison. With `trained =
 "head"` it stays as it is and a linear layer (or a perceptron) on its tokens is trained; with "lora" also what is added to its linear
 layers (`armillary.models.vit.low_rank`); with "whole" all of it, deep layers faster than shallow ones: the learning rate of block i
-of D is lr * layer_decay^(D - i). The head sees the class token and the mean of the patch tokens, one behind the other.
+of D is lr * layer_decay^(D - i). The head sees the class token and the mean of the patch tokens, one behind the other; of a network of timm, its pooled features.
 
 `mixup` mixes samples at places 2 k and 2 k + 1 of the epoch's order, share s of the one and 1 - s of the other, s from Beta(mixup,
 mixup); micro-batches of an even number hold both, so the mixtures are the same for any number of ranks.
@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from armillary.kernels.tokens.attention import Backend
 from armillary.models.method import Batch, BatchKey, InputSpec, Losses, Method, MethodConfig, ParameterGroup, Readout
 from armillary.models.rules import at_least, choices, refuse
 from armillary.models.supervised.label_losses import Gaussian, LabelLoss, Mix, Votes
+from armillary.models.supervised.timm_encoder import Timm, depths
 from armillary.models.vit.low_rank import adapt
 from armillary.models.vit.vit import VisionTransformer, ViT
 
@@ -44,7 +45,7 @@ class FineTune(MethodConfig):
     """Configuration.
 
     Attributes:
-        encoder: Shape of the encoder, that of its training.
+        encoder: Shape of the encoder, that of its training; or a network of timm.
         image_from: Where it starts from: a run's folder, a file of weights, hf://OWNER/REPO/FILE; None: untrained.
         trained: What is trained: the "head" alone, the head and low-rank additions ("lora"), or the "whole".
         labels: What is said of the labels, and the loss.
@@ -57,7 +58,7 @@ class FineTune(MethodConfig):
         impl: Implementation of the encoder's kernels, see `armillary.kernels.launch`.
     """
 
-    encoder: ViT = field(default_factory=lambda: ViT(drop_path=0.1))
+    encoder: ViT | Timm = field(default_factory=lambda: ViT(drop_path=0.1))
     image_from: Path | None = None
     trained: Literal["head", "lora", "whole"] = "whole"
     labels: LabelLoss = field(default_factory=Gaussian)
@@ -79,13 +80,17 @@ class FineTune(MethodConfig):
             found.append(f"lora_alpha: must be a finite number above 0, got {self.lora_alpha}")
         if self.trained != "whole" and self.image_from is None:
             found.append("image_from: must name a run or a file where the encoder's weights stay as they are, got None")
+        if self.trained == "lora" and isinstance(self.encoder, Timm):
+            found.append(
+                "trained: must be head or whole with a network of timm, whose layers have no additions, got lora"
+            )
         if self.mixup and isinstance(self.labels, Votes):
             found.append(f"mixup: must be 0 with votes, which are counts and cannot be mixed, got {self.mixup}")
         if not inputs.channels or inputs.n_global != 1:
             found.append(f"views.image: must give one crop an object, got {inputs.n_global if inputs.channels else 0}")
         elif inputs.channels != self.encoder.channels:
             found.append(f"encoder.channels: must be the views' {inputs.channels}, got {self.encoder.channels}")
-        elif inputs.global_size % self.encoder.patch_size:
+        elif isinstance(self.encoder, ViT) and inputs.global_size % self.encoder.patch_size:
             patch = self.encoder.patch_size
             found.append(f"views.image.global_size: must be a multiple of patch_size {patch}, got {inputs.global_size}")
         if not inputs.targets:
@@ -109,13 +114,20 @@ class FineTuneMethod(Method):
     def __init__(self, config: FineTune, inputs: InputSpec) -> None:
         super().__init__()
         self.config, self.inputs = config, inputs
-        self.encoder = VisionTransformer(config.encoder, config.attention, impl=config.impl)
-        width, outputs = 2 * config.encoder.dim, config.labels.outputs(inputs)
+        outputs = config.labels.outputs(inputs)
+        self.encoder: Any
+        self._depths: dict[str, int] = {}
+        if isinstance(config.encoder, Timm):
+            self.encoder = config.encoder.build()
+            self._depths, width = depths(self.encoder), self.encoder.num_features
+        else:
+            self.encoder = VisionTransformer(config.encoder, config.attention, impl=config.impl)
+            self.encoder.mask_token.requires_grad_(False)
+            width = 2 * config.encoder.dim
         last = nn.Linear(config.hidden or width, outputs)
         nn.init.zeros_(last.bias)
         nn.init.trunc_normal_(last.weight, std=0.01)
         self.head = nn.Sequential(nn.Linear(width, config.hidden), nn.GELU(), last) if config.hidden else last
-        self.encoder.mask_token.requires_grad_(False)
         if config.trained == "head":
             self.encoder.requires_grad_(False)
             self.train()
@@ -134,8 +146,11 @@ class FineTuneMethod(Method):
         if "crop" not in batch:
             raise ValueError("FineTune: reads images, but the batch has no `crop`")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trained != "head"):
-            tokens = self.encoder([batch["crop"]])
-            features = torch.cat([tokens.cls[0], tokens.patches[0].mean(1)], dim=1)
+            if isinstance(self.config.encoder, Timm):
+                features = self.encoder(batch["crop"].to(next(self.encoder.parameters()).dtype))
+            else:
+                tokens = self.encoder([batch["crop"]])
+                features = torch.cat([tokens.cls[0], tokens.patches[0].mean(1)], dim=1)
         return self.head(features).float(), features.float()
 
     def prepare(self, batch: Batch, key: BatchKey) -> Batch:
@@ -184,7 +199,11 @@ class FineTuneMethod(Method):
         return list(groups.values())
 
     def _lr_scale(self, name: str) -> float:
-        depth, decay = self.config.encoder.depth, self.config.layer_decay
+        decay = self.config.layer_decay
+        if isinstance(self.config.encoder, Timm):
+            deepest = max(self._depths.values())
+            return decay ** (deepest - self._depths.get(name.removeprefix("encoder."), deepest))
+        depth = self.config.encoder.depth
         if name.startswith("encoder.blocks."):
             return decay ** (depth - int(name.split(".")[2]))
         return 1.0 if name.startswith(("head.", "encoder.norm.")) else decay ** (depth + 1)
@@ -221,6 +240,9 @@ class FineTuneMethod(Method):
         """Matrix-product FLOPs of one training sample; a frozen encoder runs forward only."""
         config = self.config
         kept = 1.0 if config.trained == "head" else 1 - config.encoder.drop_path
-        encoder = config.encoder.flops(self.inputs.global_size, kept=kept)
+        if isinstance(config.encoder, Timm):
+            encoder = config.encoder.flops(self.encoder, self.inputs.global_size)
+        else:
+            encoder = config.encoder.flops(self.inputs.global_size, kept=kept)
         head = 2.0 * sum(p.numel() for p in self.head.parameters() if p.ndim > 1)
         return (1 if config.trained == "head" else 3) * encoder + 3 * head
