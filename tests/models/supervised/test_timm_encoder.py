@@ -89,8 +89,8 @@ def test_published_weights_come_without_their_classifier(timm, tmp_path):
 
 
 def test_what_timm_has_not_is_named(timm, tmp_path):
-    config = FineTune(encoder=Timm("smal", channels=2), image_from=tmp_path)
-    assert config.problems(INPUTS) == ["encoder.name: must be a network of timm (such as small), got 'smal'"]
+    config = FineTune(encoder=Timm("another", channels=2), image_from=tmp_path)
+    assert config.problems(INPUTS) == ["encoder.name: must be a network of timm (such as small), got 'another'"]
     lora = replace(config, encoder=Timm("small", channels=2), trained="lora")
     assert lora.problems(INPUTS) == [
         "trained: must be head or whole with a network of timm, whose layers have no additions, got lora"
