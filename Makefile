@@ -57,7 +57,7 @@ else
 endif
 	rm -rf $(DEMO)/training
 	$(call train,dinov2_vitl,$(if $(DATA),pictures,smoke),$(DEMO)) --name training
-	$(BIN)/armillary evaluate $(DEMO)/training --data $(DEMO)/survey --out $(DEMO) --tasks baselines collapse pictures
+	$(BIN)/armillary evaluate $(DEMO)/training --data $(DEMO)/survey --out $(DEMO) --tasks baselines collapse pictures patches
 
 # Recipe, preset, folder.
 train = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 \

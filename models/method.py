@@ -77,6 +77,8 @@ class Batch(TypedDict, total=False):
     )
     left_out: Tensor  # [B] bool: samples too near to another split to be trained on
 
+    mix_partner: Tensor  # [B] int64, place of the sample that is mixed into each one
+    mix_share: Tensor  # [B] float32, share of the sample itself in the mixture, 1 where nothing is mixed in
     mask: Tensor  # [G*B, T] bool: True where the student sees the mask token (iBOT)
     mask_index: Tensor  # [M] int64, ascending: masked patches as crop * T + patch; its length is known to the host
     token_mask: Tensor  # [B, N] bool: True where a token of the spectrum is hidden

@@ -8,12 +8,14 @@ Expected: Zoobot (Walmsley et al. 2022, arXiv:2102.08414) finds fine-tuned encod
 
     deepspeed recipes/finetune.py --method.image-from runs/dinov2_vitl       (redshift with its uncertainty)
     deepspeed recipes/finetune.py --preset head ...                            (the encoder stays as it is)
+    deepspeed recipes/finetune.py --preset lora ...                            (low-rank additions to its linear layers)
     deepspeed recipes/finetune.py --preset votes ...                           (Galaxy Zoo's votes: smooth, edge-on, spiral arms)
     deepspeed recipes/finetune.py --preset scratch                             (the same network from nothing)
 
 `image_from` takes a run, an export, a published file of DINOv2 or hf://OWNER/REPO/FILE; shape and stretch must be those of its training.
 Classes: `labels=Classes(names=("elliptical", "spiral"), weights=(1.0, 2.0))` in a recipe of one's own.
-The best checkpoint by held-out samples: `evals` and `checkpoint.keep_best` in a recipe of one's own, see docs/training.md.
+The best checkpoint by held-out samples, and an early end: `evals`, `checkpoint.keep_best` and `checkpoint.patience`, see
+docs/training.md.
 
 On a laptop's CPU, after `make demo`:
 
@@ -59,6 +61,13 @@ HEAD = replace(
     optim=replace(RECIPE.optim, lr=1e-3),
 )
 
+LORA = replace(
+    RECIPE,
+    name="finetune_lora",
+    method=replace(RECIPE.method, trained="lora", layer_decay=1.0),
+    optim=replace(RECIPE.optim, lr=1e-3),
+)
+
 VOTES = replace(
     RECIPE,
     name="finetune_votes",
@@ -94,4 +103,4 @@ SMOKE = replace(
 )
 
 if __name__ == "__main__":
-    main(RECIPE, head=HEAD, votes=VOTES, scratch=SCRATCH, smoke=SMOKE)
+    main(RECIPE, head=HEAD, lora=LORA, votes=VOTES, scratch=SCRATCH, smoke=SMOKE)

@@ -150,6 +150,7 @@ class Checkpointing:
         keep: Newest checkpoints that stay.
         keep_best: Name of one of the run's `evals`, such as "knn/redshift": the checkpoint with its highest score stays as well,
             and is written when that score is found.
+        patience: End the run where so many evaluations for `keep_best` in a row brought no higher score; None: never.
         verify: Before resuming, each rank compares the hash of its own file, not only the sizes of all.
     """
 
@@ -157,6 +158,7 @@ class Checkpointing:
     every_minutes: float | None = None
     keep: int = 2
     keep_best: str | None = None
+    patience: int | None = None
     verify: bool = True
 
 
@@ -167,11 +169,15 @@ class Telemetry:
     Attributes:
         every_steps: Steps between lines on the screen; the files get one entry a step regardless.
         tensorboard: Also write TensorBoard events.
+        tracker: Also write to one of these, whose package must be installed, see `engine.train.trackers`.
+        project: What the tracker files the run under.
         monitor_steps: Steps between the method's health measures (collapse); None: with every line, on a GPU every 100.
     """
 
     every_steps: int = 10
     tensorboard: bool = True
+    tracker: Literal["wandb", "mlflow", "trackio"] | None = None
+    project: str = "armillary"
     monitor_steps: int | None = None
 
 

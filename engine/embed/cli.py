@@ -9,6 +9,7 @@ srun armillary embed RUN --data SURVEY -o OUT
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ def embed(
         data: Folder of the survey; by default the one that the run was trained on.
         split: Splits to embed; all by default.
         untrained: Use the untrained twin: the same configuration, freshly initialised with the run's seed.
-        readout: Which of the method's embeddings; its default otherwise.
+        readout: Which of the method's embeddings; its default otherwise. "patches": tokens of an image's patches one behind the
+            other, of a vision transformer.
         batch: Samples at a time.
         precision: bf16 runs the encoder under autocast, on a GPU some ten times faster; embeddings differ by some 1e-2.
         device: Where to run; auto takes a GPU where there is one.
@@ -149,6 +151,7 @@ def _open(
     from armillary.engine.evaluate.baselines.judge import TRAINED, UNTRAINED
     from armillary.engine.evaluate.cli import choose_device
     from armillary.engine.evaluate.embedding.encoder import Encoder
+    from armillary.engine.evaluate.embedding.patches import PATCHES, image_encoder
     from armillary.engine.evaluate.embedding.published import PublishedEncoder
     from armillary.engine.weights.trained_encoder import TrainedEncoder
     from armillary.engine.zero.processes import gpu_of, share_cpus
@@ -186,6 +189,10 @@ def _open(
         torch.bfloat16 if precision == "bf16" else torch.float32,
     )
     found = embedder.probe(splits[0])
+    network = image_encoder(encoder.method)
+    if readout == PATCHES and network is not None and PATCHES in found:
+        side, dim = math.isqrt(found[PATCHES] // network.config.dim), network.config.dim
+        metadata["grid"] = f"{side} x {side} x {dim}"
     known = {*encoder.method.readouts(), *found}
     if readout is not None and readout not in known:
         raise ValueError(f"readout: {readout!r} is none of this encoder's embeddings, {sorted(known)}")

@@ -31,6 +31,7 @@ from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.kernels.pixels.stretch import Affine, AsinhMatrix, Lupton, StretchNumbers
 from armillary.models.astroclip.astroclip import AstroCLIPMethod
 from armillary.models.specformer.specformer import SpectrumTransformer
+from armillary.models.vit.low_rank import is_adapter
 from armillary.models.vit.transformers_names import to_transformers
 from armillary.models.vit.vit import VisionTransformer
 
@@ -166,7 +167,8 @@ def _astroclip(source: TrainedEncoder, method: AstroCLIPMethod) -> _Model:
 
 def _image_state(source: TrainedEncoder, encoder: VisionTransformer) -> dict[str, Tensor]:
     """An image encoder's tensors, with the position embedding of the crops that are embedded."""
-    return dict(encoder.state_dict()) | {"pos_embed": encoder.position(source.inputs.global_size)}
+    state = {name: tensor for name, tensor in encoder.state_dict().items() if not is_adapter(name)}
+    return state | {"pos_embed": encoder.position(source.inputs.global_size)}
 
 
 def _spectrum(survey: Survey, encoder: SpectrumTransformer) -> dict[str, Any]:

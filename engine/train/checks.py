@@ -18,6 +18,7 @@ from armillary.engine.plan.gpus import fp8_problems
 from armillary.engine.plan.memory import Sizes
 from armillary.engine.token_cache.identity import encoder_prefixes
 from armillary.engine.train.evals import eval_problems, readout_problems
+from armillary.engine.train.trackers import tracker_problems
 from armillary.engine.zero.optim import build_groups
 from armillary.kernels.launch import overrides
 from armillary.models.method import Method
@@ -40,7 +41,7 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
     if found:  # the rules below need the right types
         return found
     found += _overrides() + _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
-    found += [f"schedule.{p}" for p in run.schedule.problems()] + _token_cache(run)
+    found += tracker_problems(run) + [f"schedule.{p}" for p in run.schedule.problems()] + _token_cache(run)
     try:
         survey = Survey.load(run.data.path)
     except (FileNotFoundError, ValueError) as error:
@@ -129,6 +130,7 @@ def _numbers(run: Run, world: int) -> list[str]:
     above_zero("train.step_timeout_minutes", run.train.step_timeout_minutes)
     above_zero("checkpoint.every_minutes", run.checkpoint.every_minutes)
     at_least("checkpoint.keep", run.checkpoint.keep, 1)
+    at_least("checkpoint.patience", run.checkpoint.patience, 1)
     at_least("telemetry.every_steps", run.telemetry.every_steps, 1)
     at_least("telemetry.monitor_steps", run.telemetry.monitor_steps, 1)
     try:

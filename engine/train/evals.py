@@ -48,6 +48,11 @@ def eval_problems(run: Run, survey: Survey) -> list[str]:
         found.append(
             f"checkpoint.keep_best: must be one of the run's evals ({', '.join(names) or 'none'}), got {best!r}"
         )
+    if run.checkpoint.patience is not None and best is None:
+        found.append(
+            "checkpoint.patience: must go with checkpoint.keep_best, whose score it waits for, got "
+            f"{run.checkpoint.patience} alone"
+        )
     if not run.evals:
         return found
     if run.train.zero_stage == 3:

@@ -144,7 +144,7 @@ class Loop:
         train = self.run.train
         in_steps = min(train.step_timeout_minutes, train.timeout_minutes)
         batches, first = iter(self.loader), True
-        while self.progress.step < train.steps:
+        while self.progress.step < train.steps and not self._stopped_early():
             trace.before(self.progress.step)
             status = self.step(batches, watch)
             trace.after(self.progress.step)
@@ -217,6 +217,17 @@ class Loop:
         self.best = checkpoint.Best(name, score, self.progress.step)
         checkpoint.write_best(self.run.folder / "checkpoints", self.best)
         self.meter.say(f"step {self.progress.step} is the best so far by {name}; its checkpoint stays")
+        return True
+
+    def _stopped_early(self) -> bool:
+        """Whether the best score is so old that the run ends; the same before and after it was resumed."""
+        patience, name, step = self.run.checkpoint.patience, self.run.checkpoint.keep_best, self.progress.step
+        if patience is None or self.best is None:
+            return False
+        every = next(knn.every_steps for knn in self.run.evals if knn.name == name)
+        if step // every - self.best.step // every < patience:
+            return False
+        self.meter.say(f"ended early at step {step}: {patience} evaluations brought no better {name}")
         return True
 
     def _judge(self, status: StepStatus) -> None:

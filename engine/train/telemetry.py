@@ -1,4 +1,4 @@
-"""What a run says while it goes: progress bar or lines, metrics.jsonl, TensorBoard.
+"""What a run says while it goes: progress bar or lines, metrics.jsonl, trackers.
 
 metrics.jsonl gets one line a step. Its values stay on the device until a line is due on the screen (or a checkpoint),
 and are only then reduced over ranks, so that a step costs no synchronisation for the log's sake. Nothing here ends a run: lines
@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from torch import Tensor
 from armillary.engine.atomic_file import write_bytes
 from armillary.engine.config.run import Run
 from armillary.engine.plan.gpus import GPUS
+from armillary.engine.train.trackers import Trackers
 from armillary.kernels.launch import overrides
 from armillary.models.method import Losses, Method
 
@@ -126,6 +126,9 @@ class Meter:
         device: Where losses are.
         first_step: Steps already done.
         console: Replaces standard output.
+
+    Attributes:
+        finished: The run has come to its end; set by who closes it.
     """
 
     def __init__(self, run: Run, method: Method, device: torch.device, first_step: int, console: Console | None = None):
@@ -142,16 +145,13 @@ class Meter:
         self._measured = first_step
         self._waited = 0.0
         self._bar: Progress | None = None
-        self._board: Any = None
+        self.finished = False
         if self.speaks:
             _keep_until(run.folder / "metrics.jsonl", first_step)
             self._lines = LineFile(run.folder / "metrics.jsonl")
             self._refused = False
-            if run.telemetry.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=first_step + 1)
             self._introduce(first_step)
+            self._trackers = Trackers(run, first_step, self.say)
             if self.console.is_terminal:
                 self._bar = Progress(
                     TextColumn("{task.description}"),
@@ -304,14 +304,7 @@ class Meter:
         if refused is not None and not self._refused:
             self.say(f"WARNING: metrics.jsonl cannot be written: {refused}; its lines wait in memory", loud=True)
         self._refused = refused is not None
-        if self._board is not None:
-            try:
-                for name, value in line.items():
-                    if name != "step" and math.isfinite(value):
-                        self._board.add_scalar(name, value, int(line["step"]))
-            except OSError as error:
-                self.say(f"WARNING: TensorBoard's file cannot be written: {error}; it ends here", loud=True)
-                self._board = None
+        self._trackers.log(line)
 
     def _show(self, line: Mapping[str, float | int]) -> None:
         norms = " ".join(f"{k.partition('/')[2]} {v:.3g}" for k, v in line.items() if k.startswith("grad_norm/"))
@@ -332,6 +325,4 @@ class Meter:
                 self._bar.stop()
         if self.speaks:
             self._lines.close()
-        if self._board is not None:
-            with suppress(OSError):
-                self._board.close()
+            self._trackers.close(self.finished)

@@ -151,6 +151,7 @@ def train(
                 ):
                     # hashed as it was written, or by `agree`
                     export_encoder(TrainedEncoder.open(run.folder, verify=False), run.folder / EXPORT)
+            meter.finished = True
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
             if loop.best is not None:
                 meter.say(f"best by {loop.best.name}: {loop.best.score:.3f} at step {loop.best.step}")

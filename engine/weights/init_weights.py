@@ -16,9 +16,14 @@ from torch import Tensor
 from armillary.engine.data.format.survey import Survey, WaveGrid
 from armillary.engine.weights.trained_encoder import TrainedEncoder, copy_weights, encoder_tensors
 from armillary.models.method import Method
+from armillary.models.vit.low_rank import is_adapter
 from armillary.models.vit.state_names import HEADS, bare_name, from_public
+from armillary.models.vit.vit import VisionTransformer
 
 __all__ = ["init_encoder", "init_method", "input_mismatch"]
+
+CLASSIFIERS = ("head.", "fc.", "classifier.")
+"""How names of a classifier begin in files of timm; they are left out."""
 
 
 def init_method(method: Method, source: TrainedEncoder) -> list[str]:
@@ -106,7 +111,8 @@ def init_encoder(method: Method, modality: str, source: TrainedEncoder, views: A
             problem = _node_mismatch(source, method, views, survey)
         if problem:
             raise ValueError(f"{source.path}: {problem}")
-    copy_weights(method, stored, source.path, prefix)
+    own = {k: v for k, v in encoder_tensors(method).items() if k.startswith(prefix) and is_adapter(k)}
+    copy_weights(method, stored | own, source.path, prefix)
 
 
 def input_mismatch(trained: Survey, survey: Survey, modalities: Sequence[str]) -> str:
@@ -178,8 +184,12 @@ def _renamed(stored: dict[str, Tensor], modality: str, method: Method, path: Pat
     prefix = method.encoders()[modality]
     if modality == "image":
         shapes = {
-            k.removeprefix(prefix): tuple(v.shape) for k, v in method.state_dict().items() if k.startswith(prefix)
+            k.removeprefix(prefix): tuple(v.shape)
+            for k, v in method.state_dict().items()
+            if k.startswith(prefix) and not is_adapter(k)
         }
+        if not isinstance(method.get_submodule(prefix.rstrip(".")), VisionTransformer):
+            stored = {k: v for k, v in stored.items() if k in shapes or not k.startswith(CLASSIFIERS)}
         try:
             stored = from_public(stored, shapes)
         except ValueError as error:

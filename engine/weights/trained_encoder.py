@@ -26,6 +26,7 @@ from armillary.engine.weights.tensors import Archive
 from armillary.engine.weights.verify import check_seal
 from armillary.engine.zero.partition import persistent_buffers
 from armillary.models.method import InputSpec, Method
+from armillary.models.vit.low_rank import is_adapter, merge
 from armillary.models.vit.transformers_names import from_transformers, is_transformers
 
 __all__ = [
@@ -146,6 +147,7 @@ class TrainedEncoder:
         assert self._archive is not None
         tensors = encoder_tensors(method)
         copy_weights(method, _average(self._archive, method) if self.path.is_dir() else self.weights(), self.path)
+        merge(method)
         self._correct(method)
         return method.eval().requires_grad_(False), tensors
 
@@ -197,7 +199,7 @@ class TrainedEncoder:
         return from_transformers(state) if self.is_published and is_transformers(state) else state
 
     def part(self, modality: str) -> dict[str, Tensor]:
-        """Tensors of one modality's encoder, named as in that encoder alone.
+        """Tensors of one modality's encoder, named as in that encoder alone; adapters are merged.
 
         Raises:
             ValueError: The method has none.
@@ -205,7 +207,8 @@ class TrainedEncoder:
         prefix = self.method.encoders().get(modality)
         if prefix is None:
             raise ValueError(f"{self.path}: {type(self.method).__name__} has no {modality} encoder")
-        return {k.removeprefix(prefix): v for k, v in self.method.state_dict().items() if k.startswith(prefix)}
+        own = {k: v for k, v in self.method.state_dict().items() if k.startswith(prefix) and not is_adapter(k)}
+        return {k.removeprefix(prefix): v for k, v in own.items()}
 
     def _recorded(self, name: str) -> Any:
         if self.is_published:

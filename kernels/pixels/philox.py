@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     ANSWER = 14  # the draws of an answer
     MEASUREMENT_NOISE = 21  # the noise of measured quantities
     COMPONENT_MASK = 22  # which components of a quantity are hidden
+    MIXUP = 30  # how much of its neighbour is mixed into a sample
 
 
 def philox_reference(counter: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:

@@ -12,7 +12,11 @@ Dirichlet distribution, so that few votes weigh little and the network can say h
 
     log P = log N! + log G(A) - log G(N + A) + sum_i [log G(k_i + alpha_i) - log G(alpha_i) - log k_i!],   A = sum alpha
 
-Source: Walmsley et al. 2022 (Zoobot, arXiv:2102.08414), section 3.2, for votes and the range of alpha.
+Where two samples are mixed, share by share, numbers are mixed alike, and the loss of classes is that of either sample by its share;
+votes, which are counts, cannot be mixed.
+
+Source: Walmsley et al. 2022 (Zoobot, arXiv:2102.08414), section 3.2, for votes and the range of alpha; Zhang et al. 2018 (mixup,
+arXiv:1710.09412), equation 1 and section 2.
 
 Shape legend: B samples, n labels, m outputs.
 """
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +34,28 @@ from torch import Tensor
 from armillary.models.method import InputSpec
 from armillary.models.rules import fractions
 
-__all__ = ["Classes", "Gaussian", "LabelLoss", "Votes"]
+__all__ = ["Classes", "Gaussian", "LabelLoss", "Mix", "Votes"]
 
 LOG_SIGMA = -7.0, 3.0
 MOST_ALPHA = 100.0
+
+
+class Mix(NamedTuple):
+    """What is mixed into each sample.
+
+    Attributes:
+        partner: [B] int64, place of the other sample.
+        share: [B] share of the sample itself; where it is below 1 both have known labels.
+    """
+
+    partner: Tensor
+    share: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """[B, ...] values of samples, mixed."""
+        share = self.share.to(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+        other = values.index_select(0, self.partner)
+        return torch.where(share < 1, share * values + (1 - share) * other, values)
 
 
 def _mean(values: Tensor, known: Tensor) -> Tensor:
@@ -52,8 +75,9 @@ class Gaussian:
         """Outputs m of the network: a mean and a deviation for each label."""
         return 2 * len(inputs.targets)
 
-    def loss(self, out: Tensor, targets: Tensor, inputs: InputSpec) -> dict[str, Tensor]:
+    def loss(self, out: Tensor, targets: Tensor, inputs: InputSpec, mix: Mix | None = None) -> dict[str, Tensor]:
         """Mean negative log likelihood over known labels, by label; the parts sum to the mean over all of them."""
+        targets = targets if mix is None else mix.of(targets)
         mu, log_sigma = self._split(out)
         known = ~targets.isnan()
         y = torch.where(known, targets, mu.detach())
@@ -102,7 +126,7 @@ class Classes:
         """Outputs m of the network: K."""
         return len(self.names)
 
-    def loss(self, out: Tensor, targets: Tensor, inputs: InputSpec) -> dict[str, Tensor]:
+    def loss(self, out: Tensor, targets: Tensor, inputs: InputSpec, mix: Mix | None = None) -> dict[str, Tensor]:
         """Mean cross-entropy over samples of known class.
 
         Raises:
@@ -114,9 +138,14 @@ class Classes:
         if bool(((classes < 0) | (classes >= len(self.names))).any()):
             wrong = int(classes[(classes < 0) | (classes >= len(self.names))][0])
             raise ValueError(f"{inputs.targets[0]}: must be in 0 .. {len(self.names) - 1}, the classes, got {wrong}")
-        weight = out.new_tensor(self.weights) if self.weights else None
-        each = F.cross_entropy(out, classes, weight, label_smoothing=self.smoothing, reduction="none")
+        each = self._each(out, classes)
+        if mix is not None:
+            each = mix.share * each + (1 - mix.share) * self._each(out, classes.index_select(0, mix.partner))
         return {inputs.targets[0]: _mean(each, known)}
+
+    def _each(self, out: Tensor, classes: Tensor) -> Tensor:
+        weight = out.new_tensor(self.weights) if self.weights else None
+        return F.cross_entropy(out, classes, weight, label_smoothing=self.smoothing, reduction="none")
 
     def said(self, out: Tensor, inputs: InputSpec) -> dict[str, Tensor]:
         """ "prediction" [B, 1], the likeliest class, and "probability" [B, K]."""
@@ -149,8 +178,14 @@ class Votes:
         """Outputs m of the network: one an answer."""
         return sum(self.answers)
 
-    def loss(self, out: Tensor, targets: Tensor, inputs: InputSpec) -> dict[str, Tensor]:
-        """Mean negative log likelihood over the samples with votes on it, by question (the name of its number of votes)."""
+    def loss(self, out: Tensor, targets: Tensor, inputs: InputSpec, mix: Mix | None = None) -> dict[str, Tensor]:
+        """Mean negative log likelihood over the samples with votes on it, by question (the name of its number of votes).
+
+        Raises:
+            ValueError: Samples are mixed.
+        """
+        if mix is not None:
+            raise ValueError("Votes: counts cannot be mixed, but the batch has a mixture")
         labels, alpha = _in_units(targets, inputs), self._alpha(out)
         parts: dict[str, Tensor] = {}
         columns = [length + 1 for length in self.answers]

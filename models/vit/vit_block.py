@@ -19,6 +19,7 @@ from armillary.kernels.mlp.fp8_linear import fp8_linear
 from armillary.kernels.mlp.linear_gelu import Approximate, gelu_linear, linear_gelu
 from armillary.kernels.tokens.attention import PackedSequences, attention
 from armillary.kernels.tokens.packed_attention import self_attention
+from armillary.models.vit.low_rank import AdaptableLinear
 from armillary.models.vit.residual_stream import ResidualNorm, Stream
 from armillary.models.vit.stochastic_depth import Runs, Subset, branch_scale
 
@@ -73,7 +74,7 @@ def select_tokens(runs: Runs, select: Tensor, skip: int) -> TokenSelection:
     return TokenSelection(tokens, order, samples, PackedSequences.from_lengths(per_crop + 1, length))
 
 
-class _Product(nn.Linear):
+class _Product(AdaptableLinear):
     """A linear layer whose product may be one of 8-bit floats while it is trained.
 
     Attributes:
@@ -102,7 +103,7 @@ class _GainLinear(_Product):
     """
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
-        return self.product(x, gain[:, None] * self.weight, gain * self.bias)
+        return self.product(x, gain[:, None] * self.adapted(), gain * self.bias)
 
 
 class _LayerScale(nn.Module):
@@ -120,11 +121,11 @@ class _QKV(_Product):
         self, x: Tensor, tokens: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Queries, keys and values side by side [P, 3 D]; with `tokens` [Q] each alone [., D], queries of those rows only."""
-        d = self.in_features
+        d, weight = self.in_features, self.adapted()
         if tokens is None:
-            return (self.product(x, self.weight, self.bias),)
-        k, v = self.product(x, self.weight[d:], self.bias[d:]).split(d, dim=1)
-        return self.product(x.index_select(0, tokens), self.weight[:d], self.bias[:d]), k, v
+            return (self.product(x, weight, self.bias),)
+        k, v = self.product(x, weight[d:], self.bias[d:]).split(d, dim=1)
+        return self.product(x.index_select(0, tokens), weight[:d], self.bias[:d]), k, v
 
 
 class _Attention(nn.Module):
@@ -155,8 +156,8 @@ class LinearGelu(_Product):
     ) -> tuple[Tensor | None, Tensor]:
         """z and a of `armillary.kernels.mlp.linear_gelu`, for `gelu_linear`."""
         if self.fp8_now:
-            return None, F.gelu(self.product(x, self.weight, self.bias), approximate=approximate)
-        return linear_gelu(x, self.weight, self.bias, approximate=approximate, impl=impl)
+            return None, F.gelu(self.product(x, self.adapted(), self.bias), approximate=approximate)
+        return linear_gelu(x, self.adapted(), self.bias, approximate=approximate, impl=impl)
 
 
 class _GeluLinear(_Product):
@@ -166,8 +167,8 @@ class _GeluLinear(_Product):
         self, z: Tensor | None, a: Tensor, gain: Tensor, approximate: Approximate, impl: Impl
     ) -> Tensor:
         if self.fp8_now:
-            return self.product(a, gain[:, None] * self.weight, gain * self.bias)
-        return gelu_linear(z, a, gain[:, None] * self.weight, gain * self.bias, approximate=approximate, impl=impl)
+            return self.product(a, gain[:, None] * self.adapted(), gain * self.bias)
+        return gelu_linear(z, a, gain[:, None] * self.adapted(), gain * self.bias, approximate=approximate, impl=impl)
 
 
 class _MLP(nn.Module):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from processes import armillary, cut_after, losses, recipe, run, tensor_files
 
 from armillary.engine.config.config_json import from_json, to_json
@@ -12,6 +13,8 @@ from armillary.engine.data.building.build import build
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.sources.source import Sample
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
+from armillary.engine.weights.tensors import Archive
+from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.supervised.finetune import FineTune
 
 ENCODER = ("--method.vit.dim", 24, "--method.vit.depth", 2, "--method.vit.heads", 2)
@@ -56,6 +59,27 @@ def test_presets_fit_a_survey_and_round_trip(presets, survey):
     assert len(labels) == 3 + 2 + 2 + 3 == len(presets["VOTES"].views.targets)
 
 
+def merged_as_unmerged(folder, before):
+    """What reads a run with adapters back has them merged, and says what the training said."""
+    source, kept = (
+        TrainedEncoder.open(folder),
+        Archive([*(folder / "checkpoints" / "step-00000002").glob("*.safetensors")]),
+    )
+    trained = source.untrained().eval()
+    for name, p in trained.named_parameters():
+        key = next(k for k in (f"weight/{name}", f"frozen/{name}") if k in kept.pieces)
+        p.data.copy_(kept.whole(key))
+    qkv = trained.encoder.blocks[1].attn.qkv
+    first = TrainedEncoder.open(before).part("image")
+    assert qkv.adapter.up.abs().max() > 0 and torch.equal(qkv.weight, first["blocks.1.attn.qkv.weight"])
+    crop = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    said = source.method.encode({"crop": crop})["prediction"]
+    torch.testing.assert_close(said, trained.encode({"crop": crop})["prediction"], rtol=1e-5, atol=1e-6)
+    exported = TrainedEncoder.open(folder / "export" / "teacher.safetensors")
+    torch.testing.assert_close(exported.method.encode({"crop": crop})["prediction"], said, rtol=1e-5, atol=1e-6)
+    assert set(exported.part("image")) == set(first)
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_starts_from_a_run_resumes_to_the_same_bits_and_is_evaluated(survey, tmp_path):
@@ -80,6 +104,10 @@ def test_starts_from_a_run_resumes_to_the_same_bits_and_is_evaluated(survey, tmp
     assert "continuing" in run(recipe(*tune, "--name", "cut", ranks=2, name="finetune"))
     assert tensor_files(tmp_path / "cut", 6) == tensor_files(tmp_path / "whole", 6) != {}
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+    lora = (*tune, "--method.trained", "lora", "--method.mixup", 0.4, "--train.steps", 2, "--name", "lora")
+    run(recipe(*lora, "--train.zero-stage", 3, ranks=2, name="finetune"))
+    merged_as_unmerged(tmp_path / "lora", tmp_path / "dinov2")
 
     armillary("embed", tmp_path / "whole", "-o", tmp_path / "said.parquet", "--device", "cpu")
     said = Embeddings.load(tmp_path / "said.parquet")

@@ -23,6 +23,8 @@ from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 __all__ = ["ablation", "compare"]
 
 TASK = "ablation"
+SCRATCH = ("method.image_from", "None")
+"""The setting of a fine-tuned network's counterpart."""
 LINE = 48  # characters of a cell
 _WORDS = {"r2": "R\u00b2", "f1": "F1"}
 
@@ -195,6 +197,8 @@ def _verdict(s: Scored, variant: Variant, first: Variant) -> tuple[str, str, str
     """Kind, title and text of a line on a variant, for the head of the report and the terminal."""
     gap = difference(s, variant, first)
     name = ", ".join(f"{_short(k)} {v}" for k, v in variant.changes)
+    if SCRATCH in variant.changes:
+        name = f"the same network from scratch ({name})"
     if gap is None:
         text = f"{name}: no seed in common with the first run, so no difference of {s.target}"
         return "note", s.target, text

@@ -12,6 +12,7 @@ from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.data.views.eval_view import EvalView
 from armillary.engine.evaluate.embedding.embed import Pipeline
+from armillary.engine.evaluate.embedding.patches import PATCHES, patch_encode
 from armillary.engine.weights.init_weights import input_mismatch
 from armillary.engine.weights.tensors import state_digest
 from armillary.engine.weights.trained_encoder import TrainedEncoder
@@ -100,5 +101,11 @@ class Encoder:
         return found
 
     def pipeline(self, readout: str | None = None) -> Pipeline:
-        """For `embed` and `embed_readouts`; `readout` is the one of its embeddings to make, None for its default."""
+        """For `embed` and `embed_readouts`; `readout` is the one of its embeddings to make, None for its default.
+
+        Raises:
+            ValueError: "patches" of a method without a vision transformer.
+        """
+        if readout == PATCHES:
+            return Pipeline(self.view, patch_encode(self.method), readout)
         return Pipeline(self.view, self.method.encode, readout)

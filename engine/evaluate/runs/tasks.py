@@ -74,6 +74,19 @@ class _Pictures(Task):
         return pictures(study, options, encoders)
 
 
+class _Patches(Task):
+    def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        from armillary.engine.evaluate.embedding.patches import image_encoder
+
+        able = "image" in survey.modalities and any(image_encoder(m) is not None for m in methods)
+        return "" if able else "it needs images and a run that reads them with a vision transformer"
+
+    def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:
+        from armillary.engine.evaluate.patches.task import patches
+
+        return patches(study, options, encoders)
+
+
 class _Search(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
         return _only_predictions(methods)
@@ -240,5 +253,6 @@ TASKS: dict[str, Task] = {
     "attention": _Attention(),
     "questions": _Questions(),
     "pictures": _Pictures(),
+    "patches": _Patches(),
 }
 """In the order of the report."""

@@ -23,7 +23,7 @@ class Options:
 
     Attributes:
         tasks: Of queries, missing, lines, baselines, collapse, search, properties, posterior, morphology, masking, attention,
-            questions, pictures, ablation (see docs/studies.md) and those that --package brings; all that the survey and the
+            questions, pictures, patches, ablation (see docs/studies.md) and those that --package brings; all that the survey and the
             encoders allow if empty.
         labels: Labels to predict; by default redshift, mass, metallicity, age and star formation, where the survey has them.
             Tasks that predict one label take the first, by default the redshift, by whichever usual name it goes.

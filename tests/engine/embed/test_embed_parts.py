@@ -156,6 +156,14 @@ def test_the_same_command_mends_a_finished_folder(command, tmp_path, capsys):
     assert contents(out) == before
 
 
+def test_patches_are_embedded_with_their_grid(command, whole, tmp_path):
+    assert cli.main(command(tmp_path / "patches.parquet", "--readout", "patches")) == 0
+    files = EmbeddingFiles.open(tmp_path / "patches.parquet")
+    side, other, dim = map(int, files.metadata["grid"].split(" x "))
+    assert side == other and dim == 64 and files.dimensions == side * side * dim
+    assert files.keys().to_pylist() == whole.key.tolist()
+
+
 def test_folders_of_something_else_are_refused_before_work(command, weights, tmp_path, capsys):
     out = tmp_path / "parts"
     assert cli.main(command(out)) == 0

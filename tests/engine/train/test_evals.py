@@ -95,6 +95,25 @@ def test_the_best_checkpoint_stays_and_opens(survey, tmp_path):
     assert read_best(folder) is None  # its checkpoint is gone
 
 
+@pytest.mark.dist
+def test_a_run_ends_where_its_score_gets_no_better_and_stays_ended(survey, tmp_path):
+    options = [
+        "--preset",
+        "evals",
+        "--checkpoint.keep-best",
+        "knn/z",
+        "--checkpoint.patience",
+        "2",
+        "--train.steps",
+        "24",
+    ]
+    said = train(survey, tmp_path, *options, world=1, SCORES="0.1,0.5,0.4,nan,0.9,0.9")
+    assert "ended early at step 16: 2 evaluations brought no better knn/z" in said and "done: 16 steps" in said
+    assert "done: 16 steps" in train(survey, tmp_path, *options, world=1, SCORES="0.9,0.9")
+    options[options.index("2")] = "3"  # more patience goes on
+    assert "done: 24 steps" in train(survey, tmp_path, *options, world=1, SCORES="0.6,0.7")
+
+
 def test_scores_are_those_of_the_probe(run, one_process):
     evals = (
         KNN("z", 1, "test", neighbours=3),
@@ -150,6 +169,10 @@ def test_what_does_not_go_together_is_refused(run):
     assert problems(best, 1) == ["checkpoint.keep_best: must be one of the run's evals (knn/z), got 'knn/mass'"]
     assert problems(replace(best, evals=()), 1) == [
         "checkpoint.keep_best: must be one of the run's evals (none), got 'knn/mass'"
+    ]
+    patient = replace(run, checkpoint=replace(run.checkpoint, patience=2))
+    assert problems(patient, 1) == [
+        "checkpoint.patience: must go with checkpoint.keep_best, whose score it waits for, got 2 alone"
     ]
     three = replace(run, train=replace(run.train, zero_stage=3))
     assert any("must be 1 or 2 with evals" in text for text in problems(three, 1))

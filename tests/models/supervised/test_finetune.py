@@ -8,9 +8,10 @@ import torch
 from scipy import stats
 
 from armillary.engine.config.config_json import from_json, to_json, type_problems
-from armillary.models.method import Batch, InputSpec
+from armillary.models.method import Batch, BatchKey, InputSpec
 from armillary.models.supervised.finetune import FineTune
-from armillary.models.supervised.label_losses import Classes, Gaussian, Votes
+from armillary.models.supervised.label_losses import Classes, Gaussian, Mix, Votes
+from armillary.models.vit.low_rank import is_adapter
 from armillary.models.vit.vit import ViT
 
 NAN = float("nan")
@@ -104,6 +105,63 @@ def test_the_head_alone_leaves_the_encoder_as_it_is(tmp_path):
     assert all(p.grad is None for p in method.encoder.parameters()) and method.head.weight.grad.abs().max() > 0
 
 
+def test_lora_trains_the_head_and_the_adapters(tmp_path):
+    method = built(trained="lora", lora_rank=2, image_from=tmp_path, layer_decay=1.0)
+    names = {name for group in method.parameter_groups() for name in group.params}
+    assert names == {n for n, _ in method.named_parameters() if n.startswith("head.") or is_adapter(n)}
+    method(batch(), {}).total.backward()
+    grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    assert set(grads) == names and all(g.abs().max() > 0 for n, g in grads.items() if not n.endswith(".down"))
+
+
+def mixed(method, size, first=0):
+    rows = batch(16)
+    rows["targets"][6, 0] = NAN  # so 6 and 7 are not mixed
+    part = slice(first, first + size)
+    part_of = Batch(crop=rows["crop"][part], targets=rows["targets"][part], position=torch.arange(16)[part])
+    return method.prepare(part_of, BatchKey(seed=3, epoch=1, first_position=0, global_batch=16))
+
+
+def test_mixtures_do_not_depend_on_the_number_of_ranks():
+    method = built(mixup=0.4)
+    whole, parts = mixed(method, 16), [mixed(method, 4, first) for first in (0, 4, 8, 12)]
+    assert torch.equal(torch.cat([p["mix_share"] for p in parts]), whole["mix_share"])
+    assert torch.equal(torch.cat([p["mix_partner"] + 4 * i for i, p in enumerate(parts)]), whole["mix_partner"])
+    pairs = torch.arange(16).reshape(8, 2).flip(1).flatten()
+    pairs[6:8] = torch.arange(6, 8)
+    assert torch.equal(whole["mix_partner"], pairs)
+    share = whole["mix_share"].reshape(8, 2)
+    assert torch.equal(share[:, 0], share[:, 1]) and share[3].tolist() == [1, 1] and (share < 1).sum() == 14
+    assert (mixed(method, 5)["mix_share"][4], mixed(built(), 4).get("mix_share")) == (1.0, None)
+
+
+def test_shares_follow_the_beta_distribution():
+    method, n = built(mixup=0.4), 4000
+    rows = Batch(crop=torch.zeros(n, 1), targets=torch.zeros(n, 2), position=torch.arange(n))
+    share = method.prepare(rows, BatchKey(0, 0, 0, n))["mix_share"][::2].numpy()
+    assert stats.kstest(share, stats.beta(0.4, 0.4).cdf).pvalue > 1e-3  # a fixed draw
+
+
+def test_mixed_samples_have_mixed_crops_and_labels():
+    method = built(mixup=0.4).eval()
+    made = mixed(method, 4)
+    share, other = made["mix_share"], made["mix_partner"]
+    by_hand = Batch(
+        crop=share.reshape(4, 1, 1, 1) * made["crop"] + (1 - share.reshape(4, 1, 1, 1)) * made["crop"][other],
+        targets=share[:, None] * made["targets"] + (1 - share[:, None]) * made["targets"][other],
+    )
+    torch.testing.assert_close(method(made, {}).total, method(by_hand, {}).total)
+
+
+def test_classes_of_mixed_samples_count_by_their_shares():
+    inputs, loss = spec("type"), Classes(("a", "b", "c"), smoothing=0.1)
+    out = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
+    y = standardised([[0.0], [2.0]])
+    found = loss.loss(out, y, inputs, Mix(torch.tensor([1, 0]), torch.tensor([0.7, 0.7])))["type"]
+    soft = torch.tensor([[0.7, 0.0, 0.3], [0.3, 0.0, 0.7]]) * 0.9 + 0.1 / 3
+    torch.testing.assert_close(found, -(soft * out.log_softmax(1)).sum(1).mean())
+
+
 def test_shallow_layers_learn_slowly():
     method = built(layer_decay=0.5)
     scale = {name: group.lr_scale for group in method.parameter_groups() for name in group.params}
@@ -131,7 +189,17 @@ def test_a_record_goes_through_json(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"trained": "head"}, "image_from: must name a run or a file where only the head is trained, got None"),
+        (
+            {"trained": "head"},
+            "image_from: must name a run or a file where the encoder's weights stay as they are, got None",
+        ),
+        ({"trained": "lora"}, "image_from: must name a run or a file where the encoder's weights stay as they are"),
+        ({"lora_rank": 0}, "lora_rank: must be at least 1, got 0"),
+        ({"lora_alpha": 0.0}, "lora_alpha: must be a finite number above 0, got 0.0"),
+        (
+            {"mixup": 0.4, "labels": Votes((2,))},
+            "mixup: must be 0 with votes, which are counts and cannot be mixed, got 0.4",
+        ),
         ({"layer_decay": 0.0}, "layer_decay: must be above 0 and at most 1, got 0.0"),
         ({"labels": Classes(("a",))}, "labels.names: must be two or more different classes, got a"),
         ({"labels": Classes(("a", "b"))}, "views.targets: must be the one label of the classes, got 2"),

@@ -126,6 +126,18 @@ def test_the_outcome_and_its_page():
     assert "no difference was found" in text and "<svg" in text and "k 1" in text
 
 
+def test_a_fine_tuned_network_is_held_against_the_same_one_from_scratch():
+    ways = {"runs/dinov2": 0.3, "None": 0.5}
+    runs = [
+        run(f"{source}-{seed}", seed, {"method.image_from": source}, noisy(scale, seed))
+        for source, scale in ways.items()
+        for seed in range(3)
+    ]
+    (line,) = compare(runs, {"z": TRUE}, resamples=100).lines
+    assert line.startswith("the same network from scratch (image from None): R\u00b2 of z -0.")
+    assert line.endswith("(3 seeds): worse")
+
+
 def test_numbers_of_earlier_evaluations(tmp_path):
     folder = tmp_path / "evaluation"
     folder.mkdir()
