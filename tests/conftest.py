@@ -16,7 +16,7 @@ KERNELS = Path(__file__).with_name("kernels")
 REAL_DATA = os.environ.get("ARMILLARY_REAL_DATA")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     if "triton.runtime.interpreter" in sys.modules and not GPU:
         speed_up_interpreter(sys.modules["triton.runtime.interpreter"])
     for item in items:
@@ -26,6 +26,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.kernel)
         if "compile" in item.originalname:  # so are called those that compile a kernel ahead of time
             item.add_marker(pytest.mark.aot)
+    if hasattr(config, "workerinput"):
+        items.sort(key=longest_first(items))
+
+
+def longest_first(items):
+    """Order of files for several workers: those that start ranks, then those with slow tests, then the others.
+
+    A worker takes one file after the other, so that at the end only short ones are left and no worker waits long for
+    another; tests that measure time run beside tests that use one core each.
+    """
+    kinds = {}
+    for item in items:
+        kind = 0 if "dist" in item.keywords else 1 if "slow" in item.keywords else 2
+        kinds[item.path] = min(kind, kinds.get(item.path, kind))
+    return lambda item: kinds[item.path]
 
 
 def speed_up_interpreter(interpreter):
