@@ -258,11 +258,14 @@ if __name__ == "__main__":
     import gc
     import importlib
 
+    import interpreter
+
     os.chdir(ROOT)
     owner = os.pidfd_open(int(sys.argv[2]))
     for name in SLOW:
         with contextlib.suppress(ModuleNotFoundError):  # DALI is not everywhere
             importlib.import_module(name)
+    interpreter.speed_up()
     getattr(sys.modules["deepspeed.ops"], "__compatible_ops__", None)  # each rank would find them out anew
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads, and what they had locked"
     gc.freeze()  # no rank's collections, nor that at its end, search and so copy these pages: half of a short run's time
