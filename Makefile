@@ -122,12 +122,9 @@ demo-galaxy-walker: install
 	$(BIN)/armillary evaluate $(WALKER)/stage2 --data $(WALKER)/survey --out $(WALKER)/stage2/evaluation \
 	  --tasks properties questions --labels redshift log_mstar
 
-# A process a core; those tests that start ranks of their own come last, so that they do not disturb tests that measure time.
-# In the order of their names: the files with the fewest tests, which xdist would run last, are the slowest.
+# A process a core; tests/conftest.py says in which order.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder -m "not dist and not cluster"
-	$(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder -m dist \
-	  $$(grep -rl "pytest.mark.dist" tests --include="test_*.py" | sort)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder -m "not cluster"
 
 # Part of `make test`, too; here with their table.
 cases: install

@@ -87,16 +87,19 @@ class StopRequest:
 def _garbage_in_step() -> Iterator[None]:
     """Leave the search for garbage to the loop, which does it on all ranks after the same steps, or each would wait for each.
 
-    What is there already is not searched again.
+    What is there already is not searched again; who has frozen things before keeps them so, as `unfreeze` knows no owner.
     """
     gc.collect()
-    gc.freeze()
+    free = gc.get_freeze_count() == 0
+    if free:
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
+        if free:
+            gc.unfreeze()
 
 
 class Loop:

@@ -18,11 +18,6 @@ SCRIPT = ROOT / "benchmarks" / "gpu"
 MEASURED = ("_ms", "_mib", "_percent", "_gb_s", "_tflop_s", "ms_per_image", "seconds")
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-
-
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     given = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=given, cwd=ROOT)
@@ -34,22 +29,62 @@ def read(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_smoke_walks_through_the_kernels_and_the_step_and_times_nothing(tmp_path):
-    """Of the engine test_gpu_engine.py has more, in less time."""
+@pytest.mark.filterwarnings("default")  # as where nobody tests
+def test_smoke_walks_through_the_kernels_and_the_step_and_times_nothing(tmp_path, monkeypatch, capsys):
+    """Of the engine test_gpu_engine.py has more, in less time. Jobs are done here, but for the first: in a process of its own."""
     from cases import OPERATIONS
+    from gpu.run import Run
+    from gpu.work import run as run_job
 
-    ran = run("--device", "cpu", "--smoke", "--out", str(tmp_path), "--only", *OPERATIONS, "step")
-    rows = read(tmp_path)
+    in_a_process, tested = Run.work, []
+
+    def work(self, jobs):
+        if jobs[0].kind == "limits":
+            in_a_process(self, jobs)
+        else:
+            self.add(row for job in jobs for row in run_job(job, torch.device(self.device), self.smoke))
+
+    monkeypatch.setattr(Run, "work", work)
+    monkeypatch.setattr(Run, "pytest", lambda self, file: tested.append(file) or (True, "1 skipped"))
+    arguments = ["--device", "cpu", "--smoke", "--out", str(tmp_path), "--only", *OPERATIONS, "step"]
+    code = main(arguments, monkeypatch)
+    said, rows = capsys.readouterr().out, read(tmp_path)
     assert [row for row in rows if row["status"] != "ok"] == []
-    assert ran.returncode == 0, ran.stderr
+    assert code == 0
     assert {row["operation"] for row in rows} == {*OPERATIONS, "limits", "step", "profile", "specformer"}
     assert {row["variant"] for row in rows if row["kind"] == "spectra"} == {"fp32", "tf32", "bf16"}
     assert {row["variant"] for row in rows if row["kind"] == "step"} == {"eager", "triton", "compiled"}
     assert all(row["error"] for row in rows if row["kind"] == "case" and row["variant"] == "triton")
     assert not [(name, value) for row in rows for name, value in row.items() if name.endswith(MEASURED) and value]
     table = (tmp_path / "gpu.md").read_text()
-    assert "**Nothing was timed.**" in table and "not measured" in table and table in ran.stdout
+    assert "**Nothing was timed.**" in table and "not measured" in table and table in said
     assert "met" not in table.split() and "missed" not in table.split()
+    assert len(tested) == 1 and (ROOT / tested[0]).is_file()
+
+
+def main(arguments, monkeypatch):
+    """What the script ends with: an exit code, or the reason."""
+    for name, value in {"TRITON_INTERPRET": "1", "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)  # the script changes some of them, and the path
+    monkeypatch.setattr(sys, "path", [str(SCRIPT), *sys.path])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT / "__main__.py"), run_name="__main__")
+    return ended.value.code
+
+
+def test_tests_of_a_file_that_need_a_gpu_are_run(tmp_path):
+    from gpu.run import Run
+
+    run, path = Run("cpu", True, tmp_path, time.monotonic() + 60), tmp_path / "test_made.py"
+    for mark, text, passed in (
+        ("gpu", "assert True", True),
+        ("gpu", "assert 1 == 2", False),
+        ("skip", "assert 3", True),
+    ):
+        path.write_text(f"import pytest\n\n\n@pytest.mark.{mark}\ndef test_made():\n    {text}\n")
+        found, said = run.pytest(str(path))
+        assert found == passed and ("1 == 2" in said) == (not passed), said
 
 
 @pytest.mark.parametrize(
@@ -64,14 +99,9 @@ def test_smoke_walks_through_the_kernels_and_the_step_and_times_nothing(tmp_path
     ],
 )
 def test_bad_command_lines_end_with_the_reason(arguments, message, monkeypatch, capsys):
-    for name, value in {"TRITON_INTERPRET": "1", "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}.items():
-        monkeypatch.setenv(name, value)  # the script changes some of them, and the path
-    monkeypatch.setattr(sys, "path", [str(SCRIPT), *sys.path])
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT / "__main__.py"), run_name="__main__")
-    said = capsys.readouterr().err if isinstance(ended.value.code, int) else ended.value.code
-    assert ended.value.code not in (0, None) and message in said
+    code = main(arguments, monkeypatch)
+    said = capsys.readouterr().err if isinstance(code, int) else code
+    assert code not in (0, None) and message in said
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path):
@@ -324,80 +354,3 @@ def test_the_profile_names_what_takes_the_time_and_precisions_get_a_row_each(dev
     row = whole_steps.spectra_row("tf32", device_of_clocks, False)
     assert row["ms_per_spectrum"] > 0 and torch.get_float32_matmul_precision() == "highest"
     assert sum(row[f"{phase}_ms"] for phase in SpecFormerSubject(whole_steps.TINY).phases) > 0
-
-
-def rows_of_a_gpu(run: str = "1", faster: float = 1.0) -> list[dict]:
-    """Rows as a run on a GPU would add them; the numbers are made up."""
-    common = {"run": run, "status": "ok", "device": "a GPU"}
-    case = {**common, "kind": "case", "forward_gb": 1.0, "backward_gb": 2.0, "forward_gflop": 500.0}
-    case |= {"backward_gflop": 1000.0, "output_gb": 0.0}
-
-    def ways(operation: str, shape: str, **ms: float) -> list[dict]:
-        return [
-            {**case, "operation": operation, "shape": shape, "variant": name.replace("_", " ")}
-            | {"forward_ms": 0.3 * t, "backward_ms": 0.7 * t, "whole_ms": t, "peak_mib": 100 * t}
-            for name, t in ms.items()
-        ]
-
-    decode = {**case, "operation": "decode", "shape": "B", "variant": "triton", "forward_ms": 0.5, "output_gb": 1.2}
-    step = {**common, "kind": "step", "operation": "step", "shape": "ViT-L", "batch": 96, "gflop_per_image": 500.0}
-    step |= {"loss": 10.0, "grad_norm": 2.0}
-    return [
-        {**common, "kind": "limits", "operation": "limits", "variant": "", "copy_gb_s": 3000.0, "gemm_tflop_s": 800.0},
-        *ways("geometry_ffn", "M", triton=3.5 / faster, eager=5.25, compiled=3.85, three_plain_FFNs=3.4),
-        *ways("prototype_loss", "V", triton=1.0, eager=10.0),
-        decode,
-        {**step, "variant": "eager", "ms_per_image": 2.6},
-        {**step, "variant": "triton", "ms_per_image": 2.0 / faster},
-        {**step, "variant": "compiled", "ms_per_image": 2.3},
-    ]
-
-
-def add(folder: Path, rows: list[dict]) -> None:
-    from gpu.run import Run
-
-    run = Run("cuda", False, folder, 0.0)
-    run.id = rows[0]["run"]
-    run.add(rows)
-
-
-def test_targets_are_met_or_missed_as_the_rows_say(tmp_path):
-    from gpu.table import read_rows, targets
-
-    add(tmp_path, rows_of_a_gpu())
-    got = [(t.measured, t.met) for t in targets(read_rows(tmp_path))]
-    # 5.25 / 3.5, 3.85 / 3.5, 3.5 / 3.4 - 1, 1 / 10, 1.2 GB in 0.5 ms of 3 TB/s, 2.3 / 2, 500 GFLOP in 2 ms of 800 TFLOP/s
-    assert got == [
-        ("1.50x", True), ("1.10x", False), ("2.9 %", True), ("0.100", True), ("80 %", True), ("1.15x", True), ("31 %", False),
-    ]  # fmt: skip
-
-
-def test_shares_of_the_limits(tmp_path):
-    add(tmp_path, rows_of_a_gpu())
-    ours = next(row for row in read(tmp_path) if row["operation"] == "geometry_ffn")
-    # 500 and 1000 GFLOP at 800 TFLOP/s are 0.625 and 1.25 ms, more than 1 and 2 GB at 3 TB/s
-    assert ours["limit"] == "GEMM" and float(ours["forward_percent"]) == pytest.approx(100 * 0.625 / 1.05, rel=1e-4)
-    assert float(ours["whole_percent"]) == pytest.approx(100 * 1.875 / 3.5, rel=1e-4)
-
-
-def test_the_table_holds_each_operations_latest_run(tmp_path):
-    from gpu.table import write_table
-
-    add(tmp_path, rows_of_a_gpu("1"))
-    add(tmp_path, [row for row in rows_of_a_gpu("2", faster=1.25) if row["operation"] in ("limits", "geometry_ffn")])
-    table = write_table(tmp_path)
-    assert "1.88x | met" in table and "1.50x" not in table  # of the second run
-    assert "| ViT-L step: faster than torch.compile | at least 1.1x | 1.15x | met |" in table  # of the first
-    assert "a GPU" in table.splitlines()[0] and "copy 3,000 GB/s" in table and "Failed" not in table
-
-
-def test_a_step_that_computes_something_else_has_failed(tmp_path):
-    rows = rows_of_a_gpu()
-    rows[-2]["grad_norm"] = 2.1
-    add(tmp_path, rows)
-    from gpu.table import read_rows, targets, write_table
-
-    status = {row["variant"]: row["status"] for row in read(tmp_path) if row["kind"] == "step"}
-    assert status["triton"].startswith("FAILED: grad_norm of the first step is 2.1") and status["compiled"] == "ok"
-    assert [t.met for t in targets(read_rows(tmp_path))][-2:] == [None, None]
-    assert "- step ViT-L triton: FAILED" in write_table(tmp_path)

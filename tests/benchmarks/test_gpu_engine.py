@@ -2,7 +2,6 @@
 
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
@@ -41,7 +40,6 @@ RECIPE = """
 
 @pytest.fixture
 def engine(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     from gpu import engine
 
     def survey(folder, smoke):

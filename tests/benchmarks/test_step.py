@@ -25,11 +25,6 @@ PAIRS = InputSpec(channels=3, global_size=8, n_global=1, pixels=301)
 MMAE_TINY = TokenDropMMAE(dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, rest_points=20, rest_hidden=8)
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-
-
 def subject_of(method: str, folder: Path):
     from step_methods import (
         CachedCLIP,

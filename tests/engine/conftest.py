@@ -43,6 +43,6 @@ def site(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reference(site):
     """Uninterrupted two-rank run under ZeRO-2: (name, how it ended)."""
-    ended = site.go("--name", "reference")
+    ended = site.go("--name", "reference", at_once=False)
     assert ended.code == 0, ended.output
     return "reference", ended

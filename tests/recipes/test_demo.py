@@ -28,7 +28,7 @@ def test_demo_learns_redshift_without_labels(tmp_path):
     smoke += ["--schedule.teacher-temperature.warmup-steps", STEPS * 3 // 10]
     smoke += ["--train.micro-batch", 32]
     run(recipe(*smoke, "--data.path", survey, "--out", tmp_path, "--name", "training", ranks=1))
-    tasks = ["--tasks", "baselines", "collapse", "pictures"]
+    tasks = ["--tasks", "baselines", "collapse", "pictures", "--resamples", 50]
     assert "no collapse" in armillary("evaluate", training, "--data", survey, "--out", tmp_path, *tasks)
 
     found = json.loads((tmp_path / "metrics.json").read_text())

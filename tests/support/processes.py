@@ -35,7 +35,7 @@ class Job:
     """A command under way; each of its processes has a session of its own."""
 
     def __init__(self, command: Command):
-        self.processes = fork_server.start(command.script, command.arguments, command.ranks)
+        self.processes = fork_server.start(command.script, command.arguments, command.ranks, at_once=True)
 
     def wait(self):
         """Wait for the end of all; returns their exit codes and what they said."""

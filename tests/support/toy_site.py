@@ -46,23 +46,26 @@ class Site:
         world: int = 2,
         launcher: bool = False,
         fresh: bool = False,
+        at_once: bool = True,
         script: Path = SCRIPT,
         **environment: str,
     ) -> list:
         """Start processes without waiting for them; world = 0 is one process that knows nothing of launchers.
 
-        Without a launcher they are forked by the fork server, or, if `fresh`, interpreters that a shell would start.
+        They are forked by the fork server, the launcher too, or, if `fresh`, interpreters that a shell would start. What a
+        launcher starts are interpreters of its own. They leave `at_once` unless how they end is a question.
         """
         environment |= {"TOY_OUT": str(self.runs), "TOY_SURVEY": str(self.survey)}
-        if not launcher and not fresh:
-            started: list = fork_server.start(script, arguments, world, **environment)
-        else:
-            ranks = fork_server.environments(0 if launcher else world, environment)
+        if fresh:
             command = [sys.executable, str(script), *arguments]
-            if launcher:
-                options = ["--num_gpus", str(world), "--master_port", ranks[0]["MASTER_PORT"]]
-                command = [str(Path(sys.executable).with_name("deepspeed")), *options, *command[1:]]
-            started = [fork_server.popen(command, rank) for rank in ranks]
+            ranks = fork_server.environments(world, environment)
+            started: list = [fork_server.popen(command, rank) for rank in ranks]
+        elif launcher:
+            deepspeed = Path(sys.executable).with_name("deepspeed")
+            options = ["--num_gpus", str(world), "--master_port", fork_server.free_port(), str(script), *arguments]
+            started = fork_server.start(deepspeed, options, 0, at_once=at_once, **environment)
+        else:
+            started = fork_server.start(script, arguments, world, at_once=at_once, **environment)
         self.live += started
         return started
 

@@ -21,7 +21,7 @@ def run_on_ranks(function, folder, ranks, timeout=300):
     source = PREAMBLE + textwrap.dedent(inspect.getsource(function)) + f"\n{function.__name__}(rank)\n"
     script = folder / "ranks.py"
     script.write_text(source + "dist.barrier()\ndist.destroy_process_group()\n")
-    started = fork_server.start(script, world=ranks, FOLDER=str(folder), STORE=f"{folder}/store")
+    started = fork_server.start(script, world=ranks, at_once=True, FOLDER=str(folder), STORE=f"{folder}/store")
     try:
         outputs = [p.communicate(timeout)[0] for p in started]
     finally:

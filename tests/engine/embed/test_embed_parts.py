@@ -83,7 +83,7 @@ def test_parts_read_as_one_file_in_the_surveys_order(command, whole, tmp_path):
 def test_killed_and_continued_on_another_number_of_ranks_it_has_the_same_bytes(command, tmp_path):
     assert cli.main(command(tmp_path / "undisturbed", rows=1)) == 0
     out = tmp_path / "killed"
-    started = fork_server.start(MAIN, command(out, rows=1), world=2)
+    started = fork_server.start(MAIN, command(out, rows=1), world=2, at_once=True)
     deadline = time.monotonic() + 60
     while len(list(out.glob(".fill/part-*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -104,12 +104,14 @@ def test_killed_and_continued_on_another_number_of_ranks_it_has_the_same_bytes(c
 def test_two_ranks_give_the_bytes_of_one_and_agree_on_what_is_wrong(command, tmp_path, capsys):
     assert cli.main(command(tmp_path / "one")) == 0
     local = ["--local_rank=0", *command(tmp_path / "two")]  # as the deepspeed launcher starts a module
-    codes, said = finish(fork_server.start(MAIN, local, world=2))
+    codes, said = finish(fork_server.start(MAIN, local, world=2, at_once=True))
     assert codes == [0, 0], said
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    codes, said = finish(fork_server.start(MAIN, command(tmp_path / "x.parquet"), world=2))
+    codes, said = finish(fork_server.start(MAIN, command(tmp_path / "x.parquet"), world=2, at_once=True))
     assert codes == [2, 2] and "out: must be a folder for 2 processes" in said[0] and not said[1]
-    codes, said = finish(fork_server.start(MAIN, command(tmp_path / "two", "--precision", "bf16"), world=2))
+    codes, said = finish(
+        fork_server.start(MAIN, command(tmp_path / "two", "--precision", "bf16"), world=2, at_once=True)
+    )
     assert codes == [2, 2] and "precision 'fp32' there, 'bf16' here" in said[0] and not said[1]
 
 
@@ -122,7 +124,7 @@ def test_ranks_that_see_different_things_do_not_start(command, weights, tmp_path
     changed[1] = str(tmp_path / "other.pth")
     choose = f"words = {command(tmp_path / 'out')!r} if os.environ['RANK'] == '0' else {changed!r}"
     script.write_text(f"import os, sys\nfrom armillary.engine import cli\n{choose}\nsys.exit(cli.main(words))\n")
-    codes, said = finish(fork_server.start(script, world=2))
+    codes, said = finish(fork_server.start(script, world=2, at_once=True))
     assert codes == [2, 2] and "embeddings: must be the same for all processes" in said[0]
     assert not (tmp_path / "out").exists()
 

@@ -281,8 +281,8 @@ def test_what_has_no_form_there_is_refused(export, tmp_path, capsys):
 def test_onnx_gives_the_same_embeddings(export, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    method = AstroCLIP(image=VIT, spectrum=SPECTRUM, freeze=False, embedding=24, heads=2)
-    file = export(method, PAIR_VIEWS)
+    image, spectrum = replace(VIT, depth=1), replace(SPECTRUM, depth=1)  # the exporter takes seconds for each block
+    file = export(AstroCLIP(image=image, spectrum=spectrum, freeze=False, embedding=24, heads=2), PAIR_VIEWS)
     assert cli.main(["export", str(file), "-o", str(tmp_path / "mine.onnx"), "--format", "onnx"]) == 0
     session = runtime.InferenceSession(tmp_path / "mine.onnx", providers=["CPUExecutionProvider"])
     encoder = TrainedEncoder.open(file)

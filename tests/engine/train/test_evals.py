@@ -41,7 +41,9 @@ def run(survey, tmp_path):
 
 
 def train(survey, out, *arguments, world=2, **environment):
-    ranks = fork_server.start(SCRIPT, arguments, world, FROZEN_OUT=str(out), FROZEN_SURVEY=str(survey), **environment)
+    ranks = fork_server.start(
+        SCRIPT, arguments, world, at_once=True, FROZEN_OUT=str(out), FROZEN_SURVEY=str(survey), **environment
+    )
     said = [rank.communicate(120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * len(ranks), said
     return said[0]
