@@ -1,4 +1,4 @@
-"""Pages of the site that are not in docs/: those from the repository's root, and the reference of all modules.
+"""Pages of the site that are not in docs/: those from the repository's root, the tutorials, and the reference of all modules.
 
 Links of pages are written for readers of the repository; here those that leave docs/ are led to the pages of the site: a
 Markdown file to its page, a module to its place in the reference, any other file to its name alone.
@@ -6,6 +6,7 @@ Markdown file to its page, a module to its place in the reference, any other fil
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ OUTSIDE = {
 }
 """Files of the repository that are pages of the site."""
 
+NOTEBOOKS = ROOT / "docs" / "tutorials"
 FLOORS = ("engine", "models", "kernels")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 
@@ -68,29 +70,39 @@ def on_files(files: Any, config: Any) -> Any:
         for room, modules in rooms().items():
             text = "\n".join(f"::: armillary.{module}\n" for module in modules)
             pages[reference_page(room)] = f"# {room}\n\n{text}"
+    pages |= {f"tutorials/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS.glob("*.ipynb")}
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook's cells as Markdown: code as blocks, without outputs; the notebook itself is beside the page."""
+    cells = ((cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"])
+    text = "\n\n".join(source if kind == "markdown" else f"```python\n{source}\n```" for kind, source in cells)
+    return f'{text}\n\n<a href="{path.name}" download>The notebook</a>\n'
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Lead the links of a page to pages of the site."""
     uri = page.file.src_uri
     source = next((source for source, made in OUTSIDE.items() if made == uri), f"docs/{uri}")
+    top = "../" * uri.count("/")
 
     def led(match: re.Match[str]) -> str:
         text, target, anchor = match[1], match[2], match[3] or ""
         place = Path(os.path.normpath(PurePosixPath(source).parent / target)).as_posix()
         if place in OUTSIDE:
-            return f"[{text}]({OUTSIDE[place]}{anchor})"
+            return f"[{text}]({top}{OUTSIDE[place]}{anchor})"
         if place.startswith("docs/"):
-            return f"[{text}]({place.removeprefix('docs/')}{anchor})"
+            inside = place.removeprefix("docs/").replace(".ipynb", ".md")  # a notebook's page
+            return f"[{text}]({top}{inside}{anchor})"
         folder, name = (
             str(PurePosixPath(place).parent),
             PurePosixPath(place).with_suffix("").as_posix().replace("/", "."),
         )
         if with_reference() and name in rooms().get(folder, ()):
-            return f"[{text}]({reference_page(folder)}#armillary.{name})"
+            return f"[{text}]({top}{reference_page(folder)}#armillary.{name})"
         return text
 
     return markdown if uri.startswith("reference/") else LINK.sub(led, markdown)
