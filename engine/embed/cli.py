@@ -161,7 +161,7 @@ def _open(
         where = torch.device("cuda", gpu_of(me))
         torch.cuda.set_device(where)
     elif me.world > 1:
-        share_cpus(me)
+        share_cpus()
     source = TrainedEncoder.open(run)
     if source.is_published and data is None:
         raise ValueError(f"data: must name the survey to embed, because {run} comes without one; give --data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,22 +64,32 @@ class Difference:
     second: str | None
 
 
-def list_runs(folder: Path) -> list[RunRow]:
+def list_runs(folder: Path) -> tuple[list[RunRow], list[str]]:
     """Every run below a folder, in the order of their names.
 
     Args:
         folder: Folder of runs, or of one.
 
+    Returns:
+        The runs, and a sentence for each record that cannot be read.
+
     Raises:
         FileNotFoundError: There is no such folder, or no run in it.
-        ValueError: A record cannot be read.
+        ValueError: No record can be read.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    rows = [_row(path.parent, folder) for path in sorted(folder.glob("**/run.json"))]
+    rows, unread = [], []
+    for path in sorted(folder.glob("**/run.json")):
+        try:
+            rows.append(_row(path.parent, folder))
+        except (OSError, ValueError) as error:
+            unread.append(str(error))
+    if not rows and unread:
+        raise ValueError("; ".join(unread))
     if not rows:
         raise FileNotFoundError(f"{folder}: no runs here (no run.json, also not in its folders)")
-    return rows
+    return rows, unread
 
 
 def _row(run: Path, top: Path) -> RunRow:
@@ -145,8 +156,10 @@ def runs(
     if out is not None:
         require_writable(out)
     if other is None:
-        rows = list_runs(folder)
+        rows, unread = list_runs(folder)
         _print_rows(rows)
+        for sentence in unread:
+            print(sentence, file=sys.stderr)
     else:
         found = differences(folder, other)
         _print_differences(found, folder, other)

@@ -13,6 +13,7 @@ from armillary.engine.plan.dry_step import DryStep
 from armillary.engine.plan.inputs import inputs_of
 from armillary.engine.plan.memory import GIB
 from armillary.engine.plan.plan import RESERVE, largest_micro_batch
+from armillary.engine.zero.processes import gpu_of, ranks, ranks_here
 
 __all__ = ["with_micro_batch"]
 
@@ -68,15 +69,12 @@ def _begun_with(run: Run) -> int | None:
 def _memory(device: str) -> int:
     """Bytes of a rank: of its GPU, or its share of the machine's; what others use of it is not asked, since ranks must agree."""
     if device == "cuda":
-        return int(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
-    local = int(
-        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or "1"
-    )
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+        return int(torch.cuda.get_device_properties(gpu_of(ranks())).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here()
 
 
 def _chip(device: str) -> _Chip | None:
     if device == "cpu":
         return None
-    properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
+    properties = torch.cuda.get_device_properties(gpu_of(ranks()))
     return _Chip(10 * properties.major + properties.minor, properties.multi_processor_count)

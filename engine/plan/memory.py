@@ -6,13 +6,13 @@ Counted are weights, gradients and the optimizer's state as ZeRO shares them out
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from armillary.engine.config.run import Run
+from armillary.engine.zero.processes import gpu_of, ranks, ranks_here
 from armillary.models.method import Method
 
 __all__ = ["GIB", "Memory", "Sizes", "free_bytes", "itemsize", "memory_of", "zero_kinds"]
@@ -130,12 +130,11 @@ def free_bytes(device: str) -> int | None:
     Args:
         device: "cuda" or "cpu".
     """
-    get = os.environ.get
     if device == "cuda":
-        return int(torch.cuda.mem_get_info(int(get("LOCAL_RANK", "0")))[0]) if torch.cuda.is_available() else None
+        return int(torch.cuda.mem_get_info(gpu_of(ranks()))[0]) if torch.cuda.is_available() else None
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return None
-    return kilobytes * 1024 // int(get("LOCAL_WORLD_SIZE") or get("LOCAL_SIZE") or get("WORLD_SIZE") or "1")
+    return kilobytes * 1024 // ranks_here()

@@ -20,6 +20,7 @@ from armillary.engine.token_cache.identity import encoder_prefixes
 from armillary.engine.train.evals import eval_problems, readout_problems
 from armillary.engine.train.trackers import tracker_problems
 from armillary.engine.zero.optim import build_groups
+from armillary.engine.zero.processes import own_gpu_alone
 from armillary.kernels.launch import overrides
 from armillary.models.method import Method
 
@@ -157,7 +158,7 @@ def _device(run: Run, world: int, has_smoke: bool) -> list[str]:
         way = "`--preset smoke`, a small variant for CPUs, or `--device cpu`" if has_smoke else "`--device cpu`"
         return [f"device: must be a CUDA device, got none on this machine; use {way}"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    if local > here:
+    if local > here and not own_gpu_alone():
         return [f"device: must have a GPU for each of the {local} ranks on this machine, got {here}"]
     if run.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return [

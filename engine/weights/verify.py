@@ -48,7 +48,12 @@ def check_files(folder: Path, hashed: Sequence[str] | None = None) -> None:
     Raises:
         CheckpointError: One is missing or differs. The newest other checkpoint that is whole is named.
     """
-    found = _damage(folder, hashed)
+    try:
+        found = _damage(folder, hashed)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder}: was deleted while it was read, as a run that is under way does with its older checkpoints; start again"
+        ) from error
     if found is None:
         return
     others = sorted((p for p in folder.parent.glob("step-*") if p != folder), reverse=True)

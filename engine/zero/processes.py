@@ -30,7 +30,9 @@ __all__ = [
     "gpu_of",
     "launch_problems",
     "lost_ranks",
+    "own_gpu_alone",
     "ranks",
+    "ranks_here",
     "set_timeout",
     "share_cpus",
     "start_processes",
@@ -54,6 +56,12 @@ def ranks() -> Ranks:
     """Read the launcher's environment; a process that nobody launched is the only one."""
     get = os.environ.get
     return Ranks(int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), int(get("WORLD_SIZE", "1")))
+
+
+def ranks_here() -> int:
+    """Ranks of this machine, as the launcher says; all of them where it does not."""
+    get = os.environ.get
+    return int(get("LOCAL_WORLD_SIZE") or get("LOCAL_SIZE") or get("WORLD_SIZE") or "1")
 
 
 def take_slurm_ranks(environment: MutableMapping[str, str]) -> list[str]:
@@ -166,7 +174,7 @@ def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.de
         torch.cuda.set_device(gpu_of(me))
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
-    share_cpus(me)
+    share_cpus()
     # Its functions' default arguments are the process group of the moment of import, which they would keep alive.
     importlib.import_module("torch.distributed.nn.functional")
     backend = "nccl" if device == "cuda" else "gloo"
@@ -183,11 +191,10 @@ def gather_objects(value: T) -> list[T]:
     return found
 
 
-def share_cpus(me: Ranks) -> None:
+def share_cpus() -> None:
     """Give each rank of this machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or me.world)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
 
 
 def lost_ranks(error: BaseException, minutes: float) -> str | None:
@@ -223,6 +230,11 @@ def end_processes() -> None:
 
     deepspeed.comm.destroy_process_group()
     gc.collect()
+
+
+def own_gpu_alone() -> bool:
+    """Whether the launcher shows each rank one GPU, as Slurm does with `--gpus-per-task=1`; there may be others."""
+    return torch.cuda.device_count() == 1 and len(os.environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
 
 
 def gpu_of(me: Ranks) -> int:

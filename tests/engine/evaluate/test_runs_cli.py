@@ -29,15 +29,15 @@ def folder(run, tmp_path):
 
 def test_states_and_numbers(folder):
     with exclusive(folder / "c"):
-        a, b, c = list_runs(folder)
+        (a, b, c), unread = list_runs(folder)
     assert [(r.folder, r.state, r.step, r.steps, r.seed) for r in (a, b, c)] == [
         ("a", "finished", 4, 4, a.seed),
         ("b/inner", "stopped", 2, 4, 7),
         ("c", "running", 0, 4, a.seed),
     ]
     assert (a.loss, a.samples_per_s, a.commit) == (0.5, 33.0, "0123456789")
-    assert c.loss != c.loss
-    assert list_runs(folder / "c")[0].state == "stopped"  # its owner has gone
+    assert c.loss != c.loss and not unread
+    assert list_runs(folder / "c")[0][0].state == "stopped"  # its owner has gone
 
 
 def test_measures_of_its_evaluation(folder):
@@ -45,7 +45,7 @@ def test_measures_of_its_evaluation(folder):
     (folder / "a/evaluation").mkdir()
     measures = [row | {"value": 0.75, "stratum": "all"}, row | {"value": 0.5, "stratum": "r 20 to 21"}]
     (folder / "a/evaluation/metrics.json").write_text(json.dumps({"measures": measures}))
-    assert list_runs(folder)[0].measures == {"DINOv2 redshift 64-NN r2": 0.75}
+    assert list_runs(folder)[0][0].measures == {"DINOv2 redshift 64-NN r2": 0.75}
 
 
 def test_two_runs_differ_by_field(folder, tmp_path, capsys):
@@ -62,6 +62,13 @@ def test_the_table_says_it(folder, capsys):
     assert cli.main(["runs", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "b/inner" in said and "stopped" in said and "2/4" in said
+
+
+def test_a_record_that_cannot_be_read_hides_no_other(folder, capsys):
+    (folder / "a/run.json").write_text('{"run": {"name": "x"}}')
+    assert cli.main(["runs", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "b/inner" in said.out and "a/run.json: not a run's record" in said.err
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,23 @@ def test_no_gpu_points_to_the_way_out(run, monkeypatch, smoke):
     assert ("--preset smoke" in found) == smoke
 
 
+@pytest.mark.parametrize(("shown", "said"), [("3", False), (None, True), ("2,3", True)])
+def test_each_rank_needs_a_gpu_unless_it_is_shown_its_own(run, monkeypatch, shown, said):
+    """Four ranks of a machine that see one GPU each, as with Slurm's --gpus-per-task=1, or one and two for all."""
+    gpus = 1 if shown is None else shown.count(",") + 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    if shown is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    found = [p for p in problems(replace(run, device="cuda"), 4) if p.startswith("device:")]
+    assert found == ([f"device: must have a GPU for each of the 4 ranks on this machine, got {gpus}"] if said else [])
+
+
 def test_kernels_on_a_cpu_are_for_tests(run, monkeypatch):
     there = replace(run, optim=replace(run.optim, impl="triton"))
     assert problems(there, 1) == []  # the tests interpret them

@@ -164,6 +164,13 @@ def test_a_header_that_cannot_be_read_is_damage(run, folder, saved):
         resume.open_archive(folder / "step-00000005", hashed=["state.json"])
 
 
+def test_a_checkpoint_that_its_run_deletes_is_not_damaged(folder, saved, monkeypatch):
+    real = verify.sha256_of
+    monkeypatch.setattr(verify, "sha256_of", lambda path: (shutil.rmtree(saved[0]), real(path)))
+    with pytest.raises(CheckpointError, match="was deleted while it was read, as a run that is under way does"):
+        resume.open_archive(saved[0])
+
+
 def test_a_rank_reads_the_hashes_of_its_own_file(run, folder, one_process):
     path = write_world(run, folder, 2)
     flip(path / "shard-00001.safetensors")
