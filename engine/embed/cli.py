@@ -189,8 +189,7 @@ def _open(
         torch.bfloat16 if precision == "bf16" else torch.float32,
     )
     found = embedder.probe(splits[0])
-    network = image_encoder(encoder.method)
-    if readout == PATCHES and network is not None and PATCHES in found:
+    if readout == PATCHES and PATCHES in found and (network := image_encoder(encoder.method)) is not None:
         side, dim = math.isqrt(found[PATCHES] // network.config.dim), network.config.dim
         metadata["grid"] = f"{side} x {side} x {dim}"
     known = {*encoder.method.readouts(), *found}

@@ -18,7 +18,7 @@ from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import InputSpec
 
 PAIRS = 200
-TASKS = ("search", "properties", "posterior", "morphology", "masking", "attention")
+TASKS = ("search", "properties", "posterior", "morphology", "masking", "attention", "patches")
 SETS = ("AstroCLIP image", "AstroCLIP spectrum", "unaligned image", "unaligned spectrum", "photometry MLP")
 TITLES = ("What was found", "What is compared", "Filling gaps in spectra", "What the alignment looks at in spectra")
 
@@ -186,7 +186,7 @@ def test_bad_input_ends_before_work_starts(chain, aligned, pairs, tmp_path):
     said = armillary(*evaluate, "--tasks", "telepathy", code=2)
     assert "tasks: must be of " in said and "baselines, collapse, search" in said and "got telepathy" in said
     said = armillary(*evaluate, "--tasks", "properties", "--labels", "colour", code=2)
-    assert "properties: the survey has no label 'colour'; its labels: redshift" in said
+    assert "labels: must be labels of the survey (redshift, " in said and "got 'colour'" in said
     said = armillary("evaluate", chain / "photometry", "--tasks", "masking", "--out", tmp_path / "out", code=2)
     assert "masking: it needs a survey with spectra and a run with a spectrum encoder" in said
     assert not (tmp_path / "out").exists()
