@@ -21,10 +21,10 @@ help:
 	@echo "make test               all tests"
 	@echo "make cases              kinds of faults that people ran into: inputs, right value or error, as a table"
 	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
-	@echo "                        not marked slow; those of kernels only where a kernel's file has changes to commit"
+	@echo "                        not marked slow or whole_task; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
 	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six minutes)"
-	@echo "make soak               kill training, damage its files, fill its disk, start it twice; compare the bits (half an hour or more)"
+	@echo "make soak               kill training, damage its files, fill its disk, start it twice; compare the bits (a quarter of an hour or more)"
 	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
 	@echo "make bench              benchmarks of loader and training step on this machine"
@@ -95,7 +95,7 @@ demo-mmae: install
 	rm -rf $(addprefix $(MMAE)/,improved published cnn photometry)
 	$(call train,mmae,smoke_improved,$(MMAE)) --name improved --seed $(SEED)
 	$(call train,mmae,smoke,$(MMAE)) --name published --seed $(SEED)
-	$(call train,supervised,smoke,$(MMAE)) --views.targets redshift --train.steps 1160 --name cnn --seed $(SEED)
+	$(call train,supervised,smoke,$(MMAE)) --views.targets redshift --train.steps 800 --name cnn --seed $(SEED)
 	$(call train,supervised,smoke_photometry,$(MMAE)) --views.targets redshift --name photometry --seed $(SEED)
 	$(BIN)/armillary evaluate $(MMAE)/improved --data $(MMAE)/survey --out $(MMAE) --tasks missing lines \
 	  --compare $(MMAE)/published $(MMAE)/cnn $(MMAE)/photometry
@@ -135,7 +135,7 @@ cases: install
 CHANGED_KERNELS = $(shell git status --porcelain kernels tests/kernels 2>&1)
 check: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile \
-	  -m "not dist and not cluster and not slow and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
+	  -m "not dist and not cluster and not slow and not whole_task and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
 
 # The numeric modules as other processors would run them.
 test-cpus: install

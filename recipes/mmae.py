@@ -147,7 +147,7 @@ SMOKE_IMPROVED = replace(
         highest_redshift=1.0, redshift_bins=60,
     ),
     schedule=replace(SMOKE.schedule, learning_rate=Cosine(end=0.0, warmup_steps=60)),
-    train=replace(SMOKE.train, steps=2600),
+    train=replace(SMOKE.train, steps=1800),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Ways to learn the label from the same images: the encoder of RUN fine-tuned whol
 scratch. The validation split chooses each way's learning rate with 200 labels, then its number of steps with each number of
 labels, on a draw of labels that is not reported; the test split is judged once for each of three seeds. A seed draws its labels
 from the training split, the same for all ways, so differences are paired. One process. `--summary` reads the rows back: means over
-seeds and differences with 95 % intervals by Student's t, and whether fine-tuning beats the network from scratch.
+seeds and differences with 95 % intervals by Student's t, and whether fine-tuning beats the network from scratch; `--figure FILE` draws
+the curve.
 """
 
 from __future__ import annotations
@@ -98,13 +99,40 @@ def score(method: FineTuneMethod, view: object, seen: Images, label: np.ndarray)
     return r2(label[seen.row.numpy()], torch.cat(said).numpy())
 
 
-def summary(path: Path) -> list[str]:
-    """What the rows of a CSV say, a line each."""
+def scores_of(path: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """R2 by seed of each way and number of labels, in a CSV."""
     scores: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             scores[row["way"], int(row["labels"])][row["seed"]] = float(row["r2"])
-    said = []
+    return scores
+
+
+def draw(path: Path, figure_file: Path) -> None:
+    """The curve: a point a seed, lines through the means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "finetune"  # the same rows, the same file
+    from matplotlib import pyplot as plt
+
+    scores = scores_of(path)
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for place, way in enumerate(WAYS):
+        counts = sorted(count for name, count in scores if name == way)
+        values = [list(scores[way, count].values()) for count in counts]
+        (line,) = axes.plot(counts, [np.mean(v) for v in values], label=way, lw=1.5)
+        for count, of_seeds in zip(counts, values, strict=True):
+            beside = count * 1.05 ** (place - 1)
+            axes.plot([beside] * len(of_seeds), of_seeds, "o", ms=4, color=line.get_color(), alpha=0.6)
+    axes.set(xscale="log", xlabel="labelled galaxies", ylabel="R2 of the test galaxies")
+    axes.legend(frameon=False)
+    figure.savefig(figure_file, metadata={"Date": None})
+
+
+def summary(path: Path) -> list[str]:
+    """What the rows of a CSV say, a line each."""
+    scores, said = scores_of(path), []
     for (way, count), by_seed in scores.items():
         values = np.array(list(by_seed.values()))
         text = f"{count:>5} labels  {way:<10}  R2 {values.mean():+.3f} ± {values.std(ddof=1):.3f} (sd of {len(values)} seeds)"
@@ -126,6 +154,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--data", type=Path)
     csv_option(parser, "finetune")
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--figure", type=Path)
     parser.add_argument("--label", default="redshift")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--labels", type=int, nargs="+", default=[50, 200, 1000])
@@ -134,6 +163,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     args = parser.parse_args(None if arguments is None else list(arguments))
     if args.summary:
         print(*summary(args.csv), sep="\n")
+        if args.figure is not None:
+            draw(args.csv, args.figure)
         return
     if args.run is None or args.data is None:
         parser.error("a run and --data are needed, or --summary")

@@ -38,7 +38,7 @@ __all__ = ["ask", "component_pit", "draw_answer", "given_entries"]
 SEQUENCES = 8192
 """Sequences of one pass, at most: bounds the memory."""
 
-OWN_DRAWS = 256
+OWN_DRAWS = 128
 """That stand for the distribution of a component; corrections are fitted by their finest step, 1/20."""
 
 PIT_DRAWS = 64

@@ -119,7 +119,7 @@ def test_trains_alike_under_zero_2_and_3_and_exports(survey, tmp_path):
     run(specformer(*options, "--name", "three", "--train.zero-stage", 3))
     two, three = losses(tmp_path / "two"), losses(tmp_path / "three")
     assert len(two) == 12 and two == pytest.approx(three, rel=1e-3)
-    assert two[-1] < 0.9 * two[0]
+    assert two[-1] < 0.9 * two[0]  # .49 to .59 over four seeds, standard deviation .04
     trained = TrainedEncoder.open(tmp_path / "three")
     method, loaded = trained.method, trained.run
     assert loaded.method.encoder.window == 20

@@ -21,6 +21,8 @@ from armillary.kernels.tokens.residual_norm_kernels import residual_norm_fwd_ker
 from armillary.models.galaxy_walker import vlm
 from armillary.models.geometry.geometry_experts import GeometryExperts, GeometryFFN
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 
 

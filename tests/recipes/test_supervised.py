@@ -167,9 +167,10 @@ def test_other_networks_learn_the_toy(survey, tmp_path, preset, steps, lr):
     table = pq.read_table(survey / "catalog.parquet")
     truth = table["redshift"].to_numpy()[rows]  # the hidden number itself
     error = found[""][:, 0] - truth
-    assert len(rows) > 5 and np.square(error).mean() < 0.2 * truth.var()
+    # Over four seeds shares of the variance were .0001 to .007 here and .0002 to .009 below.
+    assert len(rows) > 5 and np.square(error).mean() < 0.05 * truth.var()
     age = table["tage_mw"].to_numpy()[rows]  # learnt although a third of it is unknown
-    assert np.nanmean(np.square(found[""][:, 3] - age)) < 0.2 * np.nanvar(age)
+    assert np.nanmean(np.square(found[""][:, 3] - age)) < 0.05 * np.nanvar(age)
 
     said = processes.armillary("evaluate", tmp_path / "toy", "--resamples", 50, "-o", tmp_path / "out").splitlines()
     assert any(line.startswith("properties: redshift from") for line in said)

@@ -39,7 +39,7 @@ class Sizes:
 
     samples: int = 4000
     draws: int = 200
-    vector_samples: int = 300
+    vector_samples: int = 200
     vector_draws: int = 30
 
 

@@ -16,6 +16,8 @@ from armillary.engine.evaluate.missing.task import missing
 from armillary.engine.evaluate.runs.tasks import TASKS
 from armillary.engine.evaluate.study.options import Options
 
+pytestmark = pytest.mark.whole_task
+
 OPTIONS = Options(resamples=50)
 IMAGE, BOTH = Shown(0.0, False), Shown(0.0, True)
 

@@ -6,6 +6,8 @@ from armillary.engine.data.sources.surveys.galaxyzoo import DECALS_QUESTIONS
 from armillary.engine.evaluate.morphology.task import MorphologyOptions, accuracy, morphology, weighted_f1
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
 
+pytestmark = pytest.mark.whole_task
+
 QUICK = MorphologyOptions(
     hidden=(32,), training=PerceptronTraining(60, 32, 3e-3, dropout=0.0, held_out=0.1), resamples=100, min_votes=34
 )

@@ -9,6 +9,8 @@ from armillary.engine.evaluate.posterior.flows import FlowOptions
 from armillary.engine.evaluate.posterior.joint_posterior import gaussian_nll
 from armillary.engine.evaluate.posterior.task import PROPERTIES, PosteriorOptions, posterior
 
+pytestmark = pytest.mark.whole_task
+
 FLOWS = FlowOptions(members=2, transforms=(1, 1), hidden=(16, 24), epochs=6, patience=4, batch=64, learning_rate=2e-2)
 SHORT = replace(FLOWS, epochs=1)
 OPTIONS = PosteriorOptions(flows=FLOWS, draws=60, scored=120, corners=1, panels=3)

@@ -11,6 +11,8 @@ from sklearn.preprocessing import StandardScaler
 from armillary.engine.evaluate.probes.scores import score
 from armillary.engine.evaluate.properties.task import PropertyOptions, properties
 
+pytestmark = pytest.mark.whole_task
+
 QUICK = PropertyOptions(neighbours=8, hidden=((16,),), resamples=100, strata=3, tomographic_bins=3)
 TRAIN, TEST = 240, 160
 

@@ -27,6 +27,8 @@ from armillary.engine.evaluate.queries.supervised import BARS, supervised_median
 from armillary.engine.evaluate.queries.task import QueryOptions, queries
 from armillary.models.quantities import Answer, Quantity, Questions, Scaling
 
+pytestmark = pytest.mark.whole_task
+
 FEW = Sizes(samples=800, draws=60, vector_samples=120, vector_draws=40)
 
 

@@ -35,6 +35,8 @@ from armillary.engine.evaluate.study.study import FeatureSet, Study
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch, Readout
 
+pytestmark = pytest.mark.whole_task
+
 QUICK = Options(resamples=50)
 
 
