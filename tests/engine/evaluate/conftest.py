@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from line_galaxies import GRID, line_galaxy
 
 from armillary.engine.data.building.build import build
-from armillary.engine.data.format.spectra import Spectrum
-from armillary.engine.data.format.survey import SpectrumRecord, Statistics, Survey, WaveGrid
+from armillary.engine.data.format.survey import SpectrumRecord, Statistics, Survey
 from armillary.engine.data.sources.source import Sample
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.evaluate.study.study import FeatureSet, Study
@@ -130,9 +130,6 @@ def make_study(tmp_path_factory):
     return make
 
 
-PAIRS_GRID = WaveGrid("linear", 4000.0, 10.0, 200)
-
-
 @dataclass(frozen=True)
 class Pairs:
     """Blobs of a colour that tells the redshift, with a line that moves with it."""
@@ -142,28 +139,22 @@ class Pairs:
     unit: str = "nanomaggy"
     pixel_scale_arcsec: float | None = 0.262
     labels = {"redshift": "true", "kind": "text"}
-    spectrum = SpectrumRecord(PAIRS_GRID, "1e-17 erg/s/cm2/angstrom")
+    spectrum = SpectrumRecord(GRID, "1e-17 erg/s/cm2/angstrom")
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, index: int) -> Sample:
-        rng = np.random.default_rng([11, index])
-        z = rng.uniform(0.05, 0.4)
-        y, x = np.indices((16, 16)) - 7.5
-        image = np.array([np.exp(-5 * z), 1, np.exp(5 * z)])[:, None, None] * np.exp(-(x**2 + y**2) / 8)
-        flux = 1 + 5 * np.exp(-(((PAIRS_GRID.angstrom() / (1 + z) - 4000) / 30) ** 2)) + 0.1 * rng.normal(size=200)
-        ivar = np.full(200, 100.0, np.float32)
-        ivar[:5] = 0
+        made = line_galaxy(index)
         return Sample(
             f"pair-{index:03d}",
-            (image + 0.02 * rng.normal(size=image.shape)).astype(np.float32),
+            made.image,
             None,
             180.0,
             0.0,
-            {"redshift": float("nan") if index % 7 == 0 else float(z), "kind": "blob"},
+            {"redshift": made.label, "kind": "blob"},
             f"pair {index}",
-            spectrum=Spectrum(np.where(ivar > 0, flux, 0).astype(np.float32), ivar),
+            spectrum=made.spectrum,
         )
 
 

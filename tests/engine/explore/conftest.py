@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from line_galaxies import GRID, line_galaxy
 
 from armillary.engine.config.provenance import survey_fingerprint
 from armillary.engine.data.building.build import build
 from armillary.engine.data.format.embedding_files import EmbeddingFiles
-from armillary.engine.data.format.spectra import Spectrum
-from armillary.engine.data.format.survey import SpectrumRecord, Survey, WaveGrid
+from armillary.engine.data.format.survey import SpectrumRecord, Survey
 from armillary.engine.data.sources.source import Sample
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
 from armillary.engine.explore.api import Pages
@@ -19,7 +19,6 @@ from armillary.engine.explore.embedding_map import open_map
 from armillary.engine.explore.objects import Objects, find_labels
 from armillary.engine.explore.similar import Similar
 
-GRID = WaveGrid("linear", 4000.0, 10.0, 200)
 COUNT = 50
 
 
@@ -38,28 +37,22 @@ class Galaxies:
         return self.count
 
     def read(self, index: int) -> Sample:
-        rng = np.random.default_rng([11, index])
-        z = rng.uniform(0.05, 0.4)
-        y, x = np.indices((16, 16)) - 7.5
-        image = np.array([np.exp(-5 * z), 1, np.exp(5 * z)])[:, None, None] * np.exp(-(x**2 + y**2) / 8)
-        flux = 1 + 5 * np.exp(-(((GRID.angstrom() / (1 + z) - 4000) / 30) ** 2)) + 0.1 * rng.normal(size=200)
-        ivar = np.full(200, 100.0, np.float32)
-        ivar[:5] = 0
+        made = line_galaxy(index)
         labels = {
-            "redshift": float("nan") if index % 7 == 0 else float(z),
+            "redshift": made.label,
             "kind": ("spiral", "elliptical", "")[index % 3],
             "name": f"Galaxy {index}" * (1 + index),
             "serial": float(index),
         }
         return Sample(
             f"g-{index:03d}",
-            None if index == 3 else (image + 0.02 * rng.normal(size=image.shape)).astype(np.float32),
+            None if index == 3 else made.image,
             None,
             150.0 + 0.01 * index,
             2.0,
             labels,
             f"galaxy {index}",
-            spectrum=None if index == 4 else Spectrum(np.where(ivar > 0, flux, 0).astype(np.float32), ivar),
+            spectrum=None if index == 4 else made.spectrum,
         )
 
 
