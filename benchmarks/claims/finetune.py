@@ -162,6 +162,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=[50, 200, 1000])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 400])
+    parser.add_argument("--lr", type=float, help="of every way, where the validation split has chosen it before")
     args = parser.parse_args(None if arguments is None else list(arguments))
     if args.summary:
         print(*summary(args.csv, args.label), sep="\n")
@@ -200,7 +201,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
                 print("validation", way, count, lr, steps, f"{tried[lr, steps, count]:.4f}", flush=True)
             return tried[lr, steps, count]
 
-        lr = max(WAYS[way][1], key=lambda lr: chosen(lr, args.steps[0], CHOSEN_WITH))
+        rates = WAYS[way][1] if args.lr is None else (args.lr,)
+        lr = max(rates, key=lambda lr: chosen(lr, args.steps[0], CHOSEN_WITH)) if len(rates) > 1 else rates[0]
         for count in args.labels:
             steps = max(args.steps, key=lambda steps: chosen(lr, steps, count))
             for seed in args.seeds:

@@ -47,12 +47,12 @@ def evals(logbook: RunLog, name: str) -> Markup:
         return Markup()
     text = "R\u00b2 of held-out samples by their nearest neighbours among training samples, with the loss below."
     if share := logbook.last("eval/share"):
-        text += f" It took {share:.1%} of the time."
+        text += f" The evaluations took {share:.1%} of the time."
     if best is not None:
         newest = f"; the newest is of step {logbook.last('step'):,.0f}" if logbook.last("step") != best.step else ""
         text += (
             f" The best checkpoint by {best.name} is that of step {best.step:,}{newest}. A score that chose a checkpoint is no "
-            "result: those are what is found on the test split."
+            "result; results are those on the test split."
         )
     charts, rows = [], []
     for eval_name, (at, value) in found.items():

@@ -29,6 +29,7 @@ from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.probes.baselines import asinh_pixels
 from armillary.engine.evaluate.probes.probes import KNN
+from armillary.engine.evaluate.runs import report
 from armillary.engine.evaluate.runs.evaluate import report_study
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.evaluate.study.study import FeatureSet, Study
@@ -163,6 +164,17 @@ def test_report_with_labels(survey_dir, features, run_dir, tmp_path):
         assert low <= difference <= high
         assert reached == 1 if low >= margin else reached == 0 if high < margin else np.isnan(reached)
     assert found.record["collapsed"] is False and not found.record["left_out"]
+
+
+def test_the_head_of_the_page_says_what_a_run_started_from(survey_dir):
+    method = {"$type": "a:B", "image_from": {"$path": "runs/dinov2"}, "prompt": {"$type": "a:P", "prompt_from": None}}
+    log = RunLog({"run": {"name": "tuned", "method": method}, "command": ["tune.py", "--init-from", "whole.pth"]})
+    survey = Survey.load(survey_dir)
+    assert "<dt>Started from</dt><dd>runs/dinov2, whole.pth</dd>" in report._run_header("tuned", survey, log, {})
+    assert "Started from" not in report._run_header("tuned", survey, RunLog({"run": {"name": "x"}}), {})
+    steps = {"step": (np.array([1, 9]), np.array([1, 9]))}
+    of_checkpoint = RunLog({}, steps, checkpoint=4)
+    assert "<dt>Steps trained</dt><dd>4 of 9</dd>" in report._run_header("tuned", survey, of_checkpoint, {})
 
 
 def test_missed_aims_are_said(survey_dir, features, run_dir, tmp_path):
