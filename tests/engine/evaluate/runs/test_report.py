@@ -308,6 +308,20 @@ def test_report_command(survey_dir, features, run_dir, tmp_path, capsys):
     assert "two files hold the same kind" in capsys.readouterr().err
 
 
+def test_a_checkpoint_is_evaluated_beside_those_of_its_run(run_dir, tmp_path, monkeypatch):
+    kept = run_dir / "checkpoints" / "step-00000010"
+    kept.mkdir(parents=True)
+    (kept / "manifest.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr(
+        "armillary.engine.evaluate.runs.evaluate.evaluate_study", lambda *args, **_: asked.append(args) or []
+    )
+    for run in (run_dir, kept):
+        assert command(["evaluate", str(run), "--data", "sky", "--device", "cpu"]) == 0
+    assert [out for _, _, out, _ in asked] == [run_dir / "evaluation", run_dir / "evaluation-step-00000010"]
+    assert [runs for runs, *_ in asked] == [(run_dir,), (kept,)]
+
+
 def test_no_gpu_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.choose_device("auto") == torch.device("cpu")
