@@ -17,6 +17,7 @@ from armillary.engine.config.provenance import facts, survey_fingerprint
 from armillary.engine.config.run import Schedules
 from armillary.engine.train import start, trainer
 from armillary.engine.train.loop import Loop, NonFinite, Stopped, StopRequest
+from armillary.engine.train.supply import DataLost
 from armillary.engine.train.trainer import BadInput
 from armillary.engine.user_code import trust
 from armillary.engine.weights import checkpoint, portable, verify
@@ -40,6 +41,7 @@ trust("toy")
         (BadInput("a: b\nc: d"), 2, "toy: this run cannot start:\n  a: b\n  c: d"),
         (NonFinite("why"), 3, "toy: stopped: why"),
         (CheckpointError("full"), 4, "toy: full"),
+        (DataLost("no data"), 1, "toy: stopped: no data"),
     ],
 )
 def test_ends_have_their_exit_codes(run, monkeypatch, capsys, error, code, message):
