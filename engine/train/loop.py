@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -135,12 +135,12 @@ class Loop:
                 self.supply.begin()
                 if said := self.supply.losses():
                     raise self._without_data(said)
-            trace.before(self.progress.step)
+            self._untimed(trace.before)
             status = self.step(watch)
             if status is None:
                 self._wait_at_most(train.timeout_minutes, watch, "the checkpoint")
                 raise self._without_data(self.supply.losses())
-            trace.after(self.progress.step)
+            self._untimed(trace.after)
             if self.progress.step % COLLECT_STEPS == 0:
                 gc.collect()
             if first:  # the first step builds caches and compiles
@@ -158,6 +158,12 @@ class Loop:
                 self.meter.say(f"stopped by a signal at step {self.progress.step}; the same command continues")
                 raise Stopped
         self._wait_at_most(train.timeout_minutes, watch, "the end")
+
+    def _untimed(self, action: Callable[[int], None]) -> None:
+        """Do something with the number of steps done that the throughput leaves out: a profiler takes seconds to start and to write."""
+        began = time.perf_counter()
+        action(self.progress.step)
+        self.meter.pause(time.perf_counter() - began)
 
     def _wait_at_most(self, minutes: float, watch: Watch, place: str = "the next step") -> None:
         """How long ranks may wait for each other from here on."""

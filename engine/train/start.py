@@ -187,7 +187,7 @@ def run_to_exit_code(
             print(f"{run.name}: interrupted without saving; {goes_on}", file=sys.stderr)
         else:
             traceback.print_exc()
-        if (advice := lost_ranks(error, run.train.timeout_minutes)) is not None:
+        if (advice := lost_ranks(error, run.train.timeout_minutes, run.train.step_timeout_minutes)) is not None:
             print(f"{run.name}: {advice}. Then {goes_on}", file=sys.stderr)
         sys.stderr.flush()
         if me.world > 1:
