@@ -204,7 +204,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
         rates = WAYS[way][1] if args.lr is None else (args.lr,)
         lr = max(rates, key=lambda lr: chosen(lr, args.steps[0], CHOSEN_WITH)) if len(rates) > 1 else rates[0]
         for count in args.labels:
-            steps = max(args.steps, key=lambda steps: chosen(lr, steps, count))
+            trials = len(args.steps) > 1 or not args.seeds
+            steps = max(args.steps, key=lambda steps: chosen(lr, steps, count)) if trials else args.steps[0]
             for seed in args.seeds:
                 begin = time.perf_counter()
                 value = measure(way, lr, steps, count, seed, "test")
