@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from armillary.engine.weights.export import export_dinov2
 from armillary.engine.weights.init_weights import init_encoder
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.method import Batch, InputSpec
@@ -174,6 +175,15 @@ def test_what_a_network_cannot_do_is_said_before_the_start(timm, network, side, 
     (problem,) = FineTune(encoder=network).problems(replace(INPUTS, global_size=side))
     with pytest.raises(AssertionError, match=f"encoder.name: {message}"):
         raise AssertionError(problem)
+
+
+def test_it_is_not_written_under_the_names_of_dinov2(stand_in, tmp_path):
+    method = FineTune(encoder=Timm("small", channels=2)).build(INPUTS)
+    source = SimpleNamespace(path=tmp_path / "run", method=method)
+    with pytest.raises(
+        ValueError, match="must be a vision transformer of armillary.*got timm's Small; --format safetensors"
+    ):
+        export_dinov2(source, tmp_path / "x.safetensors")
 
 
 def test_what_timm_has_not_is_named(stand_in, tmp_path):
