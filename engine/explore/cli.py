@@ -74,17 +74,16 @@ def explore(
     check_origin(files, survey)
     labels = find_labels(survey)
     shown = _colour(colour, labels, survey)
-    _check(run, index, atlas, map)
-    chosen = map if map in ("auto", "tsne", "pca") else Path(map)
+    _check(run, index, atlas)
     if atlas is not None:
         from armillary.engine.exclusive import exclusive_file
 
         with exclusive_file(atlas):
-            write_atlas(atlas, Objects(survey, files, open_map(files, chosen), labels), files)  # type: ignore[arg-type]
+            write_atlas(atlas, Objects(survey, files, open_map(files, map), labels), files)
         print(f"written: {atlas}; embedding-atlas {atlas} --x x --y y --neighbors neighbors")
         return 0
     with Server(host, port) as server:
-        mapped = open_map(files, chosen)  # type: ignore[arg-type]
+        mapped = open_map(files, map)
         objects = Objects(survey, files, mapped, labels)
         similar = Similar(files, objects.keys, index, run, where)
         about = {
@@ -114,7 +113,7 @@ def _colour(name: str | None, labels: dict[str, Label], survey: Survey) -> str |
     return name
 
 
-def _check(run: Path | None, index: Path | None, atlas: Path | None, map: str) -> None:
+def _check(run: Path | None, index: Path | None, atlas: Path | None) -> None:
     """Refuse what is not there before any work."""
     if run is not None:
         from armillary.engine.weights.trained_encoder import TrainedEncoder
@@ -124,8 +123,6 @@ def _check(run: Path | None, index: Path | None, atlas: Path | None, map: str) -
         raise FileNotFoundError(
             f"{index}: no index here (index.json is missing); `armillary search --save-index` writes one"
         )
-    if map not in ("auto", "tsne", "pca") and not Path(map).is_file():
-        raise FileNotFoundError(f"map: must be auto, tsne, pca or a Parquet file, got {map!r}, which is not there")
     if atlas is not None:
         if atlas.suffix != ".parquet":
             raise ValueError(f"atlas: must end in .parquet, got {atlas}")

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -69,24 +69,22 @@ def map_file(embeddings: Path, method: Method) -> Path:
     return embeddings.with_name(f"{embeddings.name.removesuffix('.parquet')}.{method}.parquet")
 
 
-def open_map(
-    files: EmbeddingFiles, choice: MapChoice | Path = "auto", say: Callable[[str], None] = print
-) -> EmbeddingMap:
+def open_map(files: EmbeddingFiles, choice: str | Path = "auto", say: Callable[[str], None] = print) -> EmbeddingMap:
     """The kept map of embeddings, or one that is made now and kept.
 
     Args:
         files: The embeddings.
-        choice: "tsne" or "pca"; a Parquet file with columns key, x and y; or "auto": a kept t-SNE, else a new one of up to
-            `WHOLE` embeddings, else PCA.
+        choice: "tsne", "pca" or the path of a Parquet file with columns key, x and y; or "auto": a kept t-SNE, else a new one
+            of up to `WHOLE` embeddings, else PCA.
         say: Is told what takes time, and where a map could not be kept.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is no map of these embeddings.
     """
-    if isinstance(choice, Path):
-        return read_map(choice, files)
-    method: Method = "tsne" if choice == "auto" else choice
+    if choice not in get_args(MapChoice):
+        return read_map(Path(choice), files)
+    method: Method = "pca" if choice == "pca" else "tsne"
     if (kept := map_file(files.path, method)).is_file():
         return read_map(kept, files)
     if choice == "auto" and len(files) > WHOLE:
@@ -112,7 +110,9 @@ def read_map(path: Path, files: EmbeddingFiles) -> EmbeddingMap:
         ValueError: It is no map, or not of these embeddings.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such map; need a Parquet file with columns key, x and y, or tsne or pca")
+        raise FileNotFoundError(
+            f"map: must be auto, tsne, pca or a Parquet file, got {str(path)!r}, which is not there"
+        )
     try:
         table: Any = pq.read_table(path, columns=["key", "x", "y"])
         recipe = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))

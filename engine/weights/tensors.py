@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from armillary.engine.weights.verify import SEAL, UNSEALED
@@ -156,11 +156,12 @@ class Archive:
         for i, path in enumerate(self.files):
             try:
                 handle = safe_open(path, framework="pt")
-            except Exception as error:  # safetensors raises its own, undocumented, class
+                metadata = handle.metadata() or {}
+                table = json.loads(metadata.get("pieces", "{}"))
+            except (SafetensorError, OSError, ValueError) as error:
                 raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
             self._open.append(handle)
-            self.metadata.append(handle.metadata() or {})
-            table = json.loads(self.metadata[-1].get("pieces", "{}"))
+            self.metadata.append(metadata)
             for key in handle.keys():
                 shape = handle.get_slice(key).get_shape()
                 start, whole = table.get(key, (0, shape))

@@ -127,5 +127,5 @@ def test_a_file_that_is_no_parquet(written, tmp_path):
     (tmp_path / "map.parquet").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="not a map"):
         read_map(tmp_path / "map.parquet", files)
-    with pytest.raises(FileNotFoundError, match="no such map"):
+    with pytest.raises(FileNotFoundError, match="map: must be auto, tsne, pca or a Parquet file, got"):
         read_map(tmp_path / "nothing.parquet", files)
