@@ -22,7 +22,7 @@ from torch import Tensor
 
 from armillary.engine.weights.verify import SEAL, UNSEALED
 
-__all__ = ["Archive", "Entry", "Piece", "state_digest", "write_tensors"]
+__all__ = ["Archive", "Entry", "Piece", "check_suffix", "state_digest", "write_tensors"]
 
 DTYPES = {
     torch.float64: "F64",
@@ -36,6 +36,16 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def check_suffix(file: Path, *suffixes: str) -> None:
+    """Refuse a file of weights whose name other programs would take for one of another format.
+
+    Raises:
+        ValueError: It ends in none of the suffixes.
+    """
+    if file.suffix not in suffixes:
+        raise ValueError(f"{file}: the file's name must end in {' or '.join(suffixes)}")
 
 
 @dataclass(frozen=True)
