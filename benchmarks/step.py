@@ -40,7 +40,6 @@ from step_methods import (
 )
 from step_training import Subject, Training, phase_columns
 
-from armillary.engine.zero.processes import keep_freed_memory
 from armillary.models.dinov2.dino_head import Head
 from armillary.models.dinov2.dinov2 import DINOv2
 from armillary.models.mmae.token_drop import TokenDropMMAE
@@ -115,8 +114,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as a run does
     for precision in args.precision:
         with tempfile.TemporaryDirectory(prefix="armillary-step-") as folder:
             measure(args, precision, device, Path(folder) / "tokens")

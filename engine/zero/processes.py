@@ -6,7 +6,6 @@ srun alone, whose own variables are read where those are not set. A process that
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import logging
@@ -29,7 +28,6 @@ __all__ = [
     "end_processes",
     "gather_objects",
     "gpu_of",
-    "keep_freed_memory",
     "launch_problems",
     "lost_ranks",
     "of_lost_ranks",
@@ -44,7 +42,6 @@ __all__ = [
 
 PORTS = 20_000, 60_000
 """Range of the ports that a Slurm step derives from its number."""
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -179,8 +176,6 @@ def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.de
         torch.cuda.set_device(gpu_of(me))
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
-    else:
-        keep_freed_memory()
     share_cpus()
     # Its functions' default arguments are the process group of the moment of import, which they would keep alive.
     importlib.import_module("torch.distributed.nn.functional")
@@ -202,25 +197,6 @@ def share_cpus() -> None:
     """Give each rank of this machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what a step frees for the next step; glibc only, and not where its own variables are set.
-
-    A step on a CPU asks for the same gigabytes as the one before. glibc hands large blocks back to the system, which has to
-    find and clear every page of them again. The process stays as large as it was at its largest.
-    """
-    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for option, value in (
-        (M_MMAP_MAX, 0),
-        (M_TRIM_THRESHOLD, -1),
-    ):  # no blocks outside of the heap, and no end of it cut off
-        mallopt(option, value)
 
 
 def of_lost_ranks(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ reference, do the latter. Deterministic; infinite or NaN logits spoil the loss a
 
 # Triton reads the annotations of a kernel's arguments, so they stay bare:
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -40,7 +41,7 @@ from armillary.kernels.launch import (
 )
 from armillary.kernels.objective.logsumexp import row_logsumexp, row_scan
 
-__all__ = ["Factors", "Scratch", "prototype_rows_", "prototype_rows_reference"]
+__all__ = ["Factors", "Scratch", "prototype_rows_", "prototype_rows_reference", "scratch"]
 
 Factors = Sequence[tuple[float, ...]]
 
@@ -63,9 +64,26 @@ class Scratch:
     def __call__(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """[rows, V] of uninitialised memory, the same for the same name."""
         kept = self._kept.get(name)
-        if kept is None or len(kept) < rows:
+        if kept is None or len(kept) < rows or kept.dtype != dtype:
             kept = self._kept[name] = torch.empty(rows, self.columns, dtype=dtype, device=self.device)
         return kept[:rows]
+
+
+_of_thread = threading.local()
+
+
+def scratch(columns: int, device: torch.device) -> Scratch:
+    """Buffers of one pass over a batch.
+
+    On a CPU a thread gets the last pass's again, as long as V is the same: the C library hands blocks of this size back to the
+    system, and the pages of 100 MiB of logits took as long as their products. On a GPU torch keeps freed memory itself.
+    """
+    if device.type != "cpu":
+        return Scratch(columns, device)
+    found: Scratch | None = getattr(_of_thread, "scratch", None)
+    if found is None or found.columns != columns:
+        found = _of_thread.scratch = Scratch(columns, device)
+    return found
 
 
 def prototype_rows_reference(
