@@ -149,15 +149,9 @@ def _help(group: str) -> str:
     shown |= {} if group else {"version": "the version of armillary, as --version says it"}
     width = max(map(len, shown)) + 2
     lines = [f"  {n:{width}}{text}" for n, text in shown.items()]
-    return "\n".join(
-        [
-            "usage: armillary COMMAND ...",
-            "",
-            *lines,
-            "",
-            "armillary COMMAND --help says more. Training is started from a recipe: deepspeed recipes/NAME.py",
-        ]
-    )
+    command = f"armillary {group} COMMAND" if group else "armillary COMMAND"
+    more = f"{command} --help says more. Training is started from a recipe: deepspeed recipes/NAME.py"
+    return "\n".join([f"usage: {command} ...", "", *lines, "", more])
 
 
 if __name__ == "__main__":

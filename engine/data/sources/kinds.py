@@ -153,7 +153,7 @@ def _by_content(path: Path) -> str | None:
                 if EXPORT in file.attrs:
                     return "export"
                 found = next((k for k, d in KINDS.items() if d.holds and all(name in file for name in d.holds)), None)
-                other_bands = found == "stein" and getattr(file["images"], "shape", ())[1:2] != (3,)
+                other_bands = found == "stein" and getattr(file["images"], "shape", ())[1:2] not in ((), (3,))
                 return "stack" if other_bands else found
         except OSError as error:
             raise ValueError(f"{path}: not a readable HDF5 file: {error}") from error
