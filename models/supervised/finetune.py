@@ -226,9 +226,11 @@ class FineTuneMethod(Method):
 
     def readouts(self) -> dict[str, Readout]:
         """The predictions, and the features."""
-        votes = isinstance(self.config.labels, Votes)
-        first = Readout("fine-tuned", "image", targets=() if votes else self.inputs.targets)
-        return {"share" if votes else "prediction": first, "features": Readout("fine-tuned, features", "image")}
+        labels, name, targets = self.config.labels, "prediction", self.inputs.targets
+        if isinstance(labels, Votes):
+            name, targets = "share", labels.shares(self.inputs)
+        features = Readout("fine-tuned, features", "image")
+        return {name: Readout("fine-tuned", "image", targets=targets), "features": features}
 
     def encoders(self) -> dict[str, str]:
         """Prefix of the encoder."""

@@ -202,6 +202,14 @@ class Votes:
             parts[inputs.targets[last]] = _mean(-log, known)
         return parts
 
+    def shares(self, inputs: InputSpec) -> tuple[str, ...]:
+        """Labels that "share" predicts, in its order."""
+        names, found = iter(inputs.targets), []
+        for length in self.answers:
+            found += [next(names) for _ in range(length)]
+            next(names)  # the number of votes
+        return tuple(found)
+
     def said(self, out: Tensor, inputs: InputSpec) -> dict[str, Tensor]:
         """ "share", expected shares of each question's votes, and "concentration", the alphas; [B, m]."""
         alpha = self._alpha(out)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from armillary.engine.evaluate.page import figures
 from armillary.engine.evaluate.page.html import card, number, section, stack, table, verdicts
 
-__all__ = ["MorphologyResult", "morphology_chart", "morphology_section"]
+__all__ = ["MorphologyResult", "morphology_chart", "morphology_section", "own_section"]
 
 
 @dataclass(frozen=True)
@@ -124,3 +124,27 @@ def morphology_section(
     cards = stack([card(morphology_chart(results, order)), card(table(head, groups))])
     missing = [verdicts(("note", "left out", line) for line in left_out)] if left_out else []
     return section("What would Galaxy Zoo's volunteers answer?", text, cards, *missing)
+
+
+def own_section(results: Sequence[MorphologyResult]) -> Markup:
+    """What networks that were trained on the votes answer themselves."""
+    groups: list[tuple[str, list[list[str]]]] = []
+    for name in dict.fromkeys(r.features for r in results):
+        rows = [
+            [
+                r.question,
+                f"{len(r.right):,}",
+                number(r.accuracy, r.accuracy_se),
+                number(r.f1, r.f1_se),
+                number(r.majority),
+            ]
+            for r in results
+            if r.features == name
+        ]
+        groups.append((name, rows))
+    text = (
+        "Networks that were trained on the votes, by their own likeliest answer: right where it is that of most volunteers, on the "
+        "test galaxies of the next section. Errors are one sigma over test galaxies."
+    )
+    head = ["Question", "test", "accuracy", "F1", "most frequent"]
+    return section("What does the network itself answer?", text, card(table(head, groups)))

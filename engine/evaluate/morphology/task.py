@@ -1,7 +1,7 @@
 """Galaxy Zoo morphology from frozen embeddings: what volunteers would answer, as AstroCLIP tests it.
 
 For each question of the decision tree a perceptron learns the shares of the votes, and is right where its likeliest
-answer is the one that most volunteers gave.
+answer is the one that most volunteers gave. A network that was trained on the votes is judged by its own likeliest answer as well.
 
 Galaxies that a question was put to: it is put to volunteers who gave the answer that leads to it, so votes on the
 question over votes on the first question are the share of the volunteers who were asked. AstroCLIP's paper trains on
@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from armillary.engine.data.sources.surveys.galaxyzoo import DECALS_QUESTIONS
-from armillary.engine.evaluate.morphology.figures import MorphologyResult, morphology_section
+from armillary.engine.evaluate.morphology.figures import MorphologyResult, morphology_section, own_section
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining, soft_cross_entropy, train_perceptron
 from armillary.engine.evaluate.probes.probes import standardised
+from armillary.engine.evaluate.properties.results import OWN
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 
 __all__ = ["TASK", "MorphologyOptions", "accuracy", "morphology", "weighted_f1"]
@@ -100,7 +101,8 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
     if not names:
         raise ValueError("there are no embeddings, only predictions")
     asked, left_out = _asked(study, options)
-    rows = [study.rows(split, *names) for split in (study.train_split, study.test_split)]
+    trained = [name for name in study.features if any(_columns(study, name, question) for question in asked)]
+    rows = [study.rows(split, *names, *trained) for split in (study.train_split, study.test_split)]
     questions: dict[str, _Question] = {}
     for question in asked:
         found = _question(study, question, rows[0], rows[1], options)
@@ -112,8 +114,18 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
         raise ValueError(f"questions: none can be judged: {'; '.join(left_out)}")
     results = [_judge(study, name, question, of_it, options) for question, of_it in questions.items() for name in names]
     model = "MLP " + "-".join(map(str, options.hidden))
-    measures = [m for r in results for m in _measures(r, model)]
-    lines = []
+    own = [
+        _scored(study, name, question, of_it, study.vectors(name, of_it.test)[:, columns].argmax(1), options)
+        for name in trained
+        for question, of_it in questions.items()
+        if (columns := _columns(study, name, question))
+    ]
+    measures = [m for r in results for m in _measures(r, model)] + [m for r in own for m in _measures(r, OWN)]
+    lines = [
+        f"{r.question} by {r.features} itself: accuracy {r.accuracy:.1%} (95% interval {r.accuracy - 1.96 * r.accuracy_se:.1%} to "
+        f"{r.accuracy + 1.96 * r.accuracy_se:.1%}); the most frequent answer is right in {r.majority:.1%}"
+        for r in own
+    ]
     for name in names:
         mine = [r for r in results if r.features == name]
         means = [float(np.mean([getattr(r, metric) for r in mine])) for metric in ("accuracy", "f1", "majority")]
@@ -125,7 +137,7 @@ def morphology(study: Study, options: MorphologyOptions | None = None) -> Outcom
         )
     lines += _comparisons(study, results, measures, model)
     section = morphology_section(results, list(study.features), left_out, model, options.min_votes, options.asked)
-    return Outcome(TASK, tuple(measures), (*lines, *left_out), (section,))
+    return Outcome(TASK, tuple(measures), (*lines, *left_out), (*([own_section(own)] if own else []), section))
 
 
 def accuracy(confusion: np.ndarray) -> np.ndarray:
@@ -168,6 +180,13 @@ def _labels(question: str) -> list[str]:
     return [*needed, *dict.fromkeys((f"{question}_votes", f"{FIRST}_votes"))]
 
 
+def _columns(study: Study, name: str, question: str) -> list[int]:
+    """Where a feature set predicts the shares of a question's answers; empty where it does not predict all of them."""
+    targets = study.features[name].targets
+    labels = [f"{question}_{answer}" for answer in DECALS_QUESTIONS[question]]
+    return [targets.index(label) for label in labels] if set(labels) <= set(targets) else []
+
+
 def _question(
     study: Study, question: str, train: np.ndarray, test: np.ndarray, options: MorphologyOptions
 ) -> _Question | str:
@@ -208,7 +227,14 @@ def _judge(study: Study, name: str, question: str, galaxies: _Question, options:
     train, test = standardised(*vectors)
     training = replace(options.training, seed=study.seed)
     run = train_perceptron(train, galaxies.train_share, soft_cross_entropy, options.hidden, training)
-    true, given = galaxies.test_share.argmax(1), run(test).argmax(1)
+    return _scored(study, name, question, galaxies, run(test).argmax(1), options)
+
+
+def _scored(
+    study: Study, name: str, question: str, galaxies: _Question, given: np.ndarray, options: MorphologyOptions
+) -> MorphologyResult:
+    """Scores of the answers [M] that were given to a question."""
+    true = galaxies.test_share.argmax(1)
     answers = galaxies.test_share.shape[1]
     confusion = np.bincount(true * answers + given, minlength=answers**2).reshape(answers, answers)
     always = np.zeros_like(confusion)
@@ -222,7 +248,7 @@ def _judge(study: Study, name: str, question: str, galaxies: _Question, options:
     return MorphologyResult(
         features=name,
         question=question,
-        train=len(train),
+        train=len(galaxies.train),
         right=true == given,
         accuracy=right,
         accuracy_se=float(np.sqrt(right * (1 - right) / len(true))),

@@ -94,7 +94,8 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
             than neighbours, or the feature sets share no galaxies.
     """
     options = options or PropertyOptions()
-    trained_for = next(iter(study.features.values())).targets
+    targets = next(iter(study.features.values())).targets
+    trained_for = [name for name in targets if len(targets) == 1 or _varies(study, name)]
     labels = options.labels or tuple(n for n in dict.fromkeys((*trained_for, *PROPERTIES)) if n in study.survey.labels)
     if not labels:
         raise ValueError(
@@ -159,6 +160,15 @@ def _strata(study: Study, heads: Sequence[Prediction], headline: str, options: P
             }
             found.append(Strata(by, strata, scores))
     return found
+
+
+def _varies(study: Study, label: str) -> bool:
+    try:
+        for split in (study.train_split, study.test_split):
+            study.varying(label, study.rows(split))
+    except ValueError:  # such as votes on an answer that nobody gave
+        return False
+    return True
 
 
 def _is_known(study: Study, label: str, rows: np.ndarray) -> bool:

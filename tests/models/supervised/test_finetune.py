@@ -60,6 +60,7 @@ def test_votes_have_the_likelihood_of_a_dirichlet_multinomial():
     share = loss.said(out, inputs)["share"]
     torch.testing.assert_close(share[:, :2].sum(1), torch.ones(3))
     torch.testing.assert_close(share[:, 2:].sum(1), torch.ones(3))
+    assert loss.shares(inputs) == ("a", "b", "c", "d", "e")
 
 
 def test_classes_have_weights_smoothing_and_unknown_samples():

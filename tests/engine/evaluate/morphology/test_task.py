@@ -188,6 +188,21 @@ def test_votes_that_are_never_known(make_study):
     assert any("disk-edge-on: left out, label 'disk-edge-on_yes': is known for none" in line for line in outcome.lines)
 
 
+def test_a_network_that_was_trained_on_votes_answers_itself(make_study):
+    labels, hidden = zoo()
+    asked = [name for name in labels if name.startswith("disk-edge-on_") and not name.endswith("votes")]
+    said = np.stack([labels[name] for name in asked[::-1]], 1)
+    said[::4] = said[::4, ::-1]  # every fourth answer is the other one
+    sets = {"head": image(said, targets=tuple(asked[::-1])), "features": image(hidden)}
+    found = morphology(make_study(labels, sets, train=TRAIN), QUICK)
+    (m,) = of(found, "accuracy", features="head", model="supervised")
+    share = np.stack([labels[name][TRAIN:] for name in asked[::-1]], 1)
+    assert m.target == "disk-edge-on" and m.samples == TEST
+    assert m.value == np.mean(share.argmax(1) == said[TRAIN:].argmax(1)) and 0 < m.error < 0.1
+    assert found.lines[0].startswith(f"disk-edge-on by head itself: accuracy {m.value:.1%} (95% interval ")
+    assert not of(found, "accuracy", features="head", model="MLP 32") and "network itself" in str(found.sections[0])
+
+
 def test_no_question_at_all(make_study):
     study = make_study({"redshift": np.arange(10.0)}, {"a": image(np.ones((10, 2)))}, train=5)
     with pytest.raises(ValueError, match="survey 'toy sky' has none of Galaxy Zoo DECaLS.*smooth-or-featured_votes"):
