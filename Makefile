@@ -24,7 +24,7 @@ help:
 	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
 	@echo "                        not marked slow or whole_task; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
-	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six minutes)"
+	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six to nine minutes)"
 	@echo "make soak               kill training, damage its files, fill its disk, start it twice; compare the bits (a quarter of an hour or more)"
 	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
@@ -134,9 +134,12 @@ cases: install
 # What a change needs before each commit. The kernels' tests, under Triton's interpreter, are a good part of all. Files that
 # are not in git yet count as changes too.
 CHANGED_KERNELS = $(shell git status --porcelain kernels tests/kernels 2>&1)
-check: install lint
+# One core would be idle while mypy looks at everything, so lint runs beside the tests and speaks after them.
+check: install
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & lint=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile \
-	  -m "not dist and not cluster and not slow and not whole_task and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
+	  -m "not dist and not cluster and not slow and not whole_task and not aot$(if $(CHANGED_KERNELS),, and not kernel)"; tests=$$?; \
+	wait $$lint; lint=$$?; cat $(VENV)/lint.log; exit $$((tests | lint))
 
 # The numeric modules as other processors would run them.
 test-cpus: install

@@ -47,8 +47,8 @@ class PropertyOptions:
     """Options of `properties`.
 
     Attributes:
-        labels: What to predict; those of `PROPERTIES` that the survey has if empty. The first is the headline, unless
-            redshift is among them.
+        labels: What to predict; if empty, what the first set is trained to predict, and those of `PROPERTIES` that the survey
+            has. The first is the headline, unless redshift is among those named.
         neighbours: Of the nearest neighbours, weighted by inverse Euclidean distance of standardised embeddings.
         hidden: Hidden layers of the perceptrons: AstroCLIP's paper has one of 32, its released code 64 and 64.
         training: How the perceptrons are trained; the study's seed takes the place of its own.
@@ -94,13 +94,14 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
             than neighbours, or the feature sets share no galaxies.
     """
     options = options or PropertyOptions()
-    labels = options.labels or tuple(label for label in PROPERTIES if label in study.survey.labels)
+    trained_for = next(iter(study.features.values())).targets
+    labels = options.labels or tuple(n for n in dict.fromkeys((*trained_for, *PROPERTIES)) if n in study.survey.labels)
     if not labels:
         raise ValueError(
             f"labels: survey {study.survey.name!r} has none of {', '.join(PROPERTIES)}, but "
             f"{', '.join(study.survey.labels) or 'none at all'}; name what to predict"
         )
-    headline = REDSHIFT if REDSHIFT in labels else labels[0]
+    headline = REDSHIFT if REDSHIFT in labels and (options.labels or not trained_for) else labels[0]
     nearest = f"{options.neighbours}-NN"
     training = replace(options.training, seed=study.seed)
     perceptrons = [MLP(hidden, training) for hidden in options.hidden]
@@ -124,7 +125,7 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
         comparison_section(comparisons, headline, labels),
         redshift_section(redshifts),
         class_section(predictions),
-        prediction_section(heads),
+        prediction_section([p for p in heads if not p.classes]),
         bias_section([p for p in heads if p.bias], list(study.features)),
         strata_section(strata, headline, list(study.features)),
     ]
@@ -184,7 +185,9 @@ def _measures(
         if k := p.classes:
             for metric in ("accuracy", "f1", "auc"):
                 out.append(Measure(*names, metric, getattr(k, metric), getattr(k, f"{metric}_se"), count))
-            out.append(Measure(*names, "share of ones", k.share, samples=count))
+            out.append(Measure(*names, "commonest class", k.commonest, samples=count))
+            if np.isfinite(k.share):
+                out.append(Measure(*names, "share of ones", k.share, samples=count))
         if p.bias:
             out.append(Measure(*names, "tomographic_bias", abs(p.worst.bias), p.worst.error, p.worst.samples))
         for b in p.bias:
@@ -206,6 +209,19 @@ def _measures(
     return out
 
 
+def _said(p: Prediction) -> str:
+    """The scores of a prediction; with 95% intervals where nothing was fitted here."""
+    if k := p.classes:
+        low, high = k.accuracy - 1.96 * k.accuracy_se, k.accuracy + 1.96 * k.accuracy_se
+        area = "" if np.isnan(k.auc) else f", AUC {k.auc:.3f}"
+        said = f"accuracy {k.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}; the commonest class alone {k.commonest:.1%})"
+        return f"{said}, F1 {k.f1:.3f}{area}"
+    said = f"R2 {p.r2:.3f} ± {p.r2_se:.3f}"
+    if p.model == OWN:
+        said += f" (95% interval {p.r2 - 1.96 * p.r2_se:.3f} to {p.r2 + 1.96 * p.r2_se:.3f})"
+    return said + (f", NMAD {p.scores.nmad:.4f}, catastrophic {p.scores.catastrophic:.1%}" if p.scores else "")
+
+
 def _lines(
     study: Study,
     heads: Sequence[Prediction],
@@ -214,17 +230,12 @@ def _lines(
     headline: str,
     labels: Sequence[str],
 ) -> list[str]:
-    out = [
-        f"{headline} from {p.features} ({p.model}): R2 {p.r2:.3f} ± {p.r2_se:.3f}"
-        + (f", NMAD {p.scores.nmad:.4f}, catastrophic {p.scores.catastrophic:.1%}" if p.scores else "")
-        + (f", accuracy {p.classes.accuracy:.1%}, F1 {p.classes.f1:.3f}, AUC {p.classes.auc:.3f}" if p.classes else "")
-        for p in heads
-    ]
+    out = [f"{headline} from {p.features} ({p.model}): {_said(p)}" for p in heads]
     out += [str(c) for c in comparisons if c.label == headline]
     for name, features in study.features.items():
         if features.targets and not set(features.targets) & set(labels):
             out.append(f"{name}: left out, it predicts none of {', '.join(labels)}")
-    if len(strata) < 2:
+    if len(strata) < 2 and not any(p.classes for p in heads):
         how = f"by {strata[0].by} only" if strata else "neither by magnitude nor by its value"
         out.append(f"{headline} is split {how}: there are too few test samples, or no label of {', '.join(MAGNITUDES)}")
     return out

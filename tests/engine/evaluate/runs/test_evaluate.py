@@ -2,6 +2,7 @@
 
 import json
 import types
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -79,6 +80,14 @@ def test_sets_of_all_runs_under_names_that_differ(runs, survey_dir, tmp_path):
     assert [s.space for s in sets] == ["one" * 8, "", "", ""]
     assert [s.targets for s in sets] == [(), (), (), ("redshift",)]
     assert {len(s.embeddings) for s in sets} == {Survey.load(survey_dir).count()}
+
+
+def test_two_checkpoints_of_a_run_are_told_apart_by_their_steps(runs):
+    run = types.SimpleNamespace(name="one", views=types.SimpleNamespace(modalities=("image",)))
+    survey = types.SimpleNamespace(modalities=("image",))
+    made = [Encoder(Colours("light"), EvalView(Crop()), {}, run, None, step) for step in (800, 1200)]
+    names = [w.name for w in evaluate_module._wanted(made, survey)]
+    assert names == ["light (one, step 800)", "light (one, step 1,200)"]
 
 
 def test_embeddings_are_used_again_where_nothing_changed(runs, survey_dir, tmp_path):
@@ -190,6 +199,15 @@ def test_predictions_are_not_judged_as_embeddings(survey_dir, task):
     assert "images alone" in tasks_module.TASKS[task].impossible(survey, [Colours("spectrum")], Options())
     assert "images alone" in tasks_module.TASKS[task].impossible(survey, [Colours("light", "spectrum")], Options())
     assert tasks_module.TASKS[task].impossible(survey, [Colours("light", "prediction")], Options()) == ""
+
+
+def test_properties_are_those_that_a_run_was_trained_for(survey_dir):
+    survey = replace(Survey.load(survey_dir), labels={"axis_ratio": "", "kind": ""})
+    task, run = tasks_module.TASKS["properties"], Colours("prediction")
+    assert "none of the labels redshift" in task.impossible(survey, [run], Options())
+    run.readouts = lambda: {"prediction": Readout("toy", "image", targets=("axis_ratio",))}
+    assert task.impossible(survey, [run], Options()) == ""
+    assert "no label 'age'" in task.impossible(survey, [run], Options(labels=("age",)))
 
 
 class Foreign(Colours):
