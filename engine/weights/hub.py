@@ -29,16 +29,16 @@ def fetch(path: Path | str) -> Path:
     """
     if not str(path).startswith("hf:"):
         return Path(path)
-    match = SCHEME.fullmatch(str(path))
+    match, address = SCHEME.fullmatch(str(path)), re.sub("^hf:/*", "hf://", str(path))
     if match is None:
-        raise ValueError(f"{path}: must be hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE")
+        raise ValueError(f"{address}: must be hf://OWNER/REPO/FILE or hf://OWNER/REPO@REVISION/FILE")
     hub = _library()
     try:
         return Path(
             hub.hf_hub_download(match["repo"], match["file"] or "model.safetensors", revision=match["revision"])
         )
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError) as error:
-        raise OSError(f"{path}: cannot be fetched from the hub: {_first_line(error)}") from error
+        raise OSError(f"{address}: cannot be fetched from the hub: {_first_line(error)}") from error
 
 
 def upload(folder: Path, repo: str) -> str:
