@@ -142,7 +142,7 @@ def train(
             leaving.callback(meter.close)
             for line in (*([] if memory is None else [memory.line()]), *note):
                 meter.say(line)
-            evals = Evals(run, sharded.method, survey, device, me, meter.say)
+            evals = Evals(run, sharded.method, survey, device, me, meter.say, sharded.whole)
             loop = Loop(run, sharded, loader, meter, progress, known, stop, newest, evals)
             set_random()
             loop.go()

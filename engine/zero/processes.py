@@ -171,7 +171,8 @@ def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.de
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device == "cuda":
         # The number of masked patches changes every step; fixed segments would be cut to pieces.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_ALLOC_CONF" not in os.environ:  # torch would look at the older name first
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(gpu_of(me))
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32

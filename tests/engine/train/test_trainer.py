@@ -332,6 +332,16 @@ def test_deepspeed_config(run):
         "grad_accum_dtype": "fp32"
     }
     assert three["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    # Norms and overflow are found in one pass for all ranks; DeepSpeed's own would be a second one, waited for.
+    assert config["zero_optimization"]["compute_grad_norm"] is False
+    assert "compute_grad_norm" not in three["zero_optimization"]
+
+
+@pytest.mark.parametrize(("device", "world", "overlaps"), [("cuda", 1, False), ("cuda", 2, True), ("cpu", 2, False)])
+def test_messages_overlap_with_backward_where_there_are_any(run, device, world, overlaps):
+    """On one GPU DeepSpeed would wait for the device after every micro-batch, for messages that nobody sends."""
+    config = deepspeed_config(replace(run, device=device), world, 1000)
+    assert config["zero_optimization"]["overlap_comm"] is overlaps
 
 
 def test_facts_tell_surveys_apart(survey, tmp_path):
