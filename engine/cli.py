@@ -19,23 +19,20 @@ input; 4 damaged weights; 130 Ctrl-C; 141 nobody reads the output any more (`| h
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Literal
 
 import tyro
 
 import armillary
 from armillary.engine.command_line import refuse_repeats, repeatable
-from armillary.engine.exclusive import exclusive_file
 from armillary.engine.open_files import open_file_problems
-from armillary.engine.user_code import Packages, trust
 from armillary.engine.weights.verify import CheckpointError
 
-__all__ = ["COMMANDS", "export", "main"]
+__all__ = ["COMMANDS", "main"]
 
 INTERRUPTED, UNREAD = 130, 141  # as shells call an end by SIGINT and by SIGPIPE
 
@@ -52,7 +49,7 @@ COMMANDS = {
     "data simulate-photometry": (
         "armillary.engine.data.simulate.populations.cli",
         "simulate_photometry",
-        "the same as photometry and star-formation histories",
+        "make one of photometry and star-formation histories",
     ),
     "embed": ("armillary.engine.embed.cli", "embed", "embeddings of a survey by a run's encoder"),
     "evaluate": ("armillary.engine.evaluate.cli", "evaluate", "embed a survey and judge the encoder"),
@@ -61,12 +58,12 @@ COMMANDS = {
         "calibrate",
         "correct a run's answers by held-out samples",
     ),
-    "report": ("armillary.engine.evaluate.cli", "report", "the same from embeddings that exist"),
+    "report": ("armillary.engine.evaluate.cli", "report", "the report from embeddings that exist"),
     "runs": ("armillary.engine.evaluate.runs_cli", "runs", "runs of a folder as a table; how two differ"),
     "search": ("armillary.engine.evaluate.search_cli", "search", "objects like one, within and across modalities"),
     "explore": ("armillary.engine.explore.cli", "explore", "look around in embeddings: map, cutouts, spectra, search"),
     "query": ("armillary.engine.query.cli", "query", "quantities of galaxies, given others, from a run"),
-    "export": ("armillary.engine.cli", "export", "encoder or whole state out of a run"),
+    "export": ("armillary.engine.hub.cli", "export", "encoder or whole state out of a run"),
     "completion": ("armillary.engine.completion", "completion", "commands and options for the shell's tab key"),
 }
 """Name: (module, function, one line of help)."""
@@ -121,7 +118,7 @@ def _run(words: list[str]) -> int:
         print(f"\narmillary {name}: interrupted; the same command starts again, or goes on", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        print(f"armillary {name}: this installation lacks {error.name}", file=sys.stderr)
+        print(f"armillary {name}: {_lacking(error)}", file=sys.stderr)
         return 2
     except CheckpointError as error:
         print(f"armillary {name}: {error}", file=sys.stderr)
@@ -134,89 +131,27 @@ def _run(words: list[str]) -> int:
         return 2
 
 
+def _lacking(error: ModuleNotFoundError) -> str:
+    """What is missing, with the extra of armillary that brings it."""
+    if error.name is None:  # our own, which says it
+        return str(error)
+    try:
+        required = importlib.metadata.requires("armillary") or []
+    except importlib.metadata.PackageNotFoundError:
+        required = []
+    found = (re.match(rf"{re.escape(error.name)}\b.*extra == ['\"](\w+)", line) for line in required)
+    extra = next((match[1] for match in found if match), "")
+    return f"this installation lacks {error.name}" + (f"; pip install 'armillary[{extra}]'" if extra else "")
+
+
 def _help(group: str) -> str:
-    lines = [f"  {n:15}{text}" for n, (_, _, text) in COMMANDS.items() if n.startswith(group)]
-    lines += [] if group else [f"  {'version':15}the version of armillary, as --version says it"]
-    return "\n".join(
-        [
-            "usage: armillary COMMAND ...",
-            "",
-            *lines,
-            "",
-            "armillary COMMAND --help says more. Training is started from a recipe: deepspeed recipes/NAME.py",
-        ]
-    )
-
-
-def export(
-    run: tyro.conf.Positional[Path],
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    *,
-    format: Literal["safetensors", "dinov2", "specformer", "portable", "hf", "onnx"] = "safetensors",
-    block_chunks: int = 0,
-    push: str | None = None,
-    licence: str = "",
-    package: Packages = (),
-) -> int:
-    """Take the encoder, or everything, out of a run's newest checkpoint.
-
-    Args:
-        run: Folder of the run; for the encoder also a file exported before.
-        out: File to write; with hf, a folder.
-        format: safetensors is the encoder with the run's record. dinov2 is its backbone under the names of published
-            DINOv2 files, .safetensors or .pth. specformer is a spectrum encoder under the names of AstroCLIP's,
-            .safetensors or .ckpt. portable is weights, optimizer, average, loader and counters, from which --restore of a
-            recipe continues with another number of ranks or another ZeRO stage. hf is a folder for Hugging Face, which
-            `transformers.AutoModel.from_pretrained` opens without armillary, with a model card. onnx is the encoder for
-            programs without PyTorch.
-        block_chunks: With dinov2, the other program's block_chunks.
-        push: With hf, a repository OWNER/NAME of the hub that the folder is uploaded to (private, where it is made).
-        licence: With hf, licence of the weights for the model card, as the hub calls it, such as cc-by-4.0.
-        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
-    """
-    from armillary.engine.weights.export import export_dinov2, export_encoder, export_specformer
-    from armillary.engine.weights.portable import export_portable, find_checkpoint
-    from armillary.engine.weights.trained_encoder import TrainedEncoder
-
-    trust(*package)
-    if block_chunks and format != "dinov2":
-        raise ValueError(f"block_chunks: must be 0 without --format dinov2, got {block_chunks}")
-    if (push or licence) and format != "hf":
-        raise ValueError("push, licence: must be left out without --format hf")
-    if format == "hf":
-        return _export_hub(run, out, push, licence)
-    with exclusive_file(out):
-        if format == "portable":
-            export_portable(find_checkpoint(run), out)
-        else:
-            encoder = TrainedEncoder.open(run)
-            if format == "dinov2":
-                export_dinov2(encoder, out, block_chunks)
-            elif format == "specformer":
-                export_specformer(encoder, out)
-            elif format == "onnx":
-                from armillary.engine.hub.onnx_file import export_onnx
-
-                export_onnx(encoder, out)
-            else:
-                export_encoder(encoder, out)
-    print(f"{out}: {out.stat().st_size / 2**20:,.1f} MiB")
-    return 0
-
-
-def _export_hub(run: Path, out: Path, push: str | None, licence: str) -> int:
-    from armillary.engine.hub.folder import export_folder
-    from armillary.engine.weights.hub import check_repo, upload
-    from armillary.engine.weights.trained_encoder import TrainedEncoder
-
-    if push:
-        check_repo(push)
-    figures = run / "evaluation" / "metrics.parquet"
-    export_folder(TrainedEncoder.open(run), out, licence=licence, figures=figures if figures.is_file() else None)
-    print(f"{out}: {sum(p.stat().st_size for p in out.iterdir() if p.is_file()) / 2**20:,.1f} MiB")
-    if push:
-        print(upload(out, push))
-    return 0
+    shown = {n: text for n, (_, _, text) in COMMANDS.items() if n.startswith(group)}
+    shown |= {} if group else {"version": "the version of armillary, as --version says it"}
+    width = max(map(len, shown)) + 2
+    lines = [f"  {n:{width}}{text}" for n, text in shown.items()]
+    command = f"armillary {group} COMMAND" if group else "armillary COMMAND"
+    more = f"{command} --help says more. Training is started from a recipe: deepspeed recipes/NAME.py"
+    return "\n".join([f"usage: {command} ...", "", *lines, "", more])
 
 
 if __name__ == "__main__":

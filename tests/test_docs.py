@@ -1,5 +1,6 @@
 """What the documentation points at is there."""
 
+import functools
 import os
 import re
 import subprocess
@@ -12,6 +13,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FILE = re.compile(r"`((?:engine|models|kernels|tests|benchmarks|recipes|csrc)/[\w/.]+\.(?:py|cpp|h))`")
+MODULE = re.compile(r"`(\w+\.py)`")
+
+
+@functools.cache
+def modules():
+    """Names of the repository's Python files, wherever they lie."""
+    folders = ("engine", "models", "kernels", "recipes", "tests", "benchmarks")
+    return {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -20,6 +29,7 @@ def test_links_and_files_exist(page):
     links = [link for link in LINK.findall(text) if not link.startswith(("http://", "https://"))]
     missing = [link for link in links if not (page.parent / link).exists()]
     missing += [name for name in FILE.findall(text) if not (ROOT / name).exists()]
+    missing += sorted({*MODULE.findall(text)} - modules())
     assert missing == []
 
 

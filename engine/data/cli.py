@@ -267,13 +267,17 @@ def stats(
     console = Console()
     console.print(summary(Survey.load(survey)))
     table = Table("label", "known", "0 %", "5 %", "50 %", "95 %", "100 %", "meaning")
-    for label in summarise_labels(survey, split):
-        if label.most:
-            numbers = [", ".join(f"{text} {count:,}" for text, count in label.most), *[""] * 4]
-        else:
-            numbers = [f"{p:.4g}" for p in label.percentiles] or [""] * 5
-        table.add_row(label.name, f"{label.known:,}", *numbers, label.meaning)
+    held = summarise_labels(survey, split)
+    for label in held:
+        table.add_row(
+            label.name, f"{label.known:,}", *([f"{p:.4g}" for p in label.percentiles] or [""] * 5), label.meaning
+        )
     console.print(table)
+    for label in held:
+        if label.most:
+            console.print(
+                f"{label.name}: " + ", ".join(f"{text} {count:,}" for text, count in label.most), markup=False
+            )
     draw_statistics(survey, out, labels=labels, split=split)
     console.print(f"wrote {out}")
     return 0

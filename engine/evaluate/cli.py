@@ -45,7 +45,7 @@ def evaluate(
 
     By default every task that the survey and the runs allow: queries, missing (redshifts while parts are hidden), lines,
     baselines (untrained twin, pixels), collapse, search, properties, posterior, morphology, masking, attention, questions,
-    pictures, ablation; what cannot be done is left out and said. The exit status is 1 where the encoder has collapsed.
+    pictures, patches, ablation; what cannot be done is left out and said. The exit status is 1 where the encoder has collapsed.
 
     Args:
         run: Folder of the run, or of one of its checkpoints.

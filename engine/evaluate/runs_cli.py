@@ -180,10 +180,8 @@ def _print_rows(rows: list[RunRow]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("folder", no_wrap=True, overflow="ellipsis", min_width=24)
-    for name in ("method", "state", "step", "loss", "samples/s", "seed"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("figures", no_wrap=True)
+    for name in ("folder", "method", "state", "step", "loss", "samples/s", "seed", "figures"):
+        table.add_column(name, no_wrap=True, min_width=len(name))
     for row in rows:
         table.add_row(
             row.folder if row.folder != "." else row.name,

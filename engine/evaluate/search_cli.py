@@ -55,7 +55,7 @@ def search(
         index: Compare with every vector, or with codes of those in the nearest lists (IVF-PQ); auto is exact up to 4 GiB.
         save_index: Keep the index in this folder; of an IVF-PQ index also the vectors, in half precision.
         device: Where to run the encoder; auto takes a GPU where there is one.
-        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
+        package: Name of a package, or path of its folder or of a recipe, with methods of your own; repeatable.
     """
     import numpy as np
 

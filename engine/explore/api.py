@@ -26,17 +26,18 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from armillary.engine.data.inspect.colour import galaxy_picture
 from armillary.engine.evaluate.search.query import Query
 from armillary.engine.evaluate.spectra.figures import LINES
-from armillary.engine.explore.export import as_csv, as_fits
+from armillary.engine.explore.export import Format, as_csv, as_fits
 from armillary.engine.explore.objects import Objects
 from armillary.engine.explore.pictures import Pictures, png, spectrum_curve
 from armillary.engine.explore.similar import NotReady, Similar
+from armillary.models.rules import one_of
 
 __all__ = ["LARGEST_UPLOAD", "Pages", "Refused", "Reply"]
 
@@ -218,12 +219,13 @@ class Pages:
     def _similar_to_file(self, options: dict[str, str], body: bytes, name: str) -> Reply:
         if not body:
             raise Refused(400, "the file is empty")
+        k = _answers(options)
         safe = re.sub(r"[^A-Za-z0-9._-]", "_", Path(name).name)[-80:].lstrip(".") or "upload"
         with tempfile.TemporaryDirectory(prefix="armillary-explore-") as place:
             path = Path(place) / safe
             path.write_bytes(body)
             try:
-                one, rows, cosines = self.similar.of_file(path, _answers(options))
+                one, rows, cosines = self.similar.of_file(path, k)
             except NotReady:
                 raise
             except Exception as error:  # readers of files meet whatever people drop on the page
@@ -241,8 +243,8 @@ class Pages:
         if numbers.max() >= len(self.objects):
             raise Refused(400, f"there is no object {numbers.max()}")
         form = options.get("format", "csv")
-        if form not in ("csv", "fits"):
-            raise Refused(400, f"format: must be csv or fits, got {form!r}")
+        if problem := one_of("format", form, get_args(Format)):
+            raise Refused(400, problem[0])
         table = self.objects.table(numbers)
         made = as_csv(table) if form == "csv" else as_fits(table, dict(self.objects.survey.labels))
         file = f"selection-{len(numbers)}.{form}"

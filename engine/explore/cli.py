@@ -7,6 +7,9 @@ armillary explore embeddings.parquet --data SURVEY --atlas map.parquet      # a 
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +86,7 @@ def explore(
 
         with exclusive_file(atlas):
             write_atlas(atlas, Objects(survey, files, open_map(files, chosen), labels), files)
-        print(f"written: {atlas}; embedding-atlas {atlas} --x x --y y --neighbors neighbors")
+        print(f"written: {atlas}; embedding-atlas {shlex.quote(str(atlas))} --x x --y y --neighbors neighbors")
         return 0
     with Server(host, port) as server:
         mapped = open_map(files, chosen)
@@ -101,7 +104,9 @@ def explore(
 
             webbrowser.open(server.url)
         server.serve()
-    return 0
+    # Threads may make the index or embed a file: waiting could take minutes, and torch aborts a process that ends around it.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _colour(name: str | None, labels: dict[str, Label], survey: Survey) -> str | None:

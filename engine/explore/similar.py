@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +25,6 @@ class NotReady(RuntimeError):
     """The index is being made, or could not be made; the message says so."""
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """The run that made the embeddings, to embed files with."""
-
-    run: Path
-    device: torch.device
-
-
 class Similar:
     """Similarity search among embeddings. The index is made, or read, by a thread of its own.
 
@@ -49,7 +40,7 @@ class Similar:
         self, files: EmbeddingFiles, keys: pa.Array, saved: Path | None, run: Path | None, device: torch.device
     ) -> None:
         self._files, self._keys, self._saved = files, keys, saved
-        self._encoder = None if run is None else _Encoder(run, device)
+        self._run, self._device = run, device
         self._embedding = threading.Lock()  # one file at a time
         self._index: Index | None = None
         self._row: np.ndarray | None = None  # of the embeddings, by row of the index, where the two differ
@@ -61,7 +52,7 @@ class Similar:
     @property
     def takes_files(self) -> bool:
         """Whether there is a run to embed files with."""
-        return self._encoder is not None
+        return self._run is not None
 
     def wait(self) -> None:
         """Return when the index is made, or has failed."""
@@ -108,13 +99,15 @@ class Similar:
             ValueError, OSError: The file cannot be embedded, see `query_from_file`.
         """
         index = self._ready()
-        if self._encoder is None:
+        if self._run is None:
             raise ValueError("a file has to be embedded first; start `armillary explore` with --run RUN")
         with self._embedding:
-            one = query_from_file(index, path, self._encoder.run, None, self._encoder.device)
+            one = query_from_file(index, path, self._run, None, self._device)
         return one, *self._search(index, one.vector, k, None)
 
-    def _search(self, index: Index, vector: np.ndarray, k: int, own: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _search(
+        self, index: Index, vector: np.ndarray, k: int, own: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         most = len(index) - (own is not None)
         if most < 1:
             return np.empty(0, np.int64), np.empty(0, np.float32)

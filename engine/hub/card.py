@@ -26,7 +26,7 @@ pipeline_tag: image-feature-extraction
 
 # {{ name }}
 
-{{ method }}, trained on {{ survey.name }} for {{ "{:,}".format(step) }} steps by [Armillary](https://pypi.org/project/armillary/) {{ version }}
+{{ method }}, trained on {{ survey.name }} for {{ "{:,}".format(step) }} steps by Armillary {{ version }}
 (commit {{ commit }}).
 
 ## Use

@@ -10,6 +10,7 @@ the folder's model after its image processor, any number at a time:
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from armillary.engine.atomic_file import atomic_path
 from armillary.engine.hub.folder import export_folder
+from armillary.engine.weights.tensors import check_suffix
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 
 __all__ = ["export_onnx"]
@@ -48,13 +50,14 @@ def export_onnx(source: TrainedEncoder, file: Path) -> None:
         ValueError: The method has no such form, or packages are missing.
         OSError: The file cannot be written.
     """
-    if file.suffix != ".onnx":
-        raise ValueError(f"{file}: the file's name must end in .onnx")
+    check_suffix(file, ".onnx")
     try:
         import onnxscript  # noqa: F401
         from transformers import AutoModel
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise ValueError(f"--format onnx needs the package {error.name}; pip install 'armillary[hub]'") from error
+    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         export_folder(source, Path(folder))
         model: Any = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -72,7 +75,10 @@ def export_onnx(source: TrainedEncoder, file: Path) -> None:
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter warns of its own parts
+        warnings.simplefilter(
+            "ignore"
+        )  # torch's exporter warns of its own parts, and of torchvision, which is not needed
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
             _Named(model, tuple(outputs)),
             tuple(given.values()),

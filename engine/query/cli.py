@@ -65,7 +65,7 @@ def query(
         seed: Of the draws.
         batch: Rows at a time.
         device: Where to run; auto takes a GPU where there is one.
-        package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
+        package: Name of a package, or path of its folder or of a recipe, with methods of your own; repeatable.
     """
     from armillary.engine.evaluate.cli import choose_device
     from armillary.engine.query import query as asking

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def compare_probe(folder: Path, probe: dict[str, Tensor], precision: str) -> Non
     try:
         before = load_file(folder / "probe.safetensors")
         before = {name: before[name] for name in probe}
-    except Exception as error:  # safetensors has an exception of its own for damaged files
+    except (SafetensorError, OSError, KeyError) as error:
         raise TokenCacheError(
             f"data.token_cache: {folder / 'probe.safetensors'} is damaged ({error}); delete {folder} to fill it anew"
         ) from error

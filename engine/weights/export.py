@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from armillary.engine.atomic_file import atomic_open, atomic_path
-from armillary.engine.weights.tensors import Entry, write_tensors
+from armillary.engine.weights.tensors import Entry, check_suffix, write_tensors
 from armillary.engine.weights.trained_encoder import EXPORT_FORMAT, RECORDED, TrainedEncoder
 from armillary.models.specformer.specformer import SpectrumTransformer
+from armillary.models.supervised.timm_encoder import is_of_timm
 from armillary.models.vit.state_names import to_public
 from armillary.models.vit.vit import VisionTransformer
 
@@ -29,9 +30,10 @@ def export_encoder(source: TrainedEncoder, file: Path) -> None:
     """Write an encoder with its record as safetensors.
 
     Raises:
-        ValueError: It is a published file, without a record.
+        ValueError: It is a published file, without a record; or the file's name ends otherwise.
         OSError: The file cannot be written.
     """
+    check_suffix(file, ".safetensors")
     if source.is_published:
         raise ValueError(f"{source.path}: a published file, which has no record to export with its weights")
     metadata = {
@@ -58,8 +60,13 @@ def export_dinov2(source: TrainedEncoder, file: Path, block_chunks: int = 0) -> 
             not divide its depth.
         OSError: The file cannot be written.
     """
-    _check_suffix(file, ".safetensors", ".pth")
+    check_suffix(file, ".safetensors", ".pth")
     encoder = _module(source, "image")
+    if is_of_timm(encoder):
+        raise ValueError(
+            f"{source.path}: the image encoder must be a vision transformer of armillary to have DINOv2's names, got timm's "
+            f"{type(encoder).__name__}; --format safetensors exports it, with timm's names behind 'encoder.'"
+        )
     if isinstance(encoder, VisionTransformer) and encoder.config.gelu != "erf":
         raise ValueError(
             f'{source.path}: gelu must be "erf" in a file of DINOv2, whose program has no other, got {encoder.config.gelu!r}'
@@ -95,7 +102,7 @@ def export_specformer(source: TrainedEncoder, file: Path) -> None:
         ValueError: The method has no spectrum encoder, or one that the published program cannot build.
         OSError: The file cannot be written.
     """
-    _check_suffix(file, ".safetensors", ".ckpt")
+    check_suffix(file, ".safetensors", ".ckpt")
     encoder, state = _module(source, "spectrum"), source.part("spectrum")
     if not isinstance(encoder, SpectrumTransformer):
         raise ValueError(f"{source.path}: the spectrum encoder must be a SpecFormer, got {type(encoder).__name__}")
@@ -126,11 +133,6 @@ def _module(source: TrainedEncoder, modality: str) -> nn.Module:
     if prefix is None:
         raise ValueError(f"{source.path}: {type(source.method).__name__} has no {modality} encoder")
     return source.method.get_submodule(prefix.rstrip("."))
-
-
-def _check_suffix(file: Path, *suffixes: str) -> None:
-    if file.suffix not in suffixes:
-        raise ValueError(f"{file}: the file's name must end in {' or '.join(suffixes)}")
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:

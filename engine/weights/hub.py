@@ -41,13 +41,12 @@ def fetch(path: Path | str) -> Path:
         raise OSError(f"{path}: cannot be fetched from the hub: {_first_line(error)}") from error
 
 
-def upload(folder: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a folder into a model repository, which is made where it does not exist.
+def upload(folder: Path, repo: str) -> str:
+    """Upload a folder into a model repository; one that does not exist is made, and is seen by its owner alone.
 
     Args:
         folder: What to upload, all of it.
         repo: OWNER/NAME.
-        private: Whether a repository that is made is seen by its owner alone.
 
     Returns:
         The address of the commit.
@@ -60,7 +59,7 @@ def upload(folder: Path, repo: str, *, private: bool = True) -> str:
     hub = _library()
     api = hub.HfApi()
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=True, exist_ok=True)
         return str(
             api.upload_folder(folder_path=folder, repo_id=repo, commit_message=f"Upload {folder.name}").commit_url
         )

@@ -22,7 +22,7 @@ from armillary.engine.config.config_json import differences, to_json
 from armillary.engine.config.run import Run
 from armillary.engine.weights.checkpoint import Progress, latest
 from armillary.engine.weights.resume import agree_all, open_archive, restore_layout
-from armillary.engine.weights.tensors import Archive, Entry, write_tensors
+from armillary.engine.weights.tensors import Archive, Entry, check_suffix, write_tensors
 from armillary.engine.weights.verify import SEAL, CheckpointError, check_files, check_seal, listed_files
 from armillary.engine.zero.partition import ZeroPartition
 from armillary.engine.zero.processes import Ranks
@@ -49,12 +49,14 @@ def export_portable(checkpoint: Path, file: Path) -> None:
 
     Args:
         checkpoint: The checkpoint's own folder.
-        file: File to write; it appears when it is complete.
+        file: File to write, *.safetensors; it appears when it is complete.
 
     Raises:
         CheckpointError: The checkpoint is damaged.
+        ValueError: The file's name ends otherwise.
         OSError: The file cannot be written.
     """
+    check_suffix(file, ".safetensors")
     archive, state = open_archive(checkpoint)
     entries = [
         Entry(key, archive.shape(key), _dtype(archive, key), _reader(archive, key))

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from armillary.engine.weights.verify import SEAL, UNSEALED
 
-__all__ = ["Archive", "Entry", "Piece", "state_digest", "write_tensors"]
+__all__ = ["Archive", "Entry", "Piece", "check_suffix", "state_digest", "write_tensors"]
 
 DTYPES = {
     torch.float64: "F64",
@@ -36,6 +36,16 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def check_suffix(file: Path, *suffixes: str) -> None:
+    """Refuse a file of weights whose name other programs would take for one of another format.
+
+    Raises:
+        ValueError: It ends in none of the suffixes.
+    """
+    if file.suffix not in suffixes:
+        raise ValueError(f"{file}: the file's name must end in {' or '.join(suffixes)}")
 
 
 @dataclass(frozen=True)
@@ -156,11 +166,12 @@ class Archive:
         for i, path in enumerate(self.files):
             try:
                 handle = safe_open(path, framework="pt")
-            except Exception as error:  # safetensors raises its own, undocumented, class
+                metadata = handle.metadata() or {}
+                table = json.loads(metadata.get("pieces", "{}"))
+            except (SafetensorError, OSError, ValueError) as error:
                 raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
             self._open.append(handle)
-            self.metadata.append(handle.metadata() or {})
-            table = json.loads(self.metadata[-1].get("pieces", "{}"))
+            self.metadata.append(metadata)
             for key in handle.keys():
                 shape = handle.get_slice(key).get_shape()
                 start, whole = table.get(key, (0, shape))

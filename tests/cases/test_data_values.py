@@ -278,10 +278,12 @@ def test_statistics_leave_the_test_split_out(tmp_path, build):
     inputs="a deep field of half a degree, --split auto",
     right="the missing test split is said, with advice",
 )
-def test_a_test_split_that_is_empty_is_said(tmp_path, build):
-    ra = 150.3 + np.linspace(0, 0.4, 400)
-    built = build(table(tmp_path / "t.parquet", 400, ra=ra, dec=ra * 0 + 2.5), "--kind", "table", "--option", VECTORS)
-    assert "of 400 samples are the test split, 10 % were asked for" in built.err and "--split random:0" in built.err
+@pytest.mark.parametrize("count", [400, 40])
+def test_a_test_split_that_is_empty_is_said(tmp_path, build, count):
+    ra = 150.3 + np.linspace(0, 0.4, count)
+    built = build(table(tmp_path / "t.parquet", count, ra=ra, dec=ra * 0 + 2.5), "--kind", "table", "--option", VECTORS)
+    assert f"0 of {count} samples are the test split, 10 % were asked for" in built.err
+    assert "--split random:0" in built.err and "components," not in built.out
 
 
 @pytest.mark.case(

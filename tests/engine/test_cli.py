@@ -69,6 +69,24 @@ def test_a_missing_part_takes_away_its_command_only(monkeypatch, capsys):
     assert cli.main(["--version"]) == cli.main(["-h"]) == cli.main(["export", "--help"]) == 0
 
 
+def test_the_extra_of_a_package_that_is_missing_is_named(monkeypatch, capsys, tmp_path):
+    simulate = ["data", "simulate", "--out", str(tmp_path / "x"), "--count", "2", "--processes", "1", "--no-progress"]
+    monkeypatch.setitem(sys.modules, "galsim", None)
+    assert cli.main(simulate) == 2
+    assert capsys.readouterr().err.endswith("simulated surveys need galsim: pip install 'armillary[sim]'\n")
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setitem(cli.COMMANDS, "embed", ("galsim", "main", ""))
+    assert cli.main(["embed"]) == 2
+    assert capsys.readouterr().err == "armillary embed: this installation lacks galsim; pip install 'armillary[sim]'\n"
+
+
+def test_names_and_descriptions_are_apart(capsys):
+    assert cli.main(["--help"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    names = [line.split("  ")[1] for line in lines]
+    assert names == [*cli.COMMANDS, "version"] and all("  " in line.strip() for line in lines)
+
+
 def test_a_package_that_a_command_needs_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "armillary.engine.data.inspect.leakage", None)
     assert cli.main(["data", "leaks", str(tmp_path)]) == 2
@@ -81,7 +99,7 @@ def test_ctrl_c_and_no_memory_are_no_tracebacks(monkeypatch, capsys):
         def fail(run: int = 0, *, error=error) -> int:
             raise error
 
-        monkeypatch.setattr(cli, "export", fail)
+        monkeypatch.setattr("armillary.engine.hub.cli.export", fail)
         assert cli.main(["export"]) == code
         assert message in capsys.readouterr().err
 

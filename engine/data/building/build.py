@@ -56,10 +56,10 @@ from armillary.engine.data.sources.source import (
     BadSample,
     Source,
     bad_files,
-    digest,
     spectrum_of,
     vectors_of,
 )
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["build"]
 
@@ -270,7 +270,7 @@ def _finish(source: Source, folder: Path, layout: ShardAssignment, journal: Jour
         },
         spectrum=None if (spectrum := spectrum_of(source)) is None else replace(spectrum, codec=settings.codec),
         vectors=settings.vectors,
-        catalog_sha256=digest(folder / "catalog.parquet"),
+        catalog_sha256=sha256_of(folder / "catalog.parquet"),
     )
     survey.save(folder)
     return survey

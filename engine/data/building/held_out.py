@@ -36,15 +36,14 @@ def tell_test_share(layout: ShardAssignment, rule: SplitRule) -> None:
     for plan in layout.shards:
         counts[plan.split] += plan.rows.size
     total, test = counts.total(), counts["test"]
-    spread = 5 * math.sqrt(
-        total * wanted * (1 - wanted)
-    )  # of samples drawn one by one; whole cells of the sky vary more
-    if wanted and abs(test - wanted * total) > max(spread, 1):
-        log.warning(
-            "%s of %s samples are the test split, %.3g %% were asked for: whole cells of the sky go to one split, and these "
-            "samples lie in few; choose smaller cells (--split healpix:256) or single samples (--split random:0)",
-            *(f"{test:,}", f"{total:,}", 100 * wanted),
-        )
+    spread = 5 * math.sqrt(total * wanted * (1 - wanted))  # of samples drawn one by one; whole cells vary more
+    if not wanted or (test and abs(test - wanted * total) <= max(spread, 1)):
+        return
+    log.warning(
+        "%s of %s samples are the test split, %.3g %% were asked for: whole cells of the sky go to one split, and single samples "
+        "by chance; choose smaller cells (--split healpix:256), single samples (--split random:0) or a larger --test-fraction",
+        *(f"{test:,}", f"{total:,}", 100 * wanted),
+    )
 
 
 def tell_border(layout: ShardAssignment) -> None:

@@ -148,6 +148,6 @@ def _raw(table: Any, names: tuple[str, ...]) -> np.ndarray:
     for place, name in enumerate(names):
         found = numbers(table[name])
         if found is None:
-            raise ValueError(f"column {name!r} must hold numbers, got {table[name].type}")
+            raise ValueError(f"column {name!r} must hold numbers (classes as codes 0, 1, ...), got {table[name].type}")
         values[:, place] = np.where(np.isfinite(found), found, np.nan)
     return values

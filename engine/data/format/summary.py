@@ -29,7 +29,7 @@ def summary(survey: Survey) -> Table:
             "spectra", f"{len(wave):,} pixels, {wave[0]:,.1f} to {wave[-1]:,.1f} angstrom, {survey.spectrum.unit}"
         )
     for vector in survey.vectors:
-        table.add_row(vector.name, f"{vector.size} components, {vector.unit}")
+        table.add_row(vector.name, ", ".join(filter(None, (f"{vector.size} components", vector.unit))))
     table.add_row(
         "shards",
         f"{len(survey.shards)}, {size / 2**20:,.1f} MiB, {size / 1024 / max(survey.count(), 1):,.1f} KiB a sample",

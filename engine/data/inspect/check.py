@@ -19,7 +19,7 @@ from armillary.engine.data.format.catalog import catalog_problem
 from armillary.engine.data.format.shards import Member, read_index, read_members
 from armillary.engine.data.format.survey import MODALITIES, ShardRecord, Survey
 from armillary.engine.data.format.vectors import decode_vectors
-from armillary.engine.data.sources.source import digest
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["Problem", "check_survey"]
 
@@ -156,7 +156,7 @@ def _check_shard(
     problems = []
     if path.stat().st_size != shard.bytes:
         problems.append(Problem(shard.name, "", f"{path.stat().st_size} bytes, survey.json says {shard.bytes}", again))
-    elif checksums and (found := digest(path)) != shard.sha256:
+    elif checksums and (found := sha256_of(path)) != shard.sha256:
         problems.append(
             Problem(shard.name, "", f"SHA-256 is {found[:12]}..., survey.json says {shard.sha256[:12]}...", again)
         )

@@ -104,8 +104,10 @@ def draw_statistics(
     rows = 1 + math.ceil(len(histograms) / 3)
     figure = pyplot.figure(figsize=(13, 3.6 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 3)
-    _draw_sky(figure.add_subplot(grid[0, :2], projection="mollweide"), table)
-    _draw_redshift(figure.add_subplot(grid[0, 2]), table, _redshift(survey))
+    placed = bool(_placed(table).any())
+    if placed:
+        _draw_sky(figure.add_subplot(grid[0, :2], projection="mollweide"), table)
+    _draw_redshift(figure.add_subplot(grid[0, 2] if placed else grid[0, :]), table, _redshift(survey))
     for i, name in enumerate(histograms):
         axes = figure.add_subplot(grid[1 + i // 3, i % 3])
         _draw_label(axes, table[name])
@@ -140,16 +142,19 @@ def _varies(column: pa.ChunkedArray) -> bool:
     return values.size > 1 and values.min() < values.max()
 
 
+def _placed(table: pa.Table) -> np.ndarray:
+    """Which rows have a position."""
+    known: np.ndarray = np.isfinite(table["ra"].to_numpy()) & np.isfinite(table["dec"].to_numpy())
+    return known
+
+
 def _draw_sky(axes: Any, table: pa.Table) -> None:
-    """Density of the objects in an Aitoff-like whole-sky map, right ascension growing to the left."""
-    ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
-    known = ~(np.isnan(ra) | np.isnan(dec))
+    """Density of the objects on the whole sky in Mollweide's projection, right ascension growing to the left."""
+    ra, dec, known = table["ra"].to_numpy(), table["dec"].to_numpy(), _placed(table)
     axes.set_title(f"sky: {known.sum():,} objects with a position", fontsize=10, loc="left")
     axes.grid(alpha=0.3)
     axes.set_xticklabels([])
     axes.tick_params(labelsize=7)
-    if not known.any():
-        return
     longitude = -np.deg2rad((ra[known] + 180) % 360 - 180)
     bins = (np.deg2rad(np.arange(-180, 180.1, SKY_BINS)), np.deg2rad(np.arange(-90, 90.1, SKY_BINS)))
     counts, x, y = np.histogram2d(longitude, np.deg2rad(dec[known]), bins)

@@ -22,6 +22,7 @@ DEFAULT_SEED = 42017  # the population was tuned on other seeds
 REDSHIFTS = (0.02, 0.6)
 ABSOLUTE = (-24.8, -18.0)  # rest-frame magnitude in the last band
 KNEE = -22.5  # Schechter M*, faint-end slope -1
+BRIGHTEST = 14.0  # apparent magnitude in the last band
 MAX_DISK_ARCSEC = 9.0
 SERSIC = (1.0, 2.0, 3.0, 4.0)  # GalSim tabulates each index once a process; a continuum would be slow
 NOTHING = 1e-9  # share of light below which a component is dark
@@ -107,7 +108,6 @@ def draw_population(
     *,
     filters: tuple[str, ...],
     magnitude_limit: float,
-    magnitude_bright: float = 14.0,
     stream: int = 0,
 ) -> Population:
     """Draw galaxies uniformly in comoving volume from a Schechter function, limited in the last band's magnitude.
@@ -120,7 +120,6 @@ def draw_population(
         seed: Keys every draw, with `stream` and the block number.
         filters: speclite names of the bands.
         magnitude_limit: Faintest apparent magnitude in the last band.
-        magnitude_bright: Brightest one.
         stream: Sets populations of the same seed apart.
 
     Raises:
@@ -131,13 +130,13 @@ def draw_population(
     parts: list[Population] = []
     found = block = 0
     while found < max(count, 1):
-        part = _draw_block(keyed_generator(seed, stream, block), filters, magnitude_bright, magnitude_limit)
+        part = _draw_block(keyed_generator(seed, stream, block), filters, BRIGHTEST, magnitude_limit)
         block += 1
         found += len(part)
         parts.append(part)
         if block == 3 and not found:
             raise ValueError(
-                f"magnitude limits: no galaxy among {3 * BLOCK} lies between {magnitude_bright} and {magnitude_limit}; "
+                f"magnitude limits: no galaxy among {3 * BLOCK} lies between {BRIGHTEST} and {magnitude_limit}; "
                 "choose a fainter magnitude_limit"
             )
     return Population.join(parts, count)

@@ -21,6 +21,7 @@ TYPES = ("E", "Sbc", "Scd", "Im")
 
 PIVOT_ANGSTROM = 5500.0
 STEPS_PER_TYPE = 8
+REDSHIFT_MAX = 0.65
 REDSHIFT_STEP = 0.005
 
 
@@ -87,12 +88,11 @@ def attenuation(wavelength: np.ndarray, ebv: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def colour_table(filters: tuple[str, ...], redshift_max: float = 0.65) -> ColourTable:
+def colour_table(filters: tuple[str, ...]) -> ColourTable:
     """Integrate the templates through filter curves.
 
     Args:
         filters: Names that speclite knows, e.g. "decam2014-g".
-        redshift_max: Upper end of the table.
 
     Raises:
         ModuleNotFoundError: GalSim or speclite is not installed.
@@ -107,7 +107,7 @@ def colour_table(filters: tuple[str, ...], redshift_max: float = 0.65) -> Colour
         spectra.append((wavelength, np.log(flux / np.interp(PIVOT_ANGSTROM, wavelength, flux))))
 
     kinds = np.arange(STEPS_PER_TYPE * (len(TYPES) - 1) + 1) / STEPS_PER_TYPE
-    redshifts = np.arange(int(np.ceil(redshift_max / REDSHIFT_STEP)) + 1) * REDSHIFT_STEP
+    redshifts = np.arange(int(np.ceil(REDSHIFT_MAX / REDSHIFT_STEP)) + 1) * REDSHIFT_STEP
     magnitude = np.empty((len(kinds), len(redshifts), len(filters)))
     for b, curve in enumerate(curves):
         grid, response = np.asarray(curve.wavelength), np.asarray(curve.response)

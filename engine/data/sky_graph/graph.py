@@ -175,12 +175,14 @@ class SkyGraph:
             FileNotFoundError: There is no such file or survey.
             ValueError: It is not a whole graph, or one of another survey.
         """
+        from safetensors import SafetensorError
+
         described = Survey.load(survey)
         try:
             record, arrays = _read(Path(path))
         except FileNotFoundError:
             raise
-        except Exception as error:  # safetensors has an exception of its own for damaged files
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a readable sky graph: {error}") from error
         checksum = catalog_checksum(survey)
         if record.catalog_sha256 != checksum:

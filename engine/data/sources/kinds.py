@@ -90,6 +90,9 @@ KINDS = {
         holds=("galaxy_id", "redshift_true"),
     ),
     "mmu": Kind("surveys.mmu:MultimodalUniverse", "Multimodal Universe, HDF5 or Parquet", holds=("object_id",)),
+    "stack": Kind(
+        "surveys.stack:ImageStack", "a stack of images of any bands, in HDF5, with columns", holds=("images",)
+    ),
     "table": Kind("tables.rows:TableRows", "a catalogue: Parquet, CSV, ECSV, VOTable, FITS or HDF5, with a column map"),
     "provabgs": Kind("surveys.provabgs:Provabgs", "PROVABGS stellar masses and star-formation histories"),
     "gz-decals": Kind("surveys.galaxyzoo:GalaxyZooDecals", "Galaxy Zoo DECaLS votes"),
@@ -149,7 +152,9 @@ def _by_content(path: Path) -> str | None:
             with h5py.File(path, "r") as file:
                 if EXPORT in file.attrs:
                     return "export"
-                return next((k for k, d in KINDS.items() if d.holds and all(name in file for name in d.holds)), None)
+                found = next((k for k, d in KINDS.items() if d.holds and all(name in file for name in d.holds)), None)
+                other_bands = found == "stein" and getattr(file["images"], "shape", ())[1:2] not in ((), (3,))
+                return "stack" if other_bands else found
         except OSError as error:
             raise ValueError(f"{path}: not a readable HDF5 file: {error}") from error
     if path.suffix.lower() in (".parquet", ".pq"):

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -38,7 +37,6 @@ __all__ = [
     "centre_crop",
     "cut_out",
     "describe",
-    "digest",
     "inputs",
     "key_from_name",
     "listing_mark",
@@ -321,14 +319,3 @@ def position_problem(axis: str, value: float) -> str | None:
 def listing_mark(listing: object) -> str:
     """A mark that changes with a list of names and sizes, for files that are too many or too large to read twice."""
     return f"listing-sha256:{hashlib.sha256(repr(listing).encode()).hexdigest()}"
-
-
-def digest(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file in hex; `progress` is told the bytes of each piece."""
-    total = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            total.update(piece)
-            if progress:
-                progress(len(piece))
-    return total.hexdigest()

@@ -43,16 +43,13 @@ class Pipeline(NamedTuple):
 
 
 @torch.no_grad()
-def embed(
-    pipelines: Mapping[str, Pipeline], batches: Iterable[Batch], *, precision: torch.dtype = torch.float32
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def embed(pipelines: Mapping[str, Pipeline], batches: Iterable[Batch]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Embed batches of whole objects with several encoders in one pass over the data.
 
     Args:
         pipelines: Encoders by name.
         batches: Batches with `row` and what the views read: `image` and, where needed, `valid`; or `blobs` and `sizes`
             where every view decodes them itself.
-        precision: float32, or bfloat16 to run the encoders under autocast.
 
     Returns:
         [N] rows of the catalogue, and by name [N, D] float32 embeddings.
@@ -66,7 +63,7 @@ def embed(
     for batch in batches:
         rows.append(batch["row"].cpu().numpy())
         for name, (view, encode, readout) in pipelines.items():
-            named = _encoded(view, encode, batch, precision)
+            named = encode(view(batch))
             chosen = next(iter(named)) if readout is None else readout
             if chosen not in named:
                 raise ValueError(f"readout: {chosen!r} is none of this encoder's embeddings, {sorted(named)}")
@@ -76,15 +73,12 @@ def embed(
     return np.concatenate(rows), {name: np.concatenate(v) for name, v in vectors.items()}
 
 
-def embed_readouts(
-    pipeline: Pipeline, batches: Iterable[Batch], *, precision: torch.dtype = torch.float32
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def embed_readouts(pipeline: Pipeline, batches: Iterable[Batch]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Embed objects of which each may lack a modality; every embedding covers the objects that have what it needs.
 
     Args:
         pipeline: The encoder; its `readout` names the one embedding wanted, or is None for all of them.
         batches: As for `embed`, with `has_image` and `has_spectrum` where objects lack one.
-        precision: float32, or bfloat16 to run the encoder under autocast.
 
     Returns:
         By readout, [n] rows of the catalogue and [n, D] float32 embeddings; the encoder's default readout first.
@@ -94,7 +88,7 @@ def embed_readouts(
             finite numbers.
     """
     found: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
-    for named in embedded_batches(pipeline, batches, precision=precision):
+    for named in embedded_batches(pipeline, batches):
         for name, (rows, vectors) in named.items():
             kept_rows, kept = found.setdefault(name, ([], []))
             kept_rows.append(rows)
@@ -113,7 +107,8 @@ def embedded_batches(
 ) -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Embed batch by batch: by readout, rows of the catalogue in rising order and their [n, D] float32 embeddings.
 
-    Arguments and errors are those of `embed_readouts`; a readout that no object of a batch allows is absent.
+    Arguments and errors are those of `embed_readouts`; bfloat16 runs the encoder under autocast. A readout that no object of a
+    batch allows is absent.
     """
     for batch in batches:
         found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}

@@ -15,7 +15,8 @@ async function fetched(path, options) {
   throw Object.assign(new Error(sentence(problem)), { status: reply.status });
 }
 
-const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : ".");
+/** With a full stop, and a capital where it begins with a word, not with the name of a file or a field. */
+const sentence = (text) => text.replace(/^[a-z]+(?= )/, (word) => word[0].toUpperCase() + word.slice(1)) + (/[.?!]$/.test(text) ? "" : ".");
 
 export const json = async (path, options) => (await fetched(path, options)).json();
 

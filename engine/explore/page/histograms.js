@@ -1,15 +1,10 @@
 // Histograms of labels below the map, which are filters as well: of numbers a range, of words a choice of them.
 
+import { counted, element, format, pixelRatio } from "./dom.js";
+
 const BINS = 60;
 const SAMPLE = 200_000; // values that limits are taken from: the first ones, a fair sample
 const FIRST = 4; // histograms that are shown at first
-
-export const format = (value) => {
-  if (!Number.isFinite(value)) return "–";
-  const size = Math.abs(value);
-  if (size && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
-  return String(Number(value.toPrecision(4)));
-};
 
 /** Limits of numbers without the rarest at both ends, [0, 1] where there are none. */
 export function limits(column) {
@@ -19,12 +14,6 @@ export function limits(column) {
   const [low, high] = [at(0.002), at(0.998)];
   return high > low ? [low, high] : [known[0], known.at(-1) > known[0] ? known.at(-1) : known[0] + 1];
 }
-
-const element = (tag, properties = {}, ...children) => {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-};
 
 /** A card with a histogram; `draw` counts anew. */
 class Card {
@@ -44,24 +33,21 @@ class Card {
   tally(bins, bin) {
     const { passes, selection, count } = this.model;
     this.all ??= tallied(bins, bin, count);
-    let part = null;
-    if (selection || passes) {
-      part = new Float64Array(bins);
-      if (selection) {
-        for (const i of selection.numbers) if (!passes || passes[i]) { const b = bin(i); if (b >= 0) part[b] += 1; }
-      } else for (let i = 0; i < count; i += 1) if (passes[i]) { const b = bin(i); if (b >= 0) part[b] += 1; }
-    }
-    return [this.all, part];
+    if (!selection && !passes) return [this.all, null];
+    const numbers = selection?.numbers;
+    return [this.all, tallied(bins, bin, numbers?.length ?? count, numbers, passes)];
   }
 }
 
-function tallied(bins, bin, count) {
-  const all = new Float64Array(bins);
+/** Counts by bin of `count` objects, or of those whose numbers are given, as far as they pass. */
+function tallied(bins, bin, count, numbers, passes) {
+  const counts = new Float64Array(bins);
   for (let i = 0; i < count; i += 1) {
-    const b = bin(i);
-    if (b >= 0) all[b] += 1;
+    const number = numbers ? numbers[i] : i;
+    const b = passes && !passes[number] ? -1 : bin(number);
+    if (b >= 0) counts[b] += 1;
   }
-  return all;
+  return counts;
 }
 
 class Numbers extends Card {
@@ -123,7 +109,7 @@ class Numbers extends Card {
       return at >= 0 && at < BINS ? at : column[i] === high ? BINS - 1 : -1;
     };
     const [all, part] = this.tally(BINS, bin);
-    const ratio = Math.min(window.devicePixelRatio || 1, 2);
+    const ratio = pixelRatio();
     const [width, height] = [canvas.clientWidth, canvas.clientHeight];
     if (!width) return;
     canvas.width = width * ratio;
@@ -189,7 +175,7 @@ class Words extends Card {
       button.setAttribute("aria-pressed", Boolean(filter?.has(code)));
       const [bar, , number] = button.children;
       bar.style.width = `${(100 * (part ?? all)[code]) / most}%`;
-      number.textContent = (part ?? all)[code].toLocaleString("en");
+      number.textContent = counted((part ?? all)[code]);
     });
   }
 }

@@ -1,7 +1,8 @@
 // The page: what is fetched first, and what acts on what.
 
 import { exported, imageAddress, json, points, similarToFile, values } from "./data.js";
-import { Histograms, format, limits } from "./histograms.js";
+import { counted, element, format } from "./dom.js";
+import { Histograms, limits } from "./histograms.js";
 import { EmbeddingMap } from "./map.js";
 import { Model } from "./model.js";
 import { codes, css, palette, rgb } from "./palette.js";
@@ -9,11 +10,20 @@ import { Pane } from "./pane.js";
 
 const ANSWERS = 48;
 const by = (id) => document.getElementById(id);
-const count = (number) => number.toLocaleString("en");
-const dark = () => getComputedStyle(document.documentElement).colorScheme === "dark";
+
+function dark() {
+  const { theme } = document.documentElement.dataset;
+  return theme ? theme === "dark" : !matchMedia("(prefers-color-scheme: light)").matches;
+}
 
 function failed(error) {
-  by("problem").textContent = error ? error.message : "";
+  told(error?.message ?? "", false);
+}
+
+/** Say something at the foot of the page; what is well is not in the colour of problems. */
+function told(text, well = true) {
+  by("problem").textContent = text;
+  by("problem").classList.toggle("well", well);
 }
 
 /** Do something that asks the server, and say what went wrong; a former problem is forgotten. */
@@ -90,17 +100,16 @@ function legend(label, table, range) {
   const root = by("legend");
   root.replaceChildren();
   if (!label) return;
-  const name = Object.assign(document.createElement("b"), { textContent: label.name, title: label.meaning });
-  root.append(name);
+  root.append(element("b", { textContent: label.name, title: label.meaning }));
   if (range) {
-    const bar = document.createElement("i");
+    const bar = element("i");
     const stops = Array.from({ length: 9 }, (_, i) => css(table, Math.round((i * 254) / 8)));
     bar.style.background = `linear-gradient(90deg, ${stops.join(",")})`;
     root.append(format(range[0]), bar, format(range[1]));
     return;
   }
   for (const [code, word] of label.categories.slice(0, 12).entries()) {
-    const mark = document.createElement("s");
+    const mark = element("s");
     mark.style.background = css(table, code);
     root.append(mark, word);
   }
@@ -136,10 +145,9 @@ function hover(model, map, number) {
   const [x, y] = map.place(number);
   root.style.left = `${Math.min(x + 16, map.width - 130)}px`;
   root.style.top = `${y + 150 > map.height ? y - 140 : y + 16}px`;
-  const label = model.labels.get(model.shownLabel);
-  const value = model.columns.get(model.shownLabel)?.[number];
-  const said = label?.kind === "number" ? `${label.name} ${format(value)}` : label?.categories[value] ?? "";
-  root.querySelector("figcaption").textContent = said;
+  const value = model.value(number);
+  const name = value && model.labels.get(model.shownLabel).kind === "number" ? `${model.shownLabel} ` : "";
+  root.querySelector("figcaption").textContent = name + value;
   const image = root.querySelector("img");
   image.onerror = () => (root.hidden = true);
   image.src = imageAddress(number, model.about.session);
@@ -147,9 +155,9 @@ function hover(model, map, number) {
 
 function status(model) {
   const { passing, selected } = model.counts();
-  const said = [`${count(model.count)} galaxies`];
-  if (model.passes) said.push(`${count(passing)} pass the filters`);
-  if (model.selection) said.push(`${count(selected)} selected`);
+  const said = [`${counted(model.count)} galaxies`];
+  if (model.passes) said.push(`${counted(passing)} pass the filters`);
+  if (model.selection) said.push(`${counted(selected)} selected`);
   if (model.about.run) said.push(`embedded by ${model.about.run}`);
   by("status").textContent = said.join("  ·  ");
 }
@@ -175,7 +183,7 @@ function wireSearch(model, map, pane) {
     if (!found) return;
     model.open(found.number);
     await similar(model, map, found.number);
-    if (found.arcsec !== undefined) failed({ message: `Nearest to ${text}: ${found.key}, ${distance(found.arcsec)} away.` });
+    if (found.arcsec !== undefined) told(`Nearest to ${text}: ${found.key}, ${distance(found.arcsec)} away.`);
   });
   const take = (file) => attempt(async () => {
     const { takesFiles, largestUpload } = model.about;
@@ -216,12 +224,12 @@ function wireTools(model, map) {
   });
   by("view").addEventListener("click", () => model.select(map.inView()));
   by("clear").addEventListener("click", () => clear(model));
-  for (const format of ["csv", "fits"]) {
-    by(format).addEventListener("click", () => attempt(async () => {
+  for (const form of ["csv", "fits"]) {
+    by(form).addEventListener("click", () => attempt(async () => {
       const numbers = model.shown();
       if (!numbers.length) throw new Error("No galaxy is selected and passes the filters.");
-      const { blob, name } = await exported(Uint32Array.from(numbers), format);
-      const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
+      const { blob, name } = await exported(Uint32Array.from(numbers), form);
+      const link = element("a", { href: URL.createObjectURL(blob), download: name });
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
     }));

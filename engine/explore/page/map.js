@@ -1,6 +1,7 @@
 // The map: points, what moves them, and what is drawn above them: lasso, rings, the galaxy under the pointer.
 
 import { select, zoom, zoomIdentity } from "./vendor/libraries.js";
+import { pixelRatio } from "./dom.js";
 import { inside } from "./lasso.js";
 import { Points } from "./points.js";
 
@@ -46,7 +47,7 @@ export class EmbeddingMap extends EventTarget {
 
   #resized() {
     const { clientWidth: width, clientHeight: height } = this.overlay;
-    const ratio = Math.min(window.devicePixelRatio || 1, 2);
+    const ratio = pixelRatio();
     Object.assign(this, { width, height, ratio });
     this.side = MARGIN * Math.min(width / this.extent[0], height / this.extent[1]);
     this.overlay.width = width * ratio;

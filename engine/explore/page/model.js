@@ -1,5 +1,7 @@
 // What is shown: columns, filters, selection, the open object. Others listen for "selection", "filters" and "current".
 
+import { format } from "./dom.js";
+
 const HIDDEN = 1;
 const SELECTED = 2;
 
@@ -16,6 +18,7 @@ export class Model extends EventTarget {
     this.passes = null; // [N] 0 or 1; null where there are no filters
     this.selection = null; // { numbers, title, captions }
     this.current = null;
+    this.shownLabel = undefined; // name of the label that points are coloured by
     this.state = new Uint8Array(this.count); // of each point, for the map
   }
 
@@ -72,6 +75,14 @@ export class Model extends EventTarget {
     if (passes) for (let i = 0; i < state.length; i += 1) state[i] = passes[i] ? 0 : HIDDEN;
     else state.fill(0);
     if (this.selection) for (const number of this.selection.numbers) if (!state[number]) state[number] = SELECTED;
+  }
+
+  /** Value of the shown label of an object, as text; empty where it is unknown. */
+  value(number) {
+    const label = this.labels.get(this.shownLabel);
+    const value = this.columns.get(this.shownLabel)?.[number];
+    if (!label || value === undefined || Number.isNaN(value)) return "";
+    return label.kind === "number" ? format(value) : label.categories[value] ?? "";
   }
 
   /** How many objects pass the filters, and how many of them are selected. */

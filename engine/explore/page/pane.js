@@ -1,16 +1,10 @@
 // The pane on the right: cutouts of what is selected, and the galaxy that is open, with its spectrum and labels.
 
 import { imageAddress, json } from "./data.js";
-import { format } from "./histograms.js";
+import { counted, element, format } from "./dom.js";
 import { drawSpectrum } from "./spectrum.js";
 
 const PAGE = 48; // cutouts that are shown at a time
-
-const element = (tag, properties = {}, ...children) => {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-};
 
 const mark = (tile, current) => (current ? tile.setAttribute("aria-current", "true") : tile.removeAttribute("aria-current"));
 
@@ -47,8 +41,8 @@ export class Pane {
     const numbers = model.shown(this.most + 1);
     this.more.hidden = numbers.length <= this.most;
     const { passing, selected } = model.counts();
-    if (model.selection) this.title.textContent = model.selection.title || `${selected.toLocaleString("en")} selected`;
-    else this.title.textContent = model.passes ? `A sample of the ${passing.toLocaleString("en")} that pass` : `A sample of all ${passing.toLocaleString("en")}`;
+    const sample = model.passes ? `A sample of the ${counted(passing)} that pass` : `A sample of all ${counted(passing)}`;
+    this.title.textContent = model.selection ? model.selection.title || `${counted(selected)} selected` : sample;
     const old = new Map([...this.grid.children].map((tile) => [Number(tile.dataset.number), tile]));
     const tiles = numbers.slice(0, this.most).map((number) => old.get(number) ?? this.#tile(number));
     tiles.forEach((tile, i) => {
@@ -75,14 +69,7 @@ export class Pane {
 
   /** What is said of an object: its similarity, or the label that points are coloured by. */
   #caption(number) {
-    const said = this.model.selection?.captions?.get(number);
-    if (said) return said;
-    const name = this.model.shownLabel;
-    const label = this.model.labels.get(name);
-    const value = this.model.columns.get(name)?.[number];
-    if (!label || value === undefined) return "";
-    if (label.kind === "category") return label.categories[value] ?? "";
-    return Number.isNaN(value) ? "" : format(value);
+    return this.model.selection?.captions?.get(number) || this.model.value(number);
   }
 
   #opened(tile) {
@@ -117,10 +104,10 @@ export class Pane {
     if (number !== this.model.current) return; // another one was opened meanwhile
     const { key, split, ra, dec, ...labels } = about;
     const head = element("h2", { textContent: key, title: key });
-    const tools = element("div", { className: "tools" },
-      element("button", { textContent: "Similar (S)", onclick: () => this.similar(number) }),
-      element("button", { textContent: "Copy key", onclick: () => navigator.clipboard?.writeText(key) }),
-      element("button", { textContent: "Close", onclick: () => this.model.open(null) }));
+    const buttons = { "Similar (S)": () => this.similar(number), "Copy key": () => navigator.clipboard.writeText(key), Close: () => this.model.open(null) };
+    if (!navigator.clipboard) delete buttons["Copy key"]; // browsers have none on pages that come from another machine without TLS
+    const tools = element("div", { className: "tools" });
+    for (const [textContent, onclick] of Object.entries(buttons)) tools.append(element("button", { textContent, onclick }));
     const position = ra === null || dec === null ? "no position" : `ra ${ra.toFixed(5)}°  dec ${dec.toFixed(5)}°`;
     const place = element("p", { className: "quiet", textContent: `${position}  ·  ${split}` });
     const list = element("dl");

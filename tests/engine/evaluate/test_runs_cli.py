@@ -78,6 +78,7 @@ def test_the_table_says_it(folder, capsys):
     assert cli.main(["runs", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "b/inner" in said and "stopped" in said and "2/4" in said
+    assert said.split("\n")[0].split() == ["folder", "method", "state", "step", "loss", "samples/s", "seed", "figures"]
 
 
 def test_a_record_that_cannot_be_read_hides_no_other(folder, capsys):

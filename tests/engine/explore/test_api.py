@@ -204,7 +204,7 @@ def test_export(pages, objects, survey_dir, numbers):
 def test_bad_exports(pages):
     refused(pages, 400, "four bytes each", "/api/export?format=csv", b"abc")
     refused(pages, 400, "there is no object 49", "/api/export", np.array([1, 49], "<u4").tobytes())
-    refused(pages, 400, "format: must be csv or fits, got 'xls'", "/api/export?format=xls", bytes(4))
+    refused(pages, 400, "format: must be one of csv, fits, got 'xls'", "/api/export?format=xls", bytes(4))
     refused(pages, 400, "four bytes each", "/api/export", method="POST")
 
 

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,8 +150,10 @@ def test_find_by_key_and_position(page, objects):
     find(f"{about['ra']} {about['dec']}")
     page.wait(f"document.querySelector('#details h2')?.textContent === {objects.key(12)!r}")
     page.wait("document.getElementById('problem').textContent.includes('away')")
+    assert page.evaluate("document.getElementById('problem').className") == "well"
     find("nobody")
     assert page.wait("document.getElementById('problem').textContent.includes('is no key here')")
+    assert page.evaluate("document.getElementById('problem').className") == ""
 
 
 DROP = """
@@ -165,12 +168,12 @@ DROP = """
 def test_a_broken_file_ends_in_a_sentence(page, similar, monkeypatch):
     page.evaluate(DROP % "'x'")
     assert "start `armillary explore` with --run RUN" in page.wait("document.getElementById('problem').textContent")
-    monkeypatch.setattr(similar, "_encoder", object())  # as if there were a run
+    monkeypatch.setattr(similar, "_run", Path("run"))  # as if there were one
     page.send("Page.reload")
     page.wait("document.body?.dataset.ready === 'yes'")
     page.evaluate(DROP % "'SIMPLE'")
     said = page.wait("document.getElementById('problem').textContent")
-    assert said.startswith("Broken.fits cannot be searched for") and "Traceback" not in said
+    assert said.startswith("broken.fits cannot be searched for") and "Traceback" not in said
     page.evaluate(DROP % "new Uint8Array(65 << 20)")
     page.wait("document.getElementById('problem').textContent === 'broken.fits is larger than 64 MiB.'")
     assert status(page).startswith("49 galaxies")  # the page goes on

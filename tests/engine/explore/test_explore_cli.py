@@ -53,9 +53,9 @@ def test_a_taken_port(refused):
 
 
 def test_a_file_for_embedding_atlas(embeddings, survey_dir, tmp_path, objects, capsys):
-    out = tmp_path / "deep" / "map.parquet"
+    out = tmp_path / "deep down" / "map.parquet"
     assert command(["explore", str(embeddings), "--data", str(survey_dir), "--map", "pca", "--atlas", str(out)]) == 0
-    assert f"embedding-atlas {out} --x x --y y --neighbors neighbors" in capsys.readouterr().out
+    assert f"embedding-atlas '{out}' --x x --y y --neighbors neighbors" in capsys.readouterr().out
     rows = pq.read_table(out).to_pylist()
     loaded = Embeddings.load(embeddings)
     unit = loaded.vector / np.linalg.norm(loaded.vector, axis=1, keepdims=True)
@@ -68,22 +68,29 @@ def test_a_file_for_embedding_atlas(embeddings, survey_dir, tmp_path, objects, c
         np.testing.assert_allclose([row["x"], row["y"]], objects.point[objects.number[i]], rtol=1e-6)
 
 
-def test_a_page_is_served_until_it_is_interrupted(embeddings, survey_dir):
-    words = [
-        sys.executable,
-        "-m",
-        "armillary",
-        "explore",
-        embeddings,
-        "--data",
-        survey_dir,
-        "--port",
-        "0",
-        "--map",
-        "pca",
-    ]
+BUSY = """
+import sys
+from armillary.engine import cli
+from armillary.engine.evaluate.search.index import Index
+
+def busy(paths):
+    import torch
+    x = torch.randn(400, 400)
+    while True:  # most of its time inside of torch, as while a dropped file is embedded
+        x @ x
+
+if "busy" in sys.argv:
+    sys.argv.remove("busy")
+    Index.read_files = busy
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("index", ["ready", "busy"])
+def test_a_page_is_served_until_it_is_interrupted(embeddings, survey_dir, index):
+    words = [sys.executable, "-c", BUSY, "explore", embeddings, "--data", survey_dir, "--port", "0", "--map", "pca"]
     with subprocess.Popen(
-        list(map(str, words)),
+        [*map(str, words), *(["busy"] if index == "busy" else [])],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

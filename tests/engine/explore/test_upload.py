@@ -122,6 +122,9 @@ def test_a_survey_is_no_query(coloured, cutouts, survey_dir):
         coloured.answer("POST", "/api/similar", (survey_dir / "catalog.parquet").read_bytes(), "catalog.parquet")
     with pytest.raises(Refused, match="the file is empty"):
         coloured.answer("POST", "/api/similar", b"", "x.fits")
+    with pytest.raises(Refused, match="^k: must be a number") as found:
+        coloured.answer("POST", "/api/similar?k=0", b"x", "x.fits")
+    assert found.value.status == 400
 
 
 def test_a_picture_of_display_units(coloured, cutouts, survey_dir):

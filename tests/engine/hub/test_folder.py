@@ -261,6 +261,8 @@ def test_figures_of_an_evaluation_stand_in_the_card(export, tmp_path):
         (["--format", "hf", "--push", "mine"], "push: must be OWNER/NAME of a repository, got 'mine'"),
         (["--format", "hf", "--licence", "mit\nx: y"], "licence: must be a licence as the hub calls it"),
         (["--push", "a/b"], "push, licence: must be left out without --format hf"),
+        ([], "x: the file's name must end in .safetensors"),
+        (["--format", "onnx"], "x: the file's name must end in .onnx"),
     ],
 )
 def test_bad_options_are_refused(export, tmp_path, capsys, options, said):
@@ -278,12 +280,13 @@ def test_what_has_no_form_there_is_refused(export, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_onnx_gives_the_same_embeddings(export, tmp_path):
+def test_onnx_gives_the_same_embeddings(export, tmp_path, capfd):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     image, spectrum = replace(VIT, depth=1), replace(SPECTRUM, depth=1)  # the exporter takes seconds for each block
     file = export(AstroCLIP(image=image, spectrum=spectrum, freeze=False, embedding=24, heads=2), PAIR_VIEWS)
     assert cli.main(["export", str(file), "-o", str(tmp_path / "mine.onnx"), "--format", "onnx"]) == 0
+    assert capfd.readouterr().err == ""
     session = runtime.InferenceSession(tmp_path / "mine.onnx", providers=["CPUExecutionProvider"])
     encoder = TrainedEncoder.open(file)
     (flux, ivar), crop = spectra(5), model_input(encoder, fluxes(5))

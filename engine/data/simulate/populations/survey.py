@@ -29,7 +29,8 @@ from armillary.engine.data.simulate.populations.photometry import (
 )
 from armillary.engine.data.simulate.populations.smooth_ssp import smooth_ssp
 from armillary.engine.data.simulate.populations.ssp import read_ssp
-from armillary.engine.data.sources.source import Rows, Sample, digest
+from armillary.engine.data.sources.source import Rows, Sample
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["SED_FRAMES", "SedFrame", "SimulatedPhotometry"]
 
@@ -114,7 +115,7 @@ class SimulatedPhotometry:
             raise ValueError(f"magnitude_limit: must be above {BRIGHTEST:g}, got {magnitude_limit:g}")
         table = None if ssp is None else Path(ssp)
         _light(table)  # a bad file is refused here, not in a process
-        self._table = "our own" if table is None else f"{table.name}, SHA-256 {digest(table)}"
+        self._table = "our own" if table is None else f"{table.name}, SHA-256 {sha256_of(table)}"
         self._settings = f"count={count}, seed={seed}, magnitude_limit={magnitude_limit}, noise={noise}, sed={sed!r}"
         self._seed = seed
         self.vectors = _records(noise, sed)

@@ -22,7 +22,8 @@ from armillary.engine.data.sources.files.fits_tables import READ_ERRORS, open_fi
 from armillary.engine.data.sources.files.nested_parquet import NestedParquet, open_parquet
 from armillary.engine.data.sources.kinds import EXPORT
 from armillary.engine.data.sources.packed import CatalogSource
-from armillary.engine.data.sources.source import BadSample, Sample, digest, listing_mark
+from armillary.engine.data.sources.source import BadSample, Sample, listing_mark
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["exported"]
 
@@ -71,7 +72,7 @@ class _Exported(CatalogSource):
 
     def inputs(self) -> dict[str, str]:
         """The file with its checksum."""
-        return {self.path.name: f"sha256:{digest(self.path)}"}
+        return {self.path.name: f"sha256:{sha256_of(self.path)}"}
 
     def read(self, index: int) -> Sample:
         """Read one object.
@@ -121,7 +122,10 @@ class _ExportedFits(_Exported):
     def inputs(self) -> dict[str, str]:
         """The files (names and sizes), the labels with their checksum."""
         sizes = [(key, (self.path / f"{key}.fits").stat().st_size) for key in self.catalog["key"].to_pylist()]
-        return {f"{len(self)} files": listing_mark(sizes), "labels.csv": f"sha256:{digest(self.path / 'labels.csv')}"}
+        return {
+            f"{len(self)} files": listing_mark(sizes),
+            "labels.csv": f"sha256:{sha256_of(self.path / 'labels.csv')}",
+        }
 
     def _arrays(self, index: int, key: str) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}

@@ -28,7 +28,9 @@ log = logging.getLogger("armillary.data")
 
 __all__ = ["LabelFile", "LabelTable", "beside", "read_labels", "stem"]
 
-FILE_COLUMNS = ("file", "key", "name")
+FILE_COLUMNS = ("file", "filename", "file_name", "key", "name", "path", "image")
+"""Names of the column that names files; of several the first."""
+
 KNOWN = ("ra", "dec", "split", *FILE_COLUMNS)
 SUFFIXES = (".fits.gz", ".fits.fz", ".fits", ".fit", ".fz", ".jpg", ".jpeg", ".png")
 
@@ -123,8 +125,8 @@ def read_labels(
     name_column = next((c for c in FILE_COLUMNS if c in header), None)
     if name_column is None:
         raise ValueError(
-            f"{path}: no column 'file': one column must name each row's file ('file', 'key' or 'name'); "
-            f"the columns are {', '.join(header)}"
+            f"{path}: no column 'file': one column must name each row's file ({', '.join(FILE_COLUMNS)}); the columns "
+            f"are {', '.join(header)}"
         )
     taken = [c for c in header if c in CATALOG_COLUMNS and c not in (*POSITION, "split", name_column)]
     if taken:

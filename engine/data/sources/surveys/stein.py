@@ -128,7 +128,9 @@ def _layout(path: Path) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
                 raise ValueError(f"{path}: no data set 'images'; it has {', '.join(sorted(file)) or 'none'}")
             images = file["images"].shape
             if len(images) != 4 or images[1] != len(BANDS):
-                raise ValueError(f"{path}: 'images' is {images}, not rows x {len(BANDS)} bands x height x width")
+                raise ValueError(
+                    f"{path}: 'images' is {images}, not rows x {len(BANDS)} bands x height x width; --kind stack reads others"
+                )
             columns = {}
             for name in sorted(set(file) - {"images"}):
                 shape = file[name].shape

@@ -22,13 +22,13 @@ from armillary.engine.data.sources.source import (
     BadSample,
     Rows,
     Sample,
-    digest,
     key_from_name,
     listing_mark,
     position_problem,
 )
 from armillary.engine.data.sources.tables.catalogue import Catalogue, check_positions
 from armillary.engine.data.sources.tables.formats import SUFFIXES
+from armillary.models.file_hash import sha256_of
 
 __all__ = ["TableRows"]
 
@@ -133,7 +133,7 @@ class TableRows:
         """The files with their checksums (beyond 4 GiB: of names, sizes and number of rows), and what was left out."""
         files = dict(zip(self.catalogue.names, self.catalogue.files, strict=True))
         if sum(f.stat().st_size for f in files.values()) <= DIGESTED:
-            marks = {name: f"sha256:{digest(file)}" for name, file in files.items()}
+            marks = {name: f"sha256:{sha256_of(file)}" for name, file in files.items()}
         else:
             listing = [(name, f.stat().st_size) for name, f in files.items()] + [("rows", self.catalogue.count)]
             marks = {f"{len(files)} files from {self.catalogue.names[0]}": listing_mark(listing)}

@@ -115,7 +115,12 @@ def test_kinds_are_guessed_from_names_and_content(tmp_path):
     for name, kind in names.items():
         (tmp_path / name).write_text("")
         assert kinds.guess_kind(tmp_path / name) == kind
-    inside = {"stein": ("images", "ra"), "astroclip": ("0/images",), "supermock": ("galaxy_id", "redshift_true")}
+    inside = {
+        "stein": ("images", "ra"),
+        "stack": ("images", "dec"),
+        "astroclip": ("0/images",),
+        "supermock": ("galaxy_id", "redshift_true"),
+    }
     inside |= {"galaxiesml": ("specz_redshift", "image"), "galaxiesml-spectra": ("spectrum/wave", "image")}
     for kind, data_sets in inside.items():
         with h5py.File(tmp_path / f"{kind}.hdf5", "w") as file:

@@ -4,6 +4,7 @@ from PIL import Image
 
 from armillary.engine import cli
 from armillary.engine.data.building.build import build
+from armillary.engine.data.inspect import stats
 from armillary.engine.data.inspect.stats import draw_statistics, summarise_labels
 from armillary.engine.data.sources.surveys.images import Pictures
 
@@ -40,6 +41,16 @@ def test_pictures(survey, tmp_path):
     assert (tmp_path / "b.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_a_survey_without_positions_has_no_sky(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(tmp_path / "in" / f"p{i}.png")
+    build(Pictures(tmp_path / "in"), tmp_path / "out", name="nowhere", progress=False)
+    monkeypatch.setattr(stats, "_draw_sky", None)
+    draw_statistics(tmp_path / "out", tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "match"), [({"labels": ["mass"]}, "labels: no 'mass'"), ({"split": "half"}, "no samples in 'half'")]
 )
@@ -57,5 +68,5 @@ def test_commands(survey, tmp_path, capsys):
     assert cli.main(["data", "kinds"]) == 0
     assert cli.main(["data", "leaks", str(survey)]) == 0
     out = capsys.readouterr().out
-    for part in ("wrote 40 samples", "stein", "share nothing"):
+    for part in ("wrote 40 samples", "stein", "share nothing", "type: S 26, E 14"):
         assert part in out
