@@ -133,9 +133,12 @@ cases: install
 # What a change needs before each commit. The kernels' tests, under Triton's interpreter, are a good part of all. Files that
 # are not in git yet count as changes too.
 CHANGED_KERNELS = $(shell git status --porcelain kernels tests/kernels 2>&1)
-check: install lint
+# One core would be idle while mypy looks at everything, so lint runs beside the tests and speaks after them.
+check: install
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & lint=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile \
-	  -m "not dist and not cluster and not slow and not whole_task and not aot$(if $(CHANGED_KERNELS),, and not kernel)"
+	  -m "not dist and not cluster and not slow and not whole_task and not aot$(if $(CHANGED_KERNELS),, and not kernel)"; tests=$$?; \
+	wait $$lint; lint=$$?; cat $(VENV)/lint.log; exit $$((tests | lint))
 
 # The numeric modules as other processors would run them.
 test-cpus: install

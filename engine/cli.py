@@ -29,6 +29,7 @@ import tyro
 
 import armillary
 from armillary.engine.command_line import refuse_repeats, repeatable
+from armillary.engine.open_files import open_file_problems
 from armillary.engine.weights.verify import CheckpointError
 
 __all__ = ["COMMANDS", "main"]
@@ -104,6 +105,8 @@ def _run(words: list[str]) -> int:
         return 0 if asked else 2
     module, function, _ = COMMANDS[name]
     try:
+        if problems := open_file_problems():
+            raise ValueError("; ".join(problems))
         command = getattr(importlib.import_module(module), function)
         refuse_repeats(words, repeatable(command))
         return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)

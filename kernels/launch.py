@@ -111,9 +111,8 @@ def use_triton(operation: str, impl: str, x: Tensor) -> bool:
     return True
 
 
-@cache
 def overrides() -> dict[str, str]:
-    """Implementations by operation, out of ARMILLARY_IMPL.
+    """Implementations by operation, out of ARMILLARY_IMPL; not cached, because torch.compile warns of what is.
 
     Raises:
         ValueError: It does not say operation=impl, or names an operation or implementation that there is not.

@@ -3,12 +3,12 @@
     python benchmarks/claims/finetune.py RUN --data SURVEY
     python benchmarks/claims/finetune.py --summary
 
-Ways to learn the label from the same images: the encoder of RUN fine-tuned whole, a head on it alone, and the same network from
-scratch. The validation split chooses each way's learning rate with 200 labels, then its number of steps with each number of
+Ways to learn the label from the same images: the encoder of RUN fine-tuned whole, by low-rank additions (LoRA), a head on it alone, and the
+same network from scratch. The validation split chooses each way's learning rate with 200 labels, then its number of steps with each number of
 labels, on a draw of labels that is not reported; the test split is judged once for each of three seeds. A seed draws its labels
-from the training split, the same for all ways, so differences are paired. One process. `--summary` reads the rows back: means over
-seeds and differences with 95 % intervals by Student's t, and whether fine-tuning beats the network from scratch; `--figure FILE` draws
-the curve.
+from the training split, the same for all ways, so differences are paired. One process. With `--seeds` and no number after it nothing is
+judged on the test split: for trials of settings. `--summary` reads the rows of `--label` back: means over seeds and differences with 95 %
+intervals by Student's t, and whether a way beats the network from scratch; `--figure FILE` draws the curve.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from armillary.models.supervised.finetune import FineTune, FineTuneMethod
 
 WAYS = {
     "fine-tuned": (dict(trained="whole", layer_decay=0.75), (5e-4, 2e-3)),
+    "LoRA": (dict(trained="lora", layer_decay=1.0), (2e-3, 1e-2)),
     "head": (dict(trained="head"), (3e-3, 1e-2)),
     "scratch": (dict(trained="whole", layer_decay=1.0, image_from=None), (5e-4, 2e-3)),
 }
@@ -99,16 +100,17 @@ def score(method: FineTuneMethod, view: object, seen: Images, label: np.ndarray)
     return r2(label[seen.row.numpy()], torch.cat(said).numpy())
 
 
-def scores_of(path: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """R2 by seed of each way and number of labels, in a CSV."""
+def scores_of(path: Path, label: str) -> dict[tuple[str, int], dict[str, float]]:
+    """R2 of a label by seed of each way and number of labels, in a CSV."""
     scores: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            scores[row["way"], int(row["labels"])][row["seed"]] = float(row["r2"])
+            if row["label"] == label:
+                scores[row["way"], int(row["labels"])][row["seed"]] = float(row["r2"])
     return scores
 
 
-def draw(path: Path, figure_file: Path) -> None:
+def draw(path: Path, label: str, figure_file: Path) -> None:
     """The curve: a point a seed, lines through the means."""
     import matplotlib
 
@@ -116,7 +118,7 @@ def draw(path: Path, figure_file: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "finetune"  # the same rows, the same file
     from matplotlib import pyplot as plt
 
-    scores = scores_of(path)
+    scores = scores_of(path, label)
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for place, way in enumerate(WAYS):
         counts = sorted(count for name, count in scores if name == way)
@@ -125,14 +127,14 @@ def draw(path: Path, figure_file: Path) -> None:
         for count, of_seeds in zip(counts, values, strict=True):
             beside = count * 1.05 ** (place - 1)
             axes.plot([beside] * len(of_seeds), of_seeds, "o", ms=4, color=line.get_color(), alpha=0.6)
-    axes.set(xscale="log", xlabel="labelled galaxies", ylabel="R2 of the test galaxies")
+    axes.set(xscale="log", xlabel="labelled galaxies", ylabel=f"R2 of {label.replace('_', ' ')}, test galaxies")
     axes.legend(frameon=False)
     figure.savefig(figure_file, metadata={"Date": None})
 
 
-def summary(path: Path) -> list[str]:
-    """What the rows of a CSV say, a line each."""
-    scores, said = scores_of(path), []
+def summary(path: Path, label: str) -> list[str]:
+    """What the rows of a CSV say of a label, a line each."""
+    scores, said = scores_of(path, label), []
     for (way, count), by_seed in scores.items():
         values = np.array(list(by_seed.values()))
         text = f"{count:>5} labels  {way:<10}  R2 {values.mean():+.3f} ± {values.std(ddof=1):.3f} (sd of {len(values)} seeds)"
@@ -158,13 +160,14 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--label", default="redshift")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--labels", type=int, nargs="+", default=[50, 200, 1000])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 400])
+    parser.add_argument("--lr", type=float, help="of every way, where the validation split has chosen it before")
     args = parser.parse_args(None if arguments is None else list(arguments))
     if args.summary:
-        print(*summary(args.csv), sep="\n")
+        print(*summary(args.csv, args.label), sep="\n")
         if args.figure is not None:
-            draw(args.csv, args.figure)
+            draw(args.csv, args.label, args.figure)
         return
     if args.run is None or args.data is None:
         parser.error("a run and --data are needed, or --summary")
@@ -198,14 +201,15 @@ def main(arguments: Iterable[str] | None = None) -> None:
                 print("validation", way, count, lr, steps, f"{tried[lr, steps, count]:.4f}", flush=True)
             return tried[lr, steps, count]
 
-        lr = max(WAYS[way][1], key=lambda lr: chosen(lr, args.steps[0], CHOSEN_WITH))
+        rates = WAYS[way][1] if args.lr is None else (args.lr,)
+        lr = max(rates, key=lambda lr: chosen(lr, args.steps[0], CHOSEN_WITH)) if len(rates) > 1 else rates[0]
         for count in args.labels:
             steps = max(args.steps, key=lambda steps: chosen(lr, steps, count))
             for seed in args.seeds:
                 begin = time.perf_counter()
                 value = measure(way, lr, steps, count, seed, "test")
-                row = {"way": way, "labels": count, "seed": seed, "lr": lr, "steps": steps, "r2": f"{value:.4f}"}
-                row["seconds"] = f"{time.perf_counter() - begin:.1f}"
+                row = {"label": args.label, "way": way, "labels": count, "seed": seed, "lr": lr, "steps": steps}
+                row |= {"r2": f"{value:.4f}", "seconds": f"{time.perf_counter() - begin:.1f}"}
                 print(*row.values(), flush=True)
                 append_rows(args.csv, [row])
 

@@ -105,7 +105,7 @@ def rows_of(reader: GalaxyReader, step: Step, micro_batch: int) -> list[dict[str
         method: Any = Counted(reader, replace(step, recomputed=recomputed))
         for stage, ranks in SETUPS:
             train = SimpleNamespace(zero_stage=stage, precision="bf16", reduce_once=False)
-            run: Any = SimpleNamespace(train=train, micro_batch=micro_batch)
+            run: Any = SimpleNamespace(train=train, micro_batch=micro_batch, evals=())
             memory = memory_of(run, method, ranks, None)
             assert memory is not None
             kinds = {

@@ -5,15 +5,15 @@
     python benchmarks/gpu --tune linear_gelu       # search better launch settings, print the best of each table
     python benchmarks/gpu --device cpu --smoke     # the same code at tiny sizes under Triton's interpreter, untimed
 
-First the gpu-marked tests of every operation run. Then each operation is compared with float64 on the very inputs that
+First the device's own rates are measured, and the gpu-marked tests of every operation run, for a third of the time at most. Then each operation is compared with float64 on the very inputs that
 are timed, and timed against eager PyTorch and torch.compile: forward, backward and both, medians and percentiles,
 memory, share of the measured copy bandwidth or matrix-product rate. The ViT-L/12 step is timed and profiled, SpecFormer's timed in three
 precisions. Where DeepSpeed is installed the recipe of ViT-L/12 itself
 runs on a simulated survey: rates, memory, and whether a stopped run continues to the same bits. Last come tables. An operation that fails its tests
 or its comparison is reported as FAILED and not timed. Jobs run in the order of their importance until --budget-s is
-used up; a job that crashes or hangs takes nothing else down.
+used up; a job that crashes or hangs takes nothing else down, and a run that is ended from outside leaves what it has measured.
 
-Results go to benchmarks/results/<device>/: gpu.csv, which grows row by row, and gpu.md, made from it. Needs torch, triton,
+Results go to benchmarks/results/<device>/: gpu.csv, which grows row by row, and gpu.md, made from it after each. Needs torch, triton,
 numpy, pytest and this project's C++ extension, which is built if it is missing (that needs pybind11, setuptools and a C++
 compiler). Neither the network nor DALI or an installation of Armillary; DeepSpeed and tyro for the engine alone.
 """
@@ -24,6 +24,7 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +102,7 @@ def folder_of(device: str) -> Path:
 def main() -> int:
     """Run; 1 where something failed."""
     begin = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes it has started end with it
     options = parse()
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"

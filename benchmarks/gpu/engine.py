@@ -88,6 +88,8 @@ def engine_rows(
         smoke: A tiny survey, nothing timed.
         recipe: The recipe.
     """
+    if not trials:
+        return
     trouble, saved = _trouble(folder / "survey", smoke), {}
     for trial in trials:
         row: Row = {"kind": "engine", "operation": "engine", "shape": trial.name, "variant": "engine"}
@@ -98,12 +100,15 @@ def engine_rows(
         row["status"] = _run(
             recipe, trial, folder / "survey", run, min(deadline + GRACE_S, time.monotonic() + trial.limit_s)
         )
-        if row["status"] == "ok":
-            saved[trial.name] = _digests(run)
-            if trial.like in saved:
-                same = saved[trial.like] == saved[trial.name]
-                row |= {"same_bits": "yes"} if same else {"status": f"FAILED: other bits than {trial.like}"}
-            row |= {} if smoke else _figures(run)
+        try:
+            if row["status"] == "ok":
+                saved[trial.name] = _digests(run)
+                if trial.like in saved:
+                    same = saved[trial.like] == saved[trial.name]
+                    row |= {"same_bits": "yes"} if same else {"status": f"FAILED: other bits than {trial.like}"}
+                row |= {} if smoke else _figures(run)
+        except Exception as error:  # what it wrote is not what is expected here; the others may be
+            row["status"] = f"FAILED: {type(error).__name__}: {error}"
         shutil.rmtree(run / "checkpoints", ignore_errors=True)  # five gigabytes each
         yield row
 

@@ -29,7 +29,7 @@ class Job:
     shape: str = ""
     index: int = 0
     variant: str = "triton"
-    limit_s: float = 180.0
+    limit_s: float = 90.0
 
     def row(self, status: str) -> Row:
         """The row of this job when it did not get to write its own."""

@@ -11,7 +11,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,7 +28,8 @@ __all__ = ["Run", "order"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS_AT_ONCE = 6  # they mostly compile
-TESTS_SECONDS = 180.0
+TESTS_SECONDS = 120.0  # of one file
+TESTS_SHARE = 0.3  # of the time that is left when they begin, for all of them
 GRACE_S = 20.0  # past the budget, for the job that is running
 IDLE_S = 60.0  # for a process to start, and between jobs
 STEP_TOLERANCE = 0.03  # of the first step's loss and gradient norm in bf16, relative to eager's
@@ -35,13 +37,13 @@ STEP_TOLERANCE = 0.03  # of the first step's loss and gradient norm in bf16, rel
 
 def order(cases: dict[str, list[Job]]) -> list[Job]:
     """Jobs by importance: the first case of the leading two operations, the step and its profile, the other first cases, SpecFormer,
-    the rest.
+    the compiled step, whose compilation may take a minute or two, the rest.
     """
     firsts = [jobs[0] for jobs in cases.values() if jobs]
     rest = [job for jobs in cases.values() for job in jobs[1:]]
     step = [Job("step", "step", variant=variant) for variant in VARIANTS]
     spectra = [Job("spectra", "specformer", variant=precision) for precision in PRECISIONS]
-    return [*firsts[:2], *step, Job("profile", "profile"), *firsts[2:], *spectra, *rest]
+    return [*firsts[:2], *step[:2], Job("profile", "profile"), *firsts[2:], *spectra, *step[2:], *rest]
 
 
 class Run:
@@ -73,6 +75,7 @@ class Run:
                 f"--only: no such operation: {', '.join(unknown)}; there are {', '.join(OPERATIONS)}, step, engine"
             )
         wanted = [name for name in OPERATIONS if only is None or name in only]
+        self.work([Job("limits", "limits", variant="", limit_s=60.0)])
         sound = self.test(wanted)
         jobs: dict[str, list[Job]] = {}
         for name in wanted:
@@ -83,7 +86,6 @@ class Run:
             queue = [job for job in queue if job.kind == "case"]
         trials = SMOKE_TRIALS if self.smoke else TRIALS
         trials = trials if only is None or "engine" in only else ()
-        self.work([Job("limits", "limits", variant="")])
         with tempfile.TemporaryDirectory() as folder:
             self.engine(Path(folder), trials[:2])
             self.work(queue)
@@ -118,33 +120,40 @@ class Run:
         return [Job(kind, operation, case.shape, index, limit_s=limit) for index, case in enumerate(cases)]
 
     def test(self, operations: Sequence[str]) -> set[str]:
-        """Run the gpu-marked tests of operations, a process for each file; returns the operations whose tests pass."""
+        """Run the gpu-marked tests of operations, a process for each file; returns the operations of which none failed."""
         files = list(
             dict.fromkeys(file for name in operations for file in OPERATIONS[name].tests if (ROOT / file).exists())
         )
         if self.smoke:  # all are skipped without a GPU: one file shows that they are found and run
             files = files[:1]
-        with ThreadPoolExecutor(TESTS_AT_ONCE) as pool:
-            results = dict(zip(files, pool.map(self.pytest, files), strict=True))
-        for passed, text in results.values():
-            if not passed:
-                print(text)
+        now = time.monotonic()
+        end = now + TESTS_SHARE * max(self.deadline - now, 0.0)
         sound = set(operations)
-        for name in operations:
-            for file in OPERATIONS[name].tests:
-                passed, text = results.get(file, (True, ""))
-                if text:
-                    last = " ".join(text.split("\n")[-2:]).strip()[-200:]
-                    status = "ok" if passed else "FAILED: its tests"
-                    self.add([{"kind": "tests", "operation": name, "variant": file, "status": status, "detail": last}])
-                if not passed:
-                    sound.discard(name)
+        with ThreadPoolExecutor(TESTS_AT_ONCE) as pool:
+            running = {pool.submit(self.pytest, file, end): file for file in files}
+            for done in as_completed(running):
+                passed, text = done.result()
+                if passed is False:
+                    print(text)
+                status = {True: "ok", False: "FAILED: its tests", None: "not run: the time is used up"}[passed]
+                last = " ".join(text.split("\n")[-2:]).strip()[-200:]
+                of = [name for name in operations if running[done] in OPERATIONS[name].tests]
+                row = {"kind": "tests", "variant": running[done], "status": status, "detail": last}
+                self.add({**row, "operation": name} for name in of)
+                sound -= set() if passed is not False else set(of)
         return sound
 
-    def pytest(self, file: str) -> tuple[bool, str]:
-        """Whether the gpu-marked tests of a file pass, and the end of what pytest says."""
+    def pytest(self, file: str, end: float) -> tuple[bool | None, str]:
+        """Whether the gpu-marked tests of a file pass, None where there is no time left for them; and the end of what pytest says.
+
+        Args:
+            file: The file.
+            end: `time.monotonic()` at which it has to be done.
+        """
+        limit = min(TESTS_SECONDS, end - time.monotonic())
+        if limit <= 0:
+            return None, file
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=0", file]
-        limit = min(TESTS_SECONDS, max(self.deadline - time.monotonic(), 1.0))
         # Plugins that happen to be installed may warn, and warnings are errors here.
         environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         try:
@@ -179,13 +188,13 @@ class Run:
             pipe: From the child.
             jobs: What it was given.
         """
-        done, running = 0, False
+        done, running, end = 0, False, time.monotonic() + IDLE_S
         while done < len(jobs):
-            left = self.deadline + GRACE_S - time.monotonic()
-            limit = jobs[done].limit_s if running else IDLE_S
+            now, last = time.monotonic(), self.deadline + GRACE_S
             try:
-                if not pipe.poll(max(min(limit, left), 0.0)):
-                    late = "not run: the time is used up" if left < limit else f"FAILED: not done after {limit:.0f} s"
+                if not pipe.poll(max(min(end, last) - now, 0.0)):
+                    limit = jobs[done].limit_s if running else IDLE_S
+                    late = "not run: the time is used up" if last < end else f"FAILED: not done after {limit:.0f} s"
                     self.add([jobs[done].row(late)])
                     return done + 1
                 kind, content = pipe.recv()
@@ -194,14 +203,15 @@ class Run:
                     return done
                 self.add([jobs[done].row("FAILED: the process died")])
                 return done + 1
-            if kind == "rows":
-                self.add(content)
-                done, running = done + 1, False
+            if kind == "row":
+                self.add([content])
+            elif kind == "end":
+                done, running, end = done + 1, False, time.monotonic() + IDLE_S
             elif time.monotonic() > self.deadline:
                 break
             else:
-                running = True
-                job = jobs[done]
+                job, running = jobs[done], True
+                end = time.monotonic() + job.limit_s
                 print(
                     f"{self.deadline - time.monotonic():4.0f} s left: {job.operation} {job.shape or job.variant}",
                     flush=True,
@@ -209,7 +219,7 @@ class Run:
         return done
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Complete rows and append them to the results."""
+        """Complete rows, append them to the results and write the tables anew."""
         finished = []
         for row in rows:
             row = {"benchmark": "gpu", "run": self.id, **row}
@@ -227,6 +237,12 @@ class Run:
             finished.append(row)
         if finished:
             append_rows(self.out / "gpu.csv", finished)
+            self._keep_table()
+
+    def _keep_table(self) -> None:
+        """Write the tables of what there is so far, so that a run that is cut off leaves them; what is wrong with them shows at the end."""
+        with suppress(Exception):
+            write_table(self.out)
 
     def _compare_step(self, row: Row) -> None:
         """The first step's loss and gradient must be eager's: a whole step has no other oracle."""

@@ -74,14 +74,13 @@ def candidates(row: Launch) -> Iterator[Launch]:
         yield from (replace(row, path=path) for path in PATHS if path != row.path)
 
 
-def tune_rows(case: Case, device: torch.device, smoke: bool, rows: list[dict[str, Any]]) -> None:
-    """Search the tables of a case's operation; adds one row for each table.
+def tune_rows(case: Case, device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
+    """Search the tables of a case's operation: one row for each table, as soon as it is there.
 
     Args:
         case: Shape to tune for.
         device: Where.
         smoke: Try the first candidate of each table, timing nothing.
-        rows: Where the results go.
     """
     problem = case.build(device)
     passes = passes_of(problem.ours, problem)
@@ -116,7 +115,7 @@ def tune_rows(case: Case, device: torch.device, smoke: bool, rows: list[dict[str
         }
         if not smoke:
             row |= {"whole_ms": fastest, "whole_ms_before": first}
-        rows.append(row)
+        yield row
 
 
 def _used(table: dict[int, Launch], call: Callable[[], object]) -> bool:

@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import math
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -52,7 +53,7 @@ TINY_INPUTS = InputSpec(channels=3, global_size=8, n_global=2, local_size=4, n_l
 
 
 def work(pipe: Connection, jobs: list[Job], device: str, smoke: bool) -> None:
-    """Run jobs: sends ("begin", None) and ("rows", rows) for each.
+    """Run jobs: sends ("begin", None), a ("row", row) as soon as each is there, and ("end", None) for each.
 
     Args:
         pipe: To the parent.
@@ -64,8 +65,9 @@ def work(pipe: Connection, jobs: list[Job], device: str, smoke: bool) -> None:
         torch.cuda.set_device(device)  # CUDA events and Triton use the current one
     for job in jobs:
         pipe.send(("begin", None))
-        rows = run(job, torch.device(device), smoke)
-        pipe.send(("rows", rows))
+        for row in run(job, torch.device(device), smoke):
+            pipe.send(("row", row))
+        pipe.send(("end", None))
         gc.collect()  # models and their hooks refer to each other
         if device != "cpu":
             try:
@@ -75,27 +77,30 @@ def work(pipe: Connection, jobs: list[Job], device: str, smoke: bool) -> None:
                 return
 
 
-def run(job: Job, device: torch.device, smoke: bool) -> list[Row]:
-    """Rows of one job, whatever happens in it."""
+def run(job: Job, device: torch.device, smoke: bool) -> Iterator[Row]:
+    """Rows of one job, each as soon as it is there, whatever happens in it."""
     torch.manual_seed(0)
-    rows: list[Row] = []
     try:
-        if job.kind == "limits":
-            rows.append(_limits(device, smoke))
-        elif job.kind == "step":
-            rows += step_rows(job.variant, device, smoke)
-        elif job.kind == "profile":
-            rows += profile_rows(_training("triton", device, 1 if smoke else BATCHES[-1], smoke), smoke)
-        elif job.kind == "spectra":
-            rows.append(spectra_row(job.variant, device, smoke))
-        else:
-            case = load(job.operation, smoke)[job.index]
-            (case_rows if job.kind == "case" else tune_rows)(case, device, smoke, rows)
+        for row in _rows(job, device, smoke):
+            yield {"kind": job.kind, **row}
     except Exception as error:
         if not isinstance(error, torch.OutOfMemoryError | Wrong):
             traceback.print_exc()
-        rows.append(job.row(status_of(error)))
-    return [{"kind": job.kind, **row} for row in rows]
+        yield job.row(status_of(error))
+
+
+def _rows(job: Job, device: torch.device, smoke: bool) -> Iterator[Row]:
+    if job.kind == "limits":
+        yield _limits(device, smoke)
+    elif job.kind == "step":
+        yield from step_rows(job.variant, device, smoke)
+    elif job.kind == "profile":
+        yield from profile_rows(_training("triton", device, 1 if smoke else BATCHES[-1], smoke), smoke)
+    elif job.kind == "spectra":
+        yield spectra_row(job.variant, device, smoke)
+    else:
+        case = load(job.operation, smoke)[job.index]
+        yield from (case_rows if job.kind == "case" else tune_rows)(case, device, smoke)
 
 
 def status_of(error: Exception) -> str:
@@ -114,14 +119,13 @@ def _limits(device: torch.device, smoke: bool) -> Row:
     return row | {"copy_gb_s": limits.copy / 1e9, "gemm_tflop_s": limits.gemm / 1e12}
 
 
-def case_rows(case: Case, device: torch.device, smoke: bool, rows: list[Row]) -> None:
+def case_rows(case: Case, device: torch.device, smoke: bool) -> Iterator[Row]:
     """Check a case, then time its ways: one row each, as soon as it is there.
 
     Args:
         case: The case.
         device: Where.
         smoke: Run every way once, timing nothing.
-        rows: Where they go.
 
     Raises:
         Wrong: Ours is not right; nothing was timed.
@@ -159,7 +163,7 @@ def case_rows(case: Case, device: torch.device, smoke: bool, rows: list[Row]) ->
                 row |= columns(measure(passes_of(way, problem), device))
         except Exception as error:  # the others can still be timed
             row["status"] = status_of(error)
-        rows.append(row)
+        yield row
     torch.compiler.reset()
 
 

@@ -14,7 +14,14 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from armillary.engine.zero.processes import Ranks, gather_objects, launch_problems, ranks, take_slurm_ranks
+from armillary.engine.zero.processes import (
+    Ranks,
+    gather_objects,
+    launch_problems,
+    of_lost_ranks,
+    ranks,
+    take_slurm_ranks,
+)
 
 __all__ = ["Refused", "Together", "joined"]
 
@@ -97,6 +104,7 @@ def joined() -> Iterator[Together]:
 
     Raises:
         ValueError: The launcher's variables describe no group.
+        RuntimeError: Another process is gone.
     """
     if problems := take_slurm_ranks(os.environ) or launch_problems():
         raise ValueError("; ".join(problems))
@@ -105,6 +113,13 @@ def joined() -> Iterator[Together]:
         dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield Together(me)
+    except RuntimeError as error:
+        if not of_lost_ranks(error):
+            raise
+        raise RuntimeError(
+            f"another process is gone, as process {me.rank} of {me.world} finds ({error}). Look at the first error among their "
+            "outputs; parts that are finished stay, and the same command goes on"
+        ) from error
     finally:
         if me.world > 1:
             dist.destroy_process_group()

@@ -48,9 +48,10 @@ def evaluate(
     pictures, patches, ablation; what cannot be done is left out and said. The exit status is 1 where the encoder has collapsed.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or of one of its checkpoints.
         data: Folder of the survey; by default the one that the run was trained on.
-        out: Folder for embeddings, metrics.json, metrics.parquet and report.html; by default the run's folder `evaluation`.
+        out: Folder for embeddings, metrics.json, metrics.parquet and report.html; by default the run's folder `evaluation`, or
+            `evaluation-step-N` of a checkpoint.
         compare: Further runs whose embeddings or predictions stand beside this one's.
         options: Tasks, labels, splits, limits.
         readout: The only one of the first run's embeddings to judge; all of them otherwise.
@@ -59,10 +60,13 @@ def evaluate(
         package: Name of a package, or path of its folder or of a recipe, with methods or tasks of your own; repeatable.
     """
     from armillary.engine.config.run import Run
+    from armillary.engine.evaluate.page.run_log import run_of_checkpoint
     from armillary.engine.evaluate.runs.evaluate import evaluate_study
 
     trust(*package)
-    data, folder = data or Run.load(run).data.path, out or run / "evaluation"
+    home = run_of_checkpoint(run)
+    data = data or Run.load(home).data.path
+    folder = out or home / ("evaluation" if home == run else f"evaluation-{run.name}")
     outcomes = evaluate_study(
         (run, *compare), data, folder, options, device=choose_device(device), batch=batch, readout=readout
     )

@@ -39,6 +39,8 @@ class RunRow:
         started: When, as its record has it; empty where it has not.
         commit: Commit of the program, ten characters.
         measures: Numbers of its own evaluation, by "features target model metric"; empty where there was none.
+        evals: Last score of each evaluation that it made of itself while it was trained, by name.
+        best_step: Step of the checkpoint that it keeps as its best; None where it keeps none.
     """
 
     folder: str
@@ -53,6 +55,8 @@ class RunRow:
     started: str
     commit: str
     measures: dict[str, float]
+    evals: dict[str, float]
+    best_step: int | None
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ def _row(run: Path, top: Path) -> RunRow:
             measures={
                 " ".join(filter(None, name[1:])): value for name, value in earlier_measures(run, log.name).items()
             },
+            evals={name: float(value[-1]) for name, (_, value) in log.evals().items()},
+            best_step=None if log.best is None else log.best.step,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{run / 'run.json'}: not a run's record: {error!r}") from error
@@ -190,6 +196,10 @@ def _print_rows(rows: list[RunRow]) -> None:
     console = Console(highlight=False)
     console.print(table)
     for row in rows:
+        if row.evals:
+            scores = ", ".join(f"{name} R2 {value:.3f}" for name, value in row.evals.items())
+            best = "" if row.best_step is None else f"; best checkpoint at step {row.best_step:,}"
+            console.print(f"{escape(row.folder)}: while training {escape(scores)}{best}")
         for name, value in list(row.measures.items())[:SHOWN_MEASURES]:
             console.print(f"{escape(row.folder)}: {escape(name)} {value:.3g}")
 

@@ -50,8 +50,8 @@ def explore(
         embeddings: File or folder of `armillary embed`.
         data: Folder of the survey that was embedded.
         run: The run that made the embeddings, to search for a file that is dropped on the page.
-        map: tsne, pca, a Parquet file with columns key, x and y, or auto: a kept t-SNE map, else a new one of up to 20,000
-            objects, else PCA.
+        map: tsne, umap, pca, a Parquet file with columns key, x and y, or auto: a kept t-SNE map, else a new one of up to
+            20,000 objects, else PCA.
         colour: Label to colour by at first; redshift where there is one.
         index: Folder of an index that `armillary search --save-index` wrote; by default one is made, exact up to 4 GiB.
         atlas: Write this Parquet file, which the program embedding-atlas opens, in place of serving a page.
@@ -65,7 +65,7 @@ def explore(
     from armillary.engine.data.format.survey import Survey
     from armillary.engine.evaluate.cli import choose_device
     from armillary.engine.explore.api import Pages
-    from armillary.engine.explore.embedding_map import open_map
+    from armillary.engine.explore.embedding_map import CHOICES, choice_problem, open_map
     from armillary.engine.explore.export import write_atlas
     from armillary.engine.explore.objects import Objects, check_origin, find_labels
     from armillary.engine.explore.server import Server
@@ -77,16 +77,19 @@ def explore(
     check_origin(files, survey)
     labels = find_labels(survey)
     shown = _colour(colour, labels, survey)
+    chosen = map if map in CHOICES else Path(map)
+    if problem := choice_problem(files, chosen):
+        raise ValueError(problem)
     _check(run, index, atlas)
     if atlas is not None:
         from armillary.engine.exclusive import exclusive_file
 
         with exclusive_file(atlas):
-            write_atlas(atlas, Objects(survey, files, open_map(files, map), labels), files)
+            write_atlas(atlas, Objects(survey, files, open_map(files, chosen), labels), files)
         print(f"written: {atlas}; embedding-atlas {shlex.quote(str(atlas))} --x x --y y --neighbors neighbors")
         return 0
     with Server(host, port) as server:
-        mapped = open_map(files, map)
+        mapped = open_map(files, chosen)
         objects = Objects(survey, files, mapped, labels)
         similar = Similar(files, objects.keys, index, run, where)
         about = {

@@ -1,16 +1,18 @@
 """The two-dimensional map of embeddings: made once, and kept beside them with its recipe.
 
-    NAME.tsne.parquet, NAME.pca.parquet     columns key, x, y (float32), in the order of the embeddings; the schema's metadata
-                                            says how the map was made
+    NAME.tsne.parquet, NAME.umap.parquet,     columns key, x, y (float32), in the order of the embeddings; the schema's
+    NAME.pca.parquet                          metadata says how the map was made
 
-t-SNE (van der Maaten & Hinton 2008; Barnes-Hut, van der Maaten 2014; by scikit-learn) is made of at most `WHOLE` embeddings. Of
-a larger set it is made of a sample of that size, and every other object is put among its nearest neighbours in the sample.
+t-SNE (van der Maaten & Hinton 2008; Barnes-Hut, van der Maaten 2014; by scikit-learn) and UMAP (McInnes et al. 2018,
+arXiv:1802.03426; by umap-learn, extra `umap`) are made of at most `WHOLE` embeddings. Of a larger set they are made of a sample of
+that size, and every other object is put among its nearest neighbours in the sample.
 
 Shape legend: N embeddings, D dimensions, M of them in the sample.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,18 +28,32 @@ from armillary.engine.atomic_file import atomic_path
 from armillary.engine.data.format.embedding_files import METADATA_KEY, EmbeddingFiles
 from armillary.engine.evaluate.search.vectors import difference, unit
 
-__all__ = ["WHOLE", "EmbeddingMap", "MapChoice", "Method", "make_map", "map_file", "open_map", "read_map"]
+__all__ = [
+    "CHOICES",
+    "WHOLE",
+    "EmbeddingMap",
+    "MapChoice",
+    "Method",
+    "choice_problem",
+    "make_map",
+    "map_file",
+    "open_map",
+    "read_map",
+]
 
-Method = Literal["tsne", "pca"]
-MapChoice = Literal["auto", "tsne", "pca"]
+Method = Literal["tsne", "umap", "pca"]
+MapChoice = Literal["auto", "tsne", "umap", "pca"]
+CHOICES: tuple[MapChoice, ...] = get_args(MapChoice)
 
 WHOLE = 20_000
-"""Embeddings that t-SNE is made of, at most."""
+"""Embeddings that t-SNE and UMAP are made of, at most."""
 
-COMPONENTS = 50  # principal components that t-SNE sees, as is usual
+COMPONENTS = 50  # principal components that they see, as is usual
 PERPLEXITY = 30.0
+UMAP_NEIGHBOURS = 15  # umap-learn's own default, as is the least distance
+LEAST_DISTANCE = 0.1
 NEIGHBOURS = 5  # of the sample, among which another object is put
-LEAST = 4  # objects of a t-SNE
+LEAST = 4  # objects of a t-SNE or a UMAP
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,13 @@ class EmbeddingMap:
         r = self.recipe
         if r.get("method") == "pca":
             return f"PCA: two components with {100 * r['variance']:.0f}% of the variance of unit vectors"
-        if r.get("method") != "tsne":
+        if r.get("method") not in ("tsne", "umap"):
             return f"map of {r.get('file', 'a file')}"
         of = f"{r['sample']:,} embeddings" if r["sample"] == len(self.point) else f"a sample of {r['sample']:,}"
-        return f"t-SNE of {of}, perplexity {r['perplexity']:g}, seed {r['seed']}, scikit-learn {r['scikit_learn']}"
+        if r["method"] == "tsne":
+            return f"t-SNE of {of}, perplexity {r['perplexity']:g}, seed {r['seed']}, scikit-learn {r['scikit_learn']}"
+        settings = f"{r['neighbours']} neighbours, least distance {r['least_distance']:g}, seed {r['seed']}"
+        return f"UMAP of {of}, {settings}, umap-learn {r['umap_learn']}"
 
 
 def map_file(embeddings: Path, method: Method) -> Path:
@@ -69,22 +88,34 @@ def map_file(embeddings: Path, method: Method) -> Path:
     return embeddings.with_name(f"{embeddings.name.removesuffix('.parquet')}.{method}.parquet")
 
 
-def open_map(files: EmbeddingFiles, choice: str | Path = "auto", say: Callable[[str], None] = print) -> EmbeddingMap:
+def choice_problem(files: EmbeddingFiles, choice: MapChoice | Path) -> str:
+    """Why this map of embeddings can neither be read nor made; empty if it can."""
+    if choice == "umap" and not map_file(files.path, choice).is_file() and importlib.util.find_spec("umap") is None:
+        return "map: umap needs umap-learn, `pip install 'armillary[umap]'`, which is not installed"
+    if isinstance(choice, Path) and not choice.is_file():
+        return f"map: must be {', '.join(CHOICES)} or a Parquet file, got '{choice}', which is not there"
+    return ""
+
+
+def open_map(
+    files: EmbeddingFiles, choice: MapChoice | Path = "auto", say: Callable[[str], None] = print
+) -> EmbeddingMap:
     """The kept map of embeddings, or one that is made now and kept.
 
     Args:
         files: The embeddings.
-        choice: "tsne", "pca" or the path of a Parquet file with columns key, x and y; or "auto": a kept t-SNE, else a new one
-            of up to `WHOLE` embeddings, else PCA.
+        choice: "tsne", "umap" or "pca"; a Parquet file with columns key, x and y; or "auto": a kept t-SNE, else a new one of
+            up to `WHOLE` embeddings, else PCA.
         say: Is told what takes time, and where a map could not be kept.
 
     Raises:
         FileNotFoundError: There is no such file.
+        ModuleNotFoundError: umap-learn is not there.
         ValueError: The file is no map of these embeddings.
     """
-    if choice not in get_args(MapChoice):
-        return read_map(Path(choice), files)
-    method: Method = "pca" if choice == "pca" else "tsne"
+    if isinstance(choice, Path):
+        return read_map(choice, files)
+    method: Method = "tsne" if choice == "auto" else choice
     if (kept := map_file(files.path, method)).is_file():
         return read_map(kept, files)
     if choice == "auto" and len(files) > WHOLE:
@@ -92,8 +123,9 @@ def open_map(files: EmbeddingFiles, choice: str | Path = "auto", say: Callable[[
         method = "pca"
         if (kept := map_file(files.path, method)).is_file():
             return read_map(kept, files)
-    elif method == "tsne":
-        say(f"t-SNE of {min(len(files), WHOLE):,} embeddings, once ...")
+    elif method != "pca":
+        name = {"tsne": "t-SNE", "umap": "UMAP"}[method]
+        say(f"{name} of {min(len(files), WHOLE):,} embeddings, once ...")
     made = make_map(files, method)
     try:
         _save(kept, made, files)
@@ -110,9 +142,7 @@ def read_map(path: Path, files: EmbeddingFiles) -> EmbeddingMap:
         ValueError: It is no map, or not of these embeddings.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"map: must be auto, tsne, pca or a Parquet file, got {str(path)!r}, which is not there"
-        )
+        raise FileNotFoundError(f"{path}: no such map; need a Parquet file with columns key, x and y, or tsne or pca")
     try:
         table: Any = pq.read_table(path, columns=["key", "x", "y"])
         recipe = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
@@ -146,11 +176,12 @@ def make_map(files: EmbeddingFiles, method: Method, seed: int = 0, whole: int = 
 
     Args:
         files: The embeddings.
-        method: "tsne" or "pca"; fewer than `LEAST` objects get a PCA.
-        seed: Of the sample and of t-SNE.
-        whole: Embeddings that t-SNE is made of, at most.
+        method: "tsne", "umap" or "pca"; fewer than `LEAST` objects get a PCA.
+        seed: Of the sample, of t-SNE and of UMAP.
+        whole: Embeddings that t-SNE and UMAP are made of, at most.
 
     Raises:
+        ModuleNotFoundError: umap-learn is not there.
         ValueError: A number is not finite, or a vector has no direction.
     """
     mean, axes, share = _principal_axes(files, 2 if method == "pca" else COMPONENTS)
@@ -159,7 +190,17 @@ def make_map(files: EmbeddingFiles, method: Method, seed: int = 0, whole: int = 
         point = np.zeros((len(reduced), 2), np.float32)
         point[:, : reduced.shape[1]] = reduced[:, :2]
         return EmbeddingMap(point, {"method": "pca", "variance": float(share[:2].sum())})
-    return _tsne(reduced, seed, whole)
+    count = len(reduced)
+    sample = np.sort(np.random.default_rng(seed).permutation(count)[:whole])
+    chosen = reduced[sample]
+    # Begins as the PCA, so that the map keeps its large scales (Kobak & Berens 2019).
+    begin = chosen[:, :2] / max(float(chosen[:, 0].std()), 1e-30)
+    if begin.shape[1] < 2:
+        begin = np.pad(begin, ((0, 0), (0, 1)))
+    placed, recipe = (_tsne if method == "tsne" else _umap)(chosen, begin, seed)
+    point = placed if len(sample) == count else _among(reduced, chosen, placed)
+    about = {"method": method, "sample": len(sample), "seed": seed, "components": reduced.shape[1]}
+    return EmbeddingMap(point, about | recipe)
 
 
 def _principal_axes(files: EmbeddingFiles, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -178,23 +219,26 @@ def _principal_axes(files: EmbeddingFiles, count: int) -> tuple[np.ndarray, np.n
     return mean.astype(np.float32), axes.astype(np.float32), value / everything
 
 
-def _tsne(reduced: np.ndarray, seed: int, whole: int) -> EmbeddingMap:
+def _tsne(chosen: np.ndarray, begin: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
     import sklearn
     from sklearn.manifold import TSNE
 
-    count = len(reduced)
-    sample = np.sort(np.random.default_rng(seed).permutation(count)[:whole])
-    chosen = reduced[sample]
     perplexity = min(PERPLEXITY, (len(chosen) - 1) / 3)
-    # Begins as the PCA, so that the map keeps its large scales (Kobak & Berens 2019).
-    begin = chosen[:, :2] * (1e-4 / max(float(chosen[:, 0].std()), 1e-30))
-    if begin.shape[1] < 2:
-        begin = np.pad(begin, ((0, 0), (0, 1)))
-    model = TSNE(2, perplexity=perplexity, init=begin, learning_rate="auto", random_state=seed)
+    model = TSNE(2, perplexity=perplexity, init=1e-4 * begin, learning_rate="auto", random_state=seed)
     placed = model.fit_transform(chosen).astype(np.float32)
-    point = placed if len(sample) == count else _among(reduced, chosen, placed)
-    recipe = {"method": "tsne", "sample": len(sample), "perplexity": perplexity, "seed": seed}
-    return EmbeddingMap(point, {**recipe, "components": reduced.shape[1], "scikit_learn": sklearn.__version__})
+    return placed, {"perplexity": perplexity, "scikit_learn": sklearn.__version__}
+
+
+def _umap(chosen: np.ndarray, begin: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+    import umap
+
+    neighbours = min(UMAP_NEIGHBOURS, len(chosen) - 1)
+    begin = begin + 1e-4 * np.random.default_rng(seed).standard_normal(
+        begin.shape
+    )  # it divides by the width of each axis
+    settings = {"n_neighbors": neighbours, "min_dist": LEAST_DISTANCE, "init": begin.astype(np.float32)}
+    placed = umap.UMAP(**settings, n_jobs=1, random_state=seed).fit_transform(chosen).astype(np.float32)
+    return placed, {"neighbours": neighbours, "least_distance": LEAST_DISTANCE, "umap_learn": umap.__version__}
 
 
 def _among(reduced: np.ndarray, chosen: np.ndarray, placed: np.ndarray) -> np.ndarray:

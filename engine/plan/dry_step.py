@@ -128,7 +128,7 @@ def _built(run: Run, inputs: Inputs, device: torch.device) -> Method:
     """The method on a device; what does not build without numbers is built on the CPU and loses them then."""
     try:
         with device:
-            return run.method.build(inputs.spec)
+            return run.method.build(inputs.spec).to(device)  # buffers may be elsewhere
     except (NotImplementedError, RuntimeError):
         return run.method.build(inputs.spec).to(device)
 

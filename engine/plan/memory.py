@@ -118,10 +118,15 @@ def memory_of(run: Run, method: Method, world: int, free: int | None) -> Memory 
         world: Number of ranks.
         free: Result of `free_bytes`.
     """
-    activations = method.activation_bytes(run.micro_batch, itemsize(run))
+    activations, sizes = method.activation_bytes(run.micro_batch, itemsize(run)), Sizes.of(method)
     if activations is None:
         return None
-    return Memory(zero_kinds(run, Sizes.of(method), world) | {"activations (estimate)": activations}, free)
+    kinds = zero_kinds(run, sizes, world) | {"activations (estimate)": activations}
+    if run.evals and run.train.zero_stage == 3:
+        # Whole weights lie where a step's activations were.
+        whole = (sizes.trained + sizes.frozen) * itemsize(run)
+        kinds["weights gathered for evals, beyond activations"] = max(0, whole - activations)
+    return Memory(kinds, free)
 
 
 def free_bytes(device: str) -> int | None:

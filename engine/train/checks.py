@@ -14,6 +14,7 @@ import torch
 from armillary.engine.config.config_json import type_problems
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.open_files import open_file_problems
 from armillary.engine.plan.gpus import fp8_problems
 from armillary.engine.plan.memory import Sizes
 from armillary.engine.token_cache.identity import encoder_prefixes
@@ -41,7 +42,7 @@ def problems(run: Run, world: int, has_smoke: bool = False) -> list[str]:
     found = type_problems(run)
     if found:  # the rules below need the right types
         return found
-    found += _overrides() + _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
+    found += open_file_problems() + _overrides() + _numbers(run, world) + _device(run, world, has_smoke) + _folder(run)
     found += tracker_problems(run) + [f"schedule.{p}" for p in run.schedule.problems()] + _token_cache(run)
     try:
         survey = Survey.load(run.data.path)

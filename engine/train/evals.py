@@ -3,6 +3,8 @@
 Each rank embeds its share of the reference and held-out samples with the method as it stands, teachers included, and finds the
 neighbours of its share; predictions meet on all ranks, so that all know the same score. Nothing of the training is touched:
 generators and modes of modules are put back, and no loader of the run is used, so checkpoints have the bits of a run without.
+Weights that ZeRO-3 has cut are gathered once for the evaluation: shares differ in length and in which modules their samples need, so
+ranks that gathered module by module would wait for each other for ever.
 An evaluation that cannot be made is said and logged as unknown; it ends no run.
 
 Shape legend: N reference samples, M held-out samples, D embedding dimensions.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -55,8 +58,6 @@ def eval_problems(run: Run, survey: Survey) -> list[str]:
         )
     if not run.evals:
         return found
-    if run.train.zero_stage == 3:
-        found.append("train.zero_stage: must be 1 or 2 with evals, which embed outside of DeepSpeed's engine, got 3")
     if not callable(getattr(run.views, "eval_view", None)):
         found.append(f"views: must be an object with a method `eval_view` for evals, got {type(run.views).__name__}")
     splits = sorted({shard.split for shard in survey.shards} - {run.data.split})
@@ -106,12 +107,21 @@ class Evals:
         device: Where the method is.
         me: This rank.
         say: Takes lines for the screen.
+        whole: Inside, the method has all its weights on every rank: `Sharded.whole`.
     """
 
     def __init__(
-        self, run: Run, method: Method, survey: Survey, device: torch.device, me: Ranks, say: Callable[..., None]
+        self,
+        run: Run,
+        method: Method,
+        survey: Survey,
+        device: torch.device,
+        me: Ranks,
+        say: Callable[..., None],
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._run, self._method, self._survey, self._device, self._me, self._say = run, method, survey, device, me, say
+        self._whole = whole
         self._view = run.views.eval_view(survey, device) if run.evals else None
         self._labels: dict[str, np.ndarray] = {}
         self._spent, self._began = 0.0, time.monotonic()
@@ -132,7 +142,7 @@ class Evals:
         if not due:
             return {}
         begin, states = time.monotonic(), random_states()
-        with evaluating(self._method):
+        with self._whole(), evaluating(self._method):
             found = self._scores(due)
         set_random_states(*states)
         seconds = time.monotonic() - begin

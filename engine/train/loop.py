@@ -11,24 +11,24 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from armillary.engine.config.run import Run
 from armillary.engine.train.evals import Evals
 from armillary.engine.train.profile import StepProfile
+from armillary.engine.train.supply import BatchSource, DataLost, Supply
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.train.watch import Watch
 from armillary.engine.weights import checkpoint
 from armillary.engine.weights.verify import CheckpointError
 from armillary.engine.zero.deepspeed_engine import Sharded, StepStatus
 from armillary.engine.zero.processes import set_timeout
-from armillary.models.method import Batch
 
-__all__ = ["BatchSource", "Loop", "NonFinite", "StopRequest", "Stopped"]
+__all__ = ["Loop", "NonFinite", "StopRequest", "Stopped"]
 
 COLLECT_STEPS = 100
 
@@ -39,24 +39,6 @@ class NonFinite(RuntimeError):
 
 class Stopped(Exception):
     """A signal ended the run; its state is saved."""
-
-
-class BatchSource(Protocol):
-    """What the loop needs of a loader: see `engine.data.loading.loader.Loader`."""
-
-    wait_seconds: float
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Endless micro-batches of this rank."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next global batch begins."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there."""
-
-    def close(self) -> None:
-        """Stop threads."""
 
 
 class StopRequest:
@@ -128,12 +110,13 @@ class Loop:
 
     def go(self) -> None:
         """Run the steps that are left."""
+        self.supply = Supply(self.loader)
         watch = Watch(self.run.train.timeout_minutes / 2)
         trace = StepProfile(self.run, self.sharded.rank, self.sharded.device, self.meter.say)
         try:
             with _garbage_in_step():
                 self._steps(watch, trace)
-        except (NonFinite, Stopped, CheckpointError):  # all ranks are here
+        except (NonFinite, Stopped, CheckpointError, DataLost):  # all ranks are here
             raise
         except Exception:
             if watch.world > 1:
@@ -146,18 +129,25 @@ class Loop:
     def _steps(self, watch: Watch, trace: StepProfile) -> None:
         train = self.run.train
         in_steps = min(train.step_timeout_minutes, train.timeout_minutes)
-        batches, first = iter(self.loader), True
+        first = True
         while self.progress.step < train.steps and not self._stopped_early():
-            trace.before(self.progress.step)
-            status = self.step(batches, watch)
-            trace.after(self.progress.step)
+            if first:
+                self.supply.begin()
+                if said := self.supply.losses():
+                    raise self._without_data(said)
+            self._untimed(trace.before)
+            status = self.step(watch)
+            if status is None:
+                self._wait_at_most(train.timeout_minutes, watch, "the checkpoint")
+                raise self._without_data(self.supply.losses())
+            self._untimed(trace.after)
             if self.progress.step % COLLECT_STEPS == 0:
                 gc.collect()
             if first:  # the first step builds caches and compiles
                 self.meter.restart_clock(self.loader.wait_seconds)
                 first = False
                 self._wait_at_most(in_steps, watch)
-            stopping, due = status.flags
+            stopping, due, _ = status.flags
             self._judge(status)
             better = self._note_best()
             if better or stopping or due or self.progress.step % self.run.checkpoint.every_steps == 0:
@@ -169,6 +159,12 @@ class Loop:
                 raise Stopped
         self._wait_at_most(train.timeout_minutes, watch, "the end")
 
+    def _untimed(self, action: Callable[[int], None]) -> None:
+        """Do something with the number of steps done that the throughput leaves out: a profiler takes seconds to start and to write."""
+        began = time.perf_counter()
+        action(self.progress.step)
+        self.meter.pause(time.perf_counter() - began)
+
     def _wait_at_most(self, minutes: float, watch: Watch, place: str = "the next step") -> None:
         """How long ranks may wait for each other from here on."""
         set_timeout(minutes)
@@ -178,23 +174,29 @@ class Loop:
         """Number of a place in a step: before it (-1), with each of its micro-batches, at its end."""
         return done * (self.sharded.accumulation + 2) + part + 1
 
-    def step(self, batches: Iterator[Batch], watch: Watch) -> StepStatus:
-        """Consume one global batch."""
-        sharded, progress = self.sharded, self.progress
+    def step(self, watch: Watch) -> StepStatus | None:
+        """Consume one global batch; None where all ranks have left the step out, as one has no data for it."""
+        sharded, progress, supply = self.sharded, self.progress, self.supply
         scalars = self.run.scalars(progress.step)
         sharded.optimizer.set_step(progress.step, scalars)
         status: StepStatus | None = None
         for micro in range(sharded.accumulation):
-            batch = next(batches)
+            batch = supply.next()
             watch.at(self._place(progress.step, micro), f"batch {micro + 1} of step {progress.step + 1}")
             losses = sharded.forward(batch, scalars)
             sharded.backward(losses.total)
             self.meter.add(losses)
             if micro == sharded.accumulation - 1:
                 watch.at(self._place(progress.step, micro + 1), f"the end of step {progress.step + 1}")
-                status = sharded.agree(self.meter.loss, [self.stop.asked, self._due()])
+                loss = self.meter.loss * math.nan if supply.lost else self.meter.loss  # no rank takes such a step
+                status = sharded.agree(loss, [self.stop.asked, self._due(), bool(supply.lost)])
             sharded.step()
         assert status is not None
+        if status.flags[-1]:
+            self.meter.drop_step()
+            supply.undo_step()
+            return None
+        supply.note_step()
         progress.step += 1
         progress.skipped += not status.finite
         progress.bad_in_a_row = 0 if status.finite else progress.bad_in_a_row + 1
@@ -257,13 +259,29 @@ class Loop:
         if self.progress.step == self.saved_step:
             return
         self.meter.flush(self.loader.wait_seconds)
-        self.progress.loader = self.loader.state_dict()
+        self.progress.loader = self.supply.state
         self.progress.applied = self.sharded.layout.applied_steps
         folder = self.run.folder / "checkpoints"
         checkpoint.save(folder, self.sharded.layout, self.progress, self.run, self.known)
         self._keep_record()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         self.meter.restart_clock(self.loader.wait_seconds)
+
+    def _without_data(self, said: str) -> DataLost:
+        """Save the steps that are done; the error to leave with. All ranks together."""
+        saved = ""
+        try:
+            if self.progress.step:
+                self.save()
+        except CheckpointError as error:
+            saved = f"The steps since the last checkpoint are lost: {error}. "
+        newest = checkpoint.latest(self.run.folder / "checkpoints")
+        goes_on = "begins anew" if newest is None else f"continues from {newest.name}"
+        path = self.run.data.path
+        return DataLost(
+            f"there are no data for step {self.progress.step + 1} ({said}). {saved}Bring {path} back, or name another copy of it by "
+            f"--data.path (`armillary data check` reads every sample); then the same command {goes_on}"
+        )
 
     def _keep_record(self) -> None:
         """Write run.json again where somebody has moved or deleted the run's folder under way."""

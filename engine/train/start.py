@@ -4,9 +4,9 @@ A recipe ends in `main(RECIPE, smoke=SMOKE, ...)`. The command line chooses a pr
 
     deepspeed recipes/dinov2_vitl.py --preset smoke --optim.lr 1e-4
 
-Exit codes: 0 done; 1 crashed; 2 bad input, said before anything starts; 3 stopped because losses or gradients stayed
-non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM, SIGINT or SIGHUP after saving (run it again); 130
-interrupted by a second SIGINT, without saving.
+Exit codes: 0 done; 1 crashed, or stopped after saving because the survey cannot be read any more; 2 bad input, said before anything
+starts; 3 stopped because losses or gradients stayed non-finite; 4 a checkpoint could not be written or read; 75 stopped by SIGTERM,
+SIGINT or SIGHUP after saving (run it again); 130 interrupted by a second SIGINT, without saving.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from armillary.engine.config.run import Run
 __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_CHECKPOINT",
+    "EXIT_CRASHED",
     "EXIT_INTERRUPTED",
     "EXIT_NON_FINITE",
     "EXIT_STOPPED",
@@ -37,6 +38,7 @@ __all__ = [
     "start",
 ]
 
+EXIT_CRASHED = 1
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 EXIT_CHECKPOINT = 4
@@ -157,6 +159,7 @@ def run_to_exit_code(
     """
     from armillary.engine.train import trainer
     from armillary.engine.train.loop import NonFinite, Stopped
+    from armillary.engine.train.supply import DataLost
     from armillary.engine.weights.checkpoint import latest
     from armillary.engine.weights.verify import CheckpointError
     from armillary.engine.zero.processes import lost_ranks
@@ -172,17 +175,19 @@ def run_to_exit_code(
         code, message = EXIT_BAD_INPUT, f"{run.name}: this run cannot start:\n" + _indent(str(error))
     except NonFinite as error:
         code, message = EXIT_NON_FINITE, f"{run.name}: stopped: {error}"
+    except DataLost as error:
+        code, message = EXIT_CRASHED, f"{run.name}: stopped: {error}"
     except CheckpointError as error:
         code, message = EXIT_CHECKPOINT, f"{run.name}: {error}"
     except (Exception, KeyboardInterrupt) as error:
-        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_CRASHED
         saved = latest(run.folder / "checkpoints")
         goes_on = "the same command " + ("begins anew" if saved is None else f"continues from {saved.name}")
         if code == EXIT_INTERRUPTED:
             print(f"{run.name}: interrupted without saving; {goes_on}", file=sys.stderr)
         else:
             traceback.print_exc()
-        if (advice := lost_ranks(error, run.train.timeout_minutes)) is not None:
+        if (advice := lost_ranks(error, run.train.timeout_minutes, run.train.step_timeout_minutes)) is not None:
             print(f"{run.name}: {advice}. Then {goes_on}", file=sys.stderr)
         sys.stderr.flush()
         if me.world > 1:

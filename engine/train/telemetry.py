@@ -191,6 +191,10 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._parts += 1
 
+    def drop_step(self) -> None:
+        """Forget the micro-batches since the last step."""
+        self._sums, self._parts = {}, 0
+
     @property
     def loss(self) -> Tensor:
         """Mean loss of this rank over the micro-batches added since the last step, a scalar on the device."""
@@ -206,7 +210,7 @@ class Meter:
         """
         self._rows.append({name: total / self._parts for name, total in self._sums.items()})
         self._known.append({"step": step, **known})
-        self._sums, self._parts = {}, 0
+        self.drop_step()
         self._timed += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=step)

@@ -22,7 +22,8 @@ from armillary.engine.plan.memory import free_bytes, memory_of
 from armillary.engine.token_cache.training import Interrupted, TokenCacheError, cached_tokens, fill_token_cache
 from armillary.engine.train.checks import method_problems, space_problems
 from armillary.engine.train.evals import Evals
-from armillary.engine.train.loop import BatchSource, Loop, NonFinite, Stopped, StopRequest
+from armillary.engine.train.loop import Loop, NonFinite, Stopped, StopRequest
+from armillary.engine.train.supply import BatchSource, DataLost
 from armillary.engine.train.telemetry import Meter
 from armillary.engine.user_code import trust
 from armillary.engine.weights import portable, resume
@@ -95,6 +96,7 @@ def train(
         Stopped: After SIGTERM, SIGINT or SIGHUP and a checkpoint.
         NonFinite: After `train.max_bad_steps` skipped steps in a row.
         CheckpointError: A checkpoint could not be written or read.
+        DataLost: The survey could not be read any more, after a checkpoint.
     """
     me = ranks()
     run = _anywhere(run)
@@ -140,7 +142,7 @@ def train(
             leaving.callback(meter.close)
             for line in (*([] if memory is None else [memory.line()]), *note):
                 meter.say(line)
-            evals = Evals(run, sharded.method, survey, device, me, meter.say)
+            evals = Evals(run, sharded.method, survey, device, me, meter.say, sharded.whole)
             loop = Loop(run, sharded, loader, meter, progress, known, stop, newest, evals)
             set_random()
             loop.go()
@@ -155,7 +157,7 @@ def train(
             meter.say(f"done: {progress.step} steps, {progress.skipped} skipped; encoder in {run.folder / 'export'}")
             if loop.best is not None:
                 meter.say(f"best by {loop.best.name}: {loop.best.score:.3f} at step {loop.best.step}")
-        except (BadInput, Stopped, NonFinite, CheckpointError):  # all ranks are here
+        except (BadInput, Stopped, NonFinite, CheckpointError, DataLost):  # all ranks are here
             (sharded.destroy if sharded is not None else end_processes)()
             raise
         sharded.destroy()

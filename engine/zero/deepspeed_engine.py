@@ -10,7 +10,8 @@ import dataclasses
 import gc
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,6 +231,41 @@ class Sharded:
                     buffer.copy_(self._saved_buffers[name])
         elif last:
             self.layout.refresh_teacher()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Every rank has all weights inside, and calls the method, or parts of it, without the others; all enter together.
+
+        Under ZeRO-3 this takes the memory of all weights in the working precision on each rank. Weights must not be changed.
+        """
+        if self.engine.zero_optimization_stage() < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(self.method.parameters()), self._without_hooks():
+            yield
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """Keep ZeRO-3's hooks of modules from running, which gather and release parameters and expect the same of all ranks.
+
+        They are put back in their order, so that what DeepSpeed has recorded of the training's order of modules stays valid.
+        """
+        offload = self.engine.optimizer.parameter_offload
+        theirs = {hook.id for hook in (*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook)}
+        kept = []
+        for module in self.method.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                kept.append((hooks, dict(hooks)))
+                for number in theirs & hooks.keys():
+                    del hooks[number]
+        try:
+            yield
+        finally:
+            for hooks, before in kept:
+                hooks.clear()
+                hooks.update(before)
 
     def destroy(self) -> None:
         """Leave the process group, all ranks together, and end its threads.

@@ -30,6 +30,7 @@ __all__ = [
     "gpu_of",
     "launch_problems",
     "lost_ranks",
+    "of_lost_ranks",
     "own_gpu_alone",
     "ranks",
     "ranks_here",
@@ -170,7 +171,8 @@ def start_processes(device: str, minutes: float, tf32: bool = False) -> torch.de
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device == "cuda":
         # The number of masked patches changes every step; fixed segments would be cut to pieces.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_ALLOC_CONF" not in os.environ:  # torch would look at the older name first
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(gpu_of(me))
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
@@ -197,21 +199,28 @@ def share_cpus() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
 
 
-def lost_ranks(error: BaseException, minutes: float) -> str | None:
+def of_lost_ranks(error: BaseException) -> bool:
+    """Whether an error of a collective, or of the making of a group, says that other ranks do not answer.
+
+    Gloo's errors have no class of their own.
+    """
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def lost_ranks(error: BaseException, minutes: float, step_minutes: float) -> str | None:
     """What to look at after an error that says that other ranks do not answer; None for any other error.
 
     Args:
-        error: What a collective, or the making of the group, raised. Gloo's errors have no class of their own.
+        error: What a collective, or the making of the group, raised.
         minutes: How long ranks wait for each other.
+        step_minutes: And in steps, where that is shorter.
     """
-    if not (
-        isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    ):
+    if not of_lost_ranks(error):
         return None
     me = ranks()
     return (
-        f"other ranks are gone, or did not answer for train.timeout_minutes = {minutes:g} (in steps train.step_timeout_minutes, where "
-        f"that is shorter). This is rank {me.rank} of {me.world} on "
+        f"other ranks are gone, or did not answer for train.timeout_minutes = {minutes:g} (in steps for "
+        f"train.step_timeout_minutes = {step_minutes:g}, where that is shorter). This is rank {me.rank} of {me.world} on "
         f"{socket.gethostname()}; rank 0 is on {os.environ.get('MASTER_ADDR')}. Look at the first error among the outputs of all "
         "ranks, whether the machines still reach each other, and what their kernels say (dmesg: memory that ran out, a lost GPU)"
     )

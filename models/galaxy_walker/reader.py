@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armillary.models.galaxy_walker.image_tokens import embed_images
 from armillary.models.galaxy_walker.modal_tokens import ModalTokens, NumericHead
 from armillary.models.galaxy_walker.pixels import patches
 from armillary.models.method import Batch
@@ -83,9 +84,9 @@ class GalaxyReader(nn.Module):
             sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
             clip_colours = vlm.config.model_type != "qwen3_vl"
             pixels = patches(batch["crop"], self.image_side, *sizes, clip_colours=clip_colours)
-            grid = torch.tensor([[1, self.grid, self.grid]], device=ids.device).expand(len(ids), -1)
-            inputs |= {"pixel_values": pixels.to(embedded.dtype), "image_grid_thw": grid}
-        return Reading(vlm.model(inputs_embeds=embedded, **inputs)["last_hidden_state"], replay)
+            embedded, more = embed_images(vlm, pixels.to(embedded.dtype), self.grid, ids, embedded)
+            inputs |= more
+        return Reading(vlm.model.language_model(inputs_embeds=embedded, **inputs)["last_hidden_state"], replay)
 
     def number(self, reading: Reading, starts: Tensor, replayed: bool) -> Tensor:
         """[B] float32 numbers, read in front of the answers.

@@ -155,7 +155,8 @@ def build_empty(config: Any) -> Any:
         for name, buffer in own.items():
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if own:
-            vlm._init_weights(module)
+            with torch.device("cpu"):  # also where the caller builds everything on the meta device
+                vlm._init_weights(module)
     return vlm.eval()
 
 

@@ -45,7 +45,7 @@ def test_smoke_walks_through_the_kernels_and_the_step_and_times_nothing(tmp_path
             self.add(row for job in jobs for row in run_job(job, torch.device(self.device), self.smoke))
 
     monkeypatch.setattr(Run, "work", work)
-    monkeypatch.setattr(Run, "pytest", lambda self, file: tested.append(file) or (True, "1 skipped"))
+    monkeypatch.setattr(Run, "pytest", lambda self, file, end: tested.append(file) or (True, "1 skipped"))
     arguments = ["--device", "cpu", "--smoke", "--out", str(tmp_path), "--only", *OPERATIONS, "step"]
     code = main(arguments, monkeypatch)
     said, rows = capsys.readouterr().out, read(tmp_path)
@@ -83,8 +83,32 @@ def test_tests_of_a_file_that_need_a_gpu_are_run(tmp_path):
         ("skip", "assert 3", True),
     ):
         path.write_text(f"import pytest\n\n\n@pytest.mark.{mark}\ndef test_made():\n    {text}\n")
-        found, said = run.pytest(str(path))
+        found, said = run.pytest(str(path), time.monotonic() + 60)
         assert found == passed and ("1 == 2" in said) == (not passed), said
+    path.write_text("import time\n\nimport pytest\n\n\n@pytest.mark.gpu\ndef test_made():\n    time.sleep(60)\n")
+    assert run.pytest(str(path), time.monotonic() + 0.5)[0] is False
+    assert run.pytest(str(path), time.monotonic()) == (None, str(path))
+
+
+def test_tests_have_their_share_and_those_that_were_not_reached_bar_nothing(tmp_path, monkeypatch):
+    from cases import OPERATIONS
+    from gpu import run as gpu_run
+
+    names, ends = list(OPERATIONS)[:3], set()
+    wrong, late = (OPERATIONS[name].tests[0] for name in names[:2])
+
+    def pytest_of(self, file, end):
+        ends.add(end)
+        return {wrong: (False, "1 failed"), late: (None, file)}.get(file, (True, "1 passed"))
+
+    monkeypatch.setattr(gpu_run.Run, "pytest", pytest_of)
+    begin = time.monotonic()
+    run = gpu_run.Run("cpu", False, tmp_path, begin + 100)
+    assert run.test(names) == set(names[1:]) and run.failed
+    assert len(ends) == 1 and 29 < ends.pop() - begin < 31
+    status = {row["variant"]: row["status"] for row in read(tmp_path)}
+    assert status.pop(wrong) == "FAILED: its tests" and status.pop(late) == "not run: the time is used up"
+    assert set(status.values()) == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +137,53 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path):
     assert ran.returncode == 1 and "benchmarks/gpu needs triton" in ran.stderr and "-m pip install triton" in ran.stderr
 
 
+BARE = """
+    import importlib.abc, importlib.metadata, importlib.util, re, sys
+
+    def plain(name):
+        return re.sub("[-_.]+", "-", name).lower()
+
+    here = {"torch", "triton", "numpy", "pytest"}
+    seen = set()
+    while here - seen:
+        name = (here - seen).pop()
+        seen.add(name)
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        here |= {plain(re.split(r"[^\\w.-]", need)[0]) for need in needs if "extra ==" not in need}
+    owned = importlib.metadata.packages_distributions().items()
+    gone = {module for module, owners in owned if not {*map(plain, owners)} & {*here, "armillary"}}
+
+    class Gone(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name.partition(".")[0] in gone:
+                raise ModuleNotFoundError(name)
+
+    sys.meta_path.insert(0, Gone())
+    import gpu.run, gpu.work
+    from cases import OPERATIONS, load
+
+    assert "deepspeed" in gone and "scipy" in gone, gone
+    for name, operation in OPERATIONS.items():
+        load(name, True)
+        for file in operation.tests:
+            spec = importlib.util.spec_from_file_location(re.sub(r"\\W", "_", file), file)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+def test_all_of_it_can_be_imported_where_only_what_it_needs_is():
+    """Else an operation's tests would fail on a rented machine, for want of a package, and it would not be timed."""
+    folders = [ROOT, ROOT / "benchmarks", ROOT / "tests" / "support"]
+    given = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "TRITON_INTERPRET": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BARE)], cwd=ROOT, env=given, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
 STUB = """
     import os, time
 
@@ -123,7 +194,10 @@ STUB = """
                 os._exit(3)
             if job.operation == "hangs":
                 time.sleep(60)
-            pipe.send(("rows", [{**job.row("ok"), "error": 1e-7}]))
+            pipe.send(("row", {**job.row("ok"), "error": 1e-7}))
+            if job.operation == "hangs later":
+                time.sleep(60)
+            pipe.send(("end", None))
             if job.operation == "last words":
                 return
 """
@@ -144,12 +218,15 @@ def stub(tmp_path, monkeypatch):
 
 def test_a_job_that_dies_or_hangs_takes_no_other_down(stub, tmp_path):
     run = stub.Run("cpu", True, tmp_path / "out", time.monotonic() + 60)
-    names = ("first", "dies", "second", "hangs", "last words", "third", "dies")
+    names = ("first", "dies", "second", "hangs", "last words", "third", "hangs later", "dies")
     run.work([stub.Job("case", name, f"{i}", limit_s=1.0) for i, name in enumerate(names)])
     status = [(row["operation"], row["status"]) for row in read(tmp_path / "out")]
     died, late = "FAILED: the process died", "FAILED: not done after 1 s"
-    expected = ["ok", died, "ok", late, "ok", "ok", died]
-    assert status == list(zip(names, expected, strict=True)) and run.failed
+    expected = ["ok", died, "ok", late, "ok", "ok", "ok", died]
+    expected = list(zip(names, expected, strict=True))
+    expected.insert(-1, ("hangs later", late))  # what it had found is kept
+    assert status == expected and run.failed
+    assert "not done after 1 s" in (tmp_path / "out" / "gpu.md").read_text()
 
 
 def test_what_the_budget_does_not_reach_is_listed(stub, tmp_path, monkeypatch):
@@ -172,10 +249,11 @@ def test_jobs_come_by_importance():
 
     jobs = {name: [Job("case", name, index=i) for i in range(2)] for name in ("a", "b", "c")}
     got = [(job.operation, job.index, job.variant) for job in order(jobs)]
-    step = [("step", 0, variant) for variant in ("eager", "triton", "compiled")] + [("profile", 0, "triton")]
+    step = [("step", 0, variant) for variant in ("eager", "triton")] + [("profile", 0, "triton")]
+    compiled = [("step", 0, "compiled")]
     spectra = [("specformer", 0, precision) for precision in ("fp32", "tf32", "bf16")]
     first, second = ([(name, i, "triton") for name in "abc"] for i in range(2))
-    assert got == first[:2] + step + first[2:] + spectra + second
+    assert got == first[:2] + step + first[2:] + spectra + compiled + second
 
 
 @pytest.fixture
@@ -236,8 +314,7 @@ def test_launch_settings_are_searched_and_put_back():
     ]  # fmt: skip
     tables = tables_of("linear_gelu")
     before = {name: dict(table) for name, table in tables.items()}
-    rows: list[dict] = []
-    tune_rows(load("linear_gelu", True)[1], torch.device("cpu"), True, rows)
+    rows = list(tune_rows(load("linear_gelu", True)[1], torch.device("cpu"), True))
     assert before == tables
     # not the tables that are for shapes without descriptors, or for products by the library
     assert [row["variant"] for row in rows] == ["up_projection.LAUNCH", "down_gradient.LAUNCH"]
@@ -307,8 +384,7 @@ def test_every_way_of_a_case_gets_a_row_and_one_that_fails_only_its_own(device_o
     case = Case(
         "made up", "65 x 70", lambda device: replace(problem, others={"broken": broken}), (1e6, 2e6), compiled=True
     )
-    rows: list[dict] = []
-    case_rows(case, device_of_clocks, False, rows)
+    rows = list(case_rows(case, device_of_clocks, False))
     status = {row["variant"]: row["status"] for row in rows}
     assert status == {"triton": "ok", "eager": "ok", "broken": "FAILED: RuntimeError: as it happens", "compiled": "ok"}
     assert all(

@@ -21,6 +21,8 @@ RECIPE = """
         time.sleep(60)
     if given.name == "fails":
         sys.exit("no kernel image is available")
+    if given.name == "saves_nothing":
+        sys.exit(0)
     checkpoint = folder / "checkpoints" / "step-7"
     again = checkpoint.exists()
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def recipe(tmp_path):
 
 
 def test_trials_fail_alone_and_say_how(engine, recipe, tmp_path):
-    names = ("first", "dies", "hangs", "fails", "stopped", "differs", "last")
+    names = ("first", "dies", "hangs", "fails", "saves_nothing", "stopped", "differs", "last")
     like = {"stopped": "first", "differs": "first"}
     trials = tuple(
         engine.Trial(name, stops=(10, 12) if name == "stopped" else (12,), like=like.get(name), limit_s=1.0 if name == "hangs" else 300.0)
@@ -66,6 +68,7 @@ def test_trials_fail_alone_and_say_how(engine, recipe, tmp_path):
     )  # fmt: skip
     rows = list(engine.engine_rows(tmp_path, trials, time.monotonic() + 600, True, recipe))
     status = {row["shape"]: row["status"] for row in rows}
+    assert status.pop("saves_nothing").startswith("FAILED: FileNotFoundError")
     assert status == {
         "first": "ok",
         "dies": "FAILED: SIGSEGV: ",
@@ -86,6 +89,11 @@ def test_figures_are_those_of_the_steps_after_the_first(engine, tmp_path):
     )
     (tmp_path / "metrics.jsonl").write_text("\n".join([slow] * engine.WARMUP + [fast] * 3))
     assert engine._figures(tmp_path) == {"images_per_s": 250.0, "ms_per_image": 4.0, "peak_mib": 2048.0, "loss": 8}
+
+
+def test_no_survey_is_made_for_nobody(engine, tmp_path):
+    assert list(engine.engine_rows(tmp_path, (), time.monotonic() + 60, True)) == []
+    assert not (tmp_path / "survey").exists()
 
 
 def test_what_cannot_be_run_says_why(engine, recipe, tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Every command and call that the documentation shows is one that the program knows: names, options, values. Nothing is trained.
 
-Commands on data, which need no training, are run by test_docs_examples.
+Commands on data, which need no training, are run by test_docs_examples, the code of notebooks by test_tutorials.
 """
 
 import ast
 import functools
 import importlib
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -27,9 +28,12 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/tutorials").glob("*.ipynb")),
     ROOT / "benchmarks/README.md",
 ]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+SHELL = re.compile(r"^!\s*(.*)$", re.MULTILINE)
+START = re.compile(r"`((?:deepspeed|python|sbatch) (?:[^`\s]+ )*recipes/[a-z]\w*\.py [^`]*?)(?: \.\.\.)?`")
 OF_THE_READER = {"train_colours.py", "recipes/NAME.py"}
 LOOP = re.compile(r"(?:do )?\s*for (\w+) in (\S+).*")
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:armillary|deepspeed|torchrun|srun|sbatch|python|make|examples/\S+) .*")
@@ -37,6 +41,22 @@ PLACEHOLDERS = {
     "SEED": "0",
     "recipes/survey_X.py": "recipes/survey_cfhtls.py",
 }
+
+
+def text_of(page):
+    """A page as Markdown; of a notebook the cells of text, and as blocks of shell the commands that its code hands to one."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(page.read_text())["cells"]]
+    return "\n\n".join(
+        text if kind == "markdown" else "\n\n".join(f"```\n{line}\n```" for line in SHELL.findall(text))
+        for kind, text in cells
+    )
+
+
+def prose(page):
+    """A page without its blocks, in one line."""
+    return re.sub(r"\s+", " ", BLOCK.sub("", text_of(page)))
 
 
 def commands(block):
@@ -55,9 +75,11 @@ def commands(block):
 def shown():
     found = {}
     for page in PAGES:
-        for language, block in BLOCK.findall(page.read_text()):
+        for language, block in BLOCK.findall(text_of(page)):
             for command in commands(block) if not language else ():
                 found[f"{page.name}: {command}"] = command
+        for command in START.findall(prose(page)):
+            found[f"{page.name}, in the text: {command}"] = command
     return found
 
 
@@ -65,7 +87,7 @@ def blocks():
     return {
         f"{page.name}, block {number}": block
         for page in PAGES
-        for number, (language, block) in enumerate(BLOCK.findall(page.read_text()))
+        for number, (language, block) in enumerate(BLOCK.findall(text_of(page)))
         if language == "python"
     }
 
@@ -134,8 +156,7 @@ def test_commands_of_the_documentation_exist(command, monkeypatch, tmp_path, cap
 )
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page, capsys):
-    text = re.sub(r"\s+", " ", BLOCK.sub("", page.read_text()))
-    for words in (found.split() for found in re.findall(r"`armillary ([^`]*)`", text)):
+    for words in (found.split() for found in re.findall(r"`armillary ([^`]*)`", prose(page))):
         name = next((name for name in (" ".join(words[:2]), words[0]) if name in cli.COMMANDS), None)
         assert name or words[0] in ("version", "data", "COMMAND"), words
         options = {word.split("=")[0] for word in words if word.startswith("--")}

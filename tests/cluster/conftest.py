@@ -110,9 +110,13 @@ class Jobs:
         self.slurm, self.runs = slurm, runs
 
     def submit(self, name: str, *options: str, ranks_a_node: int = 1) -> str:
-        """Submit a run with its script's numbers of ranks and GPUs replaced; returns the job's number."""
+        """Submit a run; returns the job's number."""
+        return self.submit_words(name, self.runs.command(name, *options), ranks_a_node)
+
+    def submit_words(self, name: str, words: list[str], ranks_a_node: int = 1) -> str:
+        """Submit what Python shall run in each task, with the script's numbers of tasks and GPUs replaced."""
         small = [f"--ntasks-per-node={ranks_a_node}", "--gpus-per-node=0", "--cpus-per-task=1"]
-        return self.slurm.submit(self.SCRIPT, self.runs.log(name), small, self.runs.command(name, *options))
+        return self.slurm.submit(self.SCRIPT, self.runs.log(name), small, words)
 
     def ends(self, job: str, state: str, name: str, seconds: float = START_SECONDS) -> None:
         """Wait until a job has ended as it should."""

@@ -46,6 +46,37 @@ def test_a_cancelled_job_saves_and_stays_cancelled(jobs, slurm, runs):
     assert slurm("squeue", "-h") == ""  # those that wait and those that run
 
 
+def test_a_survey_embedded_by_two_machines_goes_on_after_a_rank_was_killed(undisturbed, jobs, machines, runs):
+    out, alone = machines.home / "parts", machines.home / "alone"
+
+    def words(place):
+        options = ["--part-rows", "1", "--batch", "1", "--device", "cpu"]
+        return [
+            "-m",
+            "armillary",
+            "embed",
+            *map(str, (runs.folder(undisturbed), "--data", runs.survey, "-o", place)),
+            *options,
+        ]
+
+    def done():
+        return len(list(out.glob(".fill/part-*.json")))
+
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+    job = jobs.submit_words("embedded", words(out))
+    assert until(lambda: done() >= 3, 120), runs.said("embedded")
+    machines.signal("n2", "KILL", machines.pids("n2", "python -m armillary embed")[-1])
+    jobs.ends(job, "FAILED", "embedded", 60)
+    said = runs.said("embedded")
+    assert 3 <= done() < 90 and "ranks left with 137" in said, said
+    assert "another process is gone" in said and "the same command goes on" in said, said
+    jobs.ends(jobs.submit_words("embedded", words(out)), "COMPLETED", "embedded")
+    assert machines.run("n1", ["python", *words(alone)], 120).returncode == 0
+    assert contents(out) == contents(alone) and len(contents(out)) == 90 + 1
+
+
 def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(jobs, runs, machines):
     """Two ranks on each of two machines; one of the second machine's is killed as the kernel does when memory is short."""
     job = jobs.submit("killed", "--train.steps", "4000", "--checkpoint.every-steps", "2", ranks_a_node=2)

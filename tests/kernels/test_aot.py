@@ -2,7 +2,9 @@
 
 import json
 import zlib
+from dataclasses import replace
 
+import aot
 import pytest
 from aot import Helper
 
@@ -82,6 +84,15 @@ def test_damaged_results_are_compiled_again_and_errors_are_said(compiled):
         compiled(inner="no_such_name(x)")
     with pytest.raises(RuntimeError, match="described were"):
         compiled(signature={"x_ptr": "*fp32"})
+
+
+def test_serialized_products_are_refused(monkeypatch):
+    """As ptxas says it of two accumulators in one loop (C7515); the kernel works, at half its rate."""
+    said = "info: (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient"
+    good = aot.Resources(128, 0, 0, 1024, 0, "wgmma", "")
+    monkeypatch.setattr(aot, "_asked", lambda job: {80: good, 90: replace(good, log=said)})
+    with pytest.raises(RuntimeError, match="made:kernel: ptxas serializes wgmma on sm_90:\ninfo: .C7515"):
+        aot.resources("made:kernel", {})
 
 
 def test_a_helper_that_dies_fails_its_job_only(compiled):

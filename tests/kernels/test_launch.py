@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,12 +90,7 @@ def test_every_operation_can_be_named():
 
 @pytest.fixture
 def environment(monkeypatch):
-    def set_to(text):
-        monkeypatch.setenv("ARMILLARY_IMPL", text)
-        overrides.cache_clear()
-
-    yield set_to
-    overrides.cache_clear()
+    return partial(monkeypatch.setenv, "ARMILLARY_IMPL")
 
 
 def test_one_operation_is_taken_out(environment):

@@ -97,6 +97,7 @@ def test_presets_continue_those_of_the_encoders(presets, preset):
         assert alignment.method.spectrum_from == spectra.folder
 
 
+@pytest.mark.slow
 def test_presets_fit_simulated_pairs(presets, pairs):
     smoke = presets["SMOKE"]
     here = replace(

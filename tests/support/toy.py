@@ -235,6 +235,7 @@ def arm_fault() -> None:
 
     kill@shard,S kill@state,S kill@latest,S: SIGKILL inside the save of step S, before its shard, its state.json or
     `latest` is written. full@S: no space left in the save of step S. quota@S: none from step S on, for metrics.jsonl neither. crash@P: an exception at position P.
+    lost@P: the sample at position P cannot be read.
     nanP,Q,...: NaN for the samples at these positions (on whatever rank has them).
     """
     kind, _, where = os.environ.get("FAULT", "").partition("@")
@@ -287,6 +288,16 @@ def arm_fault() -> None:
             return training_step(self, batch, scalars)
 
         Toy.training_step = crash
+    if kind == "lost":
+        batches = ToyLoader.__iter__
+
+        def unreadable(self):
+            for batch in batches(self):
+                if int(where) in batch["position"]:
+                    raise FileNotFoundError(2, "No such file or directory", "train-000000.tar")
+                yield batch
+
+        ToyLoader.__iter__ = unreadable
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ class DaliReader:
 
     def _next_pipeline(
         self, source: Iterator[tuple[list[MicroBatch], list[Run]]]
-    ) -> tuple[list[MicroBatch], Pipeline] | None:
+    ) -> tuple[list[MicroBatch], Pipeline | RuntimeError] | None:
+        """The next segment with the pipeline that reads it, or why DALI cannot."""
         segment = next(source, None)
         if segment is None:
             return None
@@ -148,11 +149,17 @@ class DaliReader:
                     images = outputs[self._files.modalities.index("image")]
                     outputs.append(fn.pad(images, fill_value=0, align=[PAD_TO]).gpu())
                 pipeline.set_outputs(*outputs)
-            pipeline.build()
+            try:
+                pipeline.build()
+            except RuntimeError as error:
+                return requests, error
         return requests, pipeline
 
-    def _run(self, requests: list[MicroBatch], pipeline: Pipeline) -> Iterator[tuple[MicroBatch, Blobs]]:
+    def _run(self, requests: list[MicroBatch], pipeline: Pipeline | RuntimeError) -> Iterator[tuple[MicroBatch, Blobs]]:
         names = self._files.modalities
+        if isinstance(pipeline, RuntimeError):
+            yield from self._read_without(requests, pipeline)
+            return
         for number, request in enumerate(requests):
             try:
                 outputs = pipeline.run()

@@ -33,6 +33,7 @@ __all__ = [
     "line_chart",
     "point_map",
     "prediction_chart",
+    "score_chart",
     "sequence",
     "style",
     "svg",
@@ -58,12 +59,7 @@ def line_chart(
     """Lines over steps as themed SVG: abscissa and ordinate by name; `limits` are dashed horizontal lines."""
     figure, axes = canvas(4.8, 3.0)
     for colour, (name, (at, value)) in zip(itertools.cycle(SERIES), series.items(), strict=False):
-        noisy = len(value) > 400
-        axes.plot(
-            at, value, color=colour, lw=0.7 if noisy else 1.6, alpha=0.35 if noisy else 1, label=None if noisy else name
-        )
-        if noisy:
-            axes.plot(at, _running_mean(value, len(value) // 100), color=colour, lw=1.8, label=name)
+        _line(axes, at, value, colour, name)
     for name, limit in (limits or {}).items():
         axes.axhline(limit, color=MUTED, lw=1, ls=(0, (4, 3)))
         axes.annotate(
@@ -75,6 +71,31 @@ def line_chart(
     axes.set_ylabel(y)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=10.5, labelcolor=INK, ncols=2 if len(series) > 3 else 1)
+    return svg(figure)
+
+
+def score_chart(
+    score: tuple[np.ndarray, np.ndarray], loss: tuple[np.ndarray, np.ndarray], *, y: str, best: int | None = None
+) -> Markup:
+    """Steps and values of a score with those of the loss below, as themed SVG; `best` is the step whose checkpoint is kept."""
+    figure, (top, bottom) = canvas(4.8, 4.2, rows=(2, 1.25))
+    at, value = score
+    top.plot(at, value, color=SERIES[0], lw=1.6, marker="o", ms=4)
+    _line(bottom, *loss, SERIES[1], "loss")
+    last = max([*at, *loss[0], 1])
+    for axes in (top, bottom):
+        axes.set_xlim(-0.02 * last, 1.02 * last)
+        if best is not None:
+            axes.axvline(best, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=0.5)
+    if best is not None:
+        top.plot(at[at == best], value[at == best], "o", ms=10, mfc="none", mec=INK, mew=1.5)
+        side, gap = ("right", -6) if best > last / 2 else ("left", 6)
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": side, "va": "bottom"}
+        top.annotate(f"best checkpoint, step {best:,}", (best, 0.03), (gap, 0), color=MUTED, fontsize=10.5, **place)
+    top.tick_params(labelbottom=False)
+    top.set_ylabel(y)
+    bottom.set_ylabel("loss")
+    bottom.set_xlabel("step")
     return svg(figure)
 
 
@@ -242,6 +263,16 @@ def _running_median(x: np.ndarray, y: np.ndarray, least: int = 8) -> tuple[np.nd
         np.array([np.median(x[which == b]) for b in kept]),
         np.array([np.median(y[which == b]) for b in kept]),
     )
+
+
+def _line(axes: Axes, at: np.ndarray, value: np.ndarray, colour: str, name: str) -> None:
+    """A line; one of many points is faint, with its running mean over it."""
+    noisy = len(value) > 400
+    axes.plot(
+        at, value, color=colour, lw=0.7 if noisy else 1.6, alpha=0.35 if noisy else 1, label=None if noisy else name
+    )
+    if noisy:
+        axes.plot(at, _running_mean(value, len(value) // 100), color=colour, lw=1.8, label=name)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-__all__ = ["RunLog", "flatten"]
+if TYPE_CHECKING:
+    from armillary.engine.weights.checkpoint import Best
+
+__all__ = ["RunLog", "flatten", "run_of_checkpoint"]
 
 NOT_LOSSES = {
     "step", "epoch", "loss", "loss_max", "images_per_s", "tokens_per_s", "mfu", "data_wait", "peak_gib", "skipped",
@@ -25,19 +28,25 @@ class RunLog:
     Attributes:
         record: Contents of run.json: "run" and, beside it, commit, command, versions and the like. Empty if unknown.
         series: By name, steps and values; steps at which a number was not logged are left out.
+        best: The checkpoint that the run keeps as its best, by an evaluation of itself; None where it keeps none.
+        checkpoint: Step of the checkpoint by whose folder it was read; None where it was the run's.
     """
 
     record: dict[str, Any] = field(default_factory=dict)
     series: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    best: Best | None = None
+    checkpoint: int | None = None
 
     @classmethod
     def read(cls, run_dir: Path) -> RunLog:
-        """Read a run's folder; a missing metrics.jsonl gives no series.
+        """Read a run's folder, or that of one of its checkpoints; a missing metrics.jsonl gives no series.
 
         Raises:
             FileNotFoundError: There is no run.json.
             ValueError: run.json is not JSON.
         """
+        given, run_dir = run_dir, run_of_checkpoint(run_dir)
+        step = given.name.removeprefix("step-")
         path = run_dir / "run.json"
         if not path.is_file():
             raise FileNotFoundError(f"{run_dir}: no run here (run.json is missing)")
@@ -47,7 +56,8 @@ class RunLog:
             raise ValueError(f"{path}: not a run's record: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("run", {}), dict):
             raise ValueError(f"{path}: not a run's record")
-        return cls(record, _series(run_dir / "metrics.jsonl"))
+        checkpoint = int(step) if given != run_dir and step.isdigit() else None
+        return cls(record, _series(run_dir / "metrics.jsonl"), _best(run_dir / "checkpoints"), checkpoint)
 
     @property
     def name(self) -> str:
@@ -74,9 +84,19 @@ class RunLog:
         """The named terms of the loss."""
         return {k: v for k, v in self.series.items() if k not in NOT_LOSSES and "/" not in k}
 
+    def evals(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Scores of the evaluations that the run made of itself while it was trained, by their names."""
+        found = {k.removeprefix("eval/"): v for k, v in self.series.items() if k.startswith("eval/")}
+        return {k: v for k, v in found.items() if k not in ("seconds", "share")}
+
     def monitors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The method's health measures, without their prefix."""
         return {k.removeprefix("monitor/"): v for k, v in self.series.items() if k.startswith("monitor/")}
+
+
+def run_of_checkpoint(path: Path) -> Path:
+    """The run's folder above a checkpoint's own, RUN/checkpoints/step-N; any other path as it is."""
+    return path.absolute().parents[1] if (path / "manifest.json").is_file() else path
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -92,6 +112,14 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from flatten(inner, f"{name}[{i}]")
     else:
         yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _best(checkpoints: Path) -> Best | None:
+    if not (checkpoints / "best.json").is_file():
+        return None
+    from armillary.engine.weights.checkpoint import read_best  # brings torch, which most readers of a log do without
+
+    return read_best(checkpoints)
 
 
 def _series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

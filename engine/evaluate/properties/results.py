@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from armillary.engine.evaluate.probes.bins import Stratum
-from armillary.engine.evaluate.probes.classes import ClassScores, class_scores, is_binary
+from armillary.engine.evaluate.probes.classes import ClassScores, are_classes, class_scores, is_binary
 from armillary.engine.evaluate.probes.probes import MLP, Probe
 from armillary.engine.evaluate.probes.scores import (
     BiasBin,
@@ -50,7 +50,7 @@ class Prediction:
         r2: Coefficient of determination.
         r2_se: Its bootstrap standard error.
         scores: All scores, for redshifts; None for other labels.
-        classes: Accuracy and the like, for labels that are 0 or 1; None for others.
+        classes: Accuracy and the like, for labels that are 0 or 1, or codes of classes that a network predicts; None for others.
         bias: Mean dz in bins of predicted redshift; empty for other labels.
         held_out: R2 on a fifth of the training samples, the probe fitted on the others: what a probe is chosen by. NaN
             for predictions among the feature sets, and where too few samples are left.
@@ -272,7 +272,8 @@ def _judge(
     true, predicted = truth[places], values[places].astype(np.float64)
     names = (features.name, features.modality, model, label)
     if label != REDSHIFT:
-        classes = class_scores(true, predicted, resamples=min(resamples, 200), seed=seed) if is_binary(true) else None
+        coded = is_binary(true) or (model == OWN and are_classes(true, predicted))
+        classes = class_scores(true, predicted, resamples=min(resamples, 200), seed=seed) if coded else None
         explained = r2_with_error(true, predicted, resamples=resamples, seed=seed)
         return Prediction(*names, places, true, predicted, *explained, classes=classes)
     scores = score(true, predicted, outlier_threshold=outlier_threshold, resamples=resamples, seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from markupsafe import Markup
 
 from armillary.engine.evaluate.page.html import card, number, section, table, verdicts
@@ -78,21 +79,22 @@ def comparison_section(comparisons: Sequence[Comparison], headline: str, labels:
 
 
 def class_section(predictions: Sequence[Prediction]) -> Markup:
-    """Accuracy, F1 and area under the ROC curve of labels that are 0 or 1; nothing without any."""
+    """Accuracy, F1 and area under the ROC curve of labels that are classes; nothing without any."""
     groups: list[tuple[str, list[list[str]]]] = []
     for label in dict.fromkeys(p.label for p in predictions if p.classes):
-        rows, share = [], 0.0
+        rows, common, share = [], 0.0, 0.0
         for p in predictions:
             if p.label == label and (k := p.classes):
-                share = k.share
+                common, share = k.commonest, k.share
                 cells = [number(getattr(k, m), getattr(k, f"{m}_se")) for m in ("accuracy", "f1", "auc")]
                 rows.append([f"{p.features}, {p.model}", *cells])
-        groups.append((f"{label}: {share:.1%} are 1; the commoner answer alone has {max(share, 1 - share):.3f}", rows))
+        ones = "" if np.isnan(share) else f"{share:.1%} are 1; "
+        groups.append((f"{label}: {ones}the commonest answer alone has {common:.3f}", rows))
     if not groups:
         return Markup()
     text = (
-        "Labels that are 0 or 1. Accuracy and F1 of the ones count a prediction above 1/2 as 1; AUC is the chance that a one has "
-        "a higher prediction than a zero. Errors are bootstrap standard errors over test samples."
+        "Labels that are 0 or 1: accuracy and F1 of the ones count a prediction above 1/2 as 1; AUC is the chance that a one has "
+        "a higher prediction than a zero. Of more classes, F1 is the mean of theirs. Errors are bootstrap standard errors over test samples."
     )
     return section("How well are classes told apart?", text, card(table(["Features", "accuracy", "F1", "AUC"], groups)))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from armillary.engine.evaluate.probes.bins import quantile_strata, score_strata
+from armillary.engine.evaluate.probes.classes import ClassScores
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
 from armillary.engine.evaluate.probes.probes import KNN, MLP, Probe
 from armillary.engine.evaluate.properties.figures import bias_section, prediction_section, strata_section
@@ -47,8 +48,8 @@ class PropertyOptions:
     """Options of `properties`.
 
     Attributes:
-        labels: What to predict; those of `PROPERTIES` that the survey has if empty. The first is the headline, unless
-            redshift is among them.
+        labels: What to predict; if empty, what the first set is trained to predict, and those of `PROPERTIES` that the survey
+            has. The first is the headline, unless redshift is among those named.
         neighbours: Of the nearest neighbours, weighted by inverse Euclidean distance of standardised embeddings.
         hidden: Hidden layers of the perceptrons: AstroCLIP's paper has one of 32, its released code 64 and 64.
         training: How the perceptrons are trained; the study's seed takes the place of its own.
@@ -94,13 +95,14 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
             than neighbours, or the feature sets share no galaxies.
     """
     options = options or PropertyOptions()
-    labels = options.labels or tuple(label for label in PROPERTIES if label in study.survey.labels)
+    trained_for = next(iter(study.features.values())).targets
+    labels = options.labels or tuple(n for n in dict.fromkeys((*trained_for, *PROPERTIES)) if n in study.survey.labels)
     if not labels:
         raise ValueError(
             f"labels: survey {study.survey.name!r} has none of {', '.join(PROPERTIES)}, but "
             f"{', '.join(study.survey.labels) or 'none at all'}; name what to predict"
         )
-    headline = REDSHIFT if REDSHIFT in labels else labels[0]
+    headline = REDSHIFT if REDSHIFT in labels and (options.labels or not trained_for) else labels[0]
     nearest = f"{options.neighbours}-NN"
     training = replace(options.training, seed=study.seed)
     perceptrons = [MLP(hidden, training) for hidden in options.hidden]
@@ -184,7 +186,9 @@ def _measures(
         if k := p.classes:
             for metric in ("accuracy", "f1", "auc"):
                 out.append(Measure(*names, metric, getattr(k, metric), getattr(k, f"{metric}_se"), count))
-            out.append(Measure(*names, "share of ones", k.share, samples=count))
+            out.append(Measure(*names, "commonest class", k.commonest, samples=count))
+            if np.isfinite(k.share):
+                out.append(Measure(*names, "share of ones", k.share, samples=count))
         if p.bias:
             out.append(Measure(*names, "tomographic_bias", abs(p.worst.bias), p.worst.error, p.worst.samples))
         for b in p.bias:
@@ -206,6 +210,15 @@ def _measures(
     return out
 
 
+def _of_classes(k: ClassScores) -> str:
+    low, high = k.accuracy - 1.96 * k.accuracy_se, k.accuracy + 1.96 * k.accuracy_se
+    area = "" if np.isnan(k.auc) else f", AUC {k.auc:.3f}"
+    said = (
+        f"accuracy {k.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}; the commonest class alone {k.commonest:.1%})"
+    )
+    return f"{said}, F1 {k.f1:.3f}{area}"
+
+
 def _lines(
     study: Study,
     heads: Sequence[Prediction],
@@ -216,8 +229,9 @@ def _lines(
 ) -> list[str]:
     out = [
         f"{headline} from {p.features} ({p.model}): R2 {p.r2:.3f} ± {p.r2_se:.3f}"
+        + (f" (95% interval {p.r2 - 1.96 * p.r2_se:.3f} to {p.r2 + 1.96 * p.r2_se:.3f})" if p.model == OWN else "")
         + (f", NMAD {p.scores.nmad:.4f}, catastrophic {p.scores.catastrophic:.1%}" if p.scores else "")
-        + (f", accuracy {p.classes.accuracy:.1%}, F1 {p.classes.f1:.3f}, AUC {p.classes.auc:.3f}" if p.classes else "")
+        + (f", {_of_classes(p.classes)}" if p.classes else "")
         for p in heads
     ]
     out += [str(c) for c in comparisons if c.label == headline]

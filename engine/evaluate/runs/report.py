@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from markupsafe import Markup
 from armillary.engine.atomic_file import atomic_path, write_text
 from armillary.engine.data.format.survey import Survey
 from armillary.engine.evaluate.page.html import card, header, now, section, table, verdicts, write_page
-from armillary.engine.evaluate.page.run_log import RunLog
+from armillary.engine.evaluate.page.run_log import RunLog, flatten
 from armillary.engine.evaluate.runs import report_run
 from armillary.engine.evaluate.study.study import Measure, Outcome, Study
 
@@ -61,7 +62,7 @@ def write_report(
         _verdict(outcomes),
         _contents(study),
         *(section for outcome in outcomes for section in outcome.sections),
-        *(report_run.training(book, name) for name, book in logbooks.items()),
+        *(part(book, name) for name, book in logbooks.items() for part in (report_run.evals, report_run.training)),
         report_run.throughput(first),
         *(report_run.provenance(study.survey, book, name) for name, book in logbooks.items()),
     ]
@@ -108,7 +109,12 @@ def _run_header(title: str, survey: Survey, logbook: RunLog, more: Mapping[str, 
     record = logbook.record
     facts: dict[str, str] = {"Survey": _size(survey), **more}
     if steps := logbook.series.get("step"):
-        facts["Steps trained"] = f"{int(steps[1][-1]):,}"
+        last = int(steps[1][-1])
+        facts["Steps trained"] = (
+            f"{last:,}" if logbook.checkpoint in (None, last) else f"{logbook.checkpoint:,} of {last:,}"
+        )
+    if starts := _starts_from(record):
+        facts["Started from"] = starts
     if commit := record.get("commit"):
         facts["Commit"] = str(commit)[:12] + ("+changes" if "+changes" in str(commit) else "")
     versions = record.get("versions") or {}
@@ -122,6 +128,15 @@ def _run_header(title: str, survey: Survey, logbook: RunLog, more: Mapping[str, 
     command = record.get("command")
     shown = shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")
     return header(title, command=shown, facts=facts)
+
+
+def _starts_from(record: Mapping[str, Any]) -> str:
+    """What the run took weights from, as its record names it."""
+    method, command = record.get("run", {}).get("method", {}), record.get("command")
+    found = [value for name, value in flatten(method) if name.endswith("_from") and value != "None"]
+    words = list(map(str, command)) if isinstance(command, list) else []
+    found += [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--init-from"]
+    return ", ".join(found)
 
 
 def _size(survey: Survey) -> str:

@@ -1,4 +1,4 @@
-"""The parts of the report that tell of the run: curves, throughput, provenance."""
+"""The parts of the report that tell of the run: its evaluations of itself, curves, throughput, provenance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from armillary.engine.evaluate.page import figures, html
 from armillary.engine.evaluate.page.run_log import RunLog, flatten
 from armillary.models.dinov2.collapse import MIN_EFFECTIVE_RANK, least_prototypes
 
-__all__ = ["provenance", "throughput", "training"]
+__all__ = ["evals", "provenance", "throughput", "training"]
 
 
 def training(logbook: RunLog, name: str) -> Markup:
@@ -38,6 +38,33 @@ def training(logbook: RunLog, name: str) -> Markup:
     if norms:
         charts["Gradient norm"] = figures.line_chart(norms, log=all((v > 0).all() for _, v in norms.values()))
     return html.section(title, "", html.grid(html.card(chart, title=name) for name, chart in charts.items()))
+
+
+def evals(logbook: RunLog, name: str) -> Markup:
+    """What a run found when it evaluated itself, over the steps; nothing where it did not."""
+    found, best = logbook.evals(), logbook.best
+    if not found:
+        return Markup()
+    text = "R\u00b2 of held-out samples by their nearest neighbours among training samples, with the loss below."
+    if share := logbook.last("eval/share"):
+        text += f" The evaluations took {share:.1%} of the time."
+    if best is not None:
+        newest = f"; the newest is of step {logbook.last('step'):,.0f}" if logbook.last("step") != best.step else ""
+        text += (
+            f" The best checkpoint by {best.name} is that of step {best.step:,}{newest}. A score that chose a checkpoint is no "
+            "result; results are those on the test split."
+        )
+    charts, rows = [], []
+    for eval_name, (at, value) in found.items():
+        kept = best.step if best is not None and best.name == eval_name else None
+        chart = figures.score_chart(
+            (at, value), logbook.series.get("loss", (at[:0], value[:0])), y="R\u00b2", best=kept
+        )
+        charts.append(html.card(chart, title=eval_name))
+        top = int(value.argmax())
+        rows.append((eval_name, f"{value[-1]:.3f}", f"{at[-1]:,}", f"{value[top]:.3f}", f"{at[top]:,}"))
+    table = html.table(("", "last", "at step", "highest", "at step"), [("", rows)])
+    return html.section(f"Held-out scores while {name} was trained", text, html.grid(charts), html.card(table))
 
 
 def throughput(logbook: RunLog) -> Markup:

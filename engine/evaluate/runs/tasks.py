@@ -100,6 +100,9 @@ class _Search(Task):
 
 class _Properties(Task):
     def impossible(self, survey: Survey, methods: Sequence[Method], options: Options) -> str:
+        trained_for = next((r.targets for r in methods[0].readouts().values()), ())
+        if not options.labels and any(name in survey.labels for name in trained_for):
+            return ""
         return _lacks_labels(survey, options.labels)
 
     def run(self, study: Study, options: Options, encoders: Sequence[Encoder]) -> Outcome:

@@ -16,7 +16,6 @@ Shape legend: N indexed vectors, M queries, D embedding dimensions, k answers, m
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +29,7 @@ import pyarrow.parquet as pq
 from armillary.engine.atomic_file import atomic_path
 from armillary.engine.evaluate.probes.similarity import on_grid
 from armillary.engine.evaluate.search.index_settings import IndexSettings, Kind
+from armillary.engine.evaluate.search.kept_vectors import SUMS, KeptVectors
 from armillary.engine.evaluate.search.vectors import CHUNK, ORIGIN, VectorFiles, difference, unit
 from armillary.engine.sealed_json import sealed, unsealed
 from armillary.models.file_hash import sha256_of
@@ -40,8 +40,8 @@ CANDIDATES = 8  # fetched for each answer that is re-ranked
 EXTRA = 8  # candidates of an exact index beyond the answers
 HELD = 2**24  # candidates of all queries held at a time
 VERSION = 1
-HASHED = ("index.faiss", "keys.parquet")
-"""Files whose SHA-256 is compared when a folder is loaded; kept vectors may be hundreds of GiB, and only order candidates."""
+HASHED = ("index.faiss", "keys.parquet", SUMS)
+"""Files whose SHA-256 is compared when a folder is loaded; of kept vectors the rows are checked that are read."""
 
 
 class Answers(NamedTuple):
@@ -74,7 +74,7 @@ class Index:
         keys: pa.Array,
         plan: IndexSettings,
         metadata: Mapping[str, str],
-        kept: np.memmap | None = None,
+        kept: KeptVectors | None = None,
     ) -> None:
         self._engine, self._kept = engine, kept
         self.keys, self.plan, self.metadata = keys, plan, dict(metadata)
@@ -188,15 +188,13 @@ class Index:
             engine.train(np.concatenate(parts))
         kept = None
         if keep is not None and plan.kind == "ivfpq":
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            keep.unlink(missing_ok=True)  # it may be a saved index's file under another name
-            kept = np.lib.format.open_memmap(keep, "w+", np.float16, (len(keys), plan.dimensions))
+            kept = KeptVectors.create(keep, len(keys), plan.dimensions)
         at = 0
         for chunk in chunks():
             ready = unit(chunk, at)
             engine.add(ready)
             if kept is not None:
-                kept[at : at + len(chunk)] = ready
+                kept.write(at, ready)
             at += len(chunk)
         if kept is not None:
             kept.flush()
@@ -214,7 +212,8 @@ class Index:
             probes: Lists of an IVF-PQ index to look at; the plan's number by default.
 
         Raises:
-            ValueError: Dimensions differ, k is larger than the index, a number is not finite, or a query has no direction.
+            ValueError: Dimensions differ, k is larger than the index, a number is not finite, a query has no direction, or a kept
+                vector is damaged.
         """
         if queries.ndim != 2 or queries.shape[1] != self.dimensions:
             raise ValueError(f"queries: need [M, {self.dimensions}] as this index has, got {queries.shape}")
@@ -271,7 +270,7 @@ class Index:
     def _stored(self, rows: np.ndarray) -> np.ndarray:
         """[len(rows), D] vectors as they are stored, in half precision beside an IVF-PQ index."""
         if self._kept is not None:
-            return self._kept[rows]
+            return self._kept.rows(rows)
         import faiss
 
         return faiss.rev_swig_ptr(self._engine.get_xb(), len(self) * self.dimensions).reshape(len(self), -1)[rows]
@@ -291,7 +290,7 @@ class Index:
         """[len(rows), D] float32 unit vectors of rows.
 
         Raises:
-            ValueError: The index holds codes only.
+            ValueError: The index holds codes only, or a kept vector is damaged.
         """
         if not self.has_vectors:
             raise ValueError(
@@ -314,7 +313,7 @@ class Index:
             raise ValueError(problem)
 
     def save(self, folder: Path) -> None:
-        """Write index.faiss, keys.parquet, index.json and, where vectors are kept, vectors.npy into a new folder.
+        """Write index.faiss, keys.parquet, index.json and, where vectors are kept, these and their sums into a new folder.
 
         Raises:
             FileExistsError: There is something in the way.
@@ -330,8 +329,8 @@ class Index:
             faiss.write_index(self._engine, str(temporary / "index.faiss"))
             pq.write_table(pa.table({"key": self.keys}), temporary / "keys.parquet")
             if self._kept is not None:
-                _share(Path(str(self._kept.filename)), temporary / "vectors.npy")
-            about["files"] = {name: sha256_of(temporary / name) for name in HASHED}
+                self._kept.save(temporary)
+            about["files"] = {name: sha256_of(temporary / name) for name in HASHED if (temporary / name).exists()}
             (temporary / "index.json").write_text(json.dumps(sealed(about), indent=1) + "\n")
 
     @classmethod
@@ -354,27 +353,19 @@ class Index:
             about = unsealed(json.loads((folder / "index.json").read_text()))
             if about["version"] != VERSION:
                 raise ValueError(f"version {about['version']}, this program reads {VERSION}")
-            for name, digest in about.get("files", {}).items():  # none: of an earlier version
+            hashed = about.get("files", {})  # of an earlier version: none, or no sums
+            for name, digest in hashed.items():
                 if name in HASHED and sha256_of(folder / name) != digest:
                     raise ValueError(f"{name} is damaged: its SHA-256 is not that of index.json; build the index again")
             plan = IndexSettings(**about["plan"])
             engine: Any = faiss.read_index(str(folder / "index.faiss"))
             keys = pq.read_table(folder / "keys.parquet")["key"].cast(pa.large_string()).combine_chunks()
-            kept = folder / "vectors.npy"
-            vectors = np.load(kept, mmap_mode="r") if kept.exists() else None
-            found = {engine.ntotal, len(keys), about["count"], *([] if vectors is None else [len(vectors)])}
+            kept = KeptVectors.load(folder, plan.dimensions, checked=SUMS in hashed)
+            found = {engine.ntotal, len(keys), about["count"], *([] if kept is None else [len(kept)])}
             if len(found) > 1 or engine.d != plan.dimensions:
                 raise ValueError(f"its files disagree: {sorted(found)} vectors of {engine.d} dimensions")
-            index = cls(engine, keys, plan, about["metadata"], vectors)
+            index = cls(engine, keys, plan, about["metadata"], kept)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: not a readable index: {error}") from error
         index.check(metadata or {})
         return index
-
-
-def _share(source: Path, target: Path) -> None:
-    """A second name for a file that may be hundreds of GiB; a copy where the file system has no such thing."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import fork_server
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -113,6 +115,25 @@ def test_two_ranks_give_the_bytes_of_one_and_agree_on_what_is_wrong(command, tmp
         fork_server.start(MAIN, command(tmp_path / "two", "--precision", "bf16"), world=2, at_once=True)
     )
     assert codes == [2, 2] and "precision 'fp32' there, 'bf16' here" in said[0] and not said[1]
+
+
+@pytest.mark.dist
+def test_under_torchrun_a_killed_rank_costs_the_part_it_was_at(command, tmp_path, capsys):
+    assert cli.main(command(tmp_path / "one", rows=1)) == 0
+    out, torchrun = tmp_path / "two", Path(sys.executable).with_name("torchrun")
+
+    options = ["--nproc-per-node", "2", "--master-port", fork_server.free_port(), "-m", "armillary"]
+    started = fork_server.start(torchrun, [*options, *command(out, rows=1)], world=0)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob(".fill/part-*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    ranks = psutil.Process(started[0].pid).children()
+    ranks[1].kill()
+    codes, said = finish(started)
+    assert codes == [1] and len(ranks) == 2, said
+    assert 3 <= len(list(out.glob(".fill/part-*.json"))) < COUNT, "killed in the middle"
+    assert cli.main(command(out, rows=1)) == 0 and "parts are there" in capsys.readouterr().out
+    assert contents(out) == contents(tmp_path / "one")
 
 
 @pytest.mark.dist

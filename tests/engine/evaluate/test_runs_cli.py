@@ -58,6 +58,22 @@ def test_two_runs_differ_by_field(folder, tmp_path, capsys):
     assert len(json.loads((tmp_path / "d.json").read_text())) == 3
 
 
+def test_scores_of_evaluations_while_training(folder, capsys):
+    with open(folder / "c" / "metrics.jsonl", "w") as file:
+        print(
+            json.dumps({"step": 2, "loss": 1.0, "eval/knn/z": 0.5, "eval/seconds": 3.0, "eval/share": 0.1}), file=file
+        )
+        print(
+            json.dumps({"step": 4, "loss": 1.0, "eval/knn/z": 0.25, "eval/seconds": 3.0, "eval/share": 0.1}), file=file
+        )
+    (folder / "c/checkpoints/step-00000002").mkdir(parents=True)
+    (folder / "c/checkpoints/best.json").write_text('{"name": "knn/z", "score": 0.5, "step": 2}')
+    rows, _ = list_runs(folder)
+    assert [(row.evals, row.best_step) for row in rows] == [({}, None), ({}, None), ({"knn/z": 0.25}, 2)]
+    assert cli.main(["runs", str(folder)]) == 0
+    assert "c: while training knn/z R2 0.250; best checkpoint at step 2" in capsys.readouterr().out
+
+
 def test_the_table_says_it(folder, capsys):
     assert cli.main(["runs", str(folder)]) == 0
     said = capsys.readouterr().out

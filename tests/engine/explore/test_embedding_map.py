@@ -1,3 +1,4 @@
+import importlib.util
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ from sklearn.decomposition import PCA
 
 from armillary.engine.data.format.embedding_files import EmbeddingFiles
 from armillary.engine.evaluate.embedding.embeddings import Embeddings
-from armillary.engine.explore.embedding_map import make_map, map_file, open_map, read_map
+from armillary.engine.explore.embedding_map import choice_problem, make_map, map_file, open_map, read_map
 
 GROUPS = 3
 
@@ -50,41 +51,62 @@ def test_pca_agrees_with_scikit_learn(written):
     assert made.recipe["variance"] == pytest.approx(other.explained_variance_ratio_.sum(), rel=1e-4)
 
 
-def test_tsne_keeps_groups_together_and_is_repeated(written):
+@pytest.fixture(params=["tsne", "umap"])
+def method(request):
+    if request.param == "umap":
+        pytest.importorskip("umap", reason="needs the extra umap")
+    return request.param
+
+
+SAID = {"tsne": "t-SNE of 120 embeddings, perplexity 30, seed 0", "umap": "UMAP of 120 embeddings, 15 neighbours"}
+
+
+def test_groups_stay_together_and_a_map_is_repeated(written, method):
     vectors, of = groups(120)
     files = written(vectors)
-    made = make_map(files, "tsne")
+    made = make_map(files, method)
     assert purity(made.point, of) == 1
-    np.testing.assert_array_equal(make_map(files, "tsne").point, made.point)
-    assert "t-SNE of 120 embeddings, perplexity 30, seed 0" in made.sentence
+    np.testing.assert_array_equal(make_map(files, method).point, made.point)
+    assert made.sentence.startswith(SAID[method])
 
 
-def test_others_are_put_among_a_sample(written):
+def test_others_are_put_among_a_sample(written, method):
     vectors, of = groups(400)
-    made = make_map(written(vectors), "tsne", whole=90)
+    made = make_map(written(vectors), method, whole=90)
     assert purity(made.point, of) == 1 and np.isfinite(made.point).all()
     assert made.recipe["sample"] == 90 and "of a sample of 90" in made.sentence
 
 
 @pytest.mark.parametrize(("count", "dimensions"), [(1, 8), (3, 8), (5, 1), (6, 2)])
-def test_the_smallest(written, count, dimensions):
+def test_the_smallest(written, count, dimensions, method):
     vectors = np.abs(np.random.default_rng(0).normal(size=(count, dimensions))).astype(np.float32)
-    for method in ("tsne", "pca"):
-        made = make_map(written(vectors), method)
+    for wanted in (method, "pca"):
+        made = make_map(written(vectors), wanted)
         assert made.point.shape == (count, 2) and np.isfinite(made.point).all()
 
 
-def test_a_map_is_made_once(written):
+def test_a_map_is_made_once(written, method):
     vectors, _ = groups(60)
     files, said = written(vectors, survey="s", encoder="e"), []
-    first = open_map(files, say=said.append)
-    kept = map_file(files.path, "tsne")
-    assert kept.name == "e.tsne.parquet" and kept.parent == files.path.parent
+    choice = "auto" if method == "tsne" else method
+    first = open_map(files, choice, say=said.append)
+    kept = map_file(files.path, method)
+    assert kept.name == f"e.{method}.parquet" and kept.parent == files.path.parent
     written_at = kept.stat().st_mtime_ns
-    again = open_map(files, say=said.append)
+    again = open_map(files, choice, say=said.append)
     np.testing.assert_array_equal(again.point, first.point)
     assert kept.stat().st_mtime_ns == written_at and len(said) == 1
     assert again.recipe["origin"] == {"survey": "s", "encoder": "e"} and again.sentence == first.sentence
+
+
+def test_without_umap_learn_the_extra_is_named_unless_the_map_is_there(written, monkeypatch):
+    files = written(groups(10)[0])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choice_problem(files, "umap") == (
+        "map: umap needs umap-learn, `pip install 'armillary[umap]'`, which is not installed"
+    )
+    map_file(files.path, "umap").touch()
+    assert choice_problem(files, "umap") == ""
 
 
 def test_a_map_of_other_embeddings_is_refused(written, tmp_path):
@@ -127,5 +149,5 @@ def test_a_file_that_is_no_parquet(written, tmp_path):
     (tmp_path / "map.parquet").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="not a map"):
         read_map(tmp_path / "map.parquet", files)
-    with pytest.raises(FileNotFoundError, match="map: must be auto, tsne, pca or a Parquet file, got"):
+    with pytest.raises(FileNotFoundError, match="no such map"):
         read_map(tmp_path / "nothing.parquet", files)

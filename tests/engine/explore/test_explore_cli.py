@@ -36,7 +36,7 @@ def test_bad_input(refused, tmp_path, survey_dir, embeddings):
     refused("colour: survey 'fifty' has no label 'mass'; it has split, redshift, kind", "--colour", "mass")
     refused(f"{tmp_path}/run: no such run or file", "--run", tmp_path / "run")
     refused("no index here (index.json is missing)", "--index", tmp_path)
-    refused("map: must be auto, tsne, pca or a Parquet file, got 'umap'", "--map", "umap")
+    refused("map: must be auto, tsne, umap, pca or a Parquet file, got 'som'", "--map", "som")
     refused("atlas: must end in .parquet", "--atlas", tmp_path / "x.csv")
     refused("cannot listen at 192.0.2.1", "--host", "192.0.2.1")
     loaded = Embeddings.load(embeddings)

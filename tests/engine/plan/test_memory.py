@@ -29,9 +29,9 @@ class Toy(nn.Module):
         return self.activations and self.activations * micro_batch * itemsize
 
 
-def run_of(stage, precision, once=False):
+def run_of(stage, precision, once=False, evals=()):
     train = SimpleNamespace(zero_stage=stage, precision=precision, reduce_once=once)
-    return SimpleNamespace(train=train, micro_batch=3, accumulation=lambda world: 2)
+    return SimpleNamespace(train=train, micro_batch=3, accumulation=lambda world: 2, evals=evals)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,13 @@ def test_kinds_by_hand(stage, precision, expected):
 def test_gradients_that_are_summed_once_lie_whole_on_each_rank():
     assert memory_of(run_of(2, "bf16", once=True), Toy(), 4, None).kinds["gradients"] == 100 + 400
     assert memory_of(run_of(1, "fp32", once=True), Toy(), 4, None).kinds["gradients"] == 400
+
+
+def test_weights_gathered_for_evals_lie_where_activations_were():
+    gathered = memory_of(run_of(3, "bf16", evals=("knn",)), Toy(), 4, None).kinds
+    assert gathered.popitem() == ("weights gathered for evals, beyond activations", 2000 + 200 - 42)
+    assert list(gathered) == list(memory_of(run_of(3, "bf16"), Toy(), 4, None).kinds)
+    assert len(memory_of(run_of(2, "bf16", evals=("knn",)), Toy(), 4, None).kinds) == len(gathered)
 
 
 def test_what_does_not_fit_is_refused_and_said_by_kind():

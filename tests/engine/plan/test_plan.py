@@ -42,9 +42,23 @@ def test_every_recipe_has_a_plan_without_survey_and_gpu(name, tmp_path):
     plan = plan_of(run, "h100", 2)
     said = text(plan)
     assert "note: there is no survey at" in said and "predictions" in said
+    assert "on this CPU" not in said  # no step of ours asks its device for numbers
     first = plan.variants[0]
     assert first.memory.kinds["activations"] > 0 and first.largest > run.train.micro_batch
     assert 0 < plan.rate[0] <= plan.rate[1]
+
+
+def test_frozen_weights_need_not_be_loaded(tmp_path):
+    """A checkpoint's folder is enough to plan a method whose base it is, image encoder included."""
+    pytest.importorskip("transformers")
+    from tiny_vlm import write_checkpoint
+
+    run = recipe("galaxy_walker_stage2").SMOKE
+    base = write_checkpoint(tmp_path / "vlm")
+    run = replace(run, method=replace(run.method, base=base), data=replace(run.data, path=tmp_path / "nowhere"))
+    plan = plan_of(run, "h100", 2)
+    assert plan.sizes.frozen > 0 and "on this CPU" not in text(plan)
+    assert any(w.name.startswith("triton ") for w in plan.count.work)
 
 
 def test_the_page_and_the_command(tmp_path, capsys):

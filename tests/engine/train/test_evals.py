@@ -20,11 +20,13 @@ from armillary.engine.evaluate.probes import probes
 from armillary.engine.evaluate.probes.scores import r2
 from armillary.engine.train.checks import problems
 from armillary.engine.train.evals import Evals, readout_problems
+from armillary.engine.user_code import trust
 from armillary.engine.weights.checkpoint import read_best
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.engine.zero.processes import Ranks
 from armillary.models.method import Readout
 
+trust("frozen_toy")
 SCRIPT = Path(frozen_toy.__file__)
 CPU = torch.device("cpu")
 
@@ -49,10 +51,10 @@ def train(survey, out, *arguments, world=2, **environment):
     return said[0]
 
 
-def expected(run, knn):
-    """The score, by the encoder of the run as it was built."""
+def expected(run, knn, method=None):
+    """The score, by a method, or by that of the run as it was built."""
     survey = Survey.load(run.data.path)
-    method = run.method.build(run.views.input_spec(survey)).eval()
+    method = (method or run.method.build(run.views.input_spec(survey))).eval()
     labels = read_catalog(survey, ["z"])["z"].to_numpy()
     view, found = run.views.eval_view(survey, CPU), {}
     for split in (run.data.split, knn.split):
@@ -78,6 +80,27 @@ def test_evals_leave_no_trace_in_the_bits_and_are_logged_beside_the_loss(survey,
     assert all(0 < line["eval/share"] < 1 and line["eval/seconds"] > 0 for line in lines if line["step"] in told)
     assert [line["loss"] for line in lines] == processes.losses(tmp_path / "without" / "frozen")
     assert "step 4: knn/z R2 " in said and "of the time" in said
+
+
+@pytest.mark.dist
+def test_evals_leave_no_trace_in_weights_that_are_cut_and_see_all_of_them(survey, run, tmp_path):
+    options = ("--train.zero-stage", "3", "--method.train-encoders", "--checkpoint.keep", "9")
+    train(survey, tmp_path / "without", *options)
+    # 25 references are 3 batches for one rank and 4 for the other, which must not wait for each other
+    options += ("--preset", "evals", "--checkpoint.keep-best", "knn/z", "--evals.0.references", "25")
+    said = train(survey, tmp_path / "with", *options)
+    with_evals = tmp_path / "with" / "frozen"
+    for step in (5, 10, 12):
+        bits = [processes.tensor_files(tmp_path / kind / "frozen", step) for kind in ("without", "with")]
+        assert bits[0] == bits[1] != {}
+    lines = processes.metrics(with_evals)
+    told = {line["step"]: line["eval/knn/z"] for line in lines if "eval/knn/z" in line}
+    assert [line["loss"] for line in lines] == processes.losses(tmp_path / "without" / "frozen")
+    best = read_best(with_evals / "checkpoints")
+    assert sorted(told) == [4, 8, 12] and best.score == max(told.values()) and "is the best so far" in said
+    for step in {best.step, 12}:
+        method = TrainedEncoder.open(with_evals / "checkpoints" / f"step-{step:08d}").method
+        assert told[step] == pytest.approx(expected(run, replace(run.evals[0], references=25), method), abs=1e-5)
 
 
 @pytest.mark.dist
@@ -176,8 +199,7 @@ def test_what_does_not_go_together_is_refused(run):
     assert problems(patient, 1) == [
         "checkpoint.patience: must go with checkpoint.keep_best, whose score it waits for, got 2 alone"
     ]
-    three = replace(run, train=replace(run.train, zero_stage=3))
-    assert any("must be 1 or 2 with evals" in text for text in problems(three, 1))
+    assert problems(replace(run, train=replace(run.train, zero_stage=3)), 1) == []
     method = run.method.build(run.views.input_spec(Survey.load(run.data.path)))
     method.readouts = lambda: {"cls": Readout("x", "image")}
     asked = replace(run, evals=(replace(run.evals[0], readout="patch"),))

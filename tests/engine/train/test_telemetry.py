@@ -69,6 +69,13 @@ def test_health_is_measured_as_often_as_asked_and_at_the_end(run, method, screen
     assert [line["step"] for line in lines(run) if "monitor/center" in line] == steps
 
 
+def test_on_a_gpu_health_is_measured_seldom(meter):
+    """Every measure makes the host wait for the device."""
+    meter.device = torch.device("cuda")
+    assert [step for step in range(1, 9) if meter._measures(step)] == [8]  # the last one
+    assert [step for step in range(90, 120) if meter._measures(step)] == [100]
+
+
 class FullDisk:
     """An unbuffered file on a disk that takes `room` bytes more."""
 

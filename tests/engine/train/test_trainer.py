@@ -17,6 +17,7 @@ from armillary.engine.config.provenance import facts, survey_fingerprint
 from armillary.engine.config.run import Schedules
 from armillary.engine.train import start, trainer
 from armillary.engine.train.loop import Loop, NonFinite, Stopped, StopRequest
+from armillary.engine.train.supply import DataLost
 from armillary.engine.train.trainer import BadInput
 from armillary.engine.user_code import trust
 from armillary.engine.weights import checkpoint, portable, verify
@@ -40,6 +41,7 @@ trust("toy")
         (BadInput("a: b\nc: d"), 2, "toy: this run cannot start:\n  a: b\n  c: d"),
         (NonFinite("why"), 3, "toy: stopped: why"),
         (CheckpointError("full"), 4, "toy: full"),
+        (DataLost("no data"), 1, "toy: stopped: no data"),
     ],
 )
 def test_ends_have_their_exit_codes(run, monkeypatch, capsys, error, code, message):
@@ -274,14 +276,14 @@ def test_a_step_that_slurm_does_not_describe_is_refused(name, monkeypatch):
 def test_an_error_of_lost_ranks_says_where_to_look(error, monkeypatch):
     for name, value in {"RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu07"}.items():
         monkeypatch.setenv(name, value)
-    said = lost_ranks(error, 0.5)
+    said = lost_ranks(error, 0.5, 10)
     for part in ("train.timeout_minutes = 0.5", "rank 3 of 16", "rank 0 is on gpu07", "dmesg"):
         assert part in said
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyboardInterrupt(), ValueError("gloomy")])
 def test_any_other_error_is_left_alone(error):
-    assert lost_ranks(error, 0.5) is None
+    assert lost_ranks(error, 0.5, 10) is None
 
 
 def test_a_master_that_nobody_knows_is_refused_before_the_group_waits(monkeypatch):
@@ -330,6 +332,16 @@ def test_deepspeed_config(run):
         "grad_accum_dtype": "fp32"
     }
     assert three["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    # Norms and overflow are found in one pass for all ranks; DeepSpeed's own would be a second one, waited for.
+    assert config["zero_optimization"]["compute_grad_norm"] is False
+    assert "compute_grad_norm" not in three["zero_optimization"]
+
+
+@pytest.mark.parametrize(("device", "world", "overlaps"), [("cuda", 1, False), ("cuda", 2, True), ("cpu", 2, False)])
+def test_messages_overlap_with_backward_where_there_are_any(run, device, world, overlaps):
+    """On one GPU DeepSpeed would wait for the device after every micro-batch, for messages that nobody sends."""
+    config = deepspeed_config(replace(run, device=device), world, 1000)
+    assert config["zero_optimization"]["overlap_comm"] is overlaps
 
 
 def test_facts_tell_surveys_apart(survey, tmp_path):

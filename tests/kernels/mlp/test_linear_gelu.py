@@ -129,6 +129,16 @@ def test_what_is_saved(device):
     assert sorted(saved) == sorted(t.data_ptr() for t in (x, weight, z, weight2))
 
 
+def test_backward_makes_no_zeros():
+    """a has no gradient; autograd would make one of zeros, the size of the hidden layer."""
+    from absent_gpu import absent_gpu  # not where the GPU's tests of this file run without the engine's packages
+
+    with absent_gpu() as gpu, torch.device("meta"):
+        given = [t.requires_grad_() for t in inputs((256, 64, 256, 64), "meta", torch.bfloat16)]
+        mlp(*given).sum().backward()
+    assert gpu.launches and not any("zero" in name or "fill" in name for name in gpu.operations), gpu.operations
+
+
 class TestColumnSums:
     """The bias's gradient comes with dz, unless dz is not what it was."""
 

@@ -28,6 +28,7 @@ def step(impl, dtype, device):
     return {n: p.grad.float() for n, p in method.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_model_learns_alike_with_kernels_and_reference(dtype, device, monkeypatch):
     """A step's loss and every gradient: in bfloat16 at most twice the reference's distance from its float32 step."""

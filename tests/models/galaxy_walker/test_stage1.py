@@ -86,6 +86,7 @@ def test_links_are_found_at_the_nearest():
     assert loss.item() < 0.5 * start and start < 0.3 * math.log(B) * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["equation", "released"])
 def test_steps_at_a_high_rate_stay_finite(layers):
     config = replace(SMALL, layers=layers, learn_curvature=True, head=0, spaces=("hyperbolic", "spherical"))

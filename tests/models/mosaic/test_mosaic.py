@@ -94,11 +94,13 @@ def test_only_shown_and_asked_tokens_are_computed():
     assert rows.keys.tolist() == [0, 1, 3, 4, 5, 7, 8, 9, 10]
 
 
+@pytest.mark.slow
 def test_it_learns(trained):
     first, last = (sum(part) / 10 for part in (trained.losses[:10], trained.losses[-10:]))
     assert last < first - 3  # seeds 0 to 3: 4.1 to 4.8
 
 
+@pytest.mark.slow
 def test_answers_are_better_than_the_prior_and_cover_the_truth(trained):
     batch, true = toy.batch(INPUTS, 300, unknown=False), toy.values(300)
     answer = trained.answer(batch, ("flux",), ("z", "mass", "history"), 32, seed=0)

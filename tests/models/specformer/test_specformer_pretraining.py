@@ -197,6 +197,7 @@ def test_hidden_pixels_do_not_reach_their_reconstruction():
     torch.testing.assert_close(first.flux, second.flux, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_learns_to_fill_gaps():
     method = SpecFormerPretraining(SpecFormer(48, 2, 2, 2.0, 6, 3, 50), chunks=3, chunk_tokens=5).build(INPUTS)
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,6 +35,7 @@ def losses(products, seed):
     return torch.tensor(found)
 
 
+@pytest.mark.slow
 def test_it_learns_with_8_bit_products_as_without():
     plain, eight = losses("working", 0), losses("fp8", 0)
     assert not torch.equal(eight, plain)

@@ -1,10 +1,10 @@
-"""Scores of labels that are 0 or 1, against scikit-learn."""
+"""Scores of classes, against scikit-learn."""
 
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from armillary.engine.evaluate.probes.classes import class_scores, is_binary
+from armillary.engine.evaluate.probes.classes import are_classes, class_scores, is_binary
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -23,6 +23,34 @@ def test_scores_are_those_of_scikit_learn(seed):
 def test_one_class_has_no_curve():
     found = class_scores(np.zeros(5), np.linspace(0, 0.4, 5))
     assert found.accuracy == 1.0 and found.f1 == 0.0 and np.isnan(found.auc)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_more_classes_are_scored_by_their_codes(seed):
+    rng = np.random.default_rng(seed)
+    true = rng.choice([0.0, 1.0, 3.0], 200, p=[0.6, 0.3, 0.1])
+    predicted = np.where(rng.random(200) < 0.7, true, rng.choice([0.0, 1.0, 2.0, 3.0], 200))
+    found = class_scores(true, predicted)
+    assert found.accuracy == accuracy_score(true, predicted) and found.commonest == np.mean(true == 0)
+    assert found.f1 == pytest.approx(f1_score(true, predicted, labels=[0, 1, 3], average="macro"))
+    assert np.isnan(found.auc) and np.isnan(found.share) and 0.01 < found.accuracy_se < 0.06  # .03 by the binomial
+
+
+@pytest.mark.parametrize(
+    "true, predicted",
+    [
+        ([0, 1, 2], [0, 1, 1.5]),
+        ([0.5, 1, 2], [0, 1, 2]),
+        ([2, 2], [1, 2]),
+        ([-1, 1], [0, 1]),
+        ([], []),
+        ([0, 200], [0, 1]),
+    ],
+    ids=["fractions said", "a fraction", "constant", "below 0", "nothing", "too many"],
+)
+def test_what_are_no_codes_of_classes(true, predicted):
+    assert not are_classes(np.array(true, float), np.array(predicted, float))
+    assert are_classes(np.array([0.0, 2.0]), np.array([1.0, 2.0]))
 
 
 def test_other_labels_are_refused():

@@ -253,5 +253,23 @@ def test_a_label_of_zeros_and_ones_gets_accuracy_f1_and_auc(make_study):
         assert value(found, "told", "ring", "supervised", metric).value == 1.0
         assert 0.75 < value(found, "a", "ring", "8-NN", metric).value <= 1.0  # over seeds 0 to 4: .84 to .99
     page = Page("".join(map(str, found.sections)))
-    assert "How well are classes told apart?" in page.text and "the commoner answer alone has" in page.text
+    assert "How well are classes told apart?" in page.text and "the commonest answer alone has" in page.text
     assert not any(m.metric == "nmad" for m in found.measures if m.stratum == "all")
+
+
+def test_what_the_first_set_was_trained_for_is_the_headline(make_study):
+    labels, vectors = sky(4)
+    labels["type"] = np.digitize(labels["log_mstar"], [9.5, 10.5]).astype(float)
+    said = labels["type"].copy()
+    said[::10] = 0.0
+    sets = {"head": ("image", said[:, None], "", ("type",)), "a": ("image", vectors(0.1), "", ())}
+    found = properties(make_study(labels, sets, train=TRAIN), QUICK)
+    accuracy = value(found, "head", "type", "supervised", "accuracy").value
+    assert accuracy == np.mean((said == labels["type"])[TRAIN:]) and value(found, "a", "redshift", "8-NN", "r2")
+    assert (
+        found.lines[0].startswith("type from head (supervised): R2 ")
+        and f"accuracy {accuracy:.1%} (95% interval" in found.lines[0]
+    )
+    assert "accuracy" not in {m.metric for m in found.measures if m.features == "a"}  # neighbours say means of codes
+    page = Page("".join(map(str, found.sections)))
+    assert "type: the commonest answer alone has" in page.text

@@ -2,6 +2,7 @@
 
 import json
 import types
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -190,6 +191,15 @@ def test_predictions_are_not_judged_as_embeddings(survey_dir, task):
     assert "images alone" in tasks_module.TASKS[task].impossible(survey, [Colours("spectrum")], Options())
     assert "images alone" in tasks_module.TASKS[task].impossible(survey, [Colours("light", "spectrum")], Options())
     assert tasks_module.TASKS[task].impossible(survey, [Colours("light", "prediction")], Options()) == ""
+
+
+def test_properties_are_those_that_a_run_was_trained_for(survey_dir):
+    survey = replace(Survey.load(survey_dir), labels={"axis_ratio": "", "kind": ""})
+    task, run = tasks_module.TASKS["properties"], Colours("prediction")
+    assert "none of the labels redshift" in task.impossible(survey, [run], Options())
+    run.readouts = lambda: {"prediction": Readout("toy", "image", targets=("axis_ratio",))}
+    assert task.impossible(survey, [run], Options()) == ""
+    assert "no label 'age'" in task.impossible(survey, [run], Options(labels=("age",)))
 
 
 class Foreign(Colours):

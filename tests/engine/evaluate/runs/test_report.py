@@ -29,6 +29,7 @@ from armillary.engine.evaluate.embedding.encoder import Encoder
 from armillary.engine.evaluate.page.run_log import RunLog
 from armillary.engine.evaluate.probes.baselines import asinh_pixels
 from armillary.engine.evaluate.probes.probes import KNN
+from armillary.engine.evaluate.runs import report
 from armillary.engine.evaluate.runs.evaluate import report_study
 from armillary.engine.evaluate.study.options import Options
 from armillary.engine.evaluate.study.study import FeatureSet, Study
@@ -165,6 +166,17 @@ def test_report_with_labels(survey_dir, features, run_dir, tmp_path):
     assert found.record["collapsed"] is False and not found.record["left_out"]
 
 
+def test_the_head_of_the_page_says_what_a_run_started_from(survey_dir):
+    method = {"$type": "a:B", "image_from": {"$path": "runs/dinov2"}, "prompt": {"$type": "a:P", "prompt_from": None}}
+    log = RunLog({"run": {"name": "tuned", "method": method}, "command": ["tune.py", "--init-from", "whole.pth"]})
+    survey = Survey.load(survey_dir)
+    assert "<dt>Started from</dt><dd>runs/dinov2, whole.pth</dd>" in report._run_header("tuned", survey, log, {})
+    assert "Started from" not in report._run_header("tuned", survey, RunLog({"run": {"name": "x"}}), {})
+    steps = {"step": (np.array([1, 9]), np.array([1, 9]))}
+    of_checkpoint = RunLog({}, steps, checkpoint=4)
+    assert "<dt>Steps trained</dt><dd>4 of 9</dd>" in report._run_header("tuned", survey, of_checkpoint, {})
+
+
 def test_missed_aims_are_said(survey_dir, features, run_dir, tmp_path):
     swapped = {TRAINED: features[UNTRAINED], UNTRAINED: features[TRAINED]}
     found = Found(survey_dir, swapped, RunLog.read(run_dir), tmp_path / "r.html")
@@ -294,6 +306,20 @@ def test_report_command(survey_dir, features, run_dir, tmp_path, capsys):
     twice = [str(run_dir), "--data", str(survey_dir), "--embeddings", str(paths[0]), str(paths[0])]
     assert command(["report", *twice]) == 2
     assert "two files hold the same kind" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_evaluated_beside_those_of_its_run(run_dir, tmp_path, monkeypatch):
+    kept = run_dir / "checkpoints" / "step-00000010"
+    kept.mkdir(parents=True)
+    (kept / "manifest.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr(
+        "armillary.engine.evaluate.runs.evaluate.evaluate_study", lambda *args, **_: asked.append(args) or []
+    )
+    for run in (run_dir, kept):
+        assert command(["evaluate", str(run), "--data", "sky", "--device", "cpu"]) == 0
+    assert [out for _, _, out, _ in asked] == [run_dir / "evaluation", run_dir / "evaluation-step-00000010"]
+    assert [runs for runs, *_ in asked] == [(run_dir,), (kept,)]
 
 
 def test_no_gpu_is_said(monkeypatch):

@@ -11,6 +11,7 @@ from armillary.engine.evaluate.search.index import Index
 from armillary.engine.evaluate.search.index_settings import IndexSettings
 from armillary.engine.evaluate.search.retrieval import found_again
 from armillary.engine.evaluate.search.vectors import unit
+from armillary.engine.sealed_json import sealed, unsealed
 
 COUNT, WIDTH = 10_240, 6
 ABOUT = {"survey": "sky", "encoder": "0123", "readout": "image", "run": "toy"}
@@ -173,6 +174,7 @@ def test_index_comes_back_from_its_folder(coded, small, tmp_path):
         "index.faiss",
         "index.json",
         "keys.parquet",
+        "vectors.crc32.npy",
         "vectors.npy",
     ]
     np.testing.assert_allclose(loaded.vectors([7, 9000]), unit(vectors[[7, 9000]]), atol=1e-3)
@@ -333,3 +335,40 @@ def test_bad_folders(coded, small, tmp_path):
     about = json.loads((folder / "codes" / "index.json").read_text())
     damaged("index.json", lambda p: p.write_text(json.dumps(about | {"version": 2})))
     damaged("index.json", lambda p: p.write_text(json.dumps(about | {"plan": {"kind": "exact"}})))
+
+
+def test_damage_in_kept_vectors_is_found_where_they_are_read(coded, tmp_path):
+    vectors, _, folder = coded
+    shutil.copytree(folder / "ranked", tmp_path / "ranked")
+    kept = tmp_path / "ranked" / "vectors.npy"
+    flip(kept, kept.stat().st_size - 3)  # in the last row
+    index = Index.load(tmp_path / "ranked")
+    untouched = index.vectors([0, COUNT - 2])
+    np.testing.assert_allclose(untouched, unit(vectors[[0, COUNT - 2]]), atol=1e-3)
+    damaged = rf"vectors.npy: the vector of row {COUNT - 1} is damaged.*build the index again"
+    with pytest.raises(ValueError, match=damaged):
+        index.vectors([0, COUNT - 1])
+    with pytest.raises(ValueError, match=damaged):
+        index.search(vectors[-1:], 5)
+    flip(tmp_path / "ranked" / "vectors.crc32.npy", -1)
+    with pytest.raises(ValueError, match="vectors.crc32.npy is damaged"):
+        Index.load(tmp_path / "ranked")
+
+
+@pytest.mark.parametrize("other", [np.zeros((COUNT, WIDTH), np.int16), np.zeros((WIDTH, COUNT), np.float16),
+                                   np.zeros((COUNT - 1, WIDTH), np.float16)])  # fmt: skip
+def test_kept_vectors_of_another_shape_are_refused(coded, tmp_path, other):
+    shutil.copytree(coded[2] / "ranked", tmp_path / "ranked")
+    np.save(tmp_path / "ranked" / "vectors.npy", other)
+    with pytest.raises(ValueError, match=r"vectors.npy is damaged"):
+        Index.load(tmp_path / "ranked")
+
+
+def test_kept_vectors_of_an_earlier_version_are_read(coded, tmp_path):
+    vectors, _, folder = coded
+    shutil.copytree(folder / "ranked", tmp_path / "ranked")
+    (tmp_path / "ranked" / "vectors.crc32.npy").unlink()
+    about = unsealed(json.loads((tmp_path / "ranked" / "index.json").read_text()))
+    del about["files"]["vectors.crc32.npy"]
+    (tmp_path / "ranked" / "index.json").write_text(json.dumps(sealed(about)))
+    np.testing.assert_allclose(Index.load(tmp_path / "ranked").vectors([3]), unit(vectors[[3]]), atol=1e-3)

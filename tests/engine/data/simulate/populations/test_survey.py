@@ -80,6 +80,7 @@ def test_bad_settings_are_refused(options, says):
         SimulatedPhotometry(**{"count": 5} | options)
 
 
+@pytest.mark.slow
 def test_the_command_packs_the_same_galaxies_with_two_processes(survey, tmp_path, capsys):
     folder = tmp_path / "survey"
     arguments = ["data", "simulate-photometry", "-o", str(folder), "--seed", "11", "--count", "60", "--no-progress"]
