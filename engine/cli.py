@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
@@ -109,6 +110,8 @@ def _run(words: list[str]) -> int:
             raise ValueError("; ".join(problems))
         command = getattr(importlib.import_module(module), function)
         refuse_repeats(words, repeatable(command))
+        # Help is wrapped to the terminal; tyro would keep the line breaks of the source in it as well.
+        command.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(command.__doc__ or ""))
         return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)
     except SystemExit as left:  # tyro has said why
         return UNREAD if isinstance(left.__context__, BrokenPipeError) else int(left.code or 0)  # rich ends so
