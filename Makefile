@@ -2,6 +2,7 @@
 # Needs Python >= 3.11 with venv, a C++ compiler and make; no GPU. Works offline once installed.
 SHELL := /bin/bash
 PYTHON ?= python3
+EXTRAS ?= sim,dev
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
@@ -23,7 +24,7 @@ help:
 	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
 	@echo "                        not marked slow or whole_task; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
-	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six minutes)"
+	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six to nine minutes)"
 	@echo "make soak               kill training, damage its files, fill its disk, start it twice; compare the bits (a quarter of an hour or more)"
 	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
@@ -36,7 +37,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@command -v c++ >/dev/null || { echo "Armillary needs a C++ compiler (Debian/Ubuntu: apt install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Cannot make a virtual environment (Debian/Ubuntu: apt install python3-venv python3-dev)"; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools wheel pybind11
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[sim,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	touch $@ $(VENV)/.extension
 
 # The extension alone is rebuilt when its sources change; this needs no network.

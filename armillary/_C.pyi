@@ -51,6 +51,19 @@ def rgb(
     threads: int = 1,
 ) -> None: ...
 
+# csrc/prototypes.cpp; uint16 holds the bits of bfloat16
+def prototype_rows(
+    x: NDArray[np.float32] | NDArray[np.uint16],
+    y: NDArray[np.float32] | NDArray[np.uint16],
+    factors: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    weight: NDArray[np.float32],
+    scale: float,
+    gradient: bool,
+    loss: NDArray[np.float32],
+    work: NDArray[np.float32],
+) -> None: ...
+
 # csrc/walks.cpp
 def random_walks(
     indptr: NDArray[np.int64],

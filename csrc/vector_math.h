@@ -45,6 +45,23 @@ inline __attribute__((always_inline)) float log_of_split(float x, float e) {
   return (x + y) + e * 0.693359375f;
 }
 
+// exp(x) for -88 <= x <= 88; 0 where it is below 2^-126; NaN for NaN. Cephes expf. The caller clamps, in a loop of its own: in the
+// same one compilers branch on the clamped case, which keeps them from vectorising.
+inline __attribute__((always_inline)) float exp_of_clamped(float x) {
+  // Adding 1.5 2^23 rounds to an integer, which the lowest bits of the sum hold.
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  return y * bits<float>((bits<std::uint32_t>(shifted) + 127u) << 23);  // at -88, n = -127: times 0
+}
+
 // sqrt of `count` floats, a multiple of 4, 16-byte aligned. By hand, because std::sqrt may set errno, which keeps GCC
 // from vectorising it.
 inline void square_roots(float* x, int count) {

@@ -44,7 +44,7 @@ IMPLS: tuple[str, ...] = get_args(Impl)
 
 OPERATIONS = (
     "adamw_ema_", "column_logsumexp_", "decode_views", "down_gradient", "embed_crops", "fp8_linear", "gelu_linear", "geometry_combine",
-    "geometry_ffn", "geometry_rows", "linear_gelu", "mobius_add", "packed_attention", "poincare_distance", "prototype_rows_",
+    "geometry_ffn", "geometry_rows", "linear", "linear_gelu", "mobius_add", "packed_attention", "poincare_distance", "prototype_rows_",
     "radial_map", "residual_add", "residual_norm", "row_logsumexp", "sinkhorn_bias", "up_projection", "window_embed",
 )  # fmt: skip
 """All that choose between PyTorch and Triton, by the names of their errors."""

@@ -1,8 +1,9 @@
 """How long a CPU takes for counted work: a rate a class of operations, each measured, and what an operation costs by itself.
 
 A core computes and moves in turns, so that the time of a product is that of its FLOPs and of its bytes, not the longer of both as
-on a GPU. Functions (exp, erf and what is made of them, norms) run at a rate of their own, far below a copy's; so do convolutions. An
-operation costs dispatch, autograd and the Python around it, whatever its size.
+on a GPU. Functions (exp, erf and what is made of them, norms) run at a rate of their own, far below a copy's; so do convolutions, and
+pooling, which compares every number of a window. An operation costs dispatch, autograd and the Python around it, whatever its size; a
+convolution many times that, since its library brings tensors into layouts of its own and back.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ FUNCTIONS = (
     "cos",
     "pow",
     "softplus",
-    "pool",
 )
 """Parts of the names of operations that do more with a number than a copy."""
 
@@ -61,11 +61,13 @@ class CpuRates:
 
     Attributes:
         products: FLOP/s of matrix products.
-        convolutions: FLOP/s of convolutions.
+        convolutions: FLOP/s of convolutions, beside what each costs by itself.
         attention: FLOP/s of attention in one operation.
         memory: Bytes/s of copies and sums, by the sizes of tensors.
         functions: Bytes/s of functions, likewise.
+        pooling: Bytes/s of max-pooling.
         operation: Seconds of an operation on nothing, forward or backward.
+        convolution: Seconds of a convolution of almost nothing, forward or backward.
     """
 
     products: float
@@ -73,32 +75,52 @@ class CpuRates:
     attention: float
     memory: tuple[float, ...]
     functions: tuple[float, ...]
+    pooling: float
     operation: float
+    convolution: float
 
     @classmethod
     def measured(cls) -> CpuRates:
         """Measure all, in some seconds."""
         memory, functions = _rates(torch.clone), _rates(F.gelu)
         products = measure_gemm(torch.device("cpu"), torch.float32)
-        others = (_flops_of(probe(), memory) for probe in (_convolutions, _attention))
-        return cls(products, *others, memory, functions, _operation())
+        small = _Probe.of(_small_convolutions(), "convolution")
+        convolution = (small.seconds - small.moving(memory)) / small.times
+        large = _Probe.of(_convolutions(), "convolution")
+        convolutions = large.flops / (large.seconds - large.moving(memory) - large.times * convolution)
+        attention = _Probe.of(_attention(), "attention")
+        pool = _Probe.of(_pooling(), "pool")
+        return cls(
+            products,
+            convolutions,
+            attention.flops / (attention.seconds - attention.moving(memory)),
+            memory,
+            functions,
+            pool.bytes / pool.seconds,
+            _operation(),
+            convolution,
+        )
 
     def lines(self) -> str:
         """The rates in one line."""
         return (
             f"products {self.products / 1e9:.0f} GFLOP/s, convolutions {self.convolutions / 1e9:.0f}, attention "
             f"{self.attention / 1e9:.0f}; copies "
-            f"{_listed(self.memory)} GB/s for tensors of 16 KiB to 8 MiB, functions {_listed(self.functions)}; an operation "
-            f"{1e6 * self.operation:.1f} us"
+            f"{_listed(self.memory)} GB/s for tensors of 16 KiB to 8 MiB, functions {_listed(self.functions)}, pooling "
+            f"{self.pooling / 1e9:.1f}; an operation {1e6 * self.operation:.1f} us, a convolution {1e6 * self.convolution:.0f}"
         )
 
     def seconds(self, work: Work) -> float:
         """Of one piece of work."""
         slow = not work.flops and any(part in work.name for part in FUNCTIONS)
         rate = self.attention if work.kind == "attention" else self.products
-        rate = self.convolutions if "convolution" in work.name else rate
+        itself = self.operation
+        if "convolution" in work.name:
+            rate, itself = self.convolutions, self.convolution
+        if "pool" in work.name:
+            return itself + work.bytes / self.pooling
         moving = work.bytes / _at(self.functions if slow else self.memory, work.bytes)
-        return self.operation + moving + work.flops / rate
+        return itself + moving + work.flops / rate
 
     def of(self, work: Mapping[Work, int]) -> float:
         """Of all work together."""
@@ -123,10 +145,54 @@ def _listed(rates: tuple[float, ...]) -> str:
     return ", ".join(f"{rate / 1e9:.1f}" for rate in rates)
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """Some operations of one kind, forward and backward.
+
+    Attributes:
+        work: They, as counted.
+        seconds: What all took.
+    """
+
+    work: Mapping[Work, int]
+    seconds: float
+
+    @classmethod
+    def of(cls, forward: Callable[[], Tensor], name: str) -> _Probe:
+        counting = Counting("cpu")
+        with counting:
+            forward().backward()
+        return cls({w: n for w, n in counting.work.items() if name in w.name}, best(lambda: forward().backward(), 20))
+
+    @property
+    def times(self) -> int:
+        return sum(self.work.values())
+
+    @property
+    def flops(self) -> int:
+        return sum(w.flops * n for w, n in self.work.items())
+
+    @property
+    def bytes(self) -> int:
+        return sum(w.bytes * n for w, n in self.work.items())
+
+    def moving(self, memory: tuple[float, ...]) -> float:
+        """Seconds for what they move."""
+        return sum(n * w.bytes / _at(memory, w.bytes) for w, n in self.work.items())
+
+
+def _small_convolutions() -> Callable[[], Tensor]:
+    """Convolutions with hardly a FLOP, as the shortcuts of a residual network are."""
+    layers, x = nn.Sequential(*(nn.Conv2d(16, 16, 1, bias=False) for _ in range(8))), torch.randn(32, 16, 4, 4)
+    return lambda: layers(x.requires_grad_()).sum()
+
+
 def _convolutions() -> Callable[[], Tensor]:
-    """A convolution of a small residual network, forward and backward."""
-    layer, x = nn.Conv2d(16, 16, 3, padding=1, bias=False), torch.randn(32, 16, 12, 12, requires_grad=True)
-    return lambda: layer(x).sum()
+    """The first, an early and a late convolution of a small residual network."""
+    shapes = ((3, 16, 7, 2, 48), (16, 16, 3, 1, 12), (128, 128, 3, 1, 2))  # channels in and out, kernel, stride, side
+    layers = [nn.Conv2d(a, b, k, stride, k // 2, bias=False) for a, b, k, stride, _ in shapes]
+    inputs = [torch.randn(32, a, side, side, requires_grad=a > 3) for a, *_, side in shapes]  # an image has no gradient
+    return lambda: torch.stack([layer(x).sum() for layer, x in zip(layers, inputs, strict=True)]).sum()
 
 
 def _attention() -> Callable[[], Tensor]:
@@ -135,14 +201,10 @@ def _attention() -> Callable[[], Tensor]:
     return lambda: F.scaled_dot_product_attention(q, q, q).sum()
 
 
-def _flops_of(forward: Callable[[], Tensor], memory: tuple[float, ...]) -> float:
-    """FLOP/s of an operation forward and backward, what it moves taken off."""
-    counting = Counting("cpu")
-    with counting:
-        forward().backward()
-    work = {w: n for w, n in counting.work.items() if w.flops}
-    moving = sum(n * w.bytes / _at(memory, w.bytes) for w, n in work.items())
-    return sum(w.flops * n for w, n in work.items()) / (best(lambda: forward().backward(), 20) - moving)
+def _pooling() -> Callable[[], Tensor]:
+    """A residual network's only pooling."""
+    x = torch.randn(32, 16, 24, 24, requires_grad=True)
+    return lambda: F.max_pool2d(x, 3, 2, 1).sum()
 
 
 def _operation() -> float:

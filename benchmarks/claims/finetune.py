@@ -125,9 +125,12 @@ def draw(path: Path, label: str, figure_file: Path) -> None:
         values = [list(scores[way, count].values()) for count in counts]
         (line,) = axes.plot(counts, [np.mean(v) for v in values], label=way, lw=1.5)
         for count, of_seeds in zip(counts, values, strict=True):
-            beside = count * 1.05 ** (place - 1)
+            beside = count * 1.05 ** (place - (len(WAYS) - 1) / 2)
             axes.plot([beside] * len(of_seeds), of_seeds, "o", ms=4, color=line.get_color(), alpha=0.6)
     axes.set(xscale="log", xlabel="labelled galaxies", ylabel=f"R2 of {label.replace('_', ' ')}, test galaxies")
+    counts = sorted({count for _, count in scores})
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
     axes.legend(frameon=False)
     figure.savefig(figure_file, metadata={"Date": None})
 
@@ -204,7 +207,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
         rates = WAYS[way][1] if args.lr is None else (args.lr,)
         lr = max(rates, key=lambda lr: chosen(lr, args.steps[0], CHOSEN_WITH)) if len(rates) > 1 else rates[0]
         for count in args.labels:
-            steps = max(args.steps, key=lambda steps: chosen(lr, steps, count))
+            trials = len(args.steps) > 1 or not args.seeds
+            steps = max(args.steps, key=lambda steps: chosen(lr, steps, count)) if trials else args.steps[0]
             for seed in args.seeds:
                 begin = time.perf_counter()
                 value = measure(way, lr, steps, count, seed, "test")

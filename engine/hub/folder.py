@@ -100,7 +100,7 @@ def export_folder(source: TrainedEncoder, folder: Path, *, licence: str = "", fi
 def _dinov2(source: TrainedEncoder, encoder: Any) -> _Model:
     if not isinstance(encoder, VisionTransformer):
         raise ValueError(
-            f"{source.path}: the image encoder must be a vision transformer to be written for Hugging Face, got "
+            f"{source.path}: the image encoder must be a vision transformer to be written for Hugging Face or as ONNX, got "
             f"{type(encoder).__name__}; --format safetensors exports it for armillary"
         )
     vit, ratio = encoder.config, encoder.config.mlp_ratio

@@ -33,9 +33,11 @@ from armillary.kernels.tokens.attention import PackedSequences
 __all__ = ["KernelLaunch", "pretended_gpu"]
 
 ATTENTION = {
-    "packed_attention_fwd_kernel": (2, 4), "whole_bwd_kernel": (5, 7), "queries_bwd_kernel": (3, 6), "keys_bwd_kernel": (4, 7),
+    "packed_attention_fwd_kernel": (2, 4, 0), "whole_bwd_kernel": (5, 7, 3), "queries_bwd_kernel": (3, 6, 1),
+    "keys_bwd_kernel": (4, 7, 2),
 }  # fmt: skip
-"""Products that a Triton kernel of attention makes of a block of rows with all others, and blocks it reads and writes."""
+"""Products that a Triton kernel of attention makes of a block of rows with all others, blocks it reads and writes, and how many of the
+three gradients it sums."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,10 @@ def _kind(kernel: Any) -> Kind:
 
 def _attention_work(name: str, given: Mapping[str, Any], programs: int) -> tuple[int, int]:
     """FLOPs and bytes of a kernel over blocks of rows of one head, padding included: it is given all, and takes some."""
-    products, rows = ATTENTION[name]
+    products, rows, sums = ATTENTION[name]
     block = given["BLOCK"] * given["DIM"] * programs
-    return 2 * products * block * given["BLOCK"] * given.get("blocks", 1), rows * block * given[
-        "qkv_ptr"
-    ].element_size()
+    size = rows * block * given["qkv_ptr"].element_size() + 4 * sums * given["DIM"] * programs
+    return 2 * products * block * given["BLOCK"] * given.get("blocks", 1), size
 
 
 def _product_flops(given: Mapping[str, Any]) -> int:

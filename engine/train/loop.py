@@ -279,8 +279,8 @@ class Loop:
         goes_on = "begins anew" if newest is None else f"continues from {newest.name}"
         path = self.run.data.path
         return DataLost(
-            f"there are no data for step {self.progress.step + 1} ({said}). {saved}Bring {path} back, or name another copy of it by "
-            f"--data.path (`armillary data check` reads every sample); then the same command {goes_on}"
+            f"there are no data for step {self.progress.step + 1}{said}\n{saved}Bring {path} back whole, or name a copy that is whole by "
+            f"--data.path (`armillary data check` reads every sample). Then the same command {goes_on}"
         )
 
     def _keep_record(self) -> None:

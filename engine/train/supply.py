@@ -88,13 +88,15 @@ class Supply:
         set_random_states(*self._random)
 
     def losses(self) -> str:
-        """What each rank that has no more says; all ranks together."""
+        """What the ranks that have no more say, a line each; all ranks together."""
         said: dict[str, list[int]] = {}
         for rank, words in enumerate(gather_objects(self.lost)):
             if words:
                 said.setdefault(words, []).append(rank)
-        return "; ".join(f"rank {', '.join(map(str, ranks))}: {words}" for words, ranks in said.items())
+        return "".join(f"\n  rank {', '.join(map(str, ranks))}: {words}" for words, ranks in said.items())
 
 
 def _words(error: Exception) -> str:
-    return "; ".join([str(error), *getattr(error, "__notes__", [])])
+    """What could not be read; where the system does not name it, the first note does."""
+    unnamed = isinstance(error, OSError) and error.filename is None
+    return "; ".join([str(error), *getattr(error, "__notes__", [])[: int(unnamed)]])

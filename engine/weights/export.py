@@ -19,6 +19,7 @@ from armillary.engine.atomic_file import atomic_open, atomic_path
 from armillary.engine.weights.tensors import Entry, check_suffix, write_tensors
 from armillary.engine.weights.trained_encoder import EXPORT_FORMAT, RECORDED, TrainedEncoder
 from armillary.models.specformer.specformer import SpectrumTransformer
+from armillary.models.supervised.timm_encoder import is_of_timm
 from armillary.models.vit.state_names import to_public
 from armillary.models.vit.vit import VisionTransformer
 
@@ -61,6 +62,11 @@ def export_dinov2(source: TrainedEncoder, file: Path, block_chunks: int = 0) -> 
     """
     check_suffix(file, ".safetensors", ".pth")
     encoder = _module(source, "image")
+    if is_of_timm(encoder):
+        raise ValueError(
+            f"{source.path}: the image encoder must be a vision transformer of armillary to have DINOv2's names, got timm's "
+            f"{type(encoder).__name__}; --format safetensors exports it, with timm's names behind 'encoder.'"
+        )
     if isinstance(encoder, VisionTransformer) and encoder.config.gelu != "erf":
         raise ValueError(
             f'{source.path}: gelu must be "erf" in a file of DINOv2, whose program has no other, got {encoder.config.gelu!r}'

@@ -16,14 +16,11 @@ from torch import Tensor
 from armillary.engine.data.format.survey import Survey, WaveGrid
 from armillary.engine.weights.trained_encoder import TrainedEncoder, copy_weights, encoder_tensors
 from armillary.models.method import Method
+from armillary.models.supervised.timm_encoder import is_of_timm, published_weights
 from armillary.models.vit.low_rank import is_adapter
 from armillary.models.vit.state_names import HEADS, bare_name, from_public
-from armillary.models.vit.vit import VisionTransformer
 
 __all__ = ["init_encoder", "init_method", "input_mismatch"]
-
-CLASSIFIERS = ("head.", "fc.", "classifier.")
-"""How names of a classifier begin in files of timm; they are left out."""
 
 
 def init_method(method: Method, source: TrainedEncoder) -> list[str]:
@@ -183,13 +180,14 @@ def _renamed(stored: dict[str, Tensor], modality: str, method: Method, path: Pat
     """Published weights of an encoder under the method's names."""
     prefix = method.encoders()[modality]
     if modality == "image":
+        network = method.get_submodule(prefix.rstrip("."))
+        if is_of_timm(network):
+            return {prefix + k: v for k, v in published_weights(stored, network).items()}
         shapes = {
             k.removeprefix(prefix): tuple(v.shape)
             for k, v in method.state_dict().items()
             if k.startswith(prefix) and not is_adapter(k)
         }
-        if not isinstance(method.get_submodule(prefix.rstrip(".")), VisionTransformer):
-            stored = {k: v for k, v in stored.items() if k in shapes or not k.startswith(CLASSIFIERS)}
         try:
             stored = from_public(stored, shapes)
         except ValueError as error:

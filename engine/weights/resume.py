@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "checkpoint",
     "evals",
     "data.path",
+    "data.on_corrupt",
     "data.reader",
     "data.threads",
     "data.prefetch",

@@ -25,6 +25,7 @@ __all__ = ["STATE", "AdamW", "build_groups", "squared_norms"]
 
 STATE = ("exp_avg", "exp_avg_sq", "ema")
 """Names of the optimizer's tensors; `ema` is there for parameters with a teacher only."""
+SQUARES_BLOCK = 1 << 16  # numbers of a gradient that are squared together on a CPU
 
 
 def build_groups(method: Method) -> list[dict[str, Any]]:
@@ -85,11 +86,27 @@ def squared_norms(gradients: Mapping[str, Iterable[Tensor]], device: torch.devic
     sums = []
     for group in gradients.values():
         tensors = [g for g in group if g.numel()]
+        if device.type == "cpu":
+            sums.append(torch.tensor(_squares(tensors), dtype=torch.float64))
+            continue
         norms = torch._foreach_norm(tensors, 2, dtype=torch.float64) if tensors else ()
         sums.append(
             torch.stack(list(norms)).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
         )
     return torch.stack(sums)
+
+
+def _squares(tensors: Iterable[Tensor]) -> float:
+    """Sum of all squares in float64, on a CPU, where torch's norm of another dtype goes element by element.
+
+    Of blocks, whose float64 copies stay in the second-level cache.
+    """
+    copy = torch.empty(SQUARES_BLOCK, dtype=torch.float64)
+    total = 0.0
+    for block in (block for x in tensors for block in x.reshape(-1).split(SQUARES_BLOCK)):
+        wide = copy[: len(block)].copy_(block)
+        total += float(wide.dot(wide))
+    return total
 
 
 class AdamW(torch.optim.Optimizer):

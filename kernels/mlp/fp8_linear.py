@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armillary.kernels.column_sums import column_sums
 from armillary.kernels.launch import INTERPRETER, Impl, Launch, check_tensor, refuse, settings, untraced, use_triton
 
 __all__ = ["CAPABILITY", "MULTIPLE", "Scaled", "fp8_linear", "fp8_problem", "to_fp8"]
@@ -140,7 +141,7 @@ class _Fp8Linear(torch.autograd.Function):
         return (
             with_g(g.rows, weight, weight_scale) if for_x else None,
             with_g(g.columns, x, x_scale) if for_weight else None,
-            dy.sum(0, dtype=torch.float32).to(dy.dtype) if for_bias else None,
+            column_sums(dy).to(dy.dtype) if for_bias else None,
             None,
             None,
         )

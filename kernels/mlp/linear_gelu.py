@@ -8,8 +8,8 @@ none, and is not kept. x and W1, then z and W2, are saved for the backward pass,
 db1 in one kernel (down_gradient.py); the forward pass is that of up_projection.py. On the reference path, and where no
 gradient is asked for, z is None and a carries the graph: plain F.linear and F.gelu.
 
-db1 is made in the backward of gelu_linear and wanted in that of linear_gelu. It travels with dz and counts only if dz
-arrives as it left: where z has other uses, or a hook changes dz, the columns are summed anew.
+db1 is made in the backward of gelu_linear and wanted in that of linear_gelu: it travels with dz
+(`armillary.kernels.column_sums`). So may db2 have come with dy.
 
 Products accumulate in float32; epilogues and sums are float32 throughout.
 """
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armillary.kernels.column_sums import attach_column_sums, column_sums
 from armillary.kernels.launch import Impl, check_tensor, refuse, untraced, use_triton
 from armillary.kernels.mlp.down_gradient import down_gradient
 from armillary.kernels.mlp.up_projection import Activation, up_projection
@@ -67,7 +68,7 @@ class _LinearGelu(torch.autograd.Function):
         return (
             dz @ weight if for_x else None,
             dz.t() @ x if for_weight else None,
-            _column_sums(dz).to(dz.dtype) if for_bias else None,
+            column_sums(dz).to(dz.dtype) if for_bias else None,
             None,
         )
 
@@ -92,26 +93,17 @@ class _GeluLinear(torch.autograd.Function):
                 dy[None], weight[None], z[:, None], bias, None, ctx.activation, impl="triton"
             )
             dz, a = dz.view_as(z), a.view_as(z)
-            _attach_column_sums(dz, sums)
+            if sums is not None:
+                attach_column_sums(dz, sums)
         elif for_weight:
             a = F.gelu(z, approximate="tanh" if ctx.activation == "gelu_tanh" else "none")
         return (
             dz,
             None,
             None if a is None or not for_weight else dy.t() @ a,
-            dy.sum(0, dtype=torch.float32).to(dy.dtype) if for_bias else None,
+            column_sums(dy).to(dy.dtype) if for_bias else None,
             None,
         )
-
-
-def _attach_column_sums(dz: Tensor, sums: Tensor | None) -> None:
-    dz.__dict__["column_sums"] = (dz._version, sums)
-
-
-def _column_sums(dz: Tensor) -> Tensor:
-    """Sums over rows in float32: those that came with this very tensor, unless it was written to since."""
-    version, sums = dz.__dict__.get("column_sums", (None, None))
-    return sums if sums is not None and version == dz._version else dz.sum(0, dtype=torch.float32)
 
 
 def _up(

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from armillary.kernels.launch import Impl, untraced
-from armillary.kernels.objective.prototype_rows import Scratch, prototype_rows_
+from armillary.kernels.objective.prototype_rows import prototype_rows_, scratch
 
 __all__ = ["Term", "prototype_loss", "prototype_loss_reference"]
 
@@ -231,7 +231,7 @@ class _Work:
         self.weights = [t.weight.to(self.wide).expand(t.student.shape[:2]) for t in terms]
         self.d_students = [torch.zeros_like(t.student, memory_format=torch.contiguous_format) for t in terms]
         self.biases = [None if t.bias is None else t.bias.to(self.wide).contiguous() for t in terms]
-        self.scratch = Scratch(len(prototypes), prototypes.device)
+        self.scratch = scratch(len(prototypes), prototypes.device)
         self._sum: Tensor | None = None
 
     @property

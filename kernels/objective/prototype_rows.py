@@ -11,11 +11,14 @@ product was multiplied by to give x. A factor 0 keeps a teacher out, whatever it
 
 Triton: one kernel gives the log-sum-exp of every teacher row, a second takes one student row a program, first its
 log-sum-exp, then loss and gradient, in float32 and in blocks of V. Memory beyond the chunk: 4 bytes a student row, 8 a teacher
-row. The PyTorch rows work on float32 tiles. Deterministic; infinite or NaN logits spoil the loss and the gradient of their own rows only.
+row. On a CPU csrc/prototypes.cpp goes over a sample's rows block by block with one exponential a teacher's logit and two a student's, in
+float32: a row stays in the second-level cache, where PyTorch writes and reads float32 tiles in seven passes. The PyTorch rows, the
+reference, do the latter. Deterministic; infinite or NaN logits spoil the loss and the gradient of their own rows only.
 """
 
 # Triton reads the annotations of a kernel's arguments, so they stay bare:
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -24,13 +27,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armillary.kernels.launch import FLOATS, INTERPRETER, Impl, Launch, check_tensor, refuse, settings, use_triton
+from armillary import _C
+from armillary.kernels.launch import (
+    FLOATS,
+    INTERPRETER,
+    Impl,
+    Launch,
+    check_tensor,
+    overrides,
+    refuse,
+    settings,
+    use_triton,
+)
 from armillary.kernels.objective.logsumexp import row_logsumexp, row_scan
 
-__all__ = ["Factors", "Scratch", "prototype_rows_", "prototype_rows_reference"]
+__all__ = ["Factors", "Scratch", "prototype_rows_", "prototype_rows_reference", "scratch"]
 
 Factors = Sequence[tuple[float, ...]]
 
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 TILE_BYTES = 2 << 20  # float32 bytes of a row-wise tile on a CPU, about a second-level cache
 
 
@@ -49,9 +64,26 @@ class Scratch:
     def __call__(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """[rows, V] of uninitialised memory, the same for the same name."""
         kept = self._kept.get(name)
-        if kept is None or len(kept) < rows:
+        if kept is None or len(kept) < rows or kept.dtype != dtype:
             kept = self._kept[name] = torch.empty(rows, self.columns, dtype=dtype, device=self.device)
         return kept[:rows]
+
+
+_of_thread = threading.local()
+
+
+def scratch(columns: int, device: torch.device) -> Scratch:
+    """Buffers of one pass over a batch.
+
+    On a CPU a thread gets the last pass's again, as long as V is the same: the C library hands blocks of this size back to the
+    system, and the pages of 100 MiB of logits took as long as their products. On a GPU torch keeps freed memory itself.
+    """
+    if device.type != "cpu":
+        return Scratch(columns, device)
+    found: Scratch | None = getattr(_of_thread, "scratch", None)
+    if found is None or found.columns != columns:
+        found = _of_thread.scratch = Scratch(columns, device)
+    return found
 
 
 def prototype_rows_reference(
@@ -106,6 +138,39 @@ def _mix(row: tuple[float, ...], targets: list[Tensor], buffer: Scratch, name: s
     for f, p in used:
         out.add_(p, alpha=f)
     return out
+
+
+def _compiled_rows_(
+    x: Tensor,
+    y: Tensor,
+    factors: Factors,
+    bias: Tensor | None,
+    weight: Tensor,
+    *,
+    scale: float,
+    gradient: bool = True,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """The same in C++, in float32 and bfloat16 on a CPU; arguments and results as `prototype_rows_`."""
+    students, samples, columns = x.shape
+    threads = max(1, min(torch.get_num_threads(), samples))
+    exponentials = (scratch or Scratch(columns, x.device))("exponentials", threads * len(y), torch.float32)
+    loss = torch.empty(students, samples)
+    # numpy knows no bfloat16: its bits
+    student, teacher = (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows for rows in (x, y))
+    _C.prototype_rows(
+        student.numpy(),
+        teacher.numpy(),
+        torch.tensor(factors, dtype=torch.float32).view(students, len(y)).numpy(),
+        None if bias is None else bias.numpy(),
+        weight.contiguous().numpy(),
+        scale,
+        gradient,
+        loss.numpy(),
+        exponentials.view(threads, len(y), columns).numpy(),
+    )
+    torch.autograd.graph.increment_version([x])
+    return loss
 
 
 @triton.jit
@@ -197,8 +262,8 @@ def prototype_rows_(
         weight: [S, n] of bias's dtype, any strides: factor of a row's gradient.
         scale: Further factor of the gradient, 1 / T_s for features that were multiplied into x = f W / T_s.
         gradient: False leaves x as it is.
-        scratch: Buffers of the PyTorch rows to be used again for the next chunk.
-        impl: See `armillary.kernels.launch`.
+        scratch: Buffers of the rows on a CPU to be used again for the next chunk.
+        impl: See `armillary.kernels.launch`; "auto" takes the C++ rows on a CPU, for float32 and bfloat16.
 
     Returns:
         [S, n] losses, float32 (float64 for float64 logits), without weight.
@@ -219,7 +284,9 @@ def prototype_rows_(
         rule = f"must be {wide} {[students, samples]} on {x.device}"
         refuse(name, "weight", rule, f"{weight.dtype} {list(weight.shape)} on {weight.device}")
     if not use_triton(name, impl, x):
-        return prototype_rows_reference(x, y, factors, bias, weight, scale=scale, gradient=gradient, scratch=scratch)
+        compiled = overrides().get(name, impl) == "auto" and x.device.type == "cpu" and x.dtype in _COMPILED_DTYPES
+        rows_ = _compiled_rows_ if compiled else prototype_rows_reference
+        return rows_(x, y, factors, bias, weight, scale=scale, gradient=gradient, scratch=scratch)
     if bias is not None:
         check_tensor(name, "bias", bias, [columns], dtypes=FLOATS)
     loss = torch.empty(students, samples, dtype=torch.float32, device=x.device)

@@ -18,6 +18,8 @@ A block of tokens is at most 64, and the next power of two of the sequence's len
 32, where libraries made for long sequences pad to 128. A sequence that is one block has all five products of the backward pass at
 once, and δ from the first form. For longer ones a program makes dQ of its tokens from all keys, another dK and dV of its tokens
 from all queries: seven products, but no two programs add to the same number, so there are no atomics and the same bits each time.
+Each program also sums the rows of the gradients that it makes: the gradient of the bias of the layer that wrote qkv
+(`armillary.kernels.column_sums`).
 
 Shapes: P tokens, H heads, D <= 128; qkv [P, 3, H, D], its gradient likewise; O [P, H, D]. No copies of Q, K or V are made.
 Products run in the dtype of qkv with float32 accumulation (float32: as torch.backends.cuda.matmul.allow_tf32 says), the softmax in
@@ -35,6 +37,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armillary.kernels.column_sums import attach_column_sums
 from armillary.kernels.launch import Impl, Launch, check_tensor, refuse, settings, untraced, use_triton
 from armillary.kernels.tokens.attention import HALF, PackedSequences, attention, attention_reference, check_backend
 from armillary.kernels.tokens.packed_attention_kernels import (
@@ -120,14 +123,18 @@ class _PackedAttention(torch.autograd.Function):
         qkv, out, lse = ctx.saved_tensors
         d_qkv, delta, d_out = torch.empty_like(qkv), torch.empty_like(lse), d_out.contiguous()
         if len(qkv):
-            for grid, (first, blocks), options in _launches(qkv, ctx.layout):
+            launches = [(*launch, launch[0][0] // qkv.shape[2]) for launch in _launches(qkv, ctx.layout)]
+            sums = torch.empty(sum(one[-1] for one in launches), *qkv.shape[1:], dtype=torch.float32, device=qkv.device)
+            parts = sums.split([one[-1] for one in launches])
+            for (grid, (first, blocks), options, _), part in zip(launches, parts, strict=True):
                 place = ctx.layout.cu_seqlens, first
                 if blocks == 1:
-                    whole_bwd_kernel[grid](qkv, d_out, lse, d_qkv, *place, len(qkv), ctx.scale, **options)
+                    whole_bwd_kernel[grid](qkv, d_out, lse, d_qkv, part, *place, len(qkv), ctx.scale, **options)
                     continue
-                rest = delta, d_qkv, *place, blocks, len(qkv), ctx.scale
+                rest = delta, d_qkv, part, *place, blocks, len(qkv), ctx.scale
                 queries_bwd_kernel[grid](qkv, out, d_out, lse, *rest, **options)
                 keys_bwd_kernel[grid](qkv, d_out, lse, *rest, **options)
+            attach_column_sums(d_qkv, sums.sum(0))
         return d_qkv, None, None
 
 

@@ -4,7 +4,8 @@ A program belongs to one head and one block of BLOCK tokens of one sequence. It 
 everything that it writes is its own: no atomics, so the same bits each time.
 
 Shapes: P tokens, H heads, DIM numbers a head, which COLUMNS is the next power of two of. qkv and d_qkv [P, 3, H, DIM]; out
-and d_out [P, H, DIM]; lse float32 [H, P], the logarithm to base 2 of each row's sum; delta float32 [H, P]; cu int32 [N + 1].
+and d_out [P, H, DIM]; lse float32 [H, P], the logarithm to base 2 of each row's sum; delta float32 [H, P]; sums float32
+[blocks, 3, H, DIM], of each block's rows of d_qkv; cu int32 [N + 1].
 `scale` is that of the scores, and everywhere exponentials are powers of 2.
 """
 
@@ -22,7 +23,7 @@ COMPILED = "not measured; compiled ahead of time in bfloat16 for heads of 64: at
 LAUNCH = {  # BLOCK: the largest; shorter sequences take a smaller one, with as many fewer warps
     INTERPRETER: Launch({"BLOCK": 16}, source="small, so that short sequences have several blocks"),
     80: Launch({"BLOCK": 64}, num_warps=4, num_stages=2, source=COMPILED.format(255)),
-    90: Launch({"BLOCK": 64}, num_warps=4, num_stages=2, source=COMPILED.format(191)),
+    90: Launch({"BLOCK": 64}, num_warps=4, num_stages=2, source=COMPILED.format(193)),
 }
 
 
@@ -53,6 +54,14 @@ def _store(x_ptr, stride, left, value, DIM: tl.constexpr, BLOCK: tl.constexpr, C
     if DIM != COLUMNS:
         inside = inside & (c < DIM)
     tl.store(x_ptr + i * stride + c, value.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_sums(sums_ptr, part, value, HEADS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums over the rows of a block of gradients, whose rows behind the end are 0; part 0: of q, 1: of k, 2: of v."""
+    c = tl.arange(0, COLUMNS)
+    row = (tl.program_id(0) // HEADS).to(tl.int64) * 3 + part
+    tl.store(sums_ptr + (row * HEADS + tl.program_id(0) % HEADS) * DIM + c, tl.sum(value, 0), mask=c < DIM)
 
 
 @triton.jit
@@ -121,6 +130,7 @@ def whole_bwd_kernel(
     d_out_ptr,
     lse_ptr,
     d_qkv_ptr,
+    sums_ptr,
     cu_ptr,
     first,
     tokens,
@@ -146,12 +156,15 @@ def whole_bwd_kernel(
     p = _probabilities(k, q, lse, length, scale, BLOCK, PRECISION)
     d_v = tl.dot(p.to(d_o.dtype), d_o, input_precision=PRECISION)
     _store(d_at + 2 * WIDTH, ROW, length, d_v, DIM, BLOCK, COLUMNS)
+    _store_sums(sums_ptr, 2, d_v, HEADS, DIM, COLUMNS)
     d_p = tl.dot(v, d_o.T, input_precision=PRECISION)
     d_s = (p * (d_p - tl.sum(p * d_p, 0)[None, :])).to(q.dtype)
     d_k = tl.dot(d_s, q, input_precision=PRECISION)
     _store(d_at + WIDTH, ROW, length, d_k * scale, DIM, BLOCK, COLUMNS)
+    _store_sums(sums_ptr, 1, d_k * scale, HEADS, DIM, COLUMNS)
     d_q = tl.dot(d_s.T, k, input_precision=PRECISION)
     _store(d_at, ROW, length, d_q * scale, DIM, BLOCK, COLUMNS)
+    _store_sums(sums_ptr, 0, d_q * scale, HEADS, DIM, COLUMNS)
 
 
 @triton.jit
@@ -162,6 +175,7 @@ def queries_bwd_kernel(
     lse_ptr,
     delta_ptr,
     d_qkv_ptr,
+    sums_ptr,
     cu_ptr,
     first,
     blocks,
@@ -198,6 +212,9 @@ def queries_bwd_kernel(
             d_q = tl.dot((p * (d_p - delta[:, None])).to(k.dtype), k, d_q, input_precision=PRECISION)
         d_at = d_qkv_ptr + (start + done) * ROW + head * DIM
         _store(d_at, ROW, left, d_q * scale, DIM, BLOCK, COLUMNS)
+        _store_sums(sums_ptr, 0, d_q * scale, HEADS, DIM, COLUMNS)
+    else:
+        _store_sums(sums_ptr, 0, tl.zeros((BLOCK, COLUMNS), tl.float32), HEADS, DIM, COLUMNS)
 
 
 @triton.jit
@@ -207,6 +224,7 @@ def keys_bwd_kernel(
     lse_ptr,
     delta_ptr,
     d_qkv_ptr,
+    sums_ptr,
     cu_ptr,
     first,
     blocks,
@@ -244,3 +262,8 @@ def keys_bwd_kernel(
         d_at = d_qkv_ptr + (start + done) * ROW + head * DIM
         _store(d_at + WIDTH, ROW, left, d_k * scale, DIM, BLOCK, COLUMNS)
         _store(d_at + 2 * WIDTH, ROW, left, d_v, DIM, BLOCK, COLUMNS)
+        _store_sums(sums_ptr, 1, d_k * scale, HEADS, DIM, COLUMNS)
+        _store_sums(sums_ptr, 2, d_v, HEADS, DIM, COLUMNS)
+    else:
+        for part in tl.static_range(1, 3):
+            _store_sums(sums_ptr, part, tl.zeros((BLOCK, COLUMNS), tl.float32), HEADS, DIM, COLUMNS)

@@ -16,7 +16,8 @@ is one pass as well: with g = w dn and x̂ = (x' - mean) rstd
 
     dx = dx' + (g - mean(g) - x̂ mean(g x̂)) rstd,   dy = s dx,   dw = Σ dn x̂,   db = Σ dn
 
-where each program sums its share of dw and db in float32 and one sum over the programs follows.
+where each program sums its share of dw and db in float32 and one sum over the programs follows. So it does for Σ dy, the gradient of
+the bias of the layer that made y, which travels with dy (`armillary.kernels.column_sums`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armillary.kernels.column_sums import attach_column_sums
 from armillary.kernels.launch import Impl, check_tensor, refuse, settings, untraced, use_triton
 from armillary.kernels.tokens.residual_norm_kernels import (
     LAUNCH,
@@ -156,9 +158,9 @@ class _ResidualNorm(torch.autograd.Function):
         shape = row_shape(launch, width)
         programs = min(launch.blocks["WARPS"] // shape["num_warps"], tokens)
         out, weight, mean, rstd = (None,) * 4 if d_n is None else ctx.saved_tensors
-        d_x = d_y = sums = None
-        if d_n is not None and (needs_weight or needs_bias):
-            sums = torch.empty(2, programs, width, dtype=torch.float32, device=like.device)
+        d_x = d_y = None
+        of_norm = 2 if d_n is not None and (needs_weight or needs_bias) else 0
+        sums = torch.empty(of_norm + needs_y, programs, width, dtype=torch.float32, device=like.device)
         if needs_x or (needs_y and ctx.ran is None):
             d_x = like.new_empty(tokens, width)
         if needs_y and ctx.ran is not None:
@@ -173,7 +175,8 @@ class _ResidualNorm(torch.autograd.Function):
                 rstd,
                 d_x,
                 d_y,
-                sums,
+                sums if of_norm else None,
+                sums[-1] if needs_y else None,
                 *_maps(ctx.ran, ctx.runs),
                 tokens,
                 width,
@@ -181,7 +184,10 @@ class _ResidualNorm(torch.autograd.Function):
             )
         if needs_y and ctx.ran is None:
             d_y = d_x
-        d_weight, d_bias = (None, None) if sums is None else sums.sum(1).to(like.dtype)
+        totals = sums.sum(1)
+        d_weight, d_bias = totals[:2].to(like.dtype) if of_norm else (None, None)
+        if d_y is not None:
+            attach_column_sums(d_y, totals[-1])
         return d_x, d_y, d_weight, d_bias, None, None, None
 
 

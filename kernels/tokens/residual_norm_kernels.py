@@ -77,6 +77,7 @@ def residual_norm_bwd_kernel(
     d_x_ptr,  # [tokens, width]; None: not wanted
     d_y_ptr,  # [rows of the last branch, width]; None: not wanted, or d_x where all ran it
     sums_ptr,  # float32 [2, programs, width], of d_weight and d_bias; None: not wanted
+    y_sums_ptr,  # float32 [programs, width], of d_y; None: not wanted
     sample_ptr,  # the maps as in the forward kernel
     place_ptr,
     ran_ptr,
@@ -93,6 +94,8 @@ def residual_norm_bwd_kernel(
         weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
         d_weight = tl.zeros([COLUMNS], tl.float32)
         d_bias = tl.zeros([COLUMNS], tl.float32)
+    if y_sums_ptr is not None:
+        y_sum = tl.zeros([COLUMNS], tl.float32)
     for index in range(tl.program_id(0), tokens, tl.num_programs(0)):
         token = tl.cast(index, tl.int64)
         d_x = tl.zeros([COLUMNS], tl.float32)
@@ -115,24 +118,30 @@ def residual_norm_bwd_kernel(
             tl.store(d_x_ptr + token * width + column, d_x.to(d_x_ptr.dtype.element_ty), mask=real)
         if d_y_ptr is not None:
             row = _packed_row(token, sample_ptr, place_ptr, ran_ptr)
-            d_y = (d_x * tl.load(scale_ptr + tl.load(sample_ptr + token))).to(d_y_ptr.dtype.element_ty)
-            tl.store(d_y_ptr + row * width + column, d_y, mask=real & (row >= 0))
+            d_y = tl.where(row >= 0, d_x * tl.load(scale_ptr + tl.load(sample_ptr + token)), 0.0)
+            tl.store(d_y_ptr + row * width + column, d_y.to(d_y_ptr.dtype.element_ty), mask=real & (row >= 0))
+            if y_sums_ptr is not None:
+                y_sum += d_y
+        elif y_sums_ptr is not None:
+            y_sum += d_x
     if sums_ptr is not None:
         to = sums_ptr + tl.program_id(0).to(tl.int64) * width + column
         tl.store(to, d_weight, mask=real)
         tl.store(to + tl.num_programs(0).to(tl.int64) * width, d_bias, mask=real)
+    if y_sums_ptr is not None:
+        tl.store(y_sums_ptr + tl.program_id(0).to(tl.int64) * width + column, y_sum, mask=real)
 
 
-# ELEMENTS: of a row, for each warp. WARPS: of the backward kernel in all, 24 for each multiprocessor of the largest
-# such device, which up to 85 registers lets in at once; each of its programs writes a partial sum.
+# ELEMENTS: of a row, for each warp. WARPS: of the backward kernel in all, 20 for each multiprocessor of the largest
+# such device, which up to 102 registers lets in at once; each of its programs writes partial sums.
 _SOURCE = (
     "not measured; compiled ahead of time for bf16 rows of 1024 and 384: {} registers forward and backward, no spills"
 )
 LAUNCH = {
     INTERPRETER: Launch({"ELEMENTS": 256, "WARPS": 12}),
-    80: Launch({"ELEMENTS": 256, "WARPS": 108 * 24}, source=_SOURCE.format("38 and 72")),
-    90: Launch({"ELEMENTS": 256, "WARPS": 132 * 24}, source=_SOURCE.format("32 and 80")),
-    100: Launch({"ELEMENTS": 256, "WARPS": 148 * 24}, source=_SOURCE.format("32 and 78")),
+    80: Launch({"ELEMENTS": 256, "WARPS": 108 * 20}, source=_SOURCE.format("38 and 90")),
+    90: Launch({"ELEMENTS": 256, "WARPS": 132 * 20}, source=_SOURCE.format("32 and 89")),
+    100: Launch({"ELEMENTS": 256, "WARPS": 148 * 20}, source=_SOURCE.format("32 and 92")),
 }
 
 

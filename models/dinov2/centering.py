@@ -26,6 +26,7 @@ from armillary.kernels.objective.logsumexp import column_logsumexp_, row_logsume
 __all__ = ["SoftmaxCentre", "sinkhorn_bias"]
 
 BLOCK = 8192  # prototypes at a time
+CPU_BLOCK = 1024  # on a CPU: a block stays in the second-level cache, and takes no fresh pages
 
 
 class SoftmaxCentre(nn.Module):
@@ -81,8 +82,12 @@ class SoftmaxCentre(nn.Module):
             if work is not None:
                 work.wait()
             mean, ranks = total[:-1] / total[-1].clamp(min=1), total[-1]
+            logits = mean.new_empty(len(prototypes))
             # in blocks, because a float32 copy of all bf16 prototypes costs more than the product
-            logits = torch.cat([block.float() @ mean for block in prototypes.split(BLOCK)])
+            block = CPU_BLOCK if mean.device.type == "cpu" else BLOCK
+            copy = mean.new_empty(min(block, len(prototypes)), len(mean))
+            for part, out in zip(prototypes.split(block), logits.split(block), strict=True):
+                torch.mv(part if part.dtype == mean.dtype else copy[: len(part)].copy_(part), mean, out=out)
             self.center.lerp_(logits, (1 - self.momentum) * (ranks > 0).float())
 
         return finish

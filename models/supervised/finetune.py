@@ -72,7 +72,9 @@ class FineTune(MethodConfig):
 
     def problems(self, inputs: InputSpec) -> list[str]:
         """Broken rules, see `MethodConfig`."""
-        found = [f"encoder.{p}" for p in self.encoder.problems()] + choices(self)
+        encoder = self.encoder
+        broken = encoder.problems(inputs.global_size) if isinstance(encoder, Timm) else encoder.problems()
+        found = [f"encoder.{p}" for p in broken] + choices(self)
         found += at_least(0, self, "hidden", "mixup") + at_least(1, self, "lora_rank")
         if not 0 < self.layer_decay <= 1:
             found.append(f"layer_decay: must be above 0 and at most 1, got {self.layer_decay}")
@@ -118,8 +120,8 @@ class FineTuneMethod(Method):
         self.encoder: Any
         self._depths: dict[str, int] = {}
         if isinstance(config.encoder, Timm):
-            self.encoder = config.encoder.build()
-            self._depths, width = depths(self.encoder), self.encoder.num_features
+            self.encoder = config.encoder.build(inputs.global_size)
+            self._depths, width = depths(self.encoder), config.encoder.width(inputs.global_size)
         else:
             self.encoder = VisionTransformer(config.encoder, config.attention, impl=config.impl)
             self.encoder.mask_token.requires_grad_(False)
@@ -241,7 +243,7 @@ class FineTuneMethod(Method):
         config = self.config
         kept = 1.0 if config.trained == "head" else 1 - config.encoder.drop_path
         if isinstance(config.encoder, Timm):
-            encoder = config.encoder.flops(self.encoder, self.inputs.global_size)
+            encoder = config.encoder.flops(self.inputs.global_size)
         else:
             encoder = config.encoder.flops(self.inputs.global_size, kept=kept)
         head = 2.0 * sum(p.numel() for p in self.head.parameters() if p.ndim > 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from armillary.kernels.launch import Impl, untraced
 from armillary.kernels.mlp.fp8_linear import fp8_linear
+from armillary.kernels.mlp.linear import linear
 from armillary.kernels.mlp.linear_gelu import Approximate, gelu_linear, linear_gelu
 from armillary.kernels.tokens.attention import PackedSequences, attention
 from armillary.kernels.tokens.packed_attention import self_attention
@@ -79,15 +80,17 @@ class _Product(AdaptableLinear):
 
     Attributes:
         fp8: Whether it is; as its implementation "auto" or "reference".
+        impl: Implementation otherwise, see `armillary.kernels.launch`.
     """
 
     fp8: Impl | None = None
+    impl: Impl = "auto"
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x weight^T + bias, of this layer's parameters or what was made of them."""
         if self.fp8_now:
             return fp8_linear(x.contiguous(), weight.contiguous(), bias.contiguous(), impl=self.fp8 or "auto")
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias, impl=self.impl)
 
     @property
     def fp8_now(self) -> bool:
@@ -216,9 +219,9 @@ class Block(nn.Module):
         self.norm2 = ResidualNorm(dim, impl)
         self.mlp = _MLP(dim, hidden, gelu, impl)
         self.ls2 = _LayerScale(dim, layer_scale)
-        for module in self.modules() if fp8 else ():
+        for module in self.modules():
             if isinstance(module, _Product):
-                module.fp8 = impl
+                module.impl, module.fp8 = impl, impl if fp8 else None
 
     def forward(
         self, stream: Stream, layout: PackedSequences, drop: Drop, selected: TokenSelection | None = None

@@ -60,9 +60,14 @@ def prose(page):
 
 
 def commands(block):
-    """Commands of a block of shell: loops opened with their first value, continued lines joined, what follows dropped."""
+    """Commands of a block of shell: loops opened with their first value, continued lines joined, what follows dropped.
+
+    In a block with prompts the other lines are what was printed.
+    """
     values = {}
-    for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
+    lines = re.sub(r"\s*\\\n\s*", " ", block).splitlines()
+    prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    for line in prompted or lines:
         for part in re.split(r"; |&& ", re.split(r"\s+#|\s{2,}|\s>>", line.strip())[0]):
             if loop := LOOP.fullmatch(part.strip()):
                 values[loop[1]] = loop[2]

@@ -33,13 +33,14 @@ def assert_rows_compile(
         half: Pointers to bfloat16; all others are to float32.
         constants: Its compile-time arguments beside D, BLOCK_D and the table's blocks.
     """
-    (row,) = {(warps(table[sm], dim), *table[sm].blocks.items()): table[sm] for sm in ARCHITECTURES}.values()
-    constants = constants | row.blocks | {"D": dim, "BLOCK_D": 1 << (dim - 1).bit_length()}
-    constants = {name: value for name, value in constants.items() if name in names}
     kinds = {name: "*bf16" if name in half else "*fp32" if name.endswith("_ptr") else "fp32" for name in names}
-    signature = {name: kind for name, kind in (kinds | {"rows": "i32"}).items() if name not in constants}
-    used = resources(kernel, signature, constants, num_warps=warps(row, dim))
+    used = {}
     for sm in ARCHITECTURES:
+        row = table[sm]
+        fixed = constants | row.blocks | {"D": dim, "BLOCK_D": 1 << (dim - 1).bit_length()}
+        fixed = {name: value for name, value in fixed.items() if name in names}
+        signature = {name: kind for name, kind in (kinds | {"rows": "i32"}).items() if name not in fixed}
+        used |= resources(kernel, signature, fixed, architectures=(sm,), num_warps=warps(row, dim))
         assert used[sm].stack == used[sm].local == 0, (sm, used[sm])
         assert used[sm].shared <= SHARED_LIMIT[sm], (sm, used[sm])
         assert used[sm].registers <= 128, (sm, used[sm])

@@ -62,10 +62,16 @@ class Workers:
             # would wait for ever for a process that died before it read.
             self._file.write_bytes(pickle.dumps(self.source))
             context = multiprocessing.get_context("spawn")
-            self._started = context.Event()
-            self._pool = ProcessPoolExecutor(
-                self.processes, context, initializer=_start, initargs=(self._file, self._started)
-            )
+            try:
+                self._started = context.Event()
+                self._pool = ProcessPoolExecutor(
+                    self.processes, context, initializer=_start, initargs=(self._file, self._started)
+                )
+            except OSError as error:
+                self._file.unlink()
+                raise OSError(
+                    f"processes: {self.processes} cannot share locks, which lie in /dev/shm ({error}); make room there, or take 1"
+                ) from error
         return self
 
     def __exit__(

@@ -31,6 +31,7 @@ class Encoder:
         metadata: What embeddings by it should say of themselves: run, encoder, survey.
         run: The run's record.
         folder: The run's folder, where it was read from one.
+        step: Steps that it was trained for, where its record says so.
     """
 
     method: Method
@@ -38,6 +39,7 @@ class Encoder:
     metadata: dict[str, str]
     run: Run
     folder: Path | None = None
+    step: int | None = None
 
     @classmethod
     def load(cls, source: TrainedEncoder, survey: Survey, device: torch.device, *, trained: bool = True) -> Encoder:
@@ -88,7 +90,7 @@ class Encoder:
             view = replace(view, neighbours=view.neighbours.scaled(inputs.node_mean, inputs.node_std))
         # RUN/checkpoints/step-N or RUN/export/FILE; a file elsewhere has no run beside it.
         folder = source.path.parents[1] if len(source.path.parents) > 1 else None
-        return cls(method, view, metadata, run, folder)
+        return cls(method, view, metadata, run, folder, source.record.get("step"))
 
     def readouts_of(self, survey: Survey) -> dict[str, Readout]:
         """The method's named embeddings that this survey has the modalities for."""

@@ -27,7 +27,8 @@ class ClassScores:
         commonest: Accuracy of who always gives the commonest class.
         accuracy: Share of samples that lie on the right side of 1/2, or whose class is right.
         f1: Harmonic mean of precision and recall of the ones, at 1/2; 0 where no one is found. Of more classes the mean of theirs.
-        auc: Chance that a one has a higher prediction than a zero, ties counting half; NaN with one class or more than two.
+        auc: Chance that a one has a higher prediction than a zero, ties counting half; NaN with one class or more than two, and
+            where predictions are classes themselves.
     """
 
     samples: int
@@ -91,6 +92,6 @@ def _measures(true: np.ndarray, predicted: np.ndarray) -> tuple[float, float, fl
     hits, total = np.sum(ones & said), np.sum(ones) + np.sum(said)
     n1 = int(np.sum(ones))
     n0, auc = len(true) - n1, np.nan
-    if n1 and n0:  # Mann-Whitney U
+    if n1 and n0 and not np.isin(predicted, (0, 1)).all():  # Mann-Whitney U
         auc = float((rankdata(predicted)[ones].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
     return float(np.mean(ones == said)), float(2 * hits / total) if total else 0.0, auc

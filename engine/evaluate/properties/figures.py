@@ -70,7 +70,9 @@ def strata_chart(strata: Sequence[Strata], label: str, order: Sequence[str]) -> 
 
 
 def prediction_section(predictions: Sequence[Prediction]) -> Markup:
-    """Predicted against true label with residuals, a card for each feature set; all predictions are of one label."""
+    """Predicted against true label with residuals, a card for each feature set; all are of one label. Nothing without any."""
+    if not predictions:
+        return Markup()
     label = predictions[0].label
     cards = []
     for p in predictions:

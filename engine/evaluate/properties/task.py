@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from armillary.engine.evaluate.probes.bins import quantile_strata, score_strata
-from armillary.engine.evaluate.probes.classes import ClassScores
 from armillary.engine.evaluate.probes.perceptron import PerceptronTraining
 from armillary.engine.evaluate.probes.probes import KNN, MLP, Probe
 from armillary.engine.evaluate.properties.figures import bias_section, prediction_section, strata_section
@@ -126,7 +125,7 @@ def properties(study: Study, options: PropertyOptions | None = None) -> Outcome:
         comparison_section(comparisons, headline, labels),
         redshift_section(redshifts),
         class_section(predictions),
-        prediction_section(heads),
+        prediction_section([p for p in heads if not p.classes]),
         bias_section([p for p in heads if p.bias], list(study.features)),
         strata_section(strata, headline, list(study.features)),
     ]
@@ -210,13 +209,17 @@ def _measures(
     return out
 
 
-def _of_classes(k: ClassScores) -> str:
-    low, high = k.accuracy - 1.96 * k.accuracy_se, k.accuracy + 1.96 * k.accuracy_se
-    area = "" if np.isnan(k.auc) else f", AUC {k.auc:.3f}"
-    said = (
-        f"accuracy {k.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}; the commonest class alone {k.commonest:.1%})"
-    )
-    return f"{said}, F1 {k.f1:.3f}{area}"
+def _said(p: Prediction) -> str:
+    """The scores of a prediction; with 95% intervals where nothing was fitted here."""
+    if k := p.classes:
+        low, high = k.accuracy - 1.96 * k.accuracy_se, k.accuracy + 1.96 * k.accuracy_se
+        area = "" if np.isnan(k.auc) else f", AUC {k.auc:.3f}"
+        said = f"accuracy {k.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}; the commonest class alone {k.commonest:.1%})"
+        return f"{said}, F1 {k.f1:.3f}{area}"
+    said = f"R2 {p.r2:.3f} ± {p.r2_se:.3f}"
+    if p.model == OWN:
+        said += f" (95% interval {p.r2 - 1.96 * p.r2_se:.3f} to {p.r2 + 1.96 * p.r2_se:.3f})"
+    return said + (f", NMAD {p.scores.nmad:.4f}, catastrophic {p.scores.catastrophic:.1%}" if p.scores else "")
 
 
 def _lines(
@@ -227,18 +230,12 @@ def _lines(
     headline: str,
     labels: Sequence[str],
 ) -> list[str]:
-    out = [
-        f"{headline} from {p.features} ({p.model}): R2 {p.r2:.3f} ± {p.r2_se:.3f}"
-        + (f" (95% interval {p.r2 - 1.96 * p.r2_se:.3f} to {p.r2 + 1.96 * p.r2_se:.3f})" if p.model == OWN else "")
-        + (f", NMAD {p.scores.nmad:.4f}, catastrophic {p.scores.catastrophic:.1%}" if p.scores else "")
-        + (f", {_of_classes(p.classes)}" if p.classes else "")
-        for p in heads
-    ]
+    out = [f"{headline} from {p.features} ({p.model}): {_said(p)}" for p in heads]
     out += [str(c) for c in comparisons if c.label == headline]
     for name, features in study.features.items():
         if features.targets and not set(features.targets) & set(labels):
             out.append(f"{name}: left out, it predicts none of {', '.join(labels)}")
-    if len(strata) < 2:
+    if len(strata) < 2 and not any(p.classes for p in heads):
         how = f"by {strata[0].by} only" if strata else "neither by magnitude nor by its value"
         out.append(f"{headline} is split {how}: there are too few test samples, or no label of {', '.join(MAGNITUDES)}")
     return out

@@ -78,7 +78,9 @@ def evaluate_study(
     _check_names(options, survey)
     sources = [TrainedEncoder.open(run) for run in runs]
     encoders = [Encoder.load(source, survey, where) for source in sources]
-    logbooks = {e.run.name: RunLog.read(run) for e, run in zip(encoders, runs, strict=True)}
+    logbooks: dict[str, RunLog] = {}
+    for encoder, run in zip(encoders, runs, strict=True):  # two checkpoints of a run have one log
+        logbooks.setdefault(encoder.run.name, RunLog.read(run))
     wanted = _wanted(encoders, survey, readout)
     reasons = _impossible(options, survey, [e.method for e in encoders])
     if options.tasks == ("ablation",):  # which reads predictions alone
@@ -213,9 +215,15 @@ def _wanted(encoders: Sequence[Encoder], survey: Survey, chosen: str | None = No
             readouts = {chosen: readouts[chosen]}
         possible = encoder.readouts_of(survey)
         found += [_Wanted(encoder, name, about, about.title) for name, about in readouts.items() if name in possible]
-    titles = [w.name for w in found]
+    titles, runs = [w.name for w in found], [encoder.run.name for encoder in encoders]
+
+    def whose(encoder: Encoder) -> str:
+        """The run's name, with the step where several of its checkpoints are compared."""
+        alone = runs.count(encoder.run.name) == 1 or encoder.step is None
+        return encoder.run.name if alone else f"{encoder.run.name}, step {encoder.step:,}"
+
     return [
-        w if titles.count(w.name) == 1 else _Wanted(w.encoder, w.readout, w.about, f"{w.name} ({w.encoder.run.name})")
+        w if titles.count(w.name) == 1 else _Wanted(w.encoder, w.readout, w.about, f"{w.name} ({whose(w.encoder)})")
         for w in found
     ]
 

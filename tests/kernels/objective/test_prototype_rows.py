@@ -1,4 +1,4 @@
-"""Loss and in-place gradient of a chunk of logits against float64, PyTorch rows and Triton rows."""
+"""Loss and in-place gradient of a chunk of logits against float64: PyTorch rows, Triton rows, and on a CPU those in C++ ("auto")."""
 
 import pytest
 import torch
@@ -65,7 +65,36 @@ def test_loss_and_gradient(factors, v, dtype, device, poison_empty):
     check(chunk, chunk.rows(), chunk.rows("reference"))
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("v", [1, 15, 511, 512, 1100])  # blocks are of 512
+@pytest.mark.parametrize("factors", PAIRS.values(), ids=PAIRS)
+def test_loss_and_gradient_in_cpp(factors, v, dtype, poison_empty):
+    chunk = Chunk(factors, n=4, v=v, dtype=dtype, bias=v != 511)
+    one = chunk.rows("auto")
+    check(chunk, one, chunk.rows("reference"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(one, chunk.rows("auto"), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_logits_that_fall_from_block_to_block():
+    """Sums of blocks are joined by the row's greatest logit; far below it they vanish."""
+    chunk = Chunk(DINO, v=2048)
+    for logits in (chunk.x, chunk.y):
+        logits += torch.linspace(0, -300, 2048)
+    check(chunk, chunk.rows("auto"), chunk.rows("reference"))
+    chunk.x[2, 0, :600] = chunk.y[0, 0, :600] = -torch.inf  # a whole block
+    chunk.bias[1024:] = -torch.inf
+    loss, gradient = chunk.rows("auto")
+    expected, expected_gradient = chunk.rows("reference")
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    torch.testing.assert_close(gradient, expected_gradient, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_logits_of_ten_thousand(dtype, impl, device):
     chunk = Chunk(DINO, dtype=dtype, device=device)
@@ -76,7 +105,7 @@ def test_logits_of_ten_thousand(dtype, impl, device):
     check(chunk, (loss, gradient), chunk.rows("reference"))
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
 @pytest.mark.parametrize("low", [-1e4, -1e30, -torch.inf])
 def test_a_bias_that_rules_prototypes_out(low, impl, device):
     chunk = Chunk(DINO, device=device)
@@ -86,7 +115,7 @@ def test_a_bias_that_rules_prototypes_out(low, impl, device):
     assert (gradient[2:, 1:, :70] > 0).all()  # only pushed down
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_rows_spoil_only_themselves(bad, impl, device):
     chunk = Chunk(DINO, n=5, device=device)
@@ -101,7 +130,7 @@ def test_bad_rows_spoil_only_themselves(bad, impl, device):
         assert after[spoilt].isnan().flatten(1).any(1).all() if after.dim() > 2 else after[spoilt].isnan().all()
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
 def test_minus_infinity_in_a_students_logits(impl, device):
     """A target on an impossible prototype costs infinitely much; the other rows do not notice."""
     chunk = Chunk(IBOT, device=device)
@@ -112,39 +141,42 @@ def test_minus_infinity_in_a_students_logits(impl, device):
     assert gradient.isfinite().all() and gradient[0, 1, 3] < 0
 
 
-def test_a_weight_of_zero(device):
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_a_weight_of_zero(impl, device):
     chunk = Chunk(DINO, device=device)
-    loss, gradient = chunk.rows()
+    loss, gradient = chunk.rows(impl)
     assert loss[0, 0] > 0 and not gradient[0, 0].any() and gradient[0, 1].any()
 
 
-def test_a_weight_for_all_rows(device):
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_a_weight_for_all_rows(impl, device):
     chunk = Chunk(DINO, device=device)
     chunk.weight = torch.full((1, 1), 0.3, device=device).expand(4, 3)
-    expanded = chunk.rows()
+    expanded = chunk.rows(impl)
     chunk.weight = chunk.weight.contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(expanded, chunk.rows(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, chunk.rows(impl), strict=True))
     chunk.weight = torch.full((3, 4), 0.3, device=device).T
-    assert all(torch.equal(a, b) for a, b in zip(expanded, chunk.rows(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, chunk.rows(impl), strict=True))
 
 
-def test_rows_do_not_depend_on_their_company(device):
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_rows_do_not_depend_on_their_company(impl, device):
     chunk = Chunk(DINO, n=6, device=device)
-    whole = chunk.rows()
-    assert all(torch.equal(a, b) for a, b in zip(whole, chunk.rows(), strict=True))
+    whole = chunk.rows(impl)
+    assert all(torch.equal(a, b) for a, b in zip(whole, chunk.rows(impl), strict=True))
     for name in ("x", "y", "weight"):
         setattr(chunk, name, getattr(chunk, name)[:, 4:5].contiguous())
-    assert all(torch.equal(a[:, 4:5], b) for a, b in zip(whole, chunk.rows(), strict=True))
+    assert all(torch.equal(a[:, 4:5], b) for a, b in zip(whole, chunk.rows(impl), strict=True))
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
 def test_without_gradient_the_logits_stay(impl, device):
     chunk = Chunk(DINO, device=device)
     loss, x = chunk.rows(impl, gradient=False)
     assert torch.equal(x, chunk.x) and torch.equal(loss, chunk.rows(impl)[0])
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
 def test_no_rows(impl, device):
     loss, x = Chunk(DINO, n=0, device=device).rows(impl)
     assert loss.shape == (4, 0) and x.shape == (4, 0, 130)

@@ -39,6 +39,8 @@ def check(lengths, qkv, layout, scale=None):
     for ours, plain, exact in zip(got, eager, right, strict=True):
         assert ours.dtype == qkv.dtype
         assert_as_good(ours, plain, exact)
+    sums = got[1].__dict__["column_sums"][1]  # of the gradient's rows, in float32
+    assert_as_good(sums.to(qkv.dtype), eager[1].sum(0), right[1].sum(0))
 
 
 RAGGED = {  # lengths, heads, head dim, scale; blocks have 16 tokens
@@ -193,7 +195,7 @@ def test_compiles_without_spilling(kernel, dim, longest):
         options = module._options(row, 16, dim, longest, "ieee")
         fn = getattr(module, f"{kernel}_kernel").fn
         names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
-        kinds = {"cu_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+        kinds = {"cu_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "sums_ptr": "*fp32", "scale": "fp32"}
         kinds |= dict.fromkeys(pointers, "*bf16") | dict.fromkeys(("first", "blocks", "tokens"), "i32")
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         signature = {name: kind for name, kind in kinds.items() if name in names}

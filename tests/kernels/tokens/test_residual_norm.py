@@ -85,6 +85,10 @@ class Case:
             error, allowed = ((z.double() - t).abs().amax(-1) for z in (a, e))
             limit = 2 * allowed + UNITS[dtype] * t.abs().amax(-1)
             assert (error <= limit).all(), (name, (error / limit).max())
+        if not self.first:  # sums of dy travel with it
+            sums, parts = got[-1].__dict__["column_sums"][1], exact[-1]
+            assert sums.dtype == torch.float32
+            assert ((sums - parts.sum(0)).abs() <= 4 * UNITS[dtype] * (1 + parts.abs().sum(0))).all()
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
@@ -301,7 +305,7 @@ SIGNATURES = {
     "fwd": (("x_ptr", "y_ptr", "weight_ptr", "bias_ptr", "out_ptr", "n_ptr"), {"width": "i32", "eps": "fp32"}),
     "bwd": (
         ("d_out_ptr", "d_n_ptr", "out_ptr", "weight_ptr", "d_x_ptr", "d_y_ptr"),
-        {"sums_ptr": "*fp32", "tokens": "i32", "width": "i32"},
+        {"sums_ptr": "*fp32", "y_sums_ptr": "*fp32", "tokens": "i32", "width": "i32"},
     ),
 }
 
@@ -321,7 +325,7 @@ def test_compiles_without_spilling(kernel, dtype, width, sm):
         num_warps=shape["num_warps"],
     )[sm]
     assert used.stack == used.local == 0 and used.shared <= SHARED_LIMIT[sm], used
-    assert used.registers * 32 * 24 <= 65536, used  # all warps of the backward kernel are resident at once
+    assert used.registers * 32 * 20 <= 65536, used  # all warps of the backward kernel are resident at once
 
 
 @pytest.mark.gpu

@@ -1,11 +1,14 @@
 """Worker processes that cannot start: a clear error soon, never a wait."""
 
+import multiprocessing.synchronize
 import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+
+from armillary.engine.data.building.workers import Workers
 
 LARGE = 100_000  # numbers of 8 bytes: more than the 65,536 bytes that a pipe holds
 
@@ -77,3 +80,16 @@ def test_a_large_source_reaches_the_workers(tmp_path):
         "catalog.parquet",
         "survey.json",
     ]
+
+
+def test_processes_that_cannot_share_locks_say_where_these_lie(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
+    with pytest.raises(
+        OSError, match=r"processes: 2 cannot share locks, which lie in /dev/shm .*; make room there, or take 1"
+    ):
+        with Workers(object(), 2, tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -109,6 +110,19 @@ def test_dali_goes_on_sample_by_sample(survey, monkeypatch, caplog):
     assert "reading the rest of this segment sample by sample" in caplog.text
     for one, other in zip(expected, found, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_shard_that_dali_cannot_open_is_named(survey, tmp_path, caplog):
+    pytest.importorskip("nvidia.dali")
+    shutil.copytree(survey, tmp_path / "survey")
+    with Loader(tmp_path / "survey", micro_batch=4, device="cpu", reader="dali") as loader:
+        files = loader._source.files
+        for shard in range(len(files.records)):
+            files.lines(shard)  # the index is known, the tar is not open
+        (gone,) = sorted((tmp_path / "survey").glob("train-*.tar"))[:1]
+        gone.unlink()
+        with pytest.raises(FileNotFoundError, match=gone.name):
+            list(islice(loader, 12))
 
 
 def test_storage_that_hangs_ends_with_an_error(survey, monkeypatch):

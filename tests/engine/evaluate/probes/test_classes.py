@@ -25,6 +25,11 @@ def test_one_class_has_no_curve():
     assert found.accuracy == 1.0 and found.f1 == 0.0 and np.isnan(found.auc)
 
 
+def test_classes_that_are_said_outright_have_no_curve():
+    found = class_scores(np.array([0.0, 1.0, 1.0, 0.0]), np.array([0.0, 1.0, 0.0, 0.0]))
+    assert (found.accuracy, found.share, found.commonest) == (0.75, 0.5, 0.5) and np.isnan(found.auc)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_more_classes_are_scored_by_their_codes(seed):
     rng = np.random.default_rng(seed)

@@ -82,6 +82,14 @@ def test_sets_of_all_runs_under_names_that_differ(runs, survey_dir, tmp_path):
     assert {len(s.embeddings) for s in sets} == {Survey.load(survey_dir).count()}
 
 
+def test_two_checkpoints_of_a_run_are_told_apart_by_their_steps(runs):
+    run = types.SimpleNamespace(name="one", views=types.SimpleNamespace(modalities=("image",)))
+    survey = types.SimpleNamespace(modalities=("image",))
+    made = [Encoder(Colours("light"), EvalView(Crop()), {}, run, None, step) for step in (800, 1200)]
+    names = [w.name for w in evaluate_module._wanted(made, survey)]
+    assert names == ["light (one, step 800)", "light (one, step 1,200)"]
+
+
 def test_embeddings_are_used_again_where_nothing_changed(runs, survey_dir, tmp_path):
     folders, methods = runs
     first = feature_sets(folders, survey_dir, tmp_path / "out", Options())
