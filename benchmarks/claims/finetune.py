@@ -123,7 +123,9 @@ def draw(path: Path, label: str, figure_file: Path) -> None:
     for place, way in enumerate(WAYS):
         counts = sorted(count for name, count in scores if name == way)
         values = [list(scores[way, count].values()) for count in counts]
-        (line,) = axes.plot(counts, [np.mean(v) for v in values], label=way, lw=1.5)
+        if not counts:
+            continue
+        (line,) = axes.plot(counts, [np.mean(v) for v in values], label=way, lw=1.5, color=f"C{place}")
         for count, of_seeds in zip(counts, values, strict=True):
             beside = count * 1.05 ** (place - (len(WAYS) - 1) / 2)
             axes.plot([beside] * len(of_seeds), of_seeds, "o", ms=4, color=line.get_color(), alpha=0.6)
