@@ -48,7 +48,7 @@ def build(
     and catalogues) are described by a recipe in Python, see docs/data.md.
 
     Args:
-        source: File or folder.
+        source: File or folder; of the Hugging Face hub hf://datasets/OWNER/REPO, or a file or folder of it, which is fetched first.
         out: Folder of the survey; made if need be.
         kind: What the source is; by default seen from its file names. module:class, or file.py:class, for a reader of your own.
         name: Survey name; by default that of the folder.
@@ -85,6 +85,7 @@ def build(
     from armillary.engine.data.sources.kinds import open_source
     from armillary.engine.data.sources.options import parse_options
     from armillary.engine.data.sources.selected import Selected
+    from armillary.engine.hub_files import fetch_dataset
 
     given = {
         "labels": labels,
@@ -96,7 +97,7 @@ def build(
     }
     options = {name: value for name, value in given.items() if value is not None} | parse_options(sum(option, ()))
     cuts = sum(cut, ())
-    opened = open_source(source, kind, on_bad=on_bad, **options)
+    opened = open_source(fetch_dataset(source), kind, on_bad=on_bad, **options)
     if cuts or drop_duplicates_arcsec is not None:
         opened = Selected(opened, cuts, drop_duplicates_arcsec=drop_duplicates_arcsec)
     survey = build_survey(
