@@ -182,7 +182,7 @@ class GalaxyWalkerSubject(Subject):
 
     def watch(self, method: Any, clock: Clock) -> None:
         """Time the model, image encoder and all."""
-        clock.around(method.reader.vlm.model, "tokens", "model")
+        clock.around(method.reader.vlm.model.language_model, "tokens", "model")
 
     def batch(self, index: int, size: int) -> Batch:
         """Random galaxies; each is asked for a property or for its bar."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
@@ -38,12 +39,12 @@ INTERRUPTED, UNREAD = 130, 141  # as shells call an end by SIGINT and by SIGPIPE
 
 COMMANDS = {
     "data build": ("armillary.engine.data.cli", "build", "pack files into a survey"),
-    "data check": ("armillary.engine.data.cli", "check", "verify a survey's files"),
+    "data check": ("armillary.engine.data.inspect.cli", "check", "verify a survey's files"),
     "data kinds": ("armillary.engine.data.cli", "kinds", "list what can be read"),
-    "data leaks": ("armillary.engine.data.cli", "leaks", "look for objects in two splits"),
-    "data show": ("armillary.engine.data.cli", "show", "draw samples of a survey"),
-    "data stats": ("armillary.engine.data.cli", "stats", "histograms, redshifts, sky coverage"),
-    "data export": ("armillary.engine.data.cli", "export", "write samples as FITS, HDF5 or Parquet"),
+    "data leaks": ("armillary.engine.data.inspect.cli", "leaks", "look for objects in two splits"),
+    "data show": ("armillary.engine.data.inspect.cli", "show", "draw samples of a survey"),
+    "data stats": ("armillary.engine.data.inspect.cli", "stats", "histograms, redshifts, sky coverage"),
+    "data export": ("armillary.engine.data.inspect.cli", "export", "write samples as FITS, HDF5 or Parquet"),
     "data graph": ("armillary.engine.data.cli", "graph", "neighbours on the sky"),
     "data simulate": ("armillary.engine.data.simulate.cli", "simulate", "make a survey of simulated galaxies"),
     "data simulate-photometry": (
@@ -109,6 +110,8 @@ def _run(words: list[str]) -> int:
             raise ValueError("; ".join(problems))
         command = getattr(importlib.import_module(module), function)
         refuse_repeats(words, repeatable(command))
+        # Help is wrapped to the terminal; tyro would keep the line breaks of the source in it as well.
+        command.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(command.__doc__ or ""))
         return int(tyro.cli(command, prog=f"armillary {name}", args=words[len(name.split()) :]) or 0)
     except SystemExit as left:  # tyro has said why
         return UNREAD if isinstance(left.__context__, BrokenPipeError) else int(left.code or 0)  # rich ends so

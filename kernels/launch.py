@@ -4,7 +4,7 @@
 
     reference   plain PyTorch: runs anywhere, in any float dtype, and is the oracle of the tests
     triton      the Triton kernels: a CUDA device, or a CPU under Triton's interpreter (TRITON_INTERPRET=1, for tests)
-    auto        triton on a CUDA device, reference elsewhere and for float64
+    auto        triton on a CUDA device, reference elsewhere and for float64; on a CPU prototype_rows_ is C++ (csrc/prototypes.cpp)
 
 One operation can be taken out: ARMILLARY_IMPL="linear_gelu=reference,residual_norm=reference" in the environment overrides `impl`
 of these alone, so that one bad kernel costs one kernel.

@@ -28,6 +28,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from armillary.models.constants import constant
+
 __all__ = ["Answer", "Distribution", "Quantity", "Questions", "Scaling", "ScalingKind"]
 
 ScalingKind = Literal["linear", "log10", "log1p", "asinh", "shape"]
@@ -166,7 +168,7 @@ class Scaling:
 
     @staticmethod
     def _like(numbers: tuple[float, ...], values: Tensor) -> Tensor:
-        return torch.tensor(numbers, dtype=values.dtype, device=values.device)
+        return constant(numbers, values)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """How long a CPU takes for counted work: a rate a class of operations, each measured, and what an operation costs by itself.
 
 A core computes and moves in turns, so that the time of a product is that of its FLOPs and of its bytes, not the longer of both as
-on a GPU. Functions (exp, erf and what is made of them, norms) run at a rate of their own, far below a copy's; so do convolutions, and
-pooling, which compares every number of a window. An operation costs dispatch, autograd and the Python around it, whatever its size; a
-convolution many times that, since its library brings tensors into layouts of its own and back.
+on a GPU. Functions (exp, erf and what is made of them, norms) run at a rate of their own, far below a copy's; so do convolutions,
+pooling, which compares every number of a window, and batch normalisation, which reads its input several times. An operation costs
+dispatch, autograd and the Python around it, whatever its size; a convolution many times that, since its library brings tensors into
+layouts of its own and back.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class CpuRates:
         memory: Bytes/s of copies and sums, by the sizes of tensors.
         functions: Bytes/s of functions, likewise.
         pooling: Bytes/s of max-pooling.
+        batch_norm: Bytes/s of batch normalisation.
         operation: Seconds of an operation on nothing, forward or backward.
         convolution: Seconds of a convolution of almost nothing, forward or backward.
     """
@@ -76,6 +78,7 @@ class CpuRates:
     memory: tuple[float, ...]
     functions: tuple[float, ...]
     pooling: float
+    batch_norm: float
     operation: float
     convolution: float
 
@@ -84,20 +87,22 @@ class CpuRates:
         """Measure all, in some seconds."""
         memory, functions = _rates(torch.clone), _rates(F.gelu)
         products = measure_gemm(torch.device("cpu"), torch.float32)
-        small = _Probe.of(_small_convolutions(), "convolution")
+        operation = _operation()
+        small = _Probe.of(_small_convolutions(), "convolution", operation)
         convolution = (small.seconds - small.moving(memory)) / small.times
-        large = _Probe.of(_convolutions(), "convolution")
+        large = _Probe.of(_convolutions(), "convolution", operation)
         convolutions = large.flops / (large.seconds - large.moving(memory) - large.times * convolution)
-        attention = _Probe.of(_attention(), "attention")
-        pool = _Probe.of(_pooling(), "pool")
+        attention = _Probe.of(_attention(), "attention", operation)
+        pool, norm = _Probe.of(_pooling(), "pool", operation), _Probe.of(_batch_norm(), "batch_norm", operation)
         return cls(
             products,
             convolutions,
             attention.flops / (attention.seconds - attention.moving(memory)),
             memory,
             functions,
-            pool.bytes / pool.seconds,
-            _operation(),
+            pool.bytes / (pool.seconds - pool.times * operation),
+            norm.bytes / (norm.seconds - norm.times * operation),
+            operation,
             convolution,
         )
 
@@ -107,7 +112,7 @@ class CpuRates:
             f"products {self.products / 1e9:.0f} GFLOP/s, convolutions {self.convolutions / 1e9:.0f}, attention "
             f"{self.attention / 1e9:.0f}; copies "
             f"{_listed(self.memory)} GB/s for tensors of 16 KiB to 8 MiB, functions {_listed(self.functions)}, pooling "
-            f"{self.pooling / 1e9:.1f}; an operation {1e6 * self.operation:.1f} us, a convolution {1e6 * self.convolution:.0f}"
+            f"{self.pooling / 1e9:.1f}, batch normalisation {self.batch_norm / 1e9:.1f}; an operation {1e6 * self.operation:.1f} us, a convolution {1e6 * self.convolution:.0f}"
         )
 
     def seconds(self, work: Work) -> float:
@@ -117,8 +122,9 @@ class CpuRates:
         itself = self.operation
         if "convolution" in work.name:
             rate, itself = self.convolutions, self.convolution
-        if "pool" in work.name:
-            return itself + work.bytes / self.pooling
+        for name, own in (("pool", self.pooling), ("batch_norm", self.batch_norm)):
+            if name in work.name:
+                return itself + work.bytes / own
         moving = work.bytes / _at(self.functions if slow else self.memory, work.bytes)
         return itself + moving + work.flops / rate
 
@@ -151,18 +157,21 @@ class _Probe:
 
     Attributes:
         work: They, as counted.
-        seconds: What all took.
+        seconds: What they took.
     """
 
     work: Mapping[Work, int]
     seconds: float
 
     @classmethod
-    def of(cls, forward: Callable[[], Tensor], name: str) -> _Probe:
+    def of(cls, forward: Callable[[], Tensor], name: str, operation: float) -> _Probe:
+        """Those with a name among what is done; the others, which are small, cost what an operation costs by itself."""
         counting = Counting("cpu")
         with counting:
             forward().backward()
-        return cls({w: n for w, n in counting.work.items() if name in w.name}, best(lambda: forward().backward(), 20))
+        work = {w: n for w, n in counting.work.items() if name in w.name}
+        others = sum(counting.work.values()) - sum(work.values())
+        return cls(work, best(lambda: forward().backward(), 20) - others * operation)
 
     @property
     def times(self) -> int:
@@ -196,8 +205,8 @@ def _convolutions() -> Callable[[], Tensor]:
 
 
 def _attention() -> Callable[[], Tensor]:
-    """Attention of short sequences."""
-    q = torch.randn(16, 4, 128, 32, requires_grad=True)
+    """Attention of short sequences with heads of 16 numbers, where softmax takes as long as the products."""
+    q = torch.randn(16, 4, 36, 16, requires_grad=True)
     return lambda: F.scaled_dot_product_attention(q, q, q).sum()
 
 
@@ -205,6 +214,12 @@ def _pooling() -> Callable[[], Tensor]:
     """A residual network's only pooling."""
     x = torch.randn(32, 16, 24, 24, requires_grad=True)
     return lambda: F.max_pool2d(x, 3, 2, 1).sum()
+
+
+def _batch_norm() -> Callable[[], Tensor]:
+    """One of the same network."""
+    layer, x = nn.BatchNorm2d(16), torch.randn(32, 16, 12, 12, requires_grad=True)
+    return lambda: layer(x).sum()
 
 
 def _operation() -> float:

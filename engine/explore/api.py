@@ -230,6 +230,7 @@ class Pages:
                 raise
             except Exception as error:  # readers of files meet whatever people drop on the page
                 said = str(error).replace(str(path), safe).replace(place, "the upload").strip()
+                said = re.sub(r"; give the kind \(--kind\).*", "; drop a FITS file, a JPEG or a PNG", said)
                 raise Refused(422, f"{safe} cannot be searched for: {said or type(error).__name__}") from error
         return Reply.json({"key": safe, "answers": self._pairs(rows, cosines), **_seen(one)})
 

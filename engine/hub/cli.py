@@ -71,7 +71,7 @@ def export(
 
 def _export_hub(run: Path, out: Path, push: str | None, licence: str) -> int:
     from armillary.engine.hub.folder import export_folder
-    from armillary.engine.weights.hub import check_repo, upload
+    from armillary.engine.hub_files import check_repo, upload
     from armillary.engine.weights.trained_encoder import TrainedEncoder
 
     if push:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from armillary.engine.config.run import Run
 from armillary.engine.data.format.survey import Survey
+from armillary.engine.hub_files import fetch
 from armillary.engine.sealed_json import unsealed
 from armillary.engine.weights.checkpoint import latest
-from armillary.engine.weights.hub import fetch
 from armillary.engine.weights.public_checkpoints import read_state_dict
 from armillary.engine.weights.resume import open_archive
 from armillary.engine.weights.tensors import Archive

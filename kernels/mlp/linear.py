@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "auto") -> T
     Returns:
         [M, N].
     """
-    fused = use_triton("linear", impl, x)
-    if not fused or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    if plain or not use_triton("linear", impl, x):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)

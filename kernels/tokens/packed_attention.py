@@ -47,6 +47,7 @@ from armillary.kernels.tokens.packed_attention_kernels import (
     queries_bwd_kernel,
     whole_bwd_kernel,
 )
+from armillary.kernels.tokens.run_attention import run_attention, suits_runs
 
 __all__ = ["packed_attention", "packed_attention_reference", "self_attention"]
 
@@ -159,9 +160,7 @@ def packed_attention(
     name = "packed_attention"
     fused = use_triton("packed_attention", impl, qkv)
     check_tensor(name, "qkv", qkv, ["P", 3, "H", "D"])
-    check_tensor(name, "layout.cu_seqlens", layout.cu_seqlens, ["N + 1"], like=qkv, dtypes=[torch.int32])
-    if layout.runs is not None and (tokens := sum(n * length for n, length in layout.runs)) != len(qkv):
-        refuse(name, "layout", f"must describe the {len(qkv)} tokens of qkv", tokens)
+    _check_layout(name, qkv, layout)
     if not fused:
         return packed_attention_reference(qkv, layout, scale=scale)
     if not 1 <= qkv.shape[3] <= MAX_HEAD:
@@ -169,14 +168,20 @@ def packed_attention(
     return _PackedAttention.apply(qkv, layout, qkv.shape[3] ** -0.5 if scale is None else scale)
 
 
+def _check_layout(name: str, qkv: Tensor, layout: PackedSequences) -> None:
+    check_tensor(name, "layout.cu_seqlens", layout.cu_seqlens, ["N + 1"], like=qkv, dtypes=[torch.int32])
+    if layout.runs is not None and (tokens := sum(n * length for n, length in layout.runs)) != len(qkv):
+        refuse(name, "layout", f"must describe the {len(qkv)} tokens of qkv", tokens)
+
+
 def self_attention(qkv: Tensor, layout: PackedSequences, *, backend: str = "auto") -> Tensor:
-    """Self-attention by the backend that suits: `packed_attention`, or one of `armillary.kernels.tokens.attention`.
+    """Self-attention by the backend that suits: `packed_attention`, `run_attention`, or one of `armillary.kernels.tokens.attention`.
 
     Args:
         qkv: [P, 3, H, D], what one linear layer made of P tokens.
         layout: Their sequences.
         backend: One of `armillary.kernels.tokens.attention.BACKENDS`. "auto" takes `packed_attention` on a GPU for bf16 and
-            fp16, heads up to 128 and sequences up to 192 tokens, "triton" always.
+            fp16, heads up to 128 and sequences up to 192 tokens, "triton" always; "auto" and "torch" take `run_attention` on a CPU.
 
     Returns:
         [P, H, D], dtype of qkv.
@@ -190,5 +195,8 @@ def self_attention(qkv: Tensor, layout: PackedSequences, *, backend: str = "auto
     suits = qkv.dtype in HALF and layout.max_len <= SHORT and qkv.shape[-1] <= MAX_HEAD
     if backend == "auto" and suits and use_triton("packed_attention", "auto", qkv):
         return packed_attention(qkv, layout)
+    if backend in ("auto", "torch") and suits_runs(qkv, layout):
+        _check_layout("self_attention", qkv, layout)
+        return run_attention(qkv, layout)
     q, k, v = qkv.unbind(1)
     return attention(q, k, v, layout, backend=backend)

@@ -6,9 +6,10 @@ t frames of a patch (an image is repeated), g = N / p.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from armillary.models.constants import constant
 
 __all__ = ["patches"]
 
@@ -31,7 +32,7 @@ def patches(crop: Tensor, side: int, patch: int, merge: int, frames: int, clip_c
     if x.shape[-1] != side:
         x = F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
     numbers = (MEAN, STD) if clip_colours else ((0.5,) * 3, (0.5,) * 3)
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in numbers)
+    mean, std = (constant(v, x).view(3, 1, 1) for v in numbers)
     b, grid = len(x), side // patch // merge
     x = ((x - mean) / std).view(b, 3, grid, merge, patch, grid, merge, patch)
     x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, G, G, m, m, 3, p, p]

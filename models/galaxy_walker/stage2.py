@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armillary.kernels.pixels.philox import Purpose, streams, uniforms
+from armillary.models.constants import constant
 from armillary.models.galaxy_walker import vlm as vlms
 from armillary.models.galaxy_walker.adapter import adapt
 from armillary.models.galaxy_walker.cost import activation_bytes, flops_per_sample
@@ -181,9 +182,8 @@ class GalaxyWalkerMethod(Method):
             wanted = batch["targets"].gather(1, asked.clamp(min=0)[:, None])[:, 0]
             scored = asked >= 0
             if not self.config.standardise:
-                std, mean = (
-                    self._moments(x, asked.clamp(min=0)) for x in (self.inputs.target_std, self.inputs.target_mean)
-                )
+                moments = self.inputs.target_std, self.inputs.target_mean
+                std, mean = (constant(x, wanted)[asked.clamp(min=0)] for x in moments)
                 wanted = wanted * std + mean
             errors = F.smooth_l1_loss(predicted, torch.where(scored, wanted, 0.0), reduction="none")
             number = torch.where(scored, errors, 0.0).sum() / scored.sum().clamp(min=1)
@@ -194,9 +194,6 @@ class GalaxyWalkerMethod(Method):
             weights = weights / weights.sum()
             terms = weights[0] * lm, weights[1] * number
         return Losses(terms[0] + terms[1], {"lm": terms[0].detach(), "number": terms[1].detach()})
-
-    def _moments(self, values: tuple[float, ...], which: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=which.device)[which]
 
     def embed_neighbours(self, batch: Batch) -> Batch:
         """The batch with `geometry_vectors` in place of its neighbours; as it is where it has none.
@@ -253,9 +250,7 @@ class GalaxyWalkerMethod(Method):
                 found["hidden"] = reading.hidden[:, int(asked["answer_start"][0]) - 1].float()
             numbers.append(self.reader.number(reading, asked["answer_start"], self.config.replay))
         if self.inputs.targets:
-            std, mean = (
-                torch.tensor(x, device=numbers[0].device) for x in (self.inputs.target_std, self.inputs.target_mean)
-            )
+            std, mean = (constant(x, numbers[0]) for x in (self.inputs.target_std, self.inputs.target_mean))
             raw = torch.stack(numbers, 1)
             found["properties"] = raw * std + mean if self.config.standardise else raw
         return found

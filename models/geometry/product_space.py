@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from armillary.kernels.launch import Impl
+from armillary.models.constants import constant
 from armillary.models.geometry.manifolds import distance as ball_distance
 
 __all__ = ["factor_distance", "product_distance"]
@@ -48,7 +49,7 @@ def factor_distance(x: Tensor, y: Tensor, space: str, c: Tensor | float = 1.0, *
     if space == "euclidean":
         return _length(x - y)
     # An angle from both chords keeps its digits at 0 and at pi, where the arc cosine loses them.
-    root = torch.as_tensor(c, dtype=x.dtype, device=x.device).sqrt()
+    root = constant(c, x).sqrt()
     return 2 * torch.atan2(_length(x - y), _length(x + y)) / root
 
 

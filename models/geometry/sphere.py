@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from armillary.models.constants import constant
+
 __all__ = ["exp_pole", "log_pole"]
 
 SMALL = 1e-3
@@ -24,7 +26,7 @@ SMALL = 1e-3
 
 def exp_pole(u: Tensor, c: Tensor | float) -> Tensor:
     """[..., D + 1] points that the tangent vectors u [..., D] at the pole lead to."""
-    c = torch.as_tensor(c, dtype=u.dtype, device=u.device)
+    c = constant(c, u)
     t2 = c * u.square().sum(-1, keepdim=True)
     small = t2 < SMALL
     t = torch.where(small, 1.0, t2).sqrt()
@@ -35,7 +37,7 @@ def exp_pole(u: Tensor, c: Tensor | float) -> Tensor:
 
 def log_pole(x: Tensor, c: Tensor | float) -> Tensor:
     """[..., D] tangent vectors at the pole that lead to the points x [..., D + 1]."""
-    c = torch.as_tensor(c, dtype=x.dtype, device=x.device)
+    c = constant(c, x)
     along, across = x[..., :1] * c.sqrt(), x[..., 1:] * c.sqrt()
     s2 = across.square().sum(-1, keepdim=True)
     small = (s2 < SMALL) & (along > 0)

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armillary.models.constants import constant
 from armillary.models.method import InputSpec
 from armillary.models.rules import fractions
 
@@ -225,7 +226,6 @@ LabelLoss = Gaussian | Classes | Votes
 
 def _in_units(targets: Tensor, inputs: InputSpec) -> Tensor:
     """Labels as the catalogue has them, of standardised ones."""
-    mean, std = (
-        torch.tensor(x, dtype=torch.float64, device=targets.device) for x in (inputs.target_mean, inputs.target_std)
-    )
-    return (targets.double() * std + mean).float()
+    wide = targets.double()
+    mean, std = (constant(x, wide) for x in (inputs.target_mean, inputs.target_std))
+    return (wide * std + mean).float()

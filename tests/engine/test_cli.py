@@ -80,6 +80,12 @@ def test_the_extra_of_a_package_that_is_missing_is_named(monkeypatch, capsys, tm
     assert capsys.readouterr().err == "armillary embed: this installation lacks galsim; pip install 'armillary[sim]'\n"
 
 
+def test_help_has_no_line_breaks_of_the_source(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    assert cli.main(["data", "build", "--help"]) == 0
+    assert "samples of train whose cutouts overlap one of the test split" in capsys.readouterr().out
+
+
 def test_names_and_descriptions_are_apart(capsys):
     assert cli.main(["--help"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]

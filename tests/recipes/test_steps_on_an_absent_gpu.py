@@ -171,6 +171,23 @@ def test_attention_of_short_crops_copies_nothing(tmp_path):
     assert joined[1] < 0.25 * joined[0], joined
 
 
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{name} smoke" for name in COUNTS if " " not in name), "finetune votes", "galaxy_walker_stage2 published"],
+)
+def test_after_the_first_step_no_numbers_are_copied_to_the_device(name, tmp_path):
+    """The host would wait until the device has done all that it was given, and the device then for the host."""
+    if "stage2" in name:
+        pytest.importorskip("transformers")
+    run = recipe(name)
+    method = replace(run.method, base=None) if "stage2" in name else run.method
+    data, train = replace(run.data, path=tmp_path / "none", token_cache=None), replace(run.train, precision="bf16")
+    run = replace(run, method=method, data=data, train=train)
+    dry = StrictStep(run, inputs_of(run), GPUS["h100"])
+    dry.taken(4)
+    assert not (again := dry.taken(4)).uploads, again.uploads
+
+
 def test_gradients_of_biases_cost_no_pass_over_the_tokens(tmp_path):
     """Whoever writes a gradient sums its rows, but for the last block's keys and values: its queries are a product of their own."""
     _, gpu = step("dinov2_vitl", tmp_path, vit=replace(recipe("dinov2_vitl").method.vit, depth=3))
@@ -194,6 +211,8 @@ def test_what_a_gpu_would_refuse_or_wait_for_raises():
         ):
             with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
                 wrong()
+        torch.tensor([1.0, 2.0], device="meta"), x.to("meta"), x.to("meta", non_blocking=True)
+        assert [place.partition(":")[0] for place in gpu.uploads] == [__file__] * 3
         one = torch.ones(3, device="meta")
         residual_norm(y, None, one, one)
         for grid, wide in (((0,), 3), ((2**31,), 3), ((1, 65536), 3), ((1,), 2**31)):

@@ -13,6 +13,7 @@ condition, masks as indices, lengths of ragged sequences), which a meta tensor d
 """
 
 import importlib
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,11 +63,13 @@ class Gpu(Counting):
 
     Attributes:
         launches: Triton's.
+        uploads: Places in the code where the host copied numbers to the device and waited for it to take them.
     """
 
     def __init__(self):
         super().__init__()
         self.launches = []
+        self.uploads = []
 
     @property
     def operations(self):
@@ -96,6 +99,12 @@ class Gpu(Counting):
         on_cpu = [x for x in given if x.device.type == "cpu" and x.dim()]
         if on_cpu and len(on_cpu) < len(given) and name not in ("copy_", "_to_copy"):
             raise ValueError(f"{name}: takes a tensor of the CPU beside those of the GPU")
+        if (
+            on_cpu
+            and name in ("copy_", "_to_copy")
+            and not (kwargs.get("non_blocking") or (args[2:] and args[2] is True))
+        ):
+            self.uploaded(kwargs.get("device") or args[0].device)
         if name in PRODUCTS and len({x.dtype for x in given}) > 1:
             raise ValueError(f"{name}: takes factors of several dtypes, {[x.dtype for x in given]}")
         if name == "_scaled_mm" and not _takes(*args[:2]):
@@ -103,6 +112,12 @@ class Gpu(Counting):
         if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]) and args[0].is_meta:
             raise ValueError("index: the host waits for the number of places in a mask")
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def uploaded(self, device):
+        """Note a copy from the host, if it goes to the GPU."""
+        if torch.device(device).type == "meta":
+            ours = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
+            self.uploads.append(f"{ours[-1].filename}:{ours[-1].lineno}")
 
     def launched(self, launch):
         """Check a launch, and note it."""
@@ -124,6 +139,18 @@ def _takes(a, b):
     return lies and a.shape[1] % 16 == 0 == b.shape[1] % 16
 
 
+def _noting(gpu, make):
+    """`torch.tensor` or `as_tensor`, which copies numbers to the device and waits."""
+
+    def call(data, *args, **kwargs):
+        made = make(data, *args, **kwargs)
+        if not isinstance(data, torch.Tensor):
+            gpu.uploaded(made.device)
+        return made
+
+    return call
+
+
 @contextmanager
 def absent_gpu(sm=90, multiprocessors=132):
     """Let meta tensors pass for those of a GPU of this compute capability (90: 9.0); gives a `Gpu`."""
@@ -131,6 +158,8 @@ def absent_gpu(sm=90, multiprocessors=132):
     with (
         pretended_gpu(gpu, sm, multiprocessors, gpu.launched),
         patch.object(torch.Tensor, "__bool__", plain_bool),
+        patch.object(torch, "tensor", _noting(gpu, torch.tensor)),
+        patch.object(torch, "as_tensor", _noting(gpu, torch.as_tensor)),
         patch.object(attention, "_grouped", plain_grouped),
     ):
         yield gpu

@@ -55,6 +55,7 @@ def open_everywhere(monkeypatch, survey: Path) -> Colours:
         path=Path("toy"),
         method=method,
         run=run,
+        record={},
         pixels=Survey.load(survey).pixels(),
         inputs=InputSpec(3, 16, 1, pixels=200),
     )

@@ -258,4 +258,6 @@ def _checked(
 
 def _check_neighbours(neighbours: int, samples: int) -> None:
     if not 1 <= neighbours <= samples:
-        raise ValueError(f"neighbours: must lie between 1 and the {samples} training samples, got {neighbours}")
+        raise ValueError(
+            f"neighbours: must be 1 or more and need as many labelled training samples, got {neighbours} and {samples}"
+        )

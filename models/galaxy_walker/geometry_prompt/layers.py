@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from armillary.kernels.geometry.geometry_combine import CLIP
 from armillary.kernels.launch import Impl
+from armillary.models.constants import constant
 from armillary.models.geometry.manifolds import exp0, log0, mobius_add
 from armillary.models.geometry.sphere import exp_pole, log_pole
 
@@ -39,7 +40,7 @@ class Chart:
         """Points of tangent vectors, which are cut where the map saturates or meets the antipode."""
         if self.space == "euclidean":
             return u
-        length2 = torch.as_tensor(self.c, dtype=u.dtype, device=u.device) * u.square().sum(-1, keepdim=True)
+        length2 = constant(self.c, u) * u.square().sum(-1, keepdim=True)
         cut = length2 > CLIP**2
         u = torch.where(cut, CLIP * torch.where(cut, length2, 1.0).rsqrt(), 1.0) * u
         return exp0(u, self.c, impl=self.impl) if self.space == "hyperbolic" else exp_pole(u, self.c)
@@ -56,7 +57,7 @@ class Chart:
             return x + u
         if self.space == "hyperbolic":
             return mobius_add(x, exp0(u, self.c, impl=self.impl), self.c, impl=self.impl)
-        root = torch.as_tensor(self.c, dtype=x.dtype, device=x.device).sqrt()
+        root = constant(self.c, x).sqrt()
         y, at_pole = x * root, torch.zeros_like(x[..., :1])
         along = (y[..., 1:] * u).sum(-1, keepdim=True) / (1 + y[..., :1])
         # Of v = (0, u), whose geodesic runs over the pole e: v - <y, v> / (1 + <e, y>) (e + y).

@@ -98,7 +98,7 @@ def broken():
     yield "text.jpg", b"hello", "text.jpg cannot be searched for"
     yield "half.jpg", text.getvalue()[:300], "half.jpg cannot be searched for"
     yield "other.jpg", text.getvalue(), "other.jpg cannot be searched for"  # a picture of other bands
-    yield "letter.docx", b"PK\x03\x04", "letter.docx cannot be searched for"
+    yield "letter.docx", b"PK\x03\x04", "letter.docx cannot be searched for: .*; drop a FITS file, a JPEG or a PNG"
     yield "", b"x", "upload cannot be searched for"
     yield ".hidden", b"x", "hidden cannot be searched for"
     yield "a" * 300 + ".fits", b"x", "cannot be searched for"

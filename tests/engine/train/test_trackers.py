@@ -2,7 +2,14 @@
 
 import json
 import math
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -149,18 +156,50 @@ def test_weights_and_biases_offline(run, monkeypatch):
     assert len(files) == 2 and all(b"loss" in file.read_bytes() for file in files)
 
 
+@contextmanager
+def mlflow_server(store, folder):
+    """MLflow's own server on the loopback address; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["server", "--host", "127.0.0.1", "--port", port, "--backend-store-uri", store, "--workers", "1"]
+    with (
+        open(folder / "server.log", "wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *map(str, words)],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            end = time.monotonic() + 60
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except OSError:
+                    assert process.poll() is None and time.monotonic() < end, (folder / "server.log").read_text()
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
 @pytest.mark.filterwarnings("default")
-def test_mlflow_in_a_file(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("server", marks=pytest.mark.slow)])
+def test_mlflow(run, tmp_path, monkeypatch, store):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
     run.folder.mkdir(parents=True)
-    found = track_twice(replace(run, telemetry=Telemetry(tensorboard=False, tracker="mlflow")))
-    client = mlflow.MlflowClient()
-    assert [(m.step, m.value) for m in client.get_metric_history(found, "loss")] == [(1, 2.0), (3, 1.0)]
-    kept = client.get_run(found)
-    assert kept.info.status == "FINISHED" and kept.data.params["train.steps"] == "8"
+    file = f"sqlite:///{tmp_path}/mlflow.db"
+    with mlflow_server(file, tmp_path) if store == "server" else nullcontext(file) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        found = track_twice(replace(run, telemetry=Telemetry(tensorboard=False, tracker="mlflow")))
+        client = mlflow.MlflowClient()
+        assert [(m.step, m.value) for m in client.get_metric_history(found, "loss")] == [(1, 2.0), (3, 1.0)]
+        kept = client.get_run(found)
+        assert kept.info.status == "FINISHED" and kept.data.params["train.steps"] == "8"
 
 
 @pytest.mark.filterwarnings("default")

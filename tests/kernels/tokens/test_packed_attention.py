@@ -143,6 +143,7 @@ def test_auto_takes_it_for_short_sequences_in_half_precision_on_a_gpu(monkeypatc
     monkeypatch.setattr(module, "packed_attention", lambda *a, **k: took.append("packed") or torch.empty(0))
     monkeypatch.setattr(module, "attention", lambda *a, backend: took.append(backend) or torch.empty(0))
     monkeypatch.setattr(module, "use_triton", lambda operation, impl, x: True)
+    monkeypatch.setattr(module, "suits_runs", lambda qkv, layout: False)  # as tensors on a GPU
     for length, dtype, dim, backend, expected in (
         (145, torch.bfloat16, 64, "auto", "packed"),
         (192, torch.float16, 128, "auto", "packed"),

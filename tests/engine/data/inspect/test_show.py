@@ -8,6 +8,7 @@ from PIL import Image
 
 from armillary.engine.data import cli
 from armillary.engine.data.format.survey import Statistics, Survey
+from armillary.engine.data.inspect import cli as inspect_cli
 from armillary.engine.data.inspect.colour import lupton_rgb
 from armillary.engine.data.inspect.show import draw_mosaic, read_samples
 from armillary.engine.data.sources import kinds
@@ -87,9 +88,9 @@ def test_mosaics_that_cannot_be(folder, tmp_path, options, match):
 
 
 def test_commands_end_to_end(folder, tmp_path, capsys):
-    assert command(cli.check, folder / "out", "--no-progress") == 0
+    assert command(inspect_cli.check, folder / "out", "--no-progress") == 0
     assert "sound" in capsys.readouterr().out
-    assert command(cli.show, folder / "out", "--out", tmp_path / "m.png", "--split", "test", "--count", 2) == 0
+    assert command(inspect_cli.show, folder / "out", "--out", tmp_path / "m.png", "--split", "test", "--count", 2) == 0
     out = capsys.readouterr().out
     assert "red green blue, 9 x 9 pixels" in out and (tmp_path / "m.png").exists()
 
@@ -98,7 +99,7 @@ def test_check_reports_and_fails(folder, tmp_path, capsys):
     for file in (folder / "out").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "train-000000.idx").unlink()
-    assert command(cli.check, tmp_path, "--blobs", 1) == 1
+    assert command(inspect_cli.check, tmp_path, "--blobs", 1) == 1
     out = capsys.readouterr().out
     words = " ".join(out.split())  # the title is broken into lines where the path is long
     assert "1 problems" in words and "train-000000" in words and "missing" in words

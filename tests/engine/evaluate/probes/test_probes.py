@@ -190,7 +190,7 @@ def test_joint_prediction_of_what_is_known_of_too_few(data):
     train, label, test, _ = data
     labels = np.stack([label, label], 1)
     labels[4:, 1] = np.nan
-    with pytest.raises(ValueError, match="between 1 and the 4 training samples, got 5"):
+    with pytest.raises(ValueError, match="labelled training samples, got 5 and 4"):
         KNN(5).predict_jointly(train, labels, test)
     labels[:, 1] = np.nan
     with pytest.raises(ValueError, match="labels: number 1 is known for none of 200 samples"):
@@ -222,7 +222,7 @@ def test_nearest_is_sorted_and_finds_itself(data):
 @pytest.mark.parametrize("neighbours", [0, 201])
 def test_neighbours_beyond_the_samples(data, neighbours):
     train, label, test, _ = data
-    message = f"between 1 and the 200 training samples, got {neighbours}"
+    message = f"labelled training samples, got {neighbours} and 200"
     with pytest.raises(ValueError, match=message):
         KNN(neighbours).predict(train, label, test)
     with pytest.raises(ValueError, match=message):

@@ -210,7 +210,7 @@ def test_no_label_of_the_default(make_study):
 def test_fewer_training_samples_than_neighbours(make_study):
     labels, vectors = sky()
     study = make_study(labels, {"a": ("image", vectors(0.1), "", ())}, train=40)
-    with pytest.raises(ValueError, match="between 1 and the 40 training samples, got 64"):
+    with pytest.raises(ValueError, match="labelled training samples, got 64 and 40"):
         properties(study)
 
 

@@ -2,15 +2,19 @@
 
 import base64
 import hashlib
+import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from armillary.engine import cli
-from armillary.engine.weights.hub import fetch, upload
+from armillary.engine.data.format.survey import Survey
+from armillary.engine.hub_files import fetch, fetch_dataset, upload
 from armillary.engine.weights.trained_encoder import TrainedEncoder
 from armillary.models.vit.transformers_names import to_transformers
 from armillary.models.vit.vit import VisionTransformer, ViT
@@ -60,16 +64,26 @@ class StandIn(BaseHTTPRequestHandler):
     def do_GET(self):
         parts = self.path.partition("?")[0].strip("/").split("/")
         if len(parts) > 4 and parts[2] == "resolve":
-            content = self.server.files.get((f"{parts[0]}/{parts[1]}", "/".join(parts[4:])))
-            if content is None:
-                return self._answer({}, 404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            return self._answer(content, ETag=etag, **{"X-Repo-Commit": COMMIT})
+            return self._file(f"{parts[0]}/{parts[1]}", "/".join(parts[4:]))
+        if parts[0] == "datasets" and parts[3:4] == ["resolve"]:
+            return self._file("/".join(parts[:3]), "/".join(parts[5:]))
+        if parts[:4] == ["api", "datasets", "me", "sky"]:
+            held = {name: content for (repo, name), content in self.server.files.items() if repo == "datasets/me/sky"}
+            if parts[4:5] == ["tree"]:
+                return self._answer([{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in held.items()])
+            return self._answer({"id": "me/sky", "sha": COMMIT, "siblings": [{"rfilename": name} for name in held]})
         if parts[:2] == ["api", "models"]:
             return self._answer({"id": "me/mine", "sha": COMMIT, "siblings": [], "private": True})
         return self._answer({}, 404)
 
     do_HEAD = do_GET
+
+    def _file(self, repo, name):
+        content = self.server.files.get((repo, name))
+        if content is None:
+            return self._answer({}, 404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        return self._answer(content, ETag=etag, **{"X-Repo-Commit": COMMIT})
 
 
 @pytest.fixture
@@ -103,6 +117,27 @@ def test_a_folder_goes_up_and_a_file_comes_down(served, tmp_path):
     assert fetch("hf://me/mine/weights.bin").read_bytes() == bytes(range(256))
     served.files.clear()  # it is not asked for again at a commit that is known
     assert fetch(f"hf://me/mine@{COMMIT}/weights.bin").read_bytes() == bytes(range(256))
+
+
+def picture(brightness):
+    file = io.BytesIO()
+    Image.fromarray(np.full((24, 24, 3), brightness, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_survey_is_built_of_a_data_set(served, tmp_path, capsys):
+    files = {f"train/{n}.png": picture(10 * n) for n in range(6)} | {"README.md": b"sky", "more/6.png": picture(60)}
+    served.files |= {("datasets/me/sky", name): content for name, content in files.items()}
+    build = ["data", "build", "hf://datasets/me/sky/train", "--no-progress", "--processes", "1"]
+    assert cli.main([*build, "--out", str(tmp_path / "survey")]) == 0
+    assert sum(shard.count for shard in Survey.load(tmp_path / "survey").shards) == 6
+    assert fetch_dataset(f"hf://datasets/me/sky@{COMMIT}/more/6.png").read_bytes() == files["more/6.png"]
+    build[2] = "hf://datasets/me/sky/none"
+    assert cli.main([*build, "--out", str(tmp_path / "none")]) == 2
+    assert "hf://datasets/me/sky/none: the data set has no file or folder 'none'" in capsys.readouterr().err
+    build[2] = "hf://me/sky"
+    assert cli.main([*build, "--out", str(tmp_path / "none")]) == 2
+    assert "hf://me/sky: must be hf://datasets/OWNER/REPO" in capsys.readouterr().err
 
 
 def test_an_encoder_of_the_hub_is_opened(served, tmp_path):
