@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from armillary.engine.evaluate.probes.scores import interval95
+
 __all__ = ["METRICS", "RedshiftBin", "Score", "difference_of_nmad", "redshift_bins", "redshift_scores"]
 
 METRICS = ("nmad", "nmad_about_zero", "bias", "outliers", "catastrophic", "rms", "loss")
@@ -79,7 +81,7 @@ def redshift_scores(
     values = _measures(true[None], predicted[None])[:, 0]
     drawn = _bootstrap(len(true), resamples, seed, lambda p: _measures(true[p], predicted[p]))
     return {
-        name: Score(float(value), float(draws.std()), *map(float, np.quantile(draws, [0.025, 0.975])))
+        name: Score(float(value), float(draws.std()), *interval95(draws))
         for name, value, draws in zip(METRICS, values, drawn, strict=True)
     }
 
@@ -95,7 +97,7 @@ def difference_of_nmad(
 
     value = difference(true[None], first[None], second[None])[0, 0]
     drawn = _bootstrap(len(true), resamples, seed, lambda p: difference(true[p], first[p], second[p]))[0]
-    return Score(float(value), float(drawn.std()), *map(float, np.quantile(drawn, [0.025, 0.975])))
+    return Score(float(value), float(drawn.std()), *interval95(drawn))
 
 
 def redshift_bins(true: np.ndarray) -> list[RedshiftBin]:

@@ -22,6 +22,7 @@ __all__ = [
     "BiasBin",
     "Difference",
     "Scores",
+    "interval95",
     "paired_difference",
     "r2",
     "r2_with_error",
@@ -258,8 +259,13 @@ def paired_difference(
     errors = (first - true) ** 2, (second - true) ** 2
     drawn = _bootstrap(len(true), resamples, seed, lambda p: _r2_of(true, errors[0], p) - _r2_of(true, errors[1], p))
     drawn = drawn[np.isfinite(drawn)]
+    return Difference(value, _spread(drawn), *interval95(drawn))
+
+
+def interval95(drawn: np.ndarray) -> tuple[float, float]:
+    """The interval that holds the middle 95 % of bootstrap draws [R]; NaN where there are none."""
     low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (np.nan, np.nan)
-    return Difference(value, _spread(drawn), float(low), float(high))
+    return float(low), float(high)
 
 
 def _checked(true: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from armillary.engine.evaluate.posterior.calibration import interval_coverage, pit, uniformity
+from armillary.engine.evaluate.probes.scores import interval95
 from armillary.engine.evaluate.queries.answers import Answered
 from armillary.engine.evaluate.queries.question import Comparison
 from armillary.engine.evaluate.study.options import REDSHIFTS
@@ -103,9 +104,8 @@ def gain(metric: str, first: np.ndarray, second: np.ndarray, resamples: int, see
     for begin in range(0, resamples, size := max(1, BLOCK // len(first))):
         picks = rng.integers(0, len(first), (min(size, resamples - begin), len(first)))
         drawn.append(1 - of(second[picks]) / of(first[picks]))
-    low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
     a, b = float(of(first)), float(of(second))
-    return Gain(metric, a, b, 1 - b / a, float(low), float(high), len(first))
+    return Gain(metric, a, b, 1 - b / a, *interval95(np.concatenate(drawn)), len(first))
 
 
 @dataclass(frozen=True, eq=False)
