@@ -233,9 +233,8 @@ def _umap(chosen: np.ndarray, begin: np.ndarray, seed: int) -> tuple[np.ndarray,
     import umap
 
     neighbours = min(UMAP_NEIGHBOURS, len(chosen) - 1)
-    begin = begin + 1e-4 * np.random.default_rng(seed).standard_normal(
-        begin.shape
-    )  # it divides by the width of each axis
+    # UMAP divides by the width of each axis, which must not be 0.
+    begin = begin + 1e-4 * np.random.default_rng(seed).standard_normal(begin.shape)
     settings = {"n_neighbors": neighbours, "min_dist": LEAST_DISTANCE, "init": begin.astype(np.float32)}
     placed = umap.UMAP(**settings, n_jobs=1, random_state=seed).fit_transform(chosen).astype(np.float32)
     return placed, {"neighbours": neighbours, "least_distance": LEAST_DISTANCE, "umap_learn": umap.__version__}

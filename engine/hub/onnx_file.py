@@ -75,9 +75,8 @@ def export_onnx(source: TrainedEncoder, file: Path) -> None:
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch's exporter warns of its own parts, and of torchvision, which is not needed
+        # Torch's exporter warns of its own parts, and of torchvision, which is not needed.
+        warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
             _Named(model, tuple(outputs)),
