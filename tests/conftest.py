@@ -1,6 +1,7 @@
 """One switch: with no GPU the kernels run under Triton's interpreter."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def pytest_collection_modifyitems(config, items):
         # Not `in item.keywords`, which holds the names of folders too: a checkout called gpu has no test that runs.
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if KERNELS in item.path.parents:
+        # Under the interpreter these are a good part of all tests: `make check` has them where a kernel's file has changed.
+        if KERNELS in item.path.parents or re.search("kernel|triton", item.originalname):
             item.add_marker(pytest.mark.kernel)
         if "compile" in item.originalname:  # so are called those that compile a kernel ahead of time
             item.add_marker(pytest.mark.aot)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # starts processes that import torch
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu"
 MEASURED = ("_ms", "_mib", "_percent", "_gb_s", "_tflop_s", "ms_per_image", "seconds")
@@ -28,7 +30,6 @@ def read(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # as where nobody tests
 def test_smoke_walks_through_the_kernels_and_the_step_and_times_nothing(tmp_path, monkeypatch, capsys):
     """Of the engine test_gpu_engine.py has more, in less time. Jobs are done here, but for the first: in a process of its own."""

@@ -86,6 +86,7 @@ sys.exit(cli.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["ready", "busy"])
 def test_a_page_is_served_until_it_is_interrupted(embeddings, survey_dir, index):
     words = [sys.executable, "-c", BUSY, "explore", embeddings, "--data", survey_dir, "--port", "0", "--map", "pca"]

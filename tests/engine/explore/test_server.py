@@ -125,6 +125,7 @@ def test_what_fails_is_said_without_its_traceback(serving, pages, monkeypatch, c
     assert problem(ask(server, "/api/images/1"), 500) == "disk is gone"
 
 
+@pytest.mark.slow
 def test_a_thousand_requests(serving, objects):
     """Eight readers at once, a mix of addresses: every answer is whole and right."""
     server = serving()
