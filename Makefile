@@ -24,7 +24,7 @@ help:
 	@echo "make check              before each commit: lint, types and the fast tests, which start no ranks, compile nothing and are"
 	@echo "                        not marked slow or whole_task; those of kernels only where a kernel's file has changes to commit"
 	@echo "make test-cpus          the numeric tests with the instructions of other processors"
-	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; six to nine minutes)"
+	@echo "make test-cluster       trainings on two machines and under Slurm, made of namespaces (as root; three to nine minutes)"
 	@echo "make soak               kill training, damage its files, fill its disk, start it twice; compare the bits (a quarter of an hour or more)"
 	@echo "make docs               the documentation as a site: site/index.html"
 	@echo "make lint | format      ruff, mypy, codespell | rewrite with ruff"
