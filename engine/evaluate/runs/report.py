@@ -141,7 +141,9 @@ def _starts_from(record: Mapping[str, Any]) -> str:
 
 def _size(survey: Survey) -> str:
     """Name, size and modalities of a survey in a line."""
-    count = f"{survey.name}, {survey.count():,}"
-    if survey.spectrum is None:
-        return f"{count} cutouts in {''.join(survey.bands)}"
-    return f"{count} {'pairs of ' + ''.join(survey.bands) + ' cutout and spectrum' if survey.bands else 'spectra'}"
+    bands = "".join(survey.bands)
+    if survey.spectrum is not None:
+        what = f"pairs of {bands} cutout and spectrum" if bands else "spectra"
+    else:
+        what = f"cutouts in {bands}" if bands else "galaxies as vectors"
+    return f"{survey.name}, {survey.count():,} {what}"

@@ -386,3 +386,17 @@ def test_run_to_report(monkeypatch, survey_dir, run_dir, tmp_path, encoders, cap
     assert only.metadata["features"] == UNTRAINED
     assert command(["embed", *common, "-o", str(out), "--split", "nowhere"]) == 2
     assert "no samples in 'nowhere'; the survey has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bands", "spectrum", "said"),
+    [
+        (("g", "r"), None, "sky, 1,200 cutouts in gr"),
+        (("g", "r"), object(), "sky, 1,200 pairs of gr cutout and spectrum"),
+        ((), object(), "sky, 1,200 spectra"),
+        ((), None, "sky, 1,200 galaxies as vectors"),
+    ],
+)
+def test_a_survey_is_said_by_what_it_holds(bands, spectrum, said):
+    survey = types.SimpleNamespace(name="sky", bands=bands, spectrum=spectrum, count=lambda: 1200)
+    assert report._size(survey) == said
