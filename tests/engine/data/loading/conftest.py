@@ -17,20 +17,25 @@ def survey(tmp_path_factory) -> Path:
     return pack(tmp_path_factory.mktemp("survey") / "s")
 
 
+def tars_open() -> set[str]:
+    """The tars that this process has open."""
+    links = [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]
+    return {tar for link in links if os.path.lexists(link) and (tar := os.readlink(link)).endswith(".tar")}
+
+
 @pytest.fixture
 def nothing_is_left(tmp_path_factory, monkeypatch):
-    """No thread, descriptor or index folder of ours outlives a test; the folders of other runs are not looked at."""
+    """No thread, descriptor or index folder of ours outlives a test.
+
+    What was open before it is another test file's, which ran in the same process, and the folders of other runs are not looked at.
+    """
     memory = tmp_path_factory.mktemp("memory")
     monkeypatch.setattr(index_folder, "MEMORY", memory)
+    threads, tars = set(threading.enumerate()), tars_open()
 
     def ours():
-        threads = {t.name for t in threading.enumerate() if t.name.startswith("armillary")}
-        tars = {
-            os.readlink(f"/proc/self/fd/{n}")
-            for n in os.listdir("/proc/self/fd")
-            if Path(f"/proc/self/fd/{n}").exists()
-        }
-        return threads | {t for t in tars if t.endswith(".tar")} | set(os.listdir(memory))
+        names = {t.name for t in set(threading.enumerate()) - threads if t.name.startswith("armillary")}
+        return names | (tars_open() - tars) | set(os.listdir(memory))
 
     yield
     end = time.monotonic() + 10
