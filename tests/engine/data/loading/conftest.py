@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from toy_shards import pack
 
@@ -19,8 +20,7 @@ def survey(tmp_path_factory) -> Path:
 
 def tars_open() -> set[str]:
     """The tars that this process has open."""
-    links = [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]
-    return {tar for link in links if os.path.lexists(link) and (tar := os.readlink(link)).endswith(".tar")}
+    return {file.path for file in psutil.Process().open_files() if file.path.endswith(".tar")}
 
 
 @pytest.fixture
